@@ -1,0 +1,41 @@
+"""Model families: each file says how a Hugging Face config becomes a Megatron model, and which tensors correspond.
+
+Adding a family is one file here and one line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from mbridge_rl.bridges.llama import llama
+from mbridge_rl.bridges.qwen2 import qwen2
+from mbridge_rl.bridges.qwen3 import qwen3
+from mbridge_rl.bridges.qwen3_moe import qwen3_moe
+from mbridge_rl.core.errors import UnsupportedModelError
+from mbridge_rl.core.model import ModelSpec
+
+FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
+    "LlamaForCausalLM": llama,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
+}
+
+
+def model_spec(hf_config: Any) -> ModelSpec:
+    """The spec of the model that `hf_config` (a Transformers config) describes.
+
+    Raises:
+        UnsupportedModelError: no bridge for the architecture, or the config asks for a feature that its bridge can't express.
+    """
+    architectures = getattr(hf_config, "architectures", None) or []
+    if not architectures:
+        raise UnsupportedModelError(f"the config names no architecture; set architectures to one of {', '.join(FAMILIES)}")
+    family = FAMILIES.get(architectures[0])
+    if family is None:
+        nearest = difflib.get_close_matches(architectures[0], FAMILIES, n=1, cutoff=0.3)
+        hint = f"; the nearest is {nearest[0]}" if nearest else ""
+        raise UnsupportedModelError(f"no bridge for {architectures[0]}; supported: {', '.join(FAMILIES)}{hint}")
+    return family(hf_config)

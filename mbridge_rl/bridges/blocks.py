@@ -1,0 +1,169 @@
+"""What decoder families share, block by block. A block is both halves of a bridge at once: the Megatron config fields it sets
+and the tensors it maps. A family is a composition of blocks.
+
+Sizes: `hidden` (h), `ffn` (f), `vocab`, query heads x head_dim (q), KV heads x head_dim (kv).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.nn import functional
+
+from mbridge_rl.bridges.rope import rope_inv_freq
+from mbridge_rl.core.errors import UnsupportedModelError
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.rules import Rule, column_parallel, grouped_parallel, replicated, row_parallel, vocabulary_parallel
+
+MEGATRON_LAYER = "decoder.layers.{layer}"
+HF_LAYER = "model.layers.{layer}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Config fields and rules that belong together."""
+
+    config: Mapping[str, Any]
+    rules: tuple[Rule, ...]
+    num_experts: int | None = field(default=None)
+
+    def only_in(self, layers: tuple[int, ...]) -> Block:
+        """The same block, present in `layers` only."""
+        return replace(self, rules=tuple(replace(rule, layers=layers) for rule in self.rules))
+
+
+def decoder(hf: Any, *blocks: Block) -> ModelSpec:
+    """A decoder-only model with rotary positions: embeddings, `blocks` in every layer, final norm, output layer."""
+    _require(hf, "hidden_act", "silu")
+    _require(hf, "quantization_config", None)
+    h, tied = hf.hidden_size, bool(hf.tie_word_embeddings)
+    embedding = "model.embed_tokens.weight"
+    output = embedding if tied else "lm_head.weight"
+    vocab = (hf.vocab_size, h)
+    rules = (
+        vocabulary_parallel("embedding.word_embeddings.weight", embedding, vocab, placement="first_stage"),
+        *(rule for block in blocks for rule in block.rules),
+        replicated("decoder.final_layernorm.weight", "model.norm.weight", (h,), placement="last_stage"),
+        vocabulary_parallel("output_layer.weight", output, vocab, placement="last_stage_copy" if tied else "last_stage"),
+    )
+    config: dict[str, Any] = {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": h,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "activation_func": functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "init_method_std": hf.initializer_range,
+    }
+    for block in blocks:
+        config.update(block.config)
+    return ModelSpec(
+        architecture=hf.architectures[0],
+        num_layers=hf.num_hidden_layers,
+        vocab_size=hf.vocab_size,
+        tied_embeddings=tied,
+        transformer_config=config,
+        gpt_model={
+            "max_sequence_length": hf.max_position_embeddings,
+            "position_embedding_type": "rope",
+            "rotary_base": hf.rope_parameters["rope_theta"],
+            "rotary_percent": hf.rope_parameters.get("partial_rotary_factor", 1.0),
+        },
+        rules=rules,
+        num_experts=next((block.num_experts for block in blocks if block.num_experts), None),
+        rope_inv_freq=rope_inv_freq(hf),
+        ignored_hf_names=("lm_head.weight",) if tied else (),
+    )
+
+
+def attention(hf: Any, *, qkv_bias: bool = False, qk_norm: bool = False) -> Block:
+    """Grouped-query attention with its norm fused into QKV, as Transformer Engine lays it out."""
+    _require(hf, "attention_bias", False)
+    _require(hf, "use_sliding_window", False)
+    h, heads, kv_heads, dim = hf.hidden_size, hf.num_attention_heads, kv_heads_of(hf), head_dim(hf)
+    ours, theirs = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
+    sizes = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
+    rules = [
+        replicated(f"{ours}.linear_qkv.layer_norm_weight", f"{HF_LAYER}.input_layernorm.weight", (h,)),
+        grouped_parallel(
+            f"{ours}.linear_qkv.weight", {f"{theirs}.{name}.weight": size for name, size in sizes.items()}, kv_heads, (h,)
+        ),
+    ]
+    if qkv_bias:
+        biases = {f"{theirs}.{name}.bias": size for name, size in sizes.items()}
+        rules.append(grouped_parallel(f"{ours}.linear_qkv.bias", biases, kv_heads))
+    if qk_norm:
+        rules += [
+            replicated(f"{ours}.q_layernorm.weight", f"{theirs}.q_norm.weight", (dim,)),
+            replicated(f"{ours}.k_layernorm.weight", f"{theirs}.k_norm.weight", (dim,)),
+        ]
+    rules.append(row_parallel(f"{ours}.linear_proj.weight", f"{theirs}.o_proj.weight", (h, heads * dim)))
+    config = {
+        "num_attention_heads": heads,
+        "num_query_groups": kv_heads,
+        "kv_channels": dim,
+        "add_qkv_bias": qkv_bias,
+        "qk_layernorm": qk_norm,
+        "attention_dropout": hf.attention_dropout,
+    }
+    return Block(config, tuple(rules))
+
+
+def gated_mlp(hf: Any) -> Block:
+    """`down(silu(gate(x)) * up(x))`, its norm fused into the first linear."""
+    _require(hf, "mlp_bias", False)
+    h, f = hf.hidden_size, hf.intermediate_size
+    ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
+    gate_up = {f"{theirs}.gate_proj.weight": f, f"{theirs}.up_proj.weight": f}
+    rules = (
+        replicated(f"{ours}.linear_fc1.layer_norm_weight", f"{HF_LAYER}.post_attention_layernorm.weight", (h,)),
+        column_parallel(f"{ours}.linear_fc1.weight", gate_up, (h,)),
+        row_parallel(f"{ours}.linear_fc2.weight", f"{theirs}.down_proj.weight", (h, f)),
+    )
+    return Block({"ffn_hidden_size": f}, rules)
+
+
+def mixture_of_experts(hf: Any, layers: tuple[int, ...]) -> Block:
+    """Softmax top-k routing over gated experts in `layers`; other layers are dense."""
+    h, f, experts = hf.hidden_size, hf.moe_intermediate_size, hf.num_experts
+    ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
+    one = f"{theirs}.experts.{{expert}}"
+    gate_up = {f"{one}.gate_proj.weight": f, f"{one}.up_proj.weight": f}
+    rules = (
+        replicated(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight", (h,)),
+        replicated(f"{ours}.router.weight", f"{theirs}.gate.weight", (experts, h)),
+        column_parallel(f"{ours}.experts.linear_fc1.weight{{expert}}", gate_up, (h,), axis="etp"),
+        row_parallel(f"{ours}.experts.linear_fc2.weight{{expert}}", f"{one}.down_proj.weight", (h, f), axis="etp"),
+    )
+    config = {
+        "num_moe_experts": experts,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_ffn_hidden_size": f,
+        "moe_layer_freq": [int(layer in layers) for layer in range(hf.num_hidden_layers)],
+        # Softmax over the chosen logits equals choosing from the softmax and renormalising; without renormalisation the
+        # softmax has to come first.
+        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+    return Block(config, rules, num_experts=experts).only_in(layers)
+
+
+def head_dim(hf: Any) -> int:
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def kv_heads_of(hf: Any) -> int:
+    return getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+
+
+def _require(hf: Any, name: str, expected: Any) -> None:
+    found = getattr(hf, name, expected)
+    if found != expected:
+        raise UnsupportedModelError(
+            f"{hf.architectures[0]}: {name}={found!r} is not supported by its bridge, which needs {name}={expected!r}"
+        )

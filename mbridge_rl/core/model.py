@@ -1,0 +1,76 @@
+"""What a family says about one model: everything the library knows of it, without weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.rules import Instance, Rule, instantiate
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as both ends see it.
+
+    Attributes:
+        architecture: the HF class, such as `Qwen3ForCausalLM`.
+        vocab_size: HF's, unpadded.
+        tied_embeddings: the output layer is the embedding; the checkpoint holds it once.
+        transformer_config: arguments of Megatron's `TransformerConfig`, without parallel sizes and dtypes.
+        gpt_model: arguments of Megatron's `GPTModel`, without vocabulary size and stages.
+        rope_inv_freq: rotary inverse frequencies `[rotary_dim / 2]` that replace Megatron's own; `None` keeps them.
+        rules: the mapping table.
+        ignored_hf_names: tensors that a checkpoint may hold though the model has no use for them (a tied model's
+            `lm_head.weight`, rotary buffers of old exports).
+    """
+
+    architecture: str
+    num_layers: int
+    vocab_size: int
+    tied_embeddings: bool
+    transformer_config: Mapping[str, Any]
+    gpt_model: Mapping[str, Any]
+    rules: tuple[Rule, ...]
+    num_experts: int | None = None
+    rope_inv_freq: tuple[float, ...] | None = None
+    ignored_hf_names: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def instances(self) -> list[Instance]:
+        """Every Megatron tensor, with concrete names, in checkpoint order."""
+        return instantiate(self.rules, self.num_layers, self.num_experts)
+
+    @cached_property
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every HF tensor, in checkpoint order, computed from the table."""
+        return {
+            hf_name: instance.rule.part_shape(part)
+            for instance in self.instances
+            for hf_name, part in zip(instance.hf_names, instance.rule.parts, strict=True)
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the mapping; equal on both ends of a sync, or nothing is sent."""
+        table = [(name, *shape) for name, shape in self.hf_shapes.items()]
+        return hashlib.blake2b(json.dumps([self.architecture, table]).encode(), digest_size=8).hexdigest()
+
+    def validate(self, layout: ParallelLayout) -> None:
+        """Checks that the model can be cut this way.
+
+        Raises:
+            LayoutError: naming the tensor, or the axis, and the numbers that do not divide.
+        """
+        layout.stage_of_layer(self.num_layers)
+        if layout.ep > 1 and not self.num_experts:
+            raise LayoutError(f"ep={layout.ep}: {self.architecture} has no experts; use ep=1")
+        if (self.num_experts or 0) % layout.ep:
+            raise LayoutError(f"{self.num_experts} experts do not divide by ep={layout.ep}; choose a divisor")
+        for rule in self.rules:
+            rule.validate(layout)

@@ -1,0 +1,162 @@
+"""Mapping rules: how one Megatron tensor is made of Hugging Face tensors, as data.
+
+One primitive covers every rule in use. A Megatron tensor is a sequence of `groups` along `dim`; each group holds, one after
+the other, an equal slice of each of its `parts`, and a part is one HF tensor. Tensor parallelism deals whole groups to ranks.
+
+    fused QKV        parts q, k, v        groups = KV heads      [q q q q k v | q q q q k v | ...]
+    gated MLP        parts gate, up       groups = ranks         [gate up | gate up | ...]
+    column, row      one part             groups = ranks
+    replicated       one part             not dealt at all
+
+Names are patterns: `{layer}` and `{expert}` stand for global indices on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.layout import Coordinates, ParallelLayout, padded_vocab_size
+
+Axis = Literal["tp", "etp"]
+Placement = Literal["layer", "first_stage", "last_stage", "last_stage_copy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One HF tensor inside a Megatron tensor; `size` is its whole extent along the rule's `dim`."""
+
+    hf_name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How `megatron_name` (a pattern) is made of `parts`.
+
+    Attributes:
+        shape: HF shape of any part, with its extent along `dim` left open (0 there).
+        dim: the dimension along which parts are fused and shards are cut.
+        axis: which tensor-parallel axis cuts it, `None` for replicated tensors.
+        groups: number of fused groups, fixed by the model (KV heads); `None` makes one group per rank of `axis`.
+        padded: Megatron rounds the extent up to a multiple of the axis (vocabularies); the tail belongs to no HF tensor.
+        placement: which pipeline stage holds it. `last_stage_copy` is the output layer of a tied model: a second copy of the
+            embedding that exists only where the last stage is not also the first.
+        layers: the decoder layers it exists in, `None` for all.
+    """
+
+    megatron_name: str
+    parts: tuple[Part, ...]
+    shape: tuple[int, ...]
+    dim: int = 0
+    axis: Axis | None = None
+    groups: int | None = None
+    padded: bool = False
+    placement: Placement = "layer"
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def extent(self) -> int:
+        """Size of the fused tensor along `dim`, unpadded."""
+        return sum(part.size for part in self.parts)
+
+    def part_shape(self, part: Part) -> tuple[int, ...]:
+        """HF shape of `part`."""
+        return (*self.shape[: self.dim], part.size, *self.shape[self.dim + 1 :])
+
+    def axis_size(self, layout: ParallelLayout) -> int:
+        return 1 if self.axis is None else layout.tp if self.axis == "tp" else layout.expert_tp
+
+    def axis_rank(self, at: Coordinates) -> int:
+        return 0 if self.axis is None else at.tp if self.axis == "tp" else at.etp
+
+    def local_shape(self, layout: ParallelLayout) -> tuple[int, ...]:
+        """Shape of one rank's shard."""
+        extent = padded_vocab_size(self.extent, layout.tp, layout.vocab_multiple) if self.padded else self.extent
+        return (*self.shape[: self.dim], extent // self.axis_size(layout), *self.shape[self.dim + 1 :])
+
+    def validate(self, layout: ParallelLayout) -> None:
+        """Raises LayoutError where the shards would not be equal."""
+        ranks = self.axis_size(layout)
+        if self.padded or ranks == 1:
+            return
+        if self.groups is not None and self.groups % ranks:
+            raise LayoutError(
+                f"{self.megatron_name}: {self.groups} groups (KV heads) do not divide by {self.axis}={ranks}; "
+                f"choose {self.axis} among the divisors of {self.groups}"
+            )
+        for part in self.parts:
+            if part.size % ranks:
+                raise LayoutError(
+                    f"{self.megatron_name}: {part.hf_name} has {part.size} entries along dimension {self.dim}, "
+                    f"which do not divide by {self.axis}={ranks}; choose a divisor"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A rule at one layer and expert: concrete names."""
+
+    rule: Rule
+    megatron_name: str
+    hf_names: tuple[str, ...]
+    layer: int | None
+    expert: int | None
+
+
+def instantiate(rules: Sequence[Rule], num_layers: int, num_experts: int | None) -> list[Instance]:
+    """Every tensor of the model, in checkpoint order: layer by layer and, inside a layer, expert by expert."""
+    instances: list[Instance] = []
+    for layered, block in groupby(rules, key=lambda rule: rule.placement == "layer"):
+        layer_rules = list(block)
+        for layer in range(num_layers) if layered else [None]:
+            instances += _in_layer(layer_rules, layer, num_experts or 0)
+    return instances
+
+
+def _in_layer(rules: Iterable[Rule], layer: int | None, num_experts: int) -> Iterator[Instance]:
+    present = [rule for rule in rules if rule.layers is None or layer in rule.layers]
+    for per_expert, block in groupby(present, key=lambda rule: "{expert}" in rule.megatron_name):
+        expert_rules = list(block)
+        for expert in range(num_experts) if per_expert else [None]:
+            for rule in expert_rules:
+                yield Instance(
+                    rule=rule,
+                    megatron_name=rule.megatron_name.format(layer=layer, expert=expert),
+                    hf_names=tuple(part.hf_name.format(layer=layer, expert=expert) for part in rule.parts),
+                    layer=layer,
+                    expert=expert,
+                )
+
+
+def replicated(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement = "layer") -> Rule:
+    """The same tensor on every rank: norms, routers."""
+    return Rule(megatron_name, (Part(hf_name, shape[0]),), (0, *shape[1:]), placement=placement)
+
+
+def column_parallel(megatron_name: str, parts: dict[str, int], inner: Sequence[int] = (), *, axis: Axis = "tp") -> Rule:
+    """Output features dealt to ranks. `parts` maps HF names to output sizes; each part is cut separately, so
+    `{gate: ffn, up: ffn}` is the gated MLP `[gate | up]` of every rank. `inner` is `(input size,)`, or `()` for biases."""
+    return Rule(megatron_name, _parts(parts), (0, *inner), axis=axis)
+
+
+def row_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, axis: Axis = "tp") -> Rule:
+    """Input features dealt to ranks: `[output, input / ranks]`."""
+    return Rule(megatron_name, (Part(hf_name, shape[1]),), (shape[0], 0), dim=1, axis=axis)
+
+
+def grouped_parallel(megatron_name: str, parts: dict[str, int], groups: int, inner: Sequence[int] = ()) -> Rule:
+    """Fused tensors whose groups the model fixes: QKV by KV head."""
+    return Rule(megatron_name, _parts(parts), (0, *inner), axis="tp", groups=groups)
+
+
+def vocabulary_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement) -> Rule:
+    """`[vocab, hidden]` dealt by rows, padded so that ranks hold equal shares."""
+    return Rule(megatron_name, (Part(hf_name, shape[0]),), (0, *shape[1:]), axis="tp", padded=True, placement=placement)
+
+
+def _parts(sizes: dict[str, int]) -> tuple[Part, ...]:
+    return tuple(Part(hf_name, size) for hf_name, size in sizes.items())

@@ -1,0 +1,31 @@
+"""The executor without processes: ranks are dictionaries of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mbridge_rl.core.plan import Plan
+from mbridge_rl.core.segments import Side
+
+
+def run(plan: Plan, sources: Mapping[int, Mapping[str, Tensor]], targets: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Runs `plan` in place on `{rank: {local name: tensor}}`; target tensors are contiguous and already allocated."""
+    for rank, names in plan.padded_names.items():
+        for name in names:
+            targets[rank][name].zero_()
+    for copy in plan.copies:
+        read = copy.source.of(sources[copy.source_rank][copy.source.name], copy.shape)
+        copy.target.of(targets[copy.target_rank][copy.target.name], copy.shape).copy_(read)
+
+
+def allocate(side: Side, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Uninitialised tensors for a side; each takes the dtype of the HF tensors that it is made of."""
+    made_of = {segment.local_name: segment.hf_name for segment in side.segments}
+    fallback = next(iter(dtypes.values()), torch.get_default_dtype())
+    return {
+        name: torch.empty(shape, dtype=dtypes[made_of[name]] if name in made_of else fallback)
+        for name, shape in side.shapes.items()
+    }
