@@ -1,0 +1,229 @@
+"""Megatron-core models from a `ModelSpec`.
+
+The modules are Megatron's own (`GPTModel` with its Transformer Engine layer spec), built for the parallel state that is
+running: with a GPU on the GPU, otherwise on the CPU with the pure-torch Transformer Engine of `runtime`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.megatron.parallel import current_layout
+from mbridge_rl.megatron.runtime import megatron_runtime
+
+# Kernels of CUDA, Apex or real Transformer Engine; on a CPU Megatron's plain code does the same.
+_FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+    "persist_layer_norm",
+)
+
+# Set from the layout and the dtype: an override would contradict them.
+_FROM_LAYOUT = {
+    "num_layers": "the spec",
+    "tensor_model_parallel_size": "layout.tp",
+    "pipeline_model_parallel_size": "layout.pp",
+    "virtual_pipeline_model_parallel_size": "layout.vpp",
+    "pipeline_model_parallel_layout": "layout.stage_layers",
+    "expert_model_parallel_size": "layout.ep",
+    "expert_tensor_parallel_size": "layout.etp",
+    "context_parallel_size": "layout.cp",
+    "sequence_parallel": "build_model's sequence_parallel",
+    "moe_grouped_gemm": "build_model's grouped_experts",
+    "params_dtype": "build_model's dtype",
+    "pipeline_dtype": "build_model's dtype",
+    "bf16": "build_model's dtype",
+    "fp16": "build_model's dtype",
+}
+
+
+def build_model(
+    spec: ModelSpec,
+    layout: ParallelLayout | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool | None = None,
+    grouped_experts: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+    ddp: bool | Mapping[str, Any] = False,
+) -> list[nn.Module]:
+    """Build this rank's part of the model: one chunk per virtual pipeline stage, in order.
+
+    Parameters have Megatron's names and are initialised by Megatron's rules; load weights to replace them. The vocabulary is
+    padded to `core.layout.padded_vocab_size`: logits have the padded width, and callers must not let the padding take part
+    in a softmax (`forward_logits` cuts it off). Every innermost `GPTModel` carries `model_spec` and `parallel_layout`.
+
+    Args:
+        spec: the model.
+        layout: must describe the running parallel state; `None` asks it (`parallel.current_layout`).
+        dtype: of parameters and activations; bf16 and fp16 are wrapped into Megatron's `Float16Module`, whose outputs are fp32.
+        sequence_parallel: `None` turns it on where Megatron demands it (tensor parallelism with experts or with latent
+            attention). Without tensor parallelism it means nothing and is off.
+        grouped_experts: experts as one module (`mlp.experts.linear_fc1.weight{i}`), else one each (`local_experts.{i}`).
+        overrides: further arguments of Megatron's `TransformerConfig`, such as `recompute_granularity`.
+        ddp: wrap in Megatron's `DistributedDataParallel`; a mapping gives arguments of its config. Without any, gradients are
+            accumulated in fp32.
+
+    Raises:
+        LayoutError: the model cannot be cut this way, or the layout is not the running one.
+        ValueError: an override that Megatron does not know, or that contradicts the other arguments.
+        ImportError: see `megatron_runtime`.
+    """
+    with megatron_runtime():
+        layout = _running_layout(layout)
+        spec.validate(layout)
+        config = _transformer_config(spec, layout, dtype, sequence_parallel, grouped_experts, overrides or {})
+        chunks = [_build_chunk(spec, layout, config, chunk) for chunk in range(layout.vpp)]
+        return _wrap(chunks, config, dtype, ddp)
+
+
+def unwrap(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """The `GPTModel` inside every chunk, under any of Megatron's wrappers."""
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    unwrapped = []
+    for chunk in chunks:
+        while not hasattr(chunk, "decoder") and isinstance(getattr(chunk, "module", None), nn.Module):
+            chunk = chunk.module
+        unwrapped.append(chunk)
+    return unwrapped
+
+
+def _running_layout(layout: ParallelLayout | None) -> ParallelLayout:
+    running = current_layout()
+    if layout is None:
+        return running
+    expected = dataclasses.replace(running, stage_layers=layout.stage_layers, vocab_multiple=layout.vocab_multiple)
+    if layout != expected:
+        raise LayoutError(f"the running parallel state is {running}, and the model was asked for {layout}")
+    return layout
+
+
+def _transformer_config(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    sequence_parallel: bool | None,
+    grouped_experts: bool,
+    overrides: Mapping[str, Any],
+) -> Any:
+    """Megatron's config: the spec's fields, then what the machine and the layout say, then `overrides`."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    latent_attention = bool(spec.transformer_config.get("multi_latent_attention"))
+    config_class = MLATransformerConfig if latent_attention else TransformerConfig
+    known = {field.name for field in dataclasses.fields(config_class)}
+    _check_overrides(overrides, known)
+    if sequence_parallel is None:
+        sequence_parallel = bool(spec.num_experts) or latent_attention
+    fields: dict[str, Any] = dict(spec.transformer_config)
+    if spec.num_experts:
+        fields.setdefault("moe_token_dispatcher_type", "alltoall")
+        fields["moe_grouped_gemm"] = grouped_experts
+    if not torch.cuda.is_available():
+        fields.update({fusion: False for fusion in _FUSIONS if fusion in known})
+    if "cuda_graph_scope" in known:
+        fields.setdefault("cuda_graph_scope", [])  # Megatron's own default means the same and warns that it is deprecated
+    if layout.vpp > 1:
+        # Batched p2p of interleaved stages mixes up tensors on gloo, silently; the overlapped form is right everywhere.
+        fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)
+    fields.update(
+        num_layers=spec.num_layers,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(layout),
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=sequence_parallel and layout.tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+    )
+    return config_class(**{**fields, **overrides})
+
+
+def _check_overrides(overrides: Mapping[str, Any], known: set[str]) -> None:
+    for name in overrides:
+        if name in _FROM_LAYOUT:
+            raise ValueError(f"override {name!r} contradicts {_FROM_LAYOUT[name]}: set it there")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"override {name!r} is no field of Megatron's TransformerConfig{hint}")
+
+
+def _pipeline_layout(layout: ParallelLayout) -> list[list[str]] | None:
+    """`stage_layers` in Megatron's terms: the kinds of layers of each virtual stage, in model order."""
+    if layout.stage_layers is None or layout.num_stages == 1:
+        return None
+    stages = [["decoder"] * count for count in layout.stage_layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def _build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: int) -> nn.Module:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    vp_stage = chunk if layout.vpp > 1 else None
+    stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),
+        vocab_size=padded_vocab_size(spec.vocab_size, layout.tp, layout.vocab_multiple),
+        pre_process=stage == 0,
+        post_process=stage == layout.num_stages - 1,
+        share_embeddings_and_output_weights=spec.tied_embeddings,
+        vp_stage=vp_stage,
+        **spec.gpt_model,
+    )
+    if spec.rope_inv_freq is not None:
+        _replace_rope(model, spec.rope_inv_freq)
+    model.model_spec, model.parallel_layout = spec, layout
+    if torch.cuda.is_available():
+        model.cuda(torch.cuda.current_device())
+    return model
+
+
+def _replace_rope(model: nn.Module, inv_freq: tuple[float, ...]) -> None:
+    """Set the rotary inverse frequencies `[rotary_dim / 2]`, fp32; Megatron knows only some of HF's scalings."""
+    rotary = getattr(model, "rotary_pos_emb", None)
+    if rotary is None or len(rotary.inv_freq) != len(inv_freq):
+        expected = "no rotary embedding" if rotary is None else f"{len(rotary.inv_freq)} frequencies"
+        raise ValueError(f"rope_inv_freq has {len(inv_freq)} frequencies, the Megatron model has {expected}")
+    rotary.inv_freq = torch.tensor(inv_freq, dtype=torch.float32, device=rotary.inv_freq.device)
+
+
+def _wrap(chunks: list[nn.Module], config: Any, dtype: torch.dtype, ddp: bool | Mapping[str, Any]) -> list[nn.Module]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    if ddp is False:
+        return chunks
+    options = {} if ddp is True else dict(ddp)
+    options.setdefault("grad_reduce_in_fp32", half)
+    ddp_config = DistributedDataParallelConfig(**options)
+    # Buckets overlap communication with the backward pass, of which only the first chunk's end is exposed.
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+    ]

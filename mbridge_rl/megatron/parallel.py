@@ -1,0 +1,207 @@
+"""Process groups: from a `ParallelLayout` to Megatron's parallel state, and back."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.layout import Coordinates, ParallelLayout
+from mbridge_rl.megatron.runtime import megatron_runtime
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+# The rank orders that Megatron-LM itself can be told to use.
+_KNOWN_ORDERS = ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")
+
+
+class _State:
+    """What `initialize_parallel` did in this process, so that it can be read back and undone."""
+
+    layout: ParallelLayout | None = None
+    owns_process_group = False
+
+
+def initialize_parallel(
+    layout: ParallelLayout,
+    *,
+    backend: str | None = None,
+    init_method: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    seed: int = 1234,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+) -> ParallelLayout:
+    """Start `torch.distributed` (unless it runs), Megatron's process groups for `layout`, and Megatron's random states.
+
+    Args:
+        backend: of a new process group; `None` means nccl with a GPU and gloo without.
+        init_method, rank, world_size: of a new process group; `None` reads torchrun's environment (`RANK`, `WORLD_SIZE`,
+            `MASTER_ADDR`, `MASTER_PORT`). A layout of one rank needs neither.
+        seed: of dropout and weight initialisation; pipeline stage `s` uses `seed + 100 * s`, as Megatron-LM does.
+        timeout: of every collective (Megatron rounds it up to minutes for its own groups).
+
+    Returns:
+        `layout`.
+
+    Raises:
+        LayoutError: there are not `layout.world_size` ranks, or Megatron's parallel state exists already. Nothing was started.
+    """
+    with megatron_runtime():
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        if parallel_state.model_parallel_is_initialized():
+            raise LayoutError("Megatron's parallel state is initialised already: call destroy_parallel() first")
+        rank, world_size = _rank_and_world_size(layout, rank, world_size)
+        if world_size != layout.world_size:
+            raise LayoutError(f"{layout} needs {layout.world_size} ranks, found a world of {world_size} (this is rank {rank})")
+        layout.coordinates(rank)  # raises on an order that no world admits
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        if not dist.is_initialized():
+            _start_process_group(backend, init_method, rank, world_size, timeout)
+            _State.owns_process_group = True
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.expert_tp,
+            distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
+            order=layout.order,
+        )
+        stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+        torch.manual_seed(stage_seed)
+        model_parallel_cuda_manual_seed(stage_seed)
+    _State.layout = layout
+    return layout
+
+
+def _rank_and_world_size(layout: ParallelLayout, rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    alone = layout.world_size == 1
+    return _from_environment("RANK", rank, 0 if alone else None), _from_environment(
+        "WORLD_SIZE", world_size, 1 if alone else None
+    )
+
+
+def _from_environment(name: str, given: int | None, default: int | None) -> int:
+    if given is not None:
+        return given
+    found = os.environ.get(name)
+    if found is not None:
+        return int(found)
+    if default is None:
+        raise LayoutError(
+            f"{name} is not set and torch.distributed is not initialised: start with torchrun, or pass "
+            f"rank, world_size and init_method"
+        )
+    return default
+
+
+def _start_process_group(backend: str | None, init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> None:
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    where: dict[str, Any] = {"init_method": init_method}
+    if init_method is None and world_size == 1 and "MASTER_ADDR" not in os.environ:
+        where = {"store": dist.HashStore()}
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **where)
+    _log.debug("rank %d of %d: %s process group is up", rank, world_size, backend)
+
+
+def current_layout(spec_num_layers: int | None = None, stage_layers: tuple[int, ...] | None = None) -> ParallelLayout:
+    """The layout of the running parallel state, whoever initialised it.
+
+    Args:
+        spec_num_layers: if given, the layout is also checked against a model of so many decoder layers.
+        stage_layers: the uneven split of layers, which Megatron's parallel state does not know; `None` means what
+            `initialize_parallel` was given, or an even split.
+
+    Raises:
+        LayoutError: there is no parallel state, its rank order is none that Megatron-LM uses, or the layers don't divide.
+    """
+    with megatron_runtime():
+        from megatron.core import parallel_state as state
+
+        if not state.model_parallel_is_initialized():
+            raise LayoutError("Megatron's parallel state is not initialised: call initialize_parallel(layout)")
+        known = _State.layout if _State.layout is not None and _describes(_State.layout, state) else None
+        sizes = _sizes(state)
+        stage_layers = stage_layers if stage_layers is not None else (known.stage_layers if known else None)
+        vocab_multiple = known.vocab_multiple if known else 1
+        orders = (known.order,) if known else _KNOWN_ORDERS
+        for order in orders:
+            layout = ParallelLayout(**sizes, order=order, stage_layers=stage_layers, vocab_multiple=vocab_multiple)
+            if _describes(layout, state):
+                break
+        else:
+            raise LayoutError(
+                f"the running parallel state ({ParallelLayout(**sizes)}) has a rank order other than {_KNOWN_ORDERS}; "
+                "initialise with initialize_parallel(layout) instead, or pass the layout wherever one is asked for"
+            )
+    if spec_num_layers is not None:
+        layout.stage_of_layer(spec_num_layers)
+    return layout
+
+
+def _sizes(state: Any) -> dict[str, int]:
+    return {
+        "tp": state.get_tensor_model_parallel_world_size(),
+        "pp": state.get_pipeline_model_parallel_world_size(),
+        "vpp": state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "ep": state.get_expert_model_parallel_world_size(),
+        "etp": state.get_expert_tensor_parallel_world_size(),
+        "cp": state.get_context_parallel_world_size(),
+        "dp": state.get_data_parallel_world_size(),
+    }
+
+
+def _describes(layout: ParallelLayout, state: Any) -> bool:
+    """Whether the layout's arithmetic gives the sizes, and the very groups of this rank, that are running."""
+    if any(getattr(layout, axis) != size for axis, size in _sizes(state).items()):
+        return False
+    groups: dict[str, Callable[[], dist.ProcessGroup]] = {
+        "tp": state.get_tensor_model_parallel_group,
+        "cp": state.get_context_parallel_group,
+        "dp": state.get_data_parallel_group,
+        "pp": state.get_pipeline_model_parallel_group,
+        "ep": state.get_expert_model_parallel_group,
+        "etp": state.get_expert_tensor_parallel_group,
+    }
+    dense, expert = ("tp", "cp", "dp", "pp"), ("etp", "ep", "expert_dp", "pp")
+    everywhere = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    own = everywhere[dist.get_rank()]
+    return all(
+        dist.get_process_group_ranks(group()) == _peers(everywhere, own, axis, dense if axis in dense else expert)
+        for axis, group in groups.items()
+    )
+
+
+def _peers(everywhere: list[Coordinates], own: Coordinates, axis: str, axes: tuple[str, ...]) -> list[int]:
+    """Ranks that differ from `own` along `axis` only."""
+    others = [other for other in axes if other != axis]
+    return [
+        rank for rank, place in enumerate(everywhere) if all(getattr(place, other) == getattr(own, other) for other in others)
+    ]
+
+
+def destroy_parallel() -> None:
+    """Undo `initialize_parallel`: Megatron's groups, and `torch.distributed` if it was started there. Harmless twice."""
+    with megatron_runtime():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    if _State.owns_process_group and dist.is_initialized():
+        dist.destroy_process_group()
+    _State.layout, _State.owns_process_group = None, False

@@ -1,0 +1,146 @@
+"""The live Megatron model as a side of a plan: its parameters under global names, and the layout that they follow.
+
+Placement is taken from names and the configuration, never from `partition_dim` and its kin, which Megatron does not set
+reliably (expert biases, down projections).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_rl.core.errors import StateMismatchError, listed
+from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.segments import Side, megatron_side
+from mbridge_rl.megatron.model import unwrap
+from mbridge_rl.megatron.parallel import current_layout
+from mbridge_rl.megatron.runtime import megatron_runtime
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
+_SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+
+
+class LiveParameters(Mapping[str, Tensor]):
+    """This rank's parameters by global `megatron_name`, looked up now; made anew for every transfer.
+
+    A module that carries adapters offers `merged_weight()`; its `weight` is then merged when it is asked for, one tensor at a
+    time (the last one is kept, since the parts of a fused tensor are read one after the other).
+    """
+
+    def __init__(self, model: Sequence[nn.Module], experts_before: int) -> None:
+        self._parameters: dict[str, Tensor] = {}
+        self._merged: dict[str, Callable[[], Tensor]] = {}
+        self._last: tuple[str, Tensor] | None = None
+        for chunk in unwrap(model):
+            first_layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+            for module_name, module in chunk.named_modules():
+                self._add_module(module_name, module, first_layers, experts_before)
+
+    def _add_module(self, module_name: str, module: nn.Module, layers: list[int], experts_before: int) -> None:
+        adapters = getattr(module, "adapter_parameter_names", ())
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in adapters:
+                continue
+            global_name = _global_name(f"{module_name}.{name}" if module_name else name, layers, experts_before)
+            self._parameters[global_name] = parameter
+            if name == "weight" and adapters:
+                self._merged[global_name] = module.merged_weight
+
+    def __getitem__(self, megatron_name: str) -> Tensor:
+        if megatron_name not in self._merged:
+            return self._parameters[megatron_name].detach()
+        if self._last is None or self._last[0] != megatron_name:
+            self._last = (megatron_name, self._merged[megatron_name]().detach())
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def base(self, megatron_name: str) -> Tensor:
+        """The parameter itself, without adapters: what an import writes."""
+        return self._parameters[megatron_name].detach()
+
+    def check(self, side: Side, rank: int) -> None:
+        """Compares names and shapes with what the mapping says this rank holds.
+
+        Raises:
+            StateMismatchError: naming the rank and the parameters that differ.
+        """
+        missing, extra = side.shapes.keys() - self.keys(), self.keys() - side.shapes.keys()
+        if missing or extra:
+            raise StateMismatchError(
+                f"rank {rank}: the Megatron model is not the one of this config: "
+                f"it lacks [{listed(missing)}], it has besides [{listed(extra)}]; build it with AutoBridge.build_model"
+            )
+        for name, shape in side.shapes.items():
+            if tuple(self._parameters[name].shape) != shape:
+                raise StateMismatchError(
+                    f"rank {rank}: {name} has shape {list(self._parameters[name].shape)}, "
+                    f"the config and layout say {list(shape)}; nothing was changed"
+                )
+
+
+def live_side(model: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, rank: int) -> tuple[LiveParameters, Side]:
+    """This rank's live parameters and segments, compared with each other.
+
+    Raises:
+        StateMismatchError: the model does not hold what the mapping says.
+    """
+    at = layout.coordinates(rank)
+    live = LiveParameters(model, experts_before=at.ep * (spec.num_experts or 0) // layout.ep)
+    side = megatron_side(spec, layout, rank)
+    live.check(side, rank)
+    return live, side
+
+
+def layout_of(model: Sequence[nn.Module], spec: ModelSpec) -> ParallelLayout:
+    """The layout of a live model: what `build_model` noted on it or, for a model built elsewhere, the running parallel state
+    with the layer split and the vocabulary padding of the model itself.
+
+    Raises:
+        LayoutError: Megatron was initialised with a rank order that it does not tell (then pass the layout yourself).
+    """
+    first = unwrap(model)[0]
+    if hasattr(first, "parallel_layout"):
+        return first.parallel_layout
+    with megatron_runtime():
+        layout = current_layout()
+        stage_layers = _stage_layers(first.config, layout.pp, len(model))
+    padded = first.vocab_size
+    multiple = 1 if padded == padded_vocab_size(spec.vocab_size, layout.tp) else padded // layout.tp
+    return replace(layout, vpp=len(model), stage_layers=stage_layers, vocab_multiple=multiple)
+
+
+def _stage_layers(config: Any, pp: int, vpp: int) -> tuple[int, ...]:
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    return tuple(
+        get_num_layers_to_build(config, vp_stage=chunk if vpp > 1 else None, pp_rank=rank)
+        for chunk in range(vpp)
+        for rank in range(pp)
+    )
+
+
+def model_dtype(model: Sequence[nn.Module]) -> torch.dtype:
+    """The dtype that the model was built with; parameters that Megatron keeps in fp32 are cast to it on export."""
+    return unwrap(model)[0].config.params_dtype
+
+
+def world_rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _global_name(local_name: str, layers: list[int], experts_before: int) -> str:
+    name = _LAYER.sub(lambda found: f"decoder.layers.{layers[int(found[1])]}.", local_name)
+    name = _GROUPED_EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + experts_before}", name)
+    return _SEQUENTIAL_EXPERT.sub(lambda found: f".experts.{found[2]}.weight{int(found[1]) + experts_before}", name)
