@@ -1,11 +1,12 @@
 """Additive digests: equality of two tensors, proven from pieces that never meet.
 
-    digest(T) = sum over rows r of R[r] * sum over columns c of mix(T[r, c] * C[c])      (mod 2^64)
+    digest(T) = sum over rows r of R[r] * sum over columns c of C[c] * fold(T[r, c])      (mod 2^64)
 
-`mix(x) = x ^ (x >> 29)`; `C` and `R` are odd constants drawn by splitmix64 (Steele, Lea, Flood 2014) from the column and the
-row. The sum makes the digests of disjoint pieces add up, whoever computes them and in whatever order; the constants tie every
-value to its position in the HF tensor; the xor-shift keeps two flipped sign bits from cancelling. It guards against mistakes
-and faults, not against an adversary.
+`C` and `R` are odd constants drawn by splitmix64 (Steele, Lea, Flood 2014) from the column and the row, so that every value is
+tied to its place in the HF tensor and the digests of disjoint pieces add up, whoever computes them and in whatever order.
+`fold(x) = x ^ (x >> 32)` of a word's bits keeps the top bit of 8-byte words from cancelling: 2^63 times any odd constant is
+2^63, so that two flipped signs would vanish; folded, each also flips bit 31, whose weight depends on its place. Shorter words
+are their own fold. It guards against mistakes and faults, not against an adversary.
 
 The word is one element, or `word_elements` neighbours read as one integer where both sides' cuts allow it (8-byte words are
 several times faster on 2-byte dtypes).
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor
 
 _CHUNK_WORDS = 1 << 16  # 512 KiB of int64 temporaries: stays in a core's cache
-_LOW_BITS = (1 << 35) - 1  # of x >> 29: torch's shift is arithmetic, the mask makes it logical
+_LOW_BITS = (1 << 32) - 1  # torch's shift is arithmetic, the mask makes it logical
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_UNSIGNED_MASK = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF}
+_UNSIGNED_MASK = {2: 0xFFFF, 4: 0xFFFFFFFF}
 
 
 def digest(tensor: Tensor, word_elements: int = 1) -> int:
@@ -49,6 +50,8 @@ def digest_strided(values: Tensor, *, columns: int, offset: int = 0, strides: Se
         raise ValueError(f"{len(strides)} strides given for a part of {values.dim()} dimensions {tuple(values.shape)}")
     if values.numel() == 0:
         return 0
+    if values.dim() == 0:
+        values, strides = values.view(1), (1,)
     row_dims = [dim for dim, stride in enumerate(strides) if values.shape[dim] > 1 and stride % columns == 0 and stride]
     column_dims = [dim for dim in range(values.dim()) if dim not in row_dims]
     column_dims.sort(key=lambda dim: (values.shape[dim] > 1, -strides[dim] if values.shape[dim] > 1 else 0))
@@ -110,11 +113,11 @@ def _digest_matrix(matrix: Tensor, rows: np.ndarray, cols: np.ndarray, word_elem
     total = torch.zeros((), dtype=torch.int64, device=device)
     first = 0
     for block in _row_blocks(matrix, len(rows), step):
+        folded = _folded_words(block, word_elements)
         for start in range(0, len(cols), _CHUNK_WORDS):
-            words = _words(block, word_elements)[:, start : start + _CHUNK_WORDS]
-            mixed = words * column_constants[start : start + _CHUNK_WORDS]
-            mixed ^= (mixed >> 29) & _LOW_BITS
-            total += (mixed.sum(1) * row_constants[first : first + len(words)]).sum()
+            words = folded[:, start : start + _CHUNK_WORDS]
+            row_sums = (words * column_constants[start : start + _CHUNK_WORDS]).sum(1)
+            total += (row_sums * row_constants[first : first + len(words)]).sum()
         first += len(block)
     return int(total.item()) % (1 << 64)
 
@@ -130,21 +133,24 @@ def _row_blocks(matrix: Tensor, num_rows: int, step: int) -> list[Tensor]:
     return list(flat.split(step))
 
 
-def _words(block: Tensor, word_elements: int) -> Tensor:
-    """`[rows, words]` int64: the bit patterns, zero-extended."""
+def _folded_words(block: Tensor, word_elements: int) -> Tensor:
+    """`[rows, words]` int64: the bit patterns, zero-extended and folded."""
     block = block.detach().contiguous()
     size = block.element_size() * word_elements
     if size not in _INTEGER_OF_SIZE:
         raise ValueError(f"{word_elements} elements of {block.dtype} are {size} bytes, no word of 1, 2, 4 or 8")
     if block.data_ptr() % size:  # a view of another dtype needs its alignment
         block = block.clone()
-    words = block.view(_INTEGER_OF_SIZE[size]).to(torch.int64)
-    return words & _UNSIGNED_MASK[size] if size in (2, 4) else words
+    words = block.view(_INTEGER_OF_SIZE[size])
+    if size == 8:
+        return words ^ ((words >> 32) & _LOW_BITS)
+    words = words.to(torch.int64)
+    return words & _UNSIGNED_MASK[size] if size > 1 else words
 
 
 def _constants(positions: np.ndarray, salt: int, device: torch.device) -> Tensor:
     first, last = int(positions[0]), int(positions[-1])
-    if last - first + 1 == len(positions):
+    if last - first + 1 == len(positions) and np.all(positions[1:] - positions[:-1] == 1):
         return _constant_run(first, last + 1, salt, device)
     return torch.from_numpy(_splitmix64(positions, salt)).to(device)
 

@@ -109,27 +109,44 @@ def compile_plan(hf_shapes: Mapping[str, Shape], sources: Mapping[int, Side], ta
     """
     held_boxes = _holders(sources)
     wanted = _by_hf_name(targets)
-    load: dict[int, int] = dict.fromkeys(sources, 0)
+    owners = _share(held_boxes, wanted, sources)
     copies: list[Copy] = []
     for hf_name, segments in ((hf_name, wanted[hf_name]) for hf_name in hf_shapes if hf_name in wanted):
-        owner = _Owners(load)
         strides = contiguous_strides(hf_shapes[hf_name])
-        held = held_boxes.get(hf_name, {})
-        copies += _coalesced(copy for rank, segment in segments for copy in _fill(rank, segment, held, strides, owner))
+        held = {box: holders[owners[hf_name, frozenset(holders)]] for box, holders in held_boxes.get(hf_name, {}).items()}
+        copies += _coalesced(copy for rank, segment in segments for copy in _fill(rank, segment, held, strides))
     padded_names = {rank: side.padded_names for rank, side in targets.items()}
     return Plan({name: shape for name, shape in hf_shapes.items() if name in wanted}, tuple(copies), padded_names)
 
 
-Holders = dict[Box, dict[int, Segment]]
+Held = tuple[int, Segment]
 
 
-def _holders(sides: Mapping[int, Side]) -> dict[str, Holders]:
+def _holders(sides: Mapping[int, Side]) -> dict[str, dict[Box, dict[int, Held]]]:
     """Who holds each box of each HF tensor; a rank that holds a box twice (tied embeddings) counts once."""
-    holders: dict[str, Holders] = defaultdict(dict)
+    holders: dict[str, dict[Box, dict[int, Held]]] = defaultdict(dict)
     for rank, side in sides.items():
         for segment in side.segments:
-            holders[segment.hf_name].setdefault(segment.box, {}).setdefault(rank, segment)
+            holders[segment.hf_name].setdefault(segment.box, {}).setdefault(rank, (rank, segment))
     return holders
+
+
+def _share(
+    held_boxes: Mapping[str, Mapping[Box, Mapping[int, Held]]], wanted: Iterable[str], ranks: Iterable[int]
+) -> dict[tuple[str, frozenset[int]], int]:
+    """Who sends what, where several could: the largest pieces first, each to the least loaded of its holders (Graham's LPT
+    rule). Boxes of one HF tensor that the same ranks hold stay together, so that the groups of a fused tensor travel as one.
+    """
+    volumes: dict[tuple[str, frozenset[int]], int] = defaultdict(int)
+    for hf_name in wanted:
+        for box, holders in held_boxes.get(hf_name, {}).items():
+            volumes[hf_name, frozenset(holders)] += box.volume
+    load = dict.fromkeys(ranks, 0)
+    owners = {}
+    for piece, volume in sorted(volumes.items(), key=lambda item: (len(item[0][1]) > 1, -item[1])):
+        owners[piece] = min(piece[1], key=lambda rank: (load[rank], rank))
+        load[owners[piece]] += volume
+    return owners
 
 
 def _by_hf_name(sides: Mapping[int, Side]) -> dict[str, list[tuple[int, Segment]]]:
@@ -140,32 +157,14 @@ def _by_hf_name(sides: Mapping[int, Side]) -> dict[str, list[tuple[int, Segment]
     return grouped
 
 
-class _Owners:
-    """Picks who sends, for one HF tensor: the least loaded holder, the same one for boxes that the same ranks hold, so that
-    the groups of a fused tensor travel as one strided copy."""
-
-    def __init__(self, load: dict[int, int]) -> None:
-        self._load = load
-        self._chosen: dict[frozenset[int], int] = {}
-
-    def pick(self, holders: Mapping[int, Segment], volume: int) -> int:
-        ranks = frozenset(holders)
-        if ranks not in self._chosen:
-            self._chosen[ranks] = min(ranks, key=lambda rank: (self._load[rank], rank))
-        self._load[self._chosen[ranks]] += volume
-        return self._chosen[ranks]
-
-
-def _fill(rank: int, target: Segment, held: Holders, hf_strides: Shape, owner: _Owners) -> Iterator[Copy]:
+def _fill(rank: int, target: Segment, held: Mapping[Box, Held], hf_strides: Shape) -> Iterator[Copy]:
     """Copies that cover `target` exactly once."""
     covered = 0
-    for box, holders in held.items():
+    for box, (source_rank, source) in held.items():
         overlap = target.box.intersect(box)
         if overlap is None:
             continue
         covered += overlap.volume
-        source_rank = owner.pick(holders, overlap.volume)
-        source = holders[source_rank]
         yield Copy(
             source_rank,
             rank,
