@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import os
 import select
 import signal
@@ -26,6 +27,13 @@ import torch.distributed as dist
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 3.0
+_IMPORTED_BEFORE_THE_FORK = (
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "torch._dynamo",  # torch.optim imports it at the first optimizer
+)
 
 
 class RankError(AssertionError):
@@ -63,10 +71,8 @@ def _import_megatron() -> None:
     from mbridge_rl.megatron.runtime import megatron_runtime
 
     with megatron_runtime():
-        import megatron.core.distributed
-        import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.optimizer
-        import megatron.core.pipeline_parallel  # noqa: F401
+        for name in _IMPORTED_BEFORE_THE_FORK:
+            importlib.import_module(name)
 
 
 def _run_rank(

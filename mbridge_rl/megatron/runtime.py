@@ -130,6 +130,8 @@ def _quiet_megatron() -> Iterator[None]:
     """Megatron warns of missing CUDA kernels, which is what this runtime is about, and calls torch by names due to change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+        # Recomputation looks at the gradients of non-leaves; our mode is the caller that torch sees.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"mbridge_rl\.megatron\.cpu_device")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
         yield
 

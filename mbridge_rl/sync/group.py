@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mbridge_rl.sync.errors import SyncError
+
 
 class RankGroup:
     """All trainer ranks, or this process alone where torch.distributed is not initialised."""
@@ -42,7 +44,7 @@ class RankGroup:
         """Runs `action` on rank 0; every rank returns when it is done, or raises what it raised.
 
         Raises:
-            RuntimeError: on the other ranks, where rank 0 failed.
+            SyncError: on the other ranks, where rank 0 failed.
         """
         failure: Exception | None = None
         if self.rank == 0:
@@ -54,7 +56,7 @@ class RankGroup:
         if failure is not None:
             raise failure
         if failed.item():
-            raise RuntimeError(f"rank {self.rank}: rank 0 failed; its own error says why")
+            raise SyncError(f"rank {self.rank}: rank 0 failed; its own error says why")
 
     def gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value`. For the one-time handshake only, never for payload."""

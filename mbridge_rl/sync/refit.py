@@ -25,7 +25,8 @@ from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import SyncError
 from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.vllm.compatibility import config_summary, metadata_fingerprint
+from mbridge_rl.sync.vllm.compatibility import config_summary
+from mbridge_rl.sync.vllm.engine import init_info
 from mbridge_rl.sync.vllm.landing import HFTensor
 
 _log = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ class EngineClient(Protocol):
     """What a sync asks of an engine: vLLM's weight-transfer calls (`sync.vllm.engine` has two implementations)."""
 
     def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None: ...
-    def start_weight_update(self, version: int) -> None: ...
+    def start_weight_update(self) -> None: ...
     def update_weights(self, update_info: Mapping[str, Any]) -> None: ...
-    def finish_weight_update(self, version: int) -> Mapping[str, Any]: ...
+    def finish_weight_update(self, weight_version: str) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class WeightSync:
         """
         started = time.perf_counter()
         live, _ = live_side(self._model, self._spec, self._layout, self._group.rank)
-        self._on_engine(lambda client: client.start_weight_update(version))
+        self._on_engine(lambda client: client.start_weight_update())
         digests: dict[str, int] = {}
         loading: Future[None] | None = None
         for index, bucket in enumerate(self._buckets):
@@ -134,7 +135,7 @@ class WeightSync:
                 loading = self._loading.submit(self._client.update_weights, self._update_info(bucket, half, of_bucket, version))
         self._agree(torch.zeros(0, dtype=torch.int64), _failure_of(loading), version)
         engine_report: dict[str, Any] = {}
-        self._on_engine(lambda client: engine_report.update(client.finish_weight_update(version)))
+        self._on_engine(lambda client: engine_report.update(client.finish_weight_update(str(version))))
         report = SyncReport(
             version=version,
             tensors=len(self._plan.hf_shapes),
@@ -177,19 +178,10 @@ class WeightSync:
         if self._client is None:
             raise SyncError("rank 0 has no engine client: give WeightSync(client=...) an engine there")
         metadata = [HFTensor(hf_name, self._dtype, shape) for hf_name, shape in self._plan.hf_shapes.items()]
-        self._fingerprint = metadata_fingerprint(metadata)
-        self._client.init_weight_transfer_engine(
-            {
-                "names": [tensor.hf_name for tensor in metadata],
-                "dtypes": [_dtype_name(self._dtype)] * len(metadata),
-                "shapes": [list(tensor.shape) for tensor in metadata],
-                "fingerprint": self._fingerprint,
-                "config": config_summary(hf_config),
-                "arena_path": self._arena.path,
-                "arena_nbytes": self._arena.nbytes,
-                "verify": self._verify,
-            }
-        )
+        info = init_info(metadata, config_summary(hf_config))
+        arena = {"arena_path": self._arena.path, "arena_nbytes": self._arena.nbytes, "verify": self._verify}
+        self._fingerprint = info["fingerprint"]
+        self._client.init_weight_transfer_engine(info | arena)
 
     def _fill(self, bucket: Bucket, half: int, live: Mapping[str, Tensor]) -> Tensor:
         """Writes this rank's rectangles of `bucket`; returns its share of every slot's digest, int64 `[slots]`."""
@@ -238,7 +230,3 @@ class WeightSync:
 def _failure_of(loading: Future[None] | None) -> BaseException | None:
     """Waits for the engine to have loaded the bucket before; its half may then be overwritten."""
     return None if loading is None else loading.exception(timeout=LOAD_TIMEOUT_SECONDS)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

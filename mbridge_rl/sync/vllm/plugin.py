@@ -1,0 +1,18 @@
+"""What vLLM calls in each of its processes (entry point group `vllm.general_plugins`)."""
+
+from __future__ import annotations
+
+from mbridge_rl.sync.vllm import cpu_weights
+
+
+def register() -> None:
+    """Make the weight-transfer backend "mbridge" known to vLLM, and its CPU weights refittable. Idempotent."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
+
+    if cpu_weights.BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            cpu_weights.BACKEND, "mbridge_rl.sync.vllm.backend", "SharedMemoryEngine"
+        )
+    if current_platform.is_cpu():
+        cpu_weights.install()

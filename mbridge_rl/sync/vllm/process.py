@@ -1,0 +1,233 @@
+"""A vLLM engine in a process of its own, with the interface of `InProcessEngine`.
+
+Calls and metadata go through a socket pair; weights through shared memory (`sync.arena`). The child is a fresh interpreter,
+started by command line rather than by `multiprocessing`, which would import the user's main script a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from mbridge_rl.sync.errors import EngineProcessError
+from mbridge_rl.sync.vllm.engine import Completion
+from mbridge_rl.sync.vllm.worker_calls import described, rebuilt
+
+logger = logging.getLogger(__name__)
+
+_READY = -1  # the reply id under which a child reports that its engine is up
+_LOG_LINES = 30
+
+
+class EngineProcess:
+    """An `InProcessEngine` in a child process, which ends when this one does.
+
+    `start` returns at once, so that the trainer can be built meanwhile; the first call waits for the engine.
+
+    Args:
+        model_dir: see `InProcessEngine`, which gets `engine_args` too.
+        start_timeout: seconds until the engine must be up.
+        call_timeout: seconds until a call must be answered.
+        environment: variables for the child on top of this process's.
+        log_path: the child's output; default: a temporary file, shown when the child fails.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        start_timeout: float = 300.0,
+        call_timeout: float = 600.0,
+        environment: Mapping[str, str] | None = None,
+        log_path: str | Path | None = None,
+        **engine_args: Any,
+    ) -> None:
+        self._settings = {"model_dir": str(model_dir), **engine_args}
+        self._start_timeout, self._call_timeout = start_timeout, call_timeout
+        self._environment = dict(environment or {})
+        self._log = Path(log_path) if log_path else Path(tempfile.mkstemp(prefix="mbridge_rl-engine-", suffix=".log")[1])
+        self._keeps_log = log_path is not None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._ready = False
+        self._calls = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> EngineProcess:
+        """Launch the child and return at once."""
+        if self._process is not None:
+            return self
+        mine, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "mbridge_rl.sync.vllm.process", str(theirs.fileno()), json.dumps(self._settings)]
+        with theirs, self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self._environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                start_new_session=True,  # so that its own workers can be ended with it
+            )
+        self._connection = Connection(mine.detach())
+        return self
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until the engine is up.
+
+        Raises:
+            EngineProcessError: it died, or is not up in time; with the end of its log.
+        """
+        self.start()
+        with self._lock:
+            self._wait_ready(timeout)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        """See `InProcessEngine.generate`."""
+        return self._call("generate", [list(prompt) for prompt in prompts], **options)
+
+    @property
+    def weight_version(self) -> int:
+        """The version that is being served, or was last."""
+        return self._call("weight_version")
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", init_info)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
+        return self._call("finish_weight_update", weight_version)
+
+    def reset_prefix_cache(self) -> None:
+        self._call("reset_prefix_cache")
+
+    def close(self, timeout: float = 20.0) -> None:
+        """End the child, by force if it does not go within `timeout` seconds. Idempotent."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._connection is not None:
+            self._connection.close()  # the child ends at the end of its input
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout if self._ready else 0.0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not self._keeps_log:
+            self._log.unlink(missing_ok=True)
+
+    def __enter__(self) -> EngineProcess:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self.start()
+        with self._lock:
+            self._wait_ready(None)
+            self._calls += 1
+            call = self._calls
+            assert self._connection is not None
+            try:
+                self._connection.send((call, method, args, kwargs))
+            except OSError as error:
+                raise self._failed(f"is gone, so that {method} could not be called") from error
+            return self._reply(call, self._call_timeout, f"did not answer {method}")
+
+    def _wait_ready(self, timeout: float | None) -> None:
+        if not self._ready:
+            self._reply(_READY, self._start_timeout if timeout is None else timeout, "was not up")
+            self._ready = True
+
+    def _reply(self, call: int, timeout: float, complaint: str) -> Any:
+        """The answer to `call`; late answers to calls that had timed out are passed over."""
+        assert self._connection is not None
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                    raise self._failed(f"{complaint} within {timeout:g} s")
+                answered, succeeded, result = self._connection.recv()
+            except (EOFError, OSError) as error:
+                raise self._failed("died") from error
+            if answered != call:
+                continue
+            if not succeeded:
+                raise rebuilt(result)
+            return result
+
+    def _failed(self, what: str) -> EngineProcessError:
+        code = None if self._process is None else self._process.poll()
+        ended = "" if code is None else f" (exit status {code})"
+        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self._log.exists() else []
+        return EngineProcessError(f"the engine process {what}{ended}. The end of its log:\n" + "\n".join(lines))
+
+
+def _serve(connection: Connection, settings: dict[str, Any]) -> None:
+    """The child: build the engine, then answer calls until the connection ends."""
+    from mbridge_rl.sync.vllm.engine import InProcessEngine
+
+    try:
+        engine = InProcessEngine(**settings)
+    except Exception as error:
+        connection.send((_READY, False, described(error)))
+        raise
+    connection.send((_READY, True, None))
+    while True:
+        try:
+            call, method, args, kwargs = connection.recv()
+        except EOFError:
+            break
+        try:
+            member = getattr(engine, method)
+            reply = (call, True, member(*args, **kwargs) if callable(member) else member)
+        except Exception as error:
+            logger.exception("%s failed", method)
+            reply = (call, False, described(error))
+        connection.send(reply)
+    engine.close()
+
+
+def _end_with_parent() -> None:
+    """Watch for the parent's death from a thread: the main thread may be deep inside of a generation."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def main() -> None:
+    """Entry point of the child process: file descriptor of its socket, and the engine's settings as JSON."""
+    logging.basicConfig(level=logging.WARNING)
+    _end_with_parent()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _serve(Connection(int(sys.argv[1])), json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's teardown at interpreter exit takes seconds and has nothing left to do
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Functions that run in each vLLM worker on behalf of `engine.py`, by `LLM.collective_rpc`.
+
+They return errors instead of raising them. vLLM's multi-process executor stops reading at the first worker's failure and
+leaves the other workers' answers in their queues, where the next call would take them for its own; and an error that crosses
+to it arrives as bare text.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mbridge_rl.core import errors as core_errors
+from mbridge_rl.sync import errors as sync_errors
+from mbridge_rl.sync.errors import EngineProcessError, SyncError
+
+if TYPE_CHECKING:
+    from mbridge_rl.sync.vllm.backend import SharedMemoryEngine
+
+Answer = tuple[bool, Any]  # (True, result) or (False, described error)
+
+
+def described(error: BaseException) -> tuple[str, str]:
+    """An error as text that crosses processes: the name of its type, and its message."""
+    return type(error).__name__, str(error)
+
+
+def rebuilt(description: tuple[str, str]) -> Exception:
+    """The error again: of its own type where that is ours or a builtin one, else an `EngineProcessError` that names it."""
+    name, message = description
+    for module in (sync_errors, core_errors, builtins):
+        kind = getattr(module, name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            return kind(message)
+    return EngineProcessError(f"{name}: {message}")
+
+
+def answering(worker: Any, call: Callable[..., Any], *args: Any) -> Answer:
+    """Run `call(worker, *args)` in a worker."""
+    try:
+        return True, call(worker, *args)
+    except Exception as error:  # every error has to cross as a value; see above
+        return False, described(error)
+
+
+def results_of(answers: Iterable[Answer]) -> list[Any]:
+    """All workers' results.
+
+    Raises:
+        Exception: the first worker's error, as it was raised there.
+    """
+    answers = list(answers)
+    for succeeded, result in answers:
+        if not succeeded:
+            raise rebuilt(result)
+    return [result for _, result in answers]
+
+
+def backend_of(worker: Any) -> SharedMemoryEngine:
+    """The worker's weight-transfer engine, if it is ours."""
+    from mbridge_rl.sync.vllm.backend import SharedMemoryEngine
+
+    engine = worker.weight_transfer_engine
+    if not isinstance(engine, SharedMemoryEngine):
+        raise SyncError(f"this engine's weight transfer is {type(engine).__name__}, expected backend 'mbridge'")
+    return engine
+
+
+def initialize(worker: Any, init_info: dict[str, Any]) -> None:
+    worker.init_weight_transfer_engine(init_info)
+
+
+def start(worker: Any) -> None:
+    """Start an update; one that is still open is dropped first."""
+    _inner(worker)._weight_update_active = False
+    worker.start_weight_update()
+
+
+def update(worker: Any, update_info: dict[str, Any]) -> None:
+    worker.update_weights(update_info)
+
+
+def finish(worker: Any) -> dict[str, Any] | None:
+    try:
+        worker.finish_weight_update()
+    finally:  # vLLM leaves the flag set when finishing fails, and would refuse the next start
+        _inner(worker)._weight_update_active = False
+    return backend_of(worker).report
+
+
+def abandon(worker: Any, reason: str) -> None:
+    """Drop an open update, because another worker or its sender failed."""
+    _inner(worker)._weight_update_active = False
+    backend_of(worker).receiver.abort(reason)
+
+
+def unusable(worker: Any) -> str | None:
+    return backend_of(worker).receiver.unusable
+
+
+def shared_memory_ident(_: Any) -> str | None:
+    """The part of their names that tells this engine's shared-memory files from others'; None in a single worker."""
+    return os.environ.get("VLLM_DIST_IDENT")
+
+
+def receive(worker: Any, version: int, batch: list[tuple[str, Tensor]], digests: Mapping[str, int] | None) -> None:
+    """One batch of an update in process: the tensors are handed over as they are."""
+    if not _inner(worker)._weight_update_active:
+        raise SyncError("start_weight_update must be called first")
+    try:
+        backend_of(worker).receive_tensors(version, batch, digests)
+    except BaseException:
+        _inner(worker)._weight_update_active = False
+        raise
+
+
+def _inner(worker: Any) -> Any:
+    return getattr(worker, "worker", worker)  # vLLM's wrapper forwards reads only
+
+
+def in_workers(llm: Any, call: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `call(worker, *args)` in all workers of an `LLM` and return their results, or raise the first error."""
+    return results_of(llm.collective_rpc(answering, args=(call, *args)))

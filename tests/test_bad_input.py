@@ -1,0 +1,188 @@
+"""Bad input: each a clear error that says what and where, before any weight was changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import save_file
+from tiny import hf_state, tiny_checkpoint, tiny_config
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError, UnsupportedModelError
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.parallel import initialize_parallel
+
+Damage = Callable[[Path], None]
+
+
+def rewrite(change: Callable[[dict[str, torch.Tensor]], None]) -> Damage:
+    def damage(directory: Path) -> None:
+        state = hf_state(directory)
+        change(state)
+        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def truncate(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def change_config(**fields: object) -> Damage:
+    def damage(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return damage
+
+
+def lose_a_shard(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}})
+    )
+
+
+QKV = "model.layers.1.self_attn.q_proj.weight"
+DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
+    "missing": (rewrite(lambda state: state.pop(QKV)), StateMismatchError, f"missing {QKV}"),
+    "extra": (rewrite(lambda state: state.update(extra=torch.zeros(2))), StateMismatchError, "unexpected extra"),
+    "shape": (
+        rewrite(lambda state: state.update({QKV: torch.zeros(3, 64)})),
+        StateMismatchError,
+        rf"{QKV} has shape \[3, 64\], the config says \[64, 64\]",
+    ),
+    "dtype": (
+        rewrite(lambda state: state.update({QKV: torch.zeros(64, 64, dtype=torch.int8)})),
+        StateMismatchError,
+        f"{QKV} is torch.int8",
+    ),
+    "truncated": (truncate, CheckpointError, "model.safetensors is truncated or corrupt"),
+    "lost shard": (lose_a_shard, CheckpointError, "model-00002-of-00002.safetensors is missing"),
+    "other config": (
+        change_config(intermediate_size=144),
+        StateMismatchError,
+        r"gate_proj.weight has shape \[136, 64\], the config says \[144, 64\]",
+    ),
+}
+
+
+def load_damaged(rank: int, directory: Path) -> tuple[str, str, bool]:
+    """Loads good weights, then the damaged checkpoint; returns the error and whether the weights are still the good ones."""
+    initialize_parallel(ParallelLayout(tp=2))
+    bridge = AutoBridge.from_pretrained(directory)
+    model = bridge.build_model()
+    before = [parameter.detach().clone() for chunk in model for parameter in chunk.parameters()]
+    try:
+        bridge.load_weights(model)
+    except Exception as error:
+        after = [parameter for chunk in model for parameter in chunk.parameters()]
+        return type(error).__name__, str(error), all(map(torch.equal, before, after))
+    return "", "no error", False
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoints_change_nothing(name: str, tmp_path: Path) -> None:
+    damage, error, message = DAMAGES[name]
+    directory, _ = tiny_checkpoint(tmp_path, "qwen2")
+    damage(directory)
+    for found, text, untouched in run_ranks(load_damaged, 2, directory):
+        assert found == error.__name__, text
+        assert untouched
+        assert re.search(message, text), text
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        AutoBridge.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nothing-that-exists"}')
+    with pytest.raises(CheckpointError, match="Transformers cannot read it"):
+        AutoBridge.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a directory nor a repository"):
+        AutoBridge.from_pretrained("nobody/has-this-model")
+
+
+def test_unsupported_architecture_names_the_nearest() -> None:
+    config = tiny_config("qwen3")
+    config.architectures = ["Qwen4ForCausalLM"]
+    with pytest.raises(UnsupportedModelError, match=r"no bridge for Qwen4ForCausalLM; supported: .*; the nearest is Qwen"):
+        AutoBridge.from_config(config)
+    config.architectures = None
+    with pytest.raises(UnsupportedModelError, match="names no architecture"):
+        AutoBridge.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        (
+            "qwen3",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "rope type 'yarn' is not supported",
+        ),
+    ],
+)
+def test_unsupported_features_are_named(variant: str, fields: dict, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        AutoBridge.from_config(tiny_config(variant, **fields))
+
+
+def test_quantized_checkpoints_are_named() -> None:
+    config = tiny_config("llama")
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(UnsupportedModelError, match="quantization_config"):
+        AutoBridge.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (ParallelLayout(tp=8), r"4 groups \(KV heads\) do not divide by tp=8"),
+        (ParallelLayout(pp=3), "4 layers do not divide"),
+        (ParallelLayout(ep=3, dp=3), "8 experts do not divide by ep=3"),
+    ],
+)
+def test_impossible_layouts_are_refused_before_a_model_is_built(layout: ParallelLayout, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        AutoBridge.from_config(tiny_config("qwen3-moe")).spec.validate(layout)
+
+
+def test_shards_of_another_layout(tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    bridge = AutoBridge.from_pretrained(directory)
+    shards = bridge.shard(hf_state(directory), ParallelLayout(tp=2))
+    with pytest.raises(StateMismatchError, match=r"ranks 0\.\.3, the shards are of ranks \[0, 1\]"):
+        bridge.unshard(shards, ParallelLayout(tp=4))
+    with pytest.raises(StateMismatchError, match="rank 0: missing"):
+        bridge.unshard(shards, ParallelLayout(pp=2))
+    shards[1]["output_layer.weight"] = torch.zeros(3, 64)
+    with pytest.raises(StateMismatchError, match=r"rank 1: output_layer.weight has shape \[3, 64\]"):
+        bridge.unshard(shards, ParallelLayout(tp=2))
+
+
+def save_over(rank: int, directory: Path) -> list[str]:
+    initialize_parallel(ParallelLayout(tp=2))
+    bridge = AutoBridge.from_pretrained(directory)
+    model = bridge.build_model()
+    bridge.load_weights(model)
+    bridge.save_pretrained(model, directory / "saved", shard_bytes=1 << 18)
+    bridge.save_pretrained(model, directory / "saved")
+    return sorted(path.name for path in (directory / "saved").iterdir())
+
+
+def test_saving_over_an_older_checkpoint_leaves_no_mixture(tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    (directory / "tokenizer.json").write_text("{}")
+    for names in run_ranks(save_over, 2, directory):
+        assert [name for name in names if name.startswith("model")] == ["model.safetensors"]
+        assert {"config.json", "tokenizer.json"} <= set(names)
