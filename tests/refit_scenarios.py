@@ -1,0 +1,501 @@
+"""What `test_vllm_refit.py` runs beside a real vLLM engine, in an interpreter of its own (see `interpreter.py`)."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mbridge_rl.core.digest import combine, digest
+from mbridge_rl.sync.arena import Arena, aligned
+from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, EngineUnusable, IncompleteSync, SyncError
+from mbridge_rl.sync.vllm.compatibility import config_summary
+from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine, init_info
+from mbridge_rl.sync.vllm.landing import HFTensor
+
+PROMPTS = [[5, 9, 33, 100, 514], [11, 22, 33, 44, 55, 66, 77, 514], [400]]
+FAMILIES = ("qwen3", "llama_tied", "qwen2_tied", "qwen3_moe")
+VOCABULARY = 515  # odd, so that vLLM pads it
+
+
+def make_checkpoints(directory: Path) -> None:
+    """Two random checkpoints, A and B, of each family."""
+    import transformers
+
+    dense: dict[str, Any] = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=None,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
+    experts = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True, decoder_sparse_step=1)
+    configs = {
+        "qwen3": transformers.Qwen3Config(**dense, head_dim=32),
+        "llama_tied": transformers.LlamaConfig(**dense | {"tie_word_embeddings": True}),
+        "qwen2_tied": transformers.Qwen2Config(**dense | {"tie_word_embeddings": True}),  # its attention has biases
+        "qwen3_moe": transformers.Qwen3MoeConfig(**dense, **experts, head_dim=32),
+    }
+    for name, config in configs.items():
+        for seed, tag in enumerate("AB"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            _randomize(model, seed)
+            model.save_pretrained(directory / name / tag)
+
+
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights so large that logits differ, and no parameter at its neutral initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 0.5 if "embed" in name else 1.2 * parameter.shape[-1] ** -0.5
+            parameter.copy_(scale * noise if parameter.ndim > 1 else float("norm" in name) + 0.2 * noise)
+
+
+# What the interpreter keeps between scenarios: engines are started once.
+
+
+@cache
+def engine_of(directory: Path, family: str) -> InProcessEngine:
+    return InProcessEngine(directory / family / "A", max_model_len=64, max_num_seqs=8)
+
+
+@cache
+def weights_of(directory: Path, family: str, tag: str) -> dict[str, Tensor]:
+    return load_file(directory / family / tag / "model.safetensors")
+
+
+@cache
+def fresh_completions(directory: Path, family: str, tag: str) -> list[Completion]:
+    with InProcessEngine(directory / family / tag, max_model_len=64, max_num_seqs=8) as engine:
+        return greedy(engine)
+
+
+def metadata_of(weights: dict[str, Tensor]) -> list[HFTensor]:
+    return [HFTensor(hf_name, tensor.dtype, tuple(tensor.shape)) for hf_name, tensor in weights.items()]
+
+
+def config_of(directory: Path, family: str) -> dict[str, Any]:
+    import transformers
+
+    return config_summary(transformers.AutoConfig.from_pretrained(directory / family / "A"))
+
+
+def greedy(engine: Any) -> list[Completion]:
+    return engine.generate(PROMPTS, temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+def without_versions(completions: list[Completion]) -> list[tuple[list[int], list[float]]]:
+    return [(completion.tokens, completion.logprobs) for completion in completions]
+
+
+def prepared(directory: Path, family: str) -> InProcessEngine:
+    engine = engine_of(directory, family)
+    engine.prepare(metadata_of(weights_of(directory, family, "A")), config_of(directory, family))
+    return engine
+
+
+def parameters_of(engine: InProcessEngine) -> dict[str, Tensor]:
+    return {name: parameter.clone() for name, parameter in engine.receiver.model.named_parameters()}
+
+
+def assert_serves(engine: Any, directory: Path, family: str, tag: str) -> None:
+    """Greedy tokens and log-probs are exactly those of an engine started from that checkpoint."""
+    assert without_versions(greedy(engine)) == without_versions(fresh_completions(directory, family, tag))
+
+
+class Sender:
+    """A trainer's end: weights into an arena, batch by batch, over the five weight-sync methods of any client."""
+
+    def __init__(self, client: Any, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+        self.client, self.metadata = client, metadata_of(weights)
+        self.arena = Arena.create(sum(aligned(tensor.nbytes) for tensor in self.metadata))
+        self.info = init_info(self.metadata, config)
+        client.init_weight_transfer_engine(
+            self.info | {"arena_path": self.arena.path, "arena_nbytes": self.arena.nbytes}
+        )
+
+    def batches(self, weights: dict[str, Tensor], version: int, size: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+        """Write everything, then describe it in batches of `size` tensors in random order: qkv and experts fall apart."""
+        order = list(self.metadata)
+        random.Random(seed).shuffle(order)
+        offset, offsets = 0, {}
+        for tensor in order:
+            offsets[tensor.hf_name] = offset
+            self.arena.view(offset, tensor.shape, tensor.dtype).copy_(weights[tensor.hf_name])
+            offset += aligned(tensor.nbytes)
+        for first in range(0, len(order), size):
+            names = [tensor.hf_name for tensor in order[first : first + size]]
+            yield {
+                "version": version,
+                "names": names,
+                "offsets": [offsets[hf_name] for hf_name in names],
+                "digests": [f"{digest(weights[hf_name]):016x}" for hf_name in names],
+                "fingerprint": self.info["fingerprint"],
+            }
+
+    def sync(self, weights: dict[str, Tensor], version: int, size: int = 1000, seed: int = 0) -> dict[str, Any]:
+        self.client.start_weight_update()
+        for batch in self.batches(weights, version, size, seed):
+            self.client.update_weights(batch)
+        return self.client.finish_weight_update(str(version))
+
+
+# The scenarios.
+
+
+def refit_equals_fresh_engine(directory: Path, family: str) -> list[Completion]:
+    """Also returns what was generated, for a comparison with Transformers."""
+    engine = prepared(directory, family)
+    for version, tag in enumerate("BAB", start=1):
+        weights = weights_of(directory, family, tag)
+        report = engine.refit(weights.items(), version)
+        assert report["proven_live"] == report["tensors"] == len(weights)
+        assert report["proven_received"] == 0
+        assert report["digest"] == combine({hf_name: digest(tensor) for hf_name, tensor in weights.items()})
+        assert engine.weight_version == version
+        completions = greedy(engine)
+        assert {completion.weight_version for completion in completions} == {version}
+        assert_serves(engine, directory, family, tag)
+    assert without_versions(fresh_completions(directory, family, "A")) != without_versions(completions)
+    return completions
+
+
+def scattered_batches_are_exact(directory: Path, family: str) -> None:
+    engine = engine_of(directory, family)
+    sender = Sender(engine, weights_of(directory, family, "A"), config_of(directory, family))
+    for version, (tag, size) in enumerate([("A", 3), ("B", 1), ("A", 2), ("B", 5)], start=10):
+        report = sender.sync(weights_of(directory, family, tag), version, size, seed=version)
+        assert report["version"] == version
+        assert_serves(engine, directory, family, tag)
+
+
+def trace_covers_everything_and_changes_nothing(directory: Path, family: str) -> None:
+    engine = engine_of(directory, family)
+    before, expected = parameters_of(engine), without_versions(greedy(engine))
+    prepared(directory, family)
+    after = parameters_of(engine)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert without_versions(greedy(engine)) == expected
+    landings = engine.receiver._landings
+    assert landings is not None
+    assert not landings.untraceable
+    assert {landing.parameter_name for parts in landings.landings.values() for landing in parts} == before.keys()
+
+
+def flipped_bit_before_the_first_write(directory: Path) -> None:
+    """The old version goes on serving."""
+    engine, weights = engine_of(directory, "qwen3"), weights_of(directory, "qwen3", "B")
+    sender = Sender(engine, weights, {})
+    sender.sync(weights_of(directory, "qwen3", "A"), 20)
+    before = parameters_of(engine)
+    (batch,) = sender.batches(weights, 21, 1000)
+    victim = batch["names"][7]
+    sender.arena.view(batch["offsets"][7], (1,), torch.uint8).bitwise_xor_(1)
+    engine.start_weight_update()
+    with pytest.raises(DigestMismatch, match=rf"1 of \d+ tensors arrived with other bytes: {victim} "):
+        engine.update_weights(batch)
+    after = parameters_of(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert engine.weight_version == 20
+    assert_serves(engine, directory, "qwen3", "A")
+
+
+def flipped_bit_after_a_write(directory: Path) -> None:
+    """The engine refuses to generate, says what it lost, and recovers with the next good sync."""
+    family = "qwen3_moe"
+    engine, weights = engine_of(directory, family), weights_of(directory, family, "B")
+    sender = Sender(engine, weights, {})
+    sender.sync(weights_of(directory, family, "A"), 30)
+    batches = list(sender.batches(weights, 31, 20))
+    sender.arena.view(batches[1]["offsets"][3], (1,), torch.uint8).bitwise_xor_(128)
+    engine.start_weight_update()
+    engine.update_weights(batches[0])
+    with pytest.raises(EngineUnusable, match="an update from version 30 to version 31 is under way"):
+        greedy(engine)
+    with pytest.raises(DigestMismatch, match=batches[1]["names"][3]):
+        engine.update_weights(batches[1])
+    for _ in range(2):
+        with pytest.raises(EngineUnusable, match=r"version 31 was lost \(before it: version 30\)"):
+            greedy(engine)
+    with pytest.raises(EngineUnusable, match="version 31 was lost"):  # past our own check, at the model itself
+        _generate_with_plain_vllm(engine)
+    assert engine.weight_version == 30
+    sender.sync(weights, 32, 20)
+    assert_serves(engine, directory, family, "B")
+
+
+def _generate_with_plain_vllm(engine: InProcessEngine) -> None:
+    from vllm import SamplingParams
+
+    try:
+        engine.llm.generate([{"prompt_token_ids": PROMPTS[0]}], SamplingParams(max_tokens=2, detokenize=False), use_tqdm=False)
+    finally:
+        llm_engine = engine.llm.llm_engine
+        llm_engine.abort_request(list(llm_engine.output_processor.request_states), internal=True)
+
+
+def corrupted_live_weights(directory: Path, family: str, parameter_name: str, hf_name: str) -> None:
+    """A single bit that flips inside of the engine, after the load, is found at commit."""
+    engine, weights = prepared(directory, family), weights_of(directory, family, "B")
+    with pytest.raises(DigestMismatch, match=rf"1 tensors are not.*{hf_name} \(in {parameter_name}\)"):
+        engine.refit(_flipping_live_bit(engine, weights, parameter_name), 40)
+    with pytest.raises(EngineUnusable, match="version 40 was lost"):
+        greedy(engine)
+    engine.refit(weights.items(), 41)
+    assert_serves(engine, directory, family, "B")
+
+
+def _flipping_live_bit(engine: InProcessEngine, weights: dict[str, Tensor], parameter_name: str) -> Iterator[tuple[str, Tensor]]:
+    commit = engine.receiver._require_complete
+
+    def flip_then_commit() -> None:
+        del engine.receiver.__dict__["_require_complete"]
+        parameter = engine.receiver.model.get_parameter(parameter_name).data
+        parameter.view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
+        commit()
+
+    engine.receiver.__dict__["_require_complete"] = flip_then_commit
+    yield from weights.items()
+
+
+def other_config_is_refused(directory: Path) -> None:
+    engine, weights = engine_of(directory, "qwen3"), weights_of(directory, "qwen3", "A")
+    before, expected = parameters_of(engine), without_versions(greedy(engine))
+    config = config_of(directory, "qwen3")
+    wrong = config | {"num_hidden_layers": 4, "rope_theta": 5e5, "architecture": "Qwen2ForCausalLM"}
+    with pytest.raises(EngineMismatch) as caught:
+        engine.prepare(metadata_of(weights), wrong)
+    for text in (
+        "architecture: the trainer has 'Qwen2ForCausalLM', the engine 'Qwen3ForCausalLM'",
+        "num_hidden_layers: the trainer has 4, the engine 3",
+        "rope_theta: the trainer has 500000.0, the engine",
+    ):
+        assert text in str(caught.value)
+    assert "hidden_size" not in str(caught.value)
+    after = parameters_of(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert without_versions(greedy(engine)) == expected
+
+
+def unfitting_metadata_is_refused(directory: Path) -> None:
+    engine, good = engine_of(directory, "qwen3"), metadata_of(weights_of(directory, "qwen3", "A"))
+    expected = without_versions(greedy(engine))
+    by_name = {tensor.hf_name: tensor for tensor in good}
+    k_proj = "model.layers.1.self_attn.k_proj.weight"
+    cases = {
+        "unknown.weight: the engine's loader refuses it": [*good, HFTensor("unknown.weight", torch.float32, (3,))],
+        "model.layers.0.mlp.gate_proj.bias: the engine's loader ignores it": [
+            *good,
+            HFTensor("model.layers.0.mlp.gate_proj.bias", torch.float32, (160,)),
+        ],
+        f"{k_proj}: the engine's loader refuses it": [
+            HFTensor(k_proj, torch.float32, (65, 96)) if tensor.hf_name == k_proj else tensor for tensor in good
+        ],
+        # q has 6 heads of 32 rows; k and v have 2 each
+        r"model.layers.1.self_attn.qkv_proj.weight[192:256, 0:96] (6144 elements) of [320, 96] is filled by no tensor": [
+            tensor for tensor in good if tensor.hf_name != k_proj
+        ],
+        "model.norm.weight[0:96] (96 elements)": [tensor for tensor in good if tensor.hf_name != "model.norm.weight"],
+        "model.norm.weight: the trainer sends torch.float64, the engine holds torch.float32": [
+            HFTensor(tensor.hf_name, torch.float64, tensor.shape) if tensor.hf_name == "model.norm.weight" else tensor
+            for tensor in by_name.values()
+        ],
+    }
+    for message, metadata in cases.items():
+        with pytest.raises(EngineMismatch) as caught:
+            engine.prepare(metadata)
+        assert message in str(caught.value)
+        assert without_versions(greedy(engine)) == expected
+
+
+def unfitting_tensors_are_refused(directory: Path) -> None:
+    engine, weights = prepared(directory, "qwen3"), weights_of(directory, "qwen3", "B")
+    engine.refit(weights_of(directory, "qwen3", "A").items(), 50)
+    name = "model.layers.2.mlp.down_proj.weight"
+    cases: list[tuple[type[SyncError], str, dict[str, Tensor]]] = [
+        (EngineMismatch, "other.weight was not announced", weights | {"other.weight": torch.zeros(3)}),
+        (EngineMismatch, rf"{name} is torch.float32 \(160, 96\), but", weights | {name: weights[name].t()}),
+        (EngineMismatch, rf"{name} is torch.bfloat16", weights | {name: weights[name].bfloat16()}),
+    ]
+    for kind, message, wrong in cases:
+        with pytest.raises(kind, match=message):
+            engine.refit(wrong.items(), 51)
+        assert_serves(engine, directory, "qwen3", "A")
+    with pytest.raises(EngineMismatch, match=f"{name} came twice"):
+        engine.refit([*weights.items(), (name, weights[name])], 51)
+    with pytest.raises(EngineMismatch, match=f"no digest was sent for {name}"):
+        engine.refit(weights.items(), 51, {key: digest(tensor) for key, tensor in weights.items() if key != name})
+    assert_serves(engine, directory, "qwen3", "A")
+    with pytest.raises(IncompleteSync, match=rf"1 of {len(weights)} announced tensors did not arrive: {name}"):
+        engine.refit(((key, tensor) for key, tensor in weights.items() if key != name), 51)
+    with pytest.raises(EngineUnusable, match="version 51 was lost"):
+        greedy(engine)
+    engine.refit(weights.items(), 52)
+    assert_serves(engine, directory, "qwen3", "B")
+
+
+def misuse_of_an_update(directory: Path) -> None:
+    engine, weights = engine_of(directory, "qwen3"), weights_of(directory, "qwen3", "A")
+    sender = Sender(engine, weights, {})
+    sender.sync(weights, 60)
+    with pytest.raises(SyncError, match="begin"):
+        engine.start_weight_update()
+        engine.finish_weight_update("61")
+    with pytest.raises(RuntimeError, match="start_weight_update must be called"):
+        engine.update_weights(next(sender.batches(weights, 61, 5)))
+    engine.start_weight_update()
+    with pytest.raises(EngineMismatch, match="fingerprint"):
+        engine.update_weights(next(sender.batches(weights, 61, 5)) | {"fingerprint": "0"})
+    engine.start_weight_update()
+    with pytest.raises(EngineMismatch, match="do not go together"):
+        engine.update_weights(next(sender.batches(weights, 61, 5)) | {"offsets": [0]})
+    engine.start_weight_update()
+    with pytest.raises(SyncError, match="dropped, as asked"):
+        engine.update_weights({"version": 61, "abort": True})
+    assert_serves(engine, directory, "qwen3", "A")  # nothing of the above wrote a weight
+    engine.start_weight_update()
+    batches = list(sender.batches(weights, 61, 20))
+    engine.update_weights(batches[0])
+    with pytest.raises(SyncError, match="version 62 came amid the update to version 61"):
+        engine.update_weights(batches[1] | {"version": 62})
+    sender.sync(weights, 63)
+    assert_serves(engine, directory, "qwen3", "A")
+    with pytest.raises(ValueError, match="boom"):
+        engine.refit(_failing_stream(weights), 64)
+    with pytest.raises(EngineUnusable, match="version 64 was lost.*its stream failed: boom"):
+        greedy(engine)
+    sender.sync(weights, 65)
+    assert_serves(engine, directory, "qwen3", "A")
+
+
+def _failing_stream(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    from mbridge_rl.sync.vllm import engine
+
+    engine._BATCH_BYTES, kept = 1, engine._BATCH_BYTES  # every tensor is a batch, so that one is written
+    try:
+        yield next(iter(weights.items()))
+        raise ValueError("boom")
+    finally:
+        engine._BATCH_BYTES = kept
+
+
+def prefix_cache_is_dropped(directory: Path) -> None:
+    """A prompt of several blocks, cached under A, is computed anew under B."""
+    prompt = [[(7 * index) % VOCABULARY for index in range(40)]]
+
+    def answers(engine: InProcessEngine) -> list[tuple[list[int], list[float]]]:
+        return without_versions(engine.generate(prompt, temperature=0.0, max_tokens=8, ignore_eos=True))
+
+    options: dict[str, Any] = {"max_model_len": 64, "enable_prefix_caching": True, "block_size": 16}
+    with InProcessEngine(directory / "qwen3" / "B", **options) as fresh:
+        expected = answers(fresh)
+    with InProcessEngine(directory / "qwen3" / "A", **options) as engine:
+        weights = weights_of(directory, "qwen3", "B")
+        engine.prepare(metadata_of(weights))
+        first = answers(engine)
+        assert answers(engine)[0][0] == first[0][0]  # from the cache
+        engine.refit(weights.items(), 1)
+        assert answers(engine) == expected
+        assert first != expected
+
+
+def other_engines_are_left_alone(directory: Path) -> None:
+    """An engine without our backend, beside ours in this process, keeps vLLM's packed weights and its answers."""
+    from vllm import LLM, SamplingParams
+
+    engine = engine_of(directory, "qwen3_moe")
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_CI_ENV="1"):
+        stock = LLM(
+            str(directory / "qwen3_moe" / "A"),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            dtype="float32",
+            max_model_len=64,
+            kv_cache_memory_bytes=1 << 26,
+            disable_log_stats=True,
+        )
+    model = stock.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    assert model.model.layers[0].self_attn.qkv_proj.weight.numel() == 0  # oneDNN holds it
+    experts = model.model.layers[0].mlp.experts
+    kernels = [module.quant_method.moe_kernel for module in experts.modules() if hasattr(module, "quant_method")]
+    assert kernels
+    assert all("_mbridge_packed" not in kernel.fused_experts.__dict__ for kernel in kernels)
+    ours = engine.receiver.model.model.layers[0].self_attn.qkv_proj.weight
+    assert tuple(ours.shape) == (320, 96)
+    outputs = stock.generate(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False),
+        use_tqdm=False,
+    )
+    fresh = fresh_completions(directory, "qwen3_moe", "A")
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [completion.tokens for completion in fresh]
+
+
+def unmodified_vllm_loads_the_backend(directory: Path) -> None:
+    """By the installed entry point alone, nothing of mbridge_rl being imported by the user."""
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
+
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_CI_ENV="1"):
+        llm = LLM(
+            str(directory / "llama_tied" / "A"),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            dtype="float32",
+            max_model_len=64,
+            kv_cache_memory_bytes=1 << 26,
+            weight_transfer_config=WeightTransferConfig(backend="mbridge"),
+        )
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    assert type(worker.weight_transfer_engine).__name__ == "SharedMemoryEngine"
+    llm.init_weight_transfer_engine({"init_info": init_info(metadata_of(weights_of(directory, "llama_tied", "A")))})
+    with pytest.raises(EngineMismatch, match="fingerprint"):
+        info = init_info(metadata_of(weights_of(directory, "llama_tied", "A"))) | {"fingerprint": "feed"}
+        llm.init_weight_transfer_engine({"init_info": info})
+
+
+def sampling(directory: Path) -> list[list[Completion]]:
+    """Completions at temperature 0.7, twice with one seed and once with another."""
+    engine = prepared(directory, "qwen3")
+    engine.refit(weights_of(directory, "qwen3", "A").items(), 70)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    return [engine.generate(prompts, n=3, temperature=0.7, max_tokens=6, seed=seed) for seed in (1, 1, 2)]
+
+
+def stops(directory: Path) -> tuple[Completion, Completion]:
+    """A greedy completion, and the same one with its third token as stop token."""
+    engine = engine_of(directory, "qwen3")
+    (whole,) = engine.generate(PROMPTS[:1], temperature=0.0, max_tokens=6, ignore_eos=True)
+    (stopped,) = engine.generate(PROMPTS[:1], temperature=0.0, max_tokens=6, stop_token_ids=[whole.tokens[2]])
+    return whole, stopped
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

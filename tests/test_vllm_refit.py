@@ -1,0 +1,265 @@
+"""Refit of live vLLM engines: exact, proven, transactional. Everything is real; models are tiny, random and in fp32."""
+
+from __future__ import annotations
+
+import math
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import refit_scenarios as scenarios
+from interpreter import Interpreter
+
+from mbridge_rl.sync.errors import DigestMismatch, EngineProcessError, EngineUnusable
+from mbridge_rl.sync.vllm.process import EngineProcess
+
+pytestmark = pytest.mark.slow
+
+# fp32 kernels of two libraries over three layers of width 96: sums in another order, measured at 5e-6
+LOGPROB_TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoints")
+    scenarios.make_checkpoints(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoints: Path) -> Iterator[Interpreter]:
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture(scope="module")
+def process(checkpoints: Path) -> Iterator[EngineProcess]:
+    with EngineProcess(checkpoints / "qwen3_moe" / "A", max_model_len=64, max_num_seqs=8) as engine:
+        yield engine
+
+
+def transformers_logprobs(directory: Path, prompt: list[int], tokens: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """`[len(tokens), vocab]` log-probabilities of Transformers at each generated position."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([prompt + tokens]), use_cache=False).logits[0].float()
+    return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1)
+
+
+@pytest.mark.parametrize("family", scenarios.FAMILIES)
+def test_refit_equals_a_fresh_engine_and_transformers(engines: Interpreter, checkpoints: Path, family: str) -> None:
+    completions = engines.call(scenarios.refit_equals_fresh_engine, checkpoints, family)
+    for prompt, completion in zip(scenarios.PROMPTS, completions, strict=True):
+        expected = transformers_logprobs(checkpoints / family / "B", prompt, completion.tokens)
+        assert expected.argmax(-1).tolist() == completion.tokens
+        difference = expected.max(-1).values - torch.tensor(completion.logprobs)
+        assert difference.abs().max() < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("family", scenarios.FAMILIES)
+def test_batches_that_split_fused_tensors_are_exact(engines: Interpreter, checkpoints: Path, family: str) -> None:
+    engines.call(scenarios.scattered_batches_are_exact, checkpoints, family)
+
+
+@pytest.mark.parametrize("family", scenarios.FAMILIES)
+def test_a_trace_covers_every_parameter_and_changes_none(engines: Interpreter, checkpoints: Path, family: str) -> None:
+    engines.call(scenarios.trace_covers_everything_and_changes_nothing, checkpoints, family)
+
+
+def test_a_flipped_bit_before_the_first_write_keeps_the_old_version(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.flipped_bit_before_the_first_write, checkpoints)
+
+
+def test_a_flipped_bit_after_a_write_stops_the_engine(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.flipped_bit_after_a_write, checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("family", "parameter_name", "hf_name"),
+    [
+        ("qwen3", "model.layers.1.self_attn.qkv_proj.weight", "model.layers.1.self_attn.q_proj.weight"),
+        ("qwen2_tied", "model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("qwen3_moe", "model.layers.2.mlp.experts.routed_experts.w2_weight", "model.layers.2.mlp.experts.0.down_proj.weight"),
+    ],
+)
+def test_a_bit_that_flips_in_the_engine_is_found_at_commit(
+    engines: Interpreter, checkpoints: Path, family: str, parameter_name: str, hf_name: str
+) -> None:
+    engines.call(scenarios.corrupted_live_weights, checkpoints, family, parameter_name, hf_name)
+
+
+def test_an_engine_of_another_config_is_refused(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.other_config_is_refused, checkpoints)
+
+
+def test_metadata_that_does_not_fit_the_engine_is_refused(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.unfitting_metadata_is_refused, checkpoints)
+
+
+def test_tensors_that_are_not_what_was_announced_are_refused(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.unfitting_tensors_are_refused, checkpoints)
+
+
+def test_updates_out_of_order_are_refused(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.misuse_of_an_update, checkpoints)
+
+
+def test_a_commit_drops_the_prefix_cache(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.prefix_cache_is_dropped, checkpoints)
+
+
+def test_engines_without_the_backend_are_left_alone(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.other_engines_are_left_alone, checkpoints)
+
+
+def test_unmodified_vllm_finds_the_backend(checkpoints: Path) -> None:
+    interpreter = Interpreter()
+    try:
+        interpreter.call(scenarios.unmodified_vllm_loads_the_backend, checkpoints)
+    finally:
+        interpreter.close()
+
+
+def test_sampling_is_seeded_and_logprobs_are_of_the_sampled_distribution(engines: Interpreter, checkpoints: Path) -> None:
+    first, again, other = engines.call(scenarios.sampling, checkpoints)
+    assert first == again
+    assert first != other
+    assert [completion.prompt_index for completion in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({tuple(completion.tokens) for completion in first}) == 9  # samples and equal prompts differ
+    completion = first[4]
+    expected = transformers_logprobs(checkpoints / "qwen3" / "A", scenarios.PROMPTS[1], completion.tokens, temperature=0.7)
+    for position, (token, logprob) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
+        assert math.isclose(expected[position, token].item(), logprob, abs_tol=LOGPROB_TOLERANCE)
+
+
+def test_stop_tokens_end_a_completion(engines: Interpreter, checkpoints: Path) -> None:
+    whole, stopped = engines.call(scenarios.stops, checkpoints)
+    assert whole.finish_reason == "length"
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == whole.tokens[: whole.tokens.index(whole.tokens[2]) + 1]
+
+
+def test_engine_process_refits_through_shared_memory(process: EngineProcess, engines: Interpreter, checkpoints: Path) -> None:
+    weights = {tag: scenarios.weights_of(checkpoints, "qwen3_moe", tag) for tag in "AB"}
+    sender = scenarios.Sender(process, weights["A"], scenarios.config_of(checkpoints, "qwen3_moe"))
+    for version, tag in enumerate("BAB", start=1):
+        report = sender.sync(weights[tag], version, size=17, seed=version)
+        assert report["proven_live"] == len(weights[tag])
+        assert process.weight_version == version
+        completions = scenarios.greedy(process)
+        fresh = engines.call(scenarios.fresh_completions, checkpoints, "qwen3_moe", tag)
+        assert scenarios.without_versions(completions) == scenarios.without_versions(fresh)
+        assert {completion.weight_version for completion in completions} == {version}
+
+
+def test_engine_process_reports_errors_by_their_type(process: EngineProcess, checkpoints: Path) -> None:
+    weights = scenarios.weights_of(checkpoints, "qwen3_moe", "B")
+    sender = scenarios.Sender(process, weights, {})
+    batches = list(sender.batches(weights, 90, 50))
+    sender.arena.view(batches[1]["offsets"][0], (1,), torch.uint8).bitwise_xor_(1)
+    process.start_weight_update()
+    process.update_weights(batches[0])
+    with pytest.raises(DigestMismatch, match=batches[1]["names"][0]):
+        process.update_weights(batches[1])
+    with pytest.raises(EngineUnusable, match="version 90 was lost"):
+        scenarios.greedy(process)
+    sender.sync(weights, 91)
+    assert scenarios.greedy(process)[0].weight_version == 91
+
+
+def test_a_slow_answer_is_an_error_and_does_not_confuse_the_next(process: EngineProcess) -> None:
+    expected = scenarios.greedy(process)
+    process._call_timeout, kept = 1e-6, process._call_timeout
+    try:
+        with pytest.raises(EngineProcessError, match="did not answer generate within 1e-06 s"):
+            process.generate([[1, 2, 3]], temperature=0.0, max_tokens=30)
+    finally:
+        process._call_timeout = kept
+    assert scenarios.greedy(process) == expected
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
+    engine = EngineProcess(tmp_path / "missing").start()
+    with pytest.raises(Exception, match="missing"):
+        engine.wait_ready(timeout=120)
+    engine.close()
+
+
+def test_a_killed_engine_is_reported_at_once(checkpoints: Path) -> None:
+    with EngineProcess(checkpoints / "qwen3" / "A", max_model_len=64) as engine:
+        engine.wait_ready()
+        assert engine._process is not None
+        engine._process.kill()
+        with pytest.raises(EngineProcessError, match=r"died|gone"):
+            scenarios.greedy(engine)
+
+
+def test_an_engine_ends_with_its_parent(checkpoints: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from mbridge_rl.sync.vllm.process import EngineProcess\n"
+        "engine = EngineProcess(sys.argv[1], max_model_len=64).start()\n"
+        "print(engine._process.pid, flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(checkpoints / "qwen3" / "A")], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(5.0)  # amid its imports: past the start of its watch, before it could notice the end of its input
+    assert Path(f"/proc/{child}").exists()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while _is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _is_running(child)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_tensor_parallel_engine(engines: Interpreter, checkpoints: Path, family: str) -> None:
+    """Each worker proves its own part; a failure in the workers leaves neither with answers of the other's."""
+    weights = {tag: scenarios.weights_of(checkpoints, family, tag) for tag in "AB"}
+    shm = {path.name for path in Path("/dev/shm").iterdir()}
+    with EngineProcess(checkpoints / family / "A", max_model_len=64, max_num_seqs=8, tensor_parallel_size=2) as engine:
+        sender = scenarios.Sender(engine, weights["A"], scenarios.config_of(checkpoints, family))
+        report = sender.sync(weights["B"], 1, size=7)
+        assert (report["workers"], report["proven_live"]) == (2, len(weights["B"]))
+        batches = list(sender.batches(weights["A"], 2, 20))
+        sender.arena.view(batches[1]["offsets"][2], (1,), torch.uint8).bitwise_xor_(1)
+        engine.start_weight_update()
+        engine.update_weights(batches[0])
+        with pytest.raises(DigestMismatch, match=batches[1]["names"][2]):
+            engine.update_weights(batches[1])
+        with pytest.raises(EngineUnusable, match="version 2 was lost"):
+            scenarios.greedy(engine)
+        sender.sync(weights["B"], 3, size=50)
+        completions = scenarios.greedy(engine)
+    sender.arena.close()
+    fresh = engines.call(scenarios.fresh_completions, checkpoints, family, "B")
+    assert [completion.tokens for completion in completions] == [completion.tokens for completion in fresh]
+    for completion, expected in zip(completions, fresh, strict=True):
+        assert completion.weight_version == 3
+        assert all(
+            math.isclose(found, wanted, abs_tol=LOGPROB_TOLERANCE)
+            for found, wanted in zip(completion.logprobs, expected.logprobs, strict=True)
+        )
+    assert {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("vllm_dist")} <= shm
