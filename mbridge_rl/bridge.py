@@ -14,7 +14,7 @@ from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
 from mbridge_rl.core.errors import StateMismatchError, listed
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.checkpoint import Checkpoint
@@ -61,9 +61,9 @@ class AutoBridge:
         """From a Transformers config alone; weights are then given to `load_weights`."""
         return cls(hf_config)
 
-    def metadata(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every HF tensor, in checkpoint order, without touching weights."""
-        return dict(self.spec.hf_shapes)
+    def metadata(self, dtype: torch.dtype = torch.bfloat16) -> list[HFTensor]:
+        """Name, dtype and shape of every HF tensor that an export in `dtype` yields, in its order; no weight is touched."""
+        return [HFTensor(hf_name, dtype, shape) for hf_name, shape in self.spec.hf_shapes.items()]
 
     # Without processes: virtual ranks.
 
@@ -76,10 +76,10 @@ class AutoBridge:
             StateMismatchError, LayoutError: the state or the layout does not fit the model.
         """
         check_hf_state(self.spec, hf_state, "the given state dict")
-        sides = self._sides(layout)
+        side = megatron_side(self.spec, layout)
         dtypes = {hf_name: hf_state[hf_name].dtype for hf_name in self.spec.hf_shapes}
-        shards = {rank: virtual.allocate(side, dtypes) for rank, side in sides.items()}
-        plan = compile_plan(self.spec.hf_shapes, {0: hf_side(self.spec)}, sides)
+        shards = {rank: virtual.allocate(side.on(rank), dtypes) for rank in range(layout.world_size)}
+        plan = compile_plan(self.spec, hf_side(self.spec), side)
         virtual.run(plan, {0: _Contiguous(hf_state)}, shards)
         return shards
 
@@ -89,16 +89,13 @@ class AutoBridge:
         Raises:
             StateMismatchError: a rank or tensor that is missing, left over, or of another shape.
         """
-        sides = self._sides(layout)
-        _check_shards(shards, sides)
-        plan = compile_plan(self.spec.hf_shapes, sides, {0: hf_side(self.spec)})
+        side = megatron_side(self.spec, layout)
+        _check_shards(shards, {rank: side.on(rank) for rank in range(layout.world_size)})
+        plan = compile_plan(self.spec, side, hf_side(self.spec))
         dtypes = {copy.hf_name: shards[copy.source_rank][copy.source.name].dtype for copy in plan.copies}
         hf_state = virtual.allocate(hf_side(self.spec), dtypes)
         virtual.run(plan, {rank: _Contiguous(shard) for rank, shard in shards.items()}, {0: hf_state})
         return hf_state
-
-    def _sides(self, layout: ParallelLayout) -> dict[int, Side]:
-        return {rank: megatron_side(self.spec, layout, rank) for rank in range(layout.world_size)}
 
     # With a live Megatron model.
 
@@ -138,7 +135,7 @@ class AutoBridge:
         check_hf_state(self.spec, hf_state, where)
         layout, rank = layout or layout_of(model, self.spec), world_rank()
         live, side = live_side(model, self.spec, layout, rank)
-        plan = compile_plan(self.spec.hf_shapes, {0: hf_side(self.spec)}, {rank: side})
+        plan = compile_plan(self.spec, hf_side(self.spec), side)
         virtual.run(plan, {0: _Contiguous(hf_state)}, {rank: {name: live.base(name) for name in live}})
 
     def export_weights(
@@ -193,8 +190,7 @@ class AutoBridge:
     def export_plan(self, layout: ParallelLayout) -> Plan:
         """From the Megatron ranks of `layout` to whole HF tensors, the work shared between replicas."""
         if layout not in self._export_plans:
-            sides = {rank: megatron_side(self.spec, layout, rank) for rank in range(layout.world_size)}
-            self._export_plans[layout] = compile_plan(self.spec.hf_shapes, sides, {0: hf_side(self.spec)})
+            self._export_plans[layout] = compile_plan(self.spec, megatron_side(self.spec, layout), hf_side(self.spec))
         return self._export_plans[layout]
 
     def _publish(self, staging: StagingDirectory, dtype: torch.dtype) -> None:

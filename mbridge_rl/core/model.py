@@ -7,11 +7,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
+
+import torch
 
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.core.rules import Instance, Rule, instantiate
+from mbridge_rl.core.rules import Instance, Part, Rule, instantiate
+
+
+@dataclass(frozen=True, slots=True)
+class HFTensor:
+    """Name, dtype and shape of one HF tensor: what a sync announces before it sends."""
+
+    hf_name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        """Size of the last dimension; 1 for a scalar."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -47,13 +68,22 @@ class ModelSpec:
         return instantiate(self.rules, self.num_layers, self.num_experts)
 
     @cached_property
-    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every HF tensor, in checkpoint order, computed from the table."""
+    def hf_parts(self) -> dict[str, Part]:
+        """A part of every HF tensor, in checkpoint order: its shape and factored shape, computed from the table."""
         return {
-            hf_name: instance.rule.part_shape(part)
+            hf_name: part
             for instance in self.instances
             for hf_name, part in zip(instance.hf_names, instance.rule.parts, strict=True)
         }
+
+    @cached_property
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every HF tensor, in checkpoint order."""
+        return {hf_name: part.shape for hf_name, part in self.hf_parts.items()}
+
+    def hf_grid(self, hf_name: str) -> tuple[int, ...]:
+        """The factored shape that boxes of `hf_name` count in; its row-major order is the tensor's own."""
+        return tuple(axis.extent for axis in self.hf_parts[hf_name].axes)
 
     @cached_property
     def fingerprint(self) -> str:

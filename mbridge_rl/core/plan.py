@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from math import ceil
 
 from torch import Tensor
 
 from mbridge_rl.core.digest import contiguous_strides
 from mbridge_rl.core.errors import PlanError
+from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.segments import Box, Segment, Shape, Side
 
 
@@ -98,73 +100,94 @@ class Plan:
         return 1 if wanted < 1 or any(cut % wanted for cut in cuts) else wanted
 
 
-def compile_plan(hf_shapes: Mapping[str, Shape], sources: Mapping[int, Side], targets: Mapping[int, Side]) -> Plan:
-    """Plans every byte that `targets` hold, from `sources`. Ranks that hold the same box share the work evenly.
+def compile_plan(spec: ModelSpec, source: Side, target: Side, *, same_ranks: bool = False) -> Plan:
+    """Plans every byte that `target` holds, from `source`. Source ranks that hold the same box share the work evenly.
 
     Args:
-        hf_shapes: every HF tensor of the model, in checkpoint order; copies come in this order.
+        spec: the model of both sides; copies come in its checkpoint order.
+        same_ranks: rank numbers mean the same processes on both sides; what a rank holds already it takes from itself.
 
     Raises:
         PlanError: a region of an HF tensor that a target holds and no source does.
     """
-    held_boxes = _holders(sources)
-    wanted = _by_hf_name(targets)
-    owners = _share(held_boxes, wanted, sources)
+    wanted = _by_hf_name(target)
+    offered = _shared({name: segments for name, segments in _by_hf_name(source).items() if name in wanted})
     copies: list[Copy] = []
-    for hf_name, segments in ((hf_name, wanted[hf_name]) for hf_name in hf_shapes if hf_name in wanted):
-        strides = contiguous_strides(hf_shapes[hf_name])
-        held = {box: holders[owners[hf_name, frozenset(holders)]] for box, holders in held_boxes.get(hf_name, {}).items()}
-        copies += _coalesced(copy for rank, segment in segments for copy in _fill(rank, segment, held, strides))
-    padded_names = {rank: side.padded_names for rank, side in targets.items()}
-    return Plan({name: shape for name, shape in hf_shapes.items() if name in wanted}, tuple(copies), padded_names)
+    for hf_name in (hf_name for hf_name in spec.hf_shapes if hf_name in wanted):
+        hf_strides = contiguous_strides(spec.hf_grid(hf_name))
+        copies += _coalesced(
+            copy
+            for segment in wanted[hf_name]
+            for rank in segment.ranks
+            for copy in _fill(rank, segment, offered.get(hf_name, []), hf_strides, same_ranks)
+        )
+    hf_shapes = {hf_name: shape for hf_name, shape in spec.hf_shapes.items() if hf_name in wanted}
+    padded = [(rank, name) for name in sorted(target.padded_names) for rank in target.holders[name]]
+    padded_names = {rank: tuple(name for other, name in padded if other == rank) for rank, _ in padded}
+    return Plan(hf_shapes, tuple(copies), padded_names)
 
 
-Held = tuple[int, Segment]
-
-
-def _holders(sides: Mapping[int, Side]) -> dict[str, dict[Box, dict[int, Held]]]:
-    """Who holds each box of each HF tensor; a rank that holds a box twice (tied embeddings) counts once."""
-    holders: dict[str, dict[Box, dict[int, Held]]] = defaultdict(dict)
-    for rank, side in sides.items():
-        for segment in side.segments:
-            holders[segment.hf_name].setdefault(segment.box, {}).setdefault(rank, (rank, segment))
-    return holders
-
-
-def _share(
-    held_boxes: Mapping[str, Mapping[Box, Mapping[int, Held]]], wanted: Iterable[str], ranks: Iterable[int]
-) -> dict[tuple[str, frozenset[int]], int]:
-    """Who sends what, where several could: the largest pieces first, each to the least loaded of its holders (Graham's LPT
-    rule). Boxes of one HF tensor that the same ranks hold stay together, so that the groups of a fused tensor travel as one.
-    """
-    volumes: dict[tuple[str, frozenset[int]], int] = defaultdict(int)
-    for hf_name in wanted:
-        for box, holders in held_boxes.get(hf_name, {}).items():
-            volumes[hf_name, frozenset(holders)] += box.volume
-    load = dict.fromkeys(ranks, 0)
-    owners = {}
-    for piece, volume in sorted(volumes.items(), key=lambda item: (len(item[0][1]) > 1, -item[1])):
-        owners[piece] = min(piece[1], key=lambda rank: (load[rank], rank))
-        load[owners[piece]] += volume
-    return owners
-
-
-def _by_hf_name(sides: Mapping[int, Side]) -> dict[str, list[tuple[int, Segment]]]:
-    grouped: dict[str, list[tuple[int, Segment]]] = defaultdict(list)
-    for rank, side in sides.items():
-        for segment in side.segments:
-            grouped[segment.hf_name].append((rank, segment))
+def _by_hf_name(side: Side) -> dict[str, list[Segment]]:
+    grouped: dict[str, list[Segment]] = defaultdict(list)
+    for segment in side.segments:
+        grouped[segment.hf_name].append(segment)
     return grouped
 
 
-def _fill(rank: int, target: Segment, held: Mapping[Box, Held], hf_strides: Shape) -> Iterator[Copy]:
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A box of an HF tensor that `rank` sends to whoever needs it; `holders` could have."""
+
+    box: Box
+    rank: int
+    holders: Mapping[int, Segment]
+
+
+# A piece that several ranks hold is cut so that none is larger than this share of a rank's mean load.
+_LARGEST_SHARE = 1 / 16
+
+
+def _shared(segments: Mapping[str, Sequence[Segment]]) -> dict[str, list[_Offer]]:
+    """Who sends what, where several could: the largest pieces first, each to the least loaded of its holders (Graham's LPT
+    rule); pieces too large for that are cut among them.
+    """
+    boxes = [(hf_name, box, holders) for hf_name, of_name in segments.items() for box, holders in _holders(of_name).items()]
+    load = dict.fromkeys((rank for of_name in segments.values() for segment in of_name for rank in segment.ranks), 0)
+    limit = _LARGEST_SHARE * sum(box.volume for _, box, _ in boxes) / max(1, len(load))
+    pieces: list[tuple[str, Box, Mapping[int, Segment]]] = []
+    for hf_name, box, holders in boxes:
+        parts = min(len(holders), ceil(box.volume / limit)) if len(holders) > 1 else 1
+        pieces += [(hf_name, part, holders) for part in box.cut(parts)]
+    offers: dict[str, list[_Offer]] = defaultdict(list)
+    for hf_name, box, holders in sorted(pieces, key=lambda piece: (len(piece[2]) > 1, -piece[1].volume)):
+        rank = min(holders, key=lambda holder: (load[holder], holder))
+        load[rank] += box.volume
+        offers[hf_name].append(_Offer(box, rank, holders))
+    for of_name in offers.values():
+        of_name.sort(key=lambda offer: (offer.rank, offer.box.start))
+    return offers
+
+
+def _holders(segments: Sequence[Segment]) -> dict[Box, Mapping[int, Segment]]:
+    """Who holds each box; a rank that holds one twice (tied embeddings) counts once."""
+    holders: dict[Box, dict[int, Segment]] = {}
+    for segment in segments:
+        of_box = holders.setdefault(segment.box, {})
+        for rank in segment.ranks:
+            of_box.setdefault(rank, segment)
+    return holders
+
+
+def _fill(rank: int, target: Segment, offers: Sequence[_Offer], hf_strides: Shape, same_ranks: bool) -> Iterator[Copy]:
     """Copies that cover `target` exactly once."""
     covered = 0
-    for box, (source_rank, source) in held.items():
-        overlap = target.box.intersect(box)
+    for offer in offers:
+        overlap = target.box.intersect(offer.box)
         if overlap is None:
             continue
         covered += overlap.volume
+        source_rank = rank if same_ranks and rank in offer.holders else offer.rank
+        source = offer.holders[source_rank]
         yield Copy(
             source_rank,
             rank,

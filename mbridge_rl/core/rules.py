@@ -1,12 +1,17 @@
 """Mapping rules: how one Megatron tensor is made of Hugging Face tensors, as data.
 
 One primitive covers every rule in use. A Megatron tensor is a sequence of `groups` along `dim`; each group holds, one after
-the other, an equal slice of each of its `parts`, and a part is one HF tensor. Tensor parallelism deals whole groups to ranks.
+the other, an equal slice of each of its `parts`, and a part is a sub-grid of one HF tensor. Tensor parallelism deals whole
+groups to ranks.
 
     fused QKV        parts q, k, v        groups = KV heads      [q q q q k v | q q q q k v | ...]
     gated MLP        parts gate, up       groups = ranks         [gate up | gate up | ...]
     column, row      one part             groups = ranks
     replicated       one part             not dealt at all
+
+A part names the axes of its HF tensor, each cut out of a factored shape: an axis runs along a dimension of the Megatron
+tensor, or stands still at an index (one expert of a stack, the odd columns of an interleaved pair). So transposed, stacked,
+interleaved and concatenated HF tensors are all the same rule with other axes.
 
 Names are patterns: `{layer}` and `{expert}` stand for global indices on both sides.
 """
@@ -16,21 +21,66 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from typing import Literal
 
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout, padded_vocab_size
 
-Axis = Literal["tp", "etp"]
+ShardAxis = Literal["tp", "etp"]
 Placement = Literal["layer", "first_stage", "last_stage", "last_stage_copy"]
+
+
+EXPERT = "expert"
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of an HF tensor's factored shape, as a part uses it.
+
+    Attributes:
+        extent: its whole size.
+        along: the dimension of the Megatron tensor that it runs along, `None` where it stands still. Several axes along one
+            dimension are its digits, slowest first.
+        start, size: the range that the part takes; `size=None` takes the rest. An axis that stands still takes `start` alone.
+        index: `EXPERT` makes the instance's expert index the start.
+    """
+
+    extent: int
+    along: int | None = None
+    start: int = 0
+    size: int | None = None
+    index: Literal["expert"] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many indices the part takes."""
+        if self.along is None:
+            return 1
+        return self.extent - self.start if self.size is None else self.size
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One HF tensor inside a Megatron tensor; `size` is its whole extent along the rule's `dim`."""
+    """A sub-grid of one HF tensor inside a Megatron tensor.
+
+    Attributes:
+        axes: the factored shape; its row-major order is the HF tensor's.
+        hf_shape: the HF tensor's own shape, where it is not the factored one.
+    """
 
     hf_name: str
-    size: int
+    axes: tuple[Axis, ...]
+    hf_shape: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole HF tensor."""
+        return self.hf_shape or tuple(axis.extent for axis in self.axes)
+
+    def size(self, dim: int) -> int:
+        """What the part contributes along dimension `dim` of the Megatron tensor."""
+        return prod(axis.count for axis in self.axes if axis.along == dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +88,7 @@ class Rule:
     """How `megatron_name` (a pattern) is made of `parts`.
 
     Attributes:
-        shape: HF shape of any part, with its extent along `dim` left open (0 there).
+        shape: of the whole Megatron tensor, with its extent along `dim` left open (0 there): the parts' sum.
         dim: the dimension along which parts are fused and shards are cut.
         axis: which tensor-parallel axis cuts it, `None` for replicated tensors.
         groups: number of fused groups, fixed by the model (KV heads); `None` makes one group per rank of `axis`.
@@ -52,7 +102,7 @@ class Rule:
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
     dim: int = 0
-    axis: Axis | None = None
+    axis: ShardAxis | None = None
     groups: int | None = None
     padded: bool = False
     placement: Placement = "layer"
@@ -61,11 +111,7 @@ class Rule:
     @property
     def extent(self) -> int:
         """Size of the fused tensor along `dim`, unpadded."""
-        return sum(part.size for part in self.parts)
-
-    def part_shape(self, part: Part) -> tuple[int, ...]:
-        """HF shape of `part`."""
-        return (*self.shape[: self.dim], part.size, *self.shape[self.dim + 1 :])
+        return sum(part.size(self.dim) for part in self.parts)
 
     def axis_size(self, layout: ParallelLayout) -> int:
         return 1 if self.axis is None else layout.tp if self.axis == "tp" else layout.expert_tp
@@ -89,9 +135,9 @@ class Rule:
                 f"choose {self.axis} among the divisors of {self.groups}"
             )
         for part in self.parts:
-            if part.size % ranks:
+            if part.size(self.dim) % ranks:
                 raise LayoutError(
-                    f"{self.megatron_name}: {part.hf_name} has {part.size} entries along dimension {self.dim}, "
+                    f"{self.megatron_name}: {part.hf_name} has {part.size(self.dim)} entries along dimension {self.dim}, "
                     f"which do not divide by {self.axis}={ranks}; choose a divisor"
                 )
 
@@ -134,29 +180,34 @@ def _in_layer(rules: Iterable[Rule], layer: int | None, num_experts: int) -> Ite
 
 def replicated(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement = "layer") -> Rule:
     """The same tensor on every rank: norms, routers."""
-    return Rule(megatron_name, (Part(hf_name, shape[0]),), (0, *shape[1:]), placement=placement)
+    return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), placement=placement)
 
 
-def column_parallel(megatron_name: str, parts: dict[str, int], inner: Sequence[int] = (), *, axis: Axis = "tp") -> Rule:
+def column_parallel(megatron_name: str, parts: dict[str, int], inner: Sequence[int] = (), *, axis: ShardAxis = "tp") -> Rule:
     """Output features dealt to ranks. `parts` maps HF names to output sizes; each part is cut separately, so
     `{gate: ffn, up: ffn}` is the gated MLP `[gate | up]` of every rank. `inner` is `(input size,)`, or `()` for biases."""
-    return Rule(megatron_name, _parts(parts), (0, *inner), axis=axis)
+    return Rule(megatron_name, _fused(parts, inner), (0, *inner), axis=axis)
 
 
-def row_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, axis: Axis = "tp") -> Rule:
+def row_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, axis: ShardAxis = "tp") -> Rule:
     """Input features dealt to ranks: `[output, input / ranks]`."""
-    return Rule(megatron_name, (Part(hf_name, shape[1]),), (shape[0], 0), dim=1, axis=axis)
+    return Rule(megatron_name, (whole(hf_name, shape),), (shape[0], 0), dim=1, axis=axis)
 
 
 def grouped_parallel(megatron_name: str, parts: dict[str, int], groups: int, inner: Sequence[int] = ()) -> Rule:
     """Fused tensors whose groups the model fixes: QKV by KV head."""
-    return Rule(megatron_name, _parts(parts), (0, *inner), axis="tp", groups=groups)
+    return Rule(megatron_name, _fused(parts, inner), (0, *inner), axis="tp", groups=groups)
 
 
 def vocabulary_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement) -> Rule:
     """`[vocab, hidden]` dealt by rows, padded so that ranks hold equal shares."""
-    return Rule(megatron_name, (Part(hf_name, shape[0]),), (0, *shape[1:]), axis="tp", padded=True, placement=placement)
+    return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), axis="tp", padded=True, placement=placement)
 
 
-def _parts(sizes: dict[str, int]) -> tuple[Part, ...]:
-    return tuple(Part(hf_name, size) for hf_name, size in sizes.items())
+def whole(hf_name: str, shape: Sequence[int]) -> Part:
+    """A whole HF tensor whose dimensions are the Megatron tensor's."""
+    return Part(hf_name, tuple(Axis(extent, along=dim) for dim, extent in enumerate(shape)))
+
+
+def _fused(sizes: dict[str, int], inner: Sequence[int]) -> tuple[Part, ...]:
+    return tuple(whole(hf_name, (size, *inner)) for hf_name, size in sizes.items())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
 
 from mbridge_rl.core.digest import contiguous_strides
-from mbridge_rl.core.layout import Coordinates, ParallelLayout
+from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import Instance, Rule
+from mbridge_rl.core.rules import Instance, Part
 
 Shape = tuple[int, ...]
 
@@ -22,10 +25,7 @@ class Box:
 
     @property
     def volume(self) -> int:
-        volume = 1
-        for size in self.size:
-            volume *= size
-        return volume
+        return prod(self.size)
 
     def intersect(self, other: Box) -> Box | None:
         start, size = [], []
@@ -37,16 +37,33 @@ class Box:
             size.append(stop - first)
         return Box(tuple(start), tuple(size))
 
+    def cut(self, pieces: int) -> list[Box]:
+        """Up to `pieces` disjoint boxes of nearly equal size that make up this one."""
+        dim = 0 if self.size and self.size[0] >= pieces else max(range(len(self.size)), key=self.size.__getitem__, default=None)
+        if dim is None or pieces <= 1:
+            return [self]
+        cuts = [self.size[dim] * piece // pieces for piece in range(pieces + 1)]
+        return [
+            Box(
+                (*self.start[:dim], self.start[dim] + first, *self.start[dim + 1 :]),
+                (*self.size[:dim], stop - first, *self.size[dim + 1 :]),
+            )
+            for first, stop in pairwise(cuts)
+            if stop > first
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Box `box` of HF tensor `hf_name` is the strided view `(offset, strides)` (elements) of local tensor `local_name`."""
+    """Box `box` of HF tensor `hf_name` is the strided view `(offset, strides)` (elements) of local tensor `local_name`, on each
+    of `ranks`. The box counts in the tensor's factored shape (`rules.Part.axes`)."""
 
     hf_name: str
     box: Box
     local_name: str
     offset: int
     strides: Shape
+    ranks: tuple[int, ...]
 
     def offset_of(self, box: Box) -> int:
         """Where the sub-box `box` begins in the local tensor."""
@@ -56,90 +73,151 @@ class Segment:
 
 @dataclass(frozen=True)
 class Side:
-    """What one rank (or file, or engine worker) holds: shapes of its tensors, and their segments in HF order."""
+    """One end of a plan: what each of its ranks (or files, or engine workers) holds.
 
-    shapes: Mapping[str, Shape]
+    Attributes:
+        segments: in HF order.
+        shapes: local shape of every local tensor; the same on all ranks that have it.
+        holders: the ranks that have it.
+        padded_names: local tensors that hold elements of no HF tensor (the tail of a padded vocabulary).
+    """
+
     segments: tuple[Segment, ...]
+    shapes: Mapping[str, Shape]
+    holders: Mapping[str, tuple[int, ...]]
+    padded_names: frozenset[str] = frozenset()
+
+    def on(self, rank: int) -> Side:
+        """The part of one rank."""
+        segments = tuple(replace(segment, ranks=(rank,)) for segment in self.segments if rank in segment.ranks)
+        shapes = {name: shape for name, shape in self.shapes.items() if rank in self.holders[name]}
+        return Side(segments, shapes, dict.fromkeys(shapes, (rank,)), self.padded_names & shapes.keys())
 
     @property
-    def padded_names(self) -> tuple[str, ...]:
-        """Local tensors with elements that belong to no HF tensor (vocabulary padding)."""
-        held = dict.fromkeys(self.shapes, 0)
-        for segment in self.segments:
-            held[segment.local_name] += segment.box.volume
-        return tuple(name for name, shape in self.shapes.items() if held[name] != Box(shape, shape).volume)
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({rank for ranks in set(self.holders.values()) for rank in ranks}))
 
 
-def hf_side(spec: ModelSpec) -> Side:
-    """Whole HF tensors: a checkpoint, a state dict, a stream."""
-    whole = ((name, shape, Box((0,) * len(shape), shape)) for name, shape in spec.hf_shapes.items())
-    segments = tuple(Segment(name, box, name, 0, contiguous_strides(shape)) for name, shape, box in whole)
-    return Side(spec.hf_shapes, segments)
+def hf_side(spec: ModelSpec, ranks: Sequence[int] = (0,)) -> Side:
+    """Whole HF tensors on each of `ranks`: a checkpoint, a state dict, a stream."""
+    holders = tuple(ranks)
+    grids = ((hf_name, spec.hf_grid(hf_name)) for hf_name in spec.hf_shapes)
+    segments = tuple(
+        Segment(hf_name, Box((0,) * len(grid), grid), hf_name, 0, contiguous_strides(grid), holders) for hf_name, grid in grids
+    )
+    return Side(segments, spec.hf_shapes, dict.fromkeys(spec.hf_shapes, holders))
 
 
-def megatron_side(spec: ModelSpec, layout: ParallelLayout, rank: int) -> Side:
-    """What Megatron rank `rank` holds, under global names (layer and expert indices count over the whole model).
+def megatron_side(spec: ModelSpec, layout: ParallelLayout, rank: int | None = None) -> Side:
+    """What Megatron's ranks hold (or `rank` alone), under global names: layer and expert indices count over the whole model.
 
     Raises:
         LayoutError: the model cannot be cut this way.
     """
     spec.validate(layout)
-    at = layout.coordinates(rank)
-    stages = layout.stage_of_layer(spec.num_layers)
-    shapes: dict[str, Shape] = {}
+    places = _Places(spec, layout, range(layout.world_size) if rank is None else [rank])
     segments: list[Segment] = []
+    shapes: dict[str, Shape] = {}
+    holders: dict[str, tuple[int, ...]] = {}
+    padded: set[str] = set()
     for instance in spec.instances:
-        if _holds(instance, spec, layout, at, stages):
-            shapes[instance.megatron_name] = instance.rule.local_shape(layout)
-            segments += _shard(instance, layout, at)
-    return Side(shapes, tuple(segments))
+        shards = places.of(instance)
+        if not shards:
+            continue
+        local_shape = instance.rule.local_shape(layout)
+        shapes[instance.megatron_name] = local_shape
+        holders[instance.megatron_name] = tuple(sorted(held for ranks in shards.values() for held in ranks))
+        if instance.rule.padded:
+            padded.add(instance.megatron_name)
+        for shard, ranks in shards.items():
+            segments += _shard(instance, local_shape, instance.rule.axis_size(layout), shard, ranks)
+    return Side(tuple(segments), shapes, holders, frozenset(padded))
 
 
-def _holds(instance: Instance, spec: ModelSpec, layout: ParallelLayout, at: Coordinates, stages: list[int]) -> bool:
-    if instance.expert is not None and instance.expert // (spec.num_experts // layout.ep) != at.ep:
-        return False
-    match instance.rule.placement:
-        case "layer":
-            return stages[instance.layer] % layout.pp == at.pp
-        case "first_stage":
-            return at.pp == 0
-        case "last_stage":
-            return at.pp == layout.pp - 1
-        case "last_stage_copy":
-            return layout.pp > 1 and at.pp == layout.pp - 1
+class _Places:
+    """Which ranks hold which shard of which instance; ranks with equal coordinates are found once, not per tensor."""
+
+    def __init__(self, spec: ModelSpec, layout: ParallelLayout, ranks: Iterable[int]) -> None:
+        self._spec, self._layout = spec, layout
+        self._at = {rank: layout.coordinates(rank) for rank in ranks}
+        self._stages = layout.stage_of_layer(spec.num_layers)
+        self._known: dict[tuple[object, ...], dict[int, tuple[int, ...]]] = {}
+
+    def of(self, instance: Instance) -> dict[int, tuple[int, ...]]:
+        """`{shard index: ranks}`; empty where none of the ranks holds any."""
+        stage = self._stage(instance)
+        if stage is None:
+            return {}
+        per_rank = (self._spec.num_experts or 0) // self._layout.ep
+        expert_rank = None if instance.expert is None else instance.expert // per_rank
+        place = (stage, expert_rank, instance.rule.axis)
+        if place not in self._known:
+            found: dict[int, list[int]] = {}
+            for rank, at in self._at.items():
+                if at.pp == stage and expert_rank in (None, at.ep):
+                    found.setdefault(instance.rule.axis_rank(at), []).append(rank)
+            self._known[place] = {shard: tuple(ranks) for shard, ranks in sorted(found.items())}
+        return self._known[place]
+
+    def _stage(self, instance: Instance) -> int | None:
+        """The pipeline rank that holds it, `None` for a copy that this layout does not make."""
+        last = self._layout.pp - 1
+        match instance.rule.placement:
+            case "layer":
+                return self._stages[instance.layer] % self._layout.pp
+            case "first_stage":
+                return 0
+            case "last_stage":
+                return last
+            case "last_stage_copy":
+                return last or None
 
 
-def _shard(instance: Instance, layout: ParallelLayout, at: Coordinates) -> Iterator[Segment]:
+def _shard(instance: Instance, local_shape: Shape, shards: int, shard: int, ranks: tuple[int, ...]) -> Iterator[Segment]:
     """One segment per part and group of the shard, clipped where padding begins."""
+    dim, strides = instance.rule.dim, contiguous_strides(local_shape)
+    for hf_name, part, first, size, local_start in _pieces(instance, shards, shard, local_shape[dim]):
+        box, hf_strides = _slice_of_part(part, instance, first, size, strides)
+        yield Segment(hf_name, box, instance.megatron_name, local_start * strides[dim], hf_strides, ranks)
+
+
+def _pieces(instance: Instance, shards: int, shard: int, local_extent: int) -> Iterator[tuple[str, Part, int, int, int]]:
+    """`(hf_name, part, first, size, local start)` along the rule's dim of every piece of one shard."""
     rule = instance.rule
-    local_shape = rule.local_shape(layout)
-    strides = contiguous_strides(local_shape)
-    for hf_name, first, size, local_start in _pieces(instance, rule, layout, at, local_shape[rule.dim]):
-        start = [0] * len(local_shape)
-        extent = list(local_shape)
-        start[rule.dim], extent[rule.dim] = first, size
-        yield Segment(
-            hf_name, Box(tuple(start), tuple(extent)), instance.megatron_name, local_start * strides[rule.dim], strides
-        )
-
-
-def _pieces(
-    instance: Instance, rule: Rule, layout: ParallelLayout, at: Coordinates, local_extent: int
-) -> Iterator[tuple[str, int, int, int]]:
-    """`(hf_name, first, size, local start)` along the rule's dim of every piece of this rank's shard."""
-    ranks, rank = rule.axis_size(layout), rule.axis_rank(at)
     if rule.padded:
-        first = rank * local_extent
+        first = shard * local_extent
         size = min(local_extent, rule.extent - first)
         if size > 0:
-            yield instance.hf_names[0], first, size, 0
+            yield instance.hf_names[0], rule.parts[0], first, size, 0
         return
-    groups = rule.groups or ranks
+    groups = rule.groups or shards
     group_extent = rule.extent // groups
-    for local_group in range(groups // ranks):
-        group = rank * (groups // ranks) + local_group
+    for local_group in range(groups // shards):
+        group = shard * (groups // shards) + local_group
         local_start = local_group * group_extent
         for hf_name, part in zip(instance.hf_names, rule.parts, strict=True):
-            size = part.size // groups
-            yield hf_name, group * size, size, local_start
+            size = part.size(rule.dim) // groups
+            yield hf_name, part, group * size, size, local_start
             local_start += size
+
+
+def _slice_of_part(part: Part, instance: Instance, first: int, size: int, local_strides: Shape) -> tuple[Box, Shape]:
+    """The box of entries `[first, first + size)` along the rule's dim of `part`, and the local stride of each of its axes."""
+    starts, sizes, strides = [], [], []
+    for position, axis in enumerate(part.axes):
+        if axis.along is None:
+            start, count, stride = (instance.expert if axis.index else axis.start), 1, 0
+        else:
+            faster = prod(other.count for other in part.axes[position + 1 :] if other.along == axis.along)
+            start, count, stride = axis.start, axis.count, local_strides[axis.along] * faster
+            if axis.along == instance.rule.dim and all(other.along != axis.along for other in part.axes[:position]):
+                if first % faster or size % faster:
+                    raise LayoutError(
+                        f"{instance.megatron_name}: entries {first}..{first + size} of {part.hf_name} cut an axis of {faster}: "
+                        f"choose a smaller {instance.rule.axis}"
+                    )
+                start, count = axis.start + first // faster, size // faster
+        starts.append(start)
+        sizes.append(count)
+        strides.append(stride)
+    return Box(tuple(starts), tuple(sizes)), tuple(strides)
