@@ -54,12 +54,13 @@ class RankGroup:
                 failure = error
         failed = self.sum(torch.tensor([int(failure is not None)]))
         if failure is not None:
+            self.gather_object(f"{type(failure).__name__}: {failure}")
             raise failure
         if failed.item():
-            raise SyncError(f"rank {self.rank}: rank 0 failed; its own error says why")
+            raise SyncError(f"rank {self.rank}: rank 0 failed: {self.gather_object(None)[0]}")
 
     def gather_object(self, value: Any) -> list[Any]:
-        """Every rank's `value`. For the one-time handshake only, never for payload."""
+        """Every rank's `value`. For the one-time handshake and for failures only, never for payload."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size

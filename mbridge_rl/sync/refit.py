@@ -205,9 +205,10 @@ class WeightSync:
         """Sums digests over the ranks; also the barrier, and where all ranks learn that the engine failed."""
         summed = self._group.sum(torch.cat([sums, torch.tensor([int(failure is not None)])]))
         if failure is not None:
+            self._group.gather_object(f"{type(failure).__name__}: {failure}")
             raise failure
         if summed[-1].item():
-            raise SyncError(f"version {version} was not committed: the engine failed; rank 0's error says why")
+            raise SyncError(f"version {version} was not committed: {self._group.gather_object(None)[0]}")
         return summed[:-1]
 
     def _on_engine(self, call: Callable[[EngineClient], Any]) -> None:

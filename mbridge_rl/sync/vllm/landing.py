@@ -120,9 +120,7 @@ def _as_box(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> Box
 
 def _covered_in_cells(boxes: list[Box], shape: tuple[int, ...]) -> Coverage:
     """Count on the coarse grid that the boxes' own edges draw: a few cells per box, however large the tensor."""
-    edges = [
-        sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)
-    ]
+    edges = [sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)]
     index = [{edge: position for position, edge in enumerate(row)} for row in edges]
     counts = np.zeros([len(row) - 1 for row in edges], dtype=np.int32)
     for box in boxes:
@@ -145,7 +143,5 @@ def _coverage(counts: np.ndarray, sizes: np.ndarray, edges: list[list[int]]) -> 
     holes = np.argwhere(counts == 0)
     if not len(holes):
         return Coverage(bool((counts == 1).all()), None, 0)
-    gap = tuple(
-        (row[low], row[high + 1]) for row, low, high in zip(edges, holes.min(0), holes.max(0), strict=True)
-    )
+    gap = tuple((row[low], row[high + 1]) for row, low, high in zip(edges, holes.min(0), holes.max(0), strict=True))
     return Coverage(False, gap, int(sizes[counts == 0].sum()))

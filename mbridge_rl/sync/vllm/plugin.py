@@ -11,8 +11,6 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if cpu_weights.BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(
-            cpu_weights.BACKEND, "mbridge_rl.sync.vllm.backend", "SharedMemoryEngine"
-        )
+        WeightTransferEngineFactory.register_engine(cpu_weights.BACKEND, "mbridge_rl.sync.vllm.backend", "SharedMemoryEngine")
     if current_platform.is_cpu():
         cpu_weights.install()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,9 +39,7 @@ class LandingMap:
         self._parts: dict[str, list[int]] = {}
 
     @classmethod
-    def learn(
-        cls, model: nn.Module, tensors: Sequence[HFTensor], device: torch.device, vllm_config: VllmConfig
-    ) -> LandingMap:
+    def learn(cls, model: nn.Module, tensors: Sequence[HFTensor], device: torch.device, vllm_config: VllmConfig) -> LandingMap:
         """Trace the model's loader and check that announced tensors and parameters fit each other.
 
         Raises:
@@ -51,7 +49,7 @@ class LandingMap:
         parameters = parameters_and_buffers(model)
         mine = cls(tensors, trace, parameters)
         if device.type == "cpu":
-            _require_fit(model, mine, trace, alone=_holds_everything(vllm_config))
+            _require_fit(model, mine, trace, vllm_config)
         else:
             mine.untraceable |= _unknown_layouts(model, mine, trace)
         for hf_name, reason in mine.untraceable.items():
@@ -65,6 +63,15 @@ class LandingMap:
         if any(self._dtypes[landing.parameter_name] != tensor.dtype for landing in landings):
             return False
         return times_covered((landing.source for landing in landings), tensor.shape).exactly_once
+
+    def unused(self) -> list[str]:
+        """Regions of tensors that land nowhere: loaders cut what is too large without a word."""
+        problems = []
+        for hf_name, landings in self.landings.items():
+            coverage = times_covered((landing.source for landing in landings), self.tensors[hf_name].shape)
+            if landings and coverage.gap is not None:
+                problems.append(f"{hf_name}{coverage} is used by no parameter of the engine")
+        return problems
 
     def narrowed(self) -> dict[str, str]:
         """Tensors that land in a parameter whose dtype cannot hold their values, and why."""
@@ -103,14 +110,9 @@ class LandingMap:
             if hf_name in self.untraceable:
                 continue
             columns = self.tensors[hf_name].columns
-            live = [
-                landing.digest(landing.target.of(parameters[landing.parameter_name].data), columns) for landing in landings
-            ]
-            if hf_name in self._whole:
-                equal = add(*live) == expected[hf_name]
-            else:
-                equal = live == self._parts[hf_name]
-            if not equal:
+            live = [landing.digest(landing.target.of(parameters[landing.parameter_name].data), columns) for landing in landings]
+            whole = hf_name in self._whole
+            if (add(*live) != expected[hf_name]) if whole else (live != self._parts[hf_name]):
                 wrong.append(f"{hf_name} (in {listed({landing.parameter_name for landing in landings})})")
         if wrong:
             raise DigestMismatch(f"{len(wrong)} tensors are not in the live weights as they were sent: {listed(wrong)}")
@@ -123,20 +125,24 @@ def _holds_everything(vllm_config: VllmConfig) -> bool:
     return parallel.pipeline_parallel_size == 1 and not parallel.enable_expert_parallel
 
 
-def _require_fit(model: nn.Module, mine: LandingMap, trace: Trace, *, alone: bool) -> None:
+def _require_fit(model: nn.Module, mine: LandingMap, trace: Trace, vllm_config: VllmConfig) -> None:
     """Raise `EngineMismatch` with everything that is wrong, not just the first of it."""
     problems = [f"{hf_name}: the engine's loader refuses it: {reason}" for hf_name, reason in _short(trace.rejected)]
     problems += [f"{hf_name}: {reason}; export in the engine's dtype" for hf_name, reason in mine.narrowed().items()]
-    if alone:
+    if _holds_everything(vllm_config):
         problems += [
             f"{hf_name}: the engine's loader ignores it"
             for hf_name, landings in mine.landings.items()
             if not landings and hf_name not in trace.rejected and hf_name not in mine.untraceable
         ]
+        if vllm_config.parallel_config.tensor_parallel_size == 1:
+            problems += mine.unused()
     if not trace.rejected and not mine.untraceable:
         problems += _uncovered(model, mine, trace)
     if problems:
-        raise EngineMismatch(f"{type(model).__name__} in the engine does not fit the trainer's tensors. {'; '.join(problems[:16])}")
+        raise EngineMismatch(
+            f"{type(model).__name__} in the engine does not fit the trainer's tensors. {'; '.join(problems[:16])}"
+        )
 
 
 def _short(reasons: Mapping[str, str]) -> Iterable[tuple[str, str]]:
@@ -150,12 +156,25 @@ def _uncovered(model: nn.Module, mine: LandingMap, trace: Trace) -> list[str]:
         for landing in landings:
             filled.setdefault(landing.parameter_name, []).append(landing.target)
     problems = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in _checkpoint_parameters(model):
         coverage = times_covered(filled.get(name, []), parameter.shape, parameter.stride())
         padded = getattr(parameter, "weight_loader_numel", parameter.numel()) == parameter.numel() - coverage.missing
         if coverage.gap is not None and parameter.numel() and not (coverage.missing < parameter.numel() and padded):
             problems.append(f"{name}{coverage} of {list(parameter.shape)} is filled by no tensor of the trainer")
     return problems
+
+
+def _checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that the model was built with; MLA, for one, adds some that it computes after loading."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    built_with = {}
+    for prefix, module in model.named_modules():
+        built_with[prefix] = get_layerwise_info(module).restore_metadata[0]
+    for name, parameter in model.named_parameters():
+        prefix, _, own_name = name.rpartition(".")
+        if not built_with[prefix] or own_name in built_with[prefix]:
+            yield name, parameter
 
 
 def _unknown_layouts(model: nn.Module, mine: LandingMap, trace: Trace) -> dict[str, str]:

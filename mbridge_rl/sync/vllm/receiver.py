@@ -61,9 +61,7 @@ class Receiver:
         """Why the engine refuses to generate; None if it does not."""
         return self._guard.reason
 
-    def prepare(
-        self, metadata: Iterable[TensorMeta], config: Mapping[str, Any] | None = None, *, verify: bool = True
-    ) -> None:
+    def prepare(self, metadata: Iterable[TensorMeta], config: Mapping[str, Any] | None = None, *, verify: bool = True) -> None:
         """Learn where every announced HF tensor lands. Called once; no weight is changed.
 
         Args:

@@ -124,4 +124,6 @@ def _inner(worker: Any) -> Any:
 
 def in_workers(llm: Any, call: Callable[..., Any], *args: Any) -> list[Any]:
     """Run `call(worker, *args)` in all workers of an `LLM` and return their results, or raise the first error."""
+    if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
+        return llm.collective_rpc(call, args=args)  # nothing to cross: errors keep their traceback
     return results_of(llm.collective_rpc(answering, args=(call, *args)))
