@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test venv lint clean
+.PHONY: demo test support-table venv lint clean
 
 demo: venv
 	$(BIN)/mbridge-rl demo $(DEMO_ARGS)
@@ -15,6 +15,11 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+support-table: venv
+	mkdir -p runs
+	$(BIN)/python -m pytest --junitxml=runs/tests.xml
+	$(BIN)/python tools/support_table.py runs/tests.xml
 
 lint: venv
 	$(BIN)/ruff check --fix .
