@@ -115,12 +115,15 @@ def compile_plan(spec: ModelSpec, source: Side, target: Side, *, same_ranks: boo
     copies: list[Copy] = []
     for hf_name in (hf_name for hf_name in spec.hf_shapes if hf_name in wanted):
         hf_strides = contiguous_strides(spec.hf_grid(hf_name))
-        copies += _coalesced(
+        filled = (
             copy
-            for segment in wanted[hf_name]
-            for rank in segment.ranks
-            for copy in _fill(rank, segment, offered.get(hf_name, []), hf_strides, same_ranks)
+            for rank, segment in _by_rank(wanted[hf_name])
+            for copy in sorted(
+                _fill(rank, segment, offered.get(hf_name, []), hf_strides, same_ranks),
+                key=lambda copy: (copy.source_rank, copy.hf.offset),
+            )
         )
+        copies += _coalesced(filled, columns=spec.hf_shapes[hf_name][-1] if spec.hf_shapes[hf_name] else 1)
     hf_shapes = {hf_name: shape for hf_name, shape in spec.hf_shapes.items() if hf_name in wanted}
     padded = [(rank, name) for name in sorted(target.padded_names) for rank in target.holders[name]]
     padded_names = {rank: tuple(name for other, name in padded if other == rank) for rank, _ in padded}
@@ -132,6 +135,11 @@ def _by_hf_name(side: Side) -> dict[str, list[Segment]]:
     for segment in side.segments:
         grouped[segment.hf_name].append(segment)
     return grouped
+
+
+def _by_rank(segments: Sequence[Segment]) -> list[tuple[int, Segment]]:
+    """Rank after rank, each with its segments in order."""
+    return sorted(((rank, segment) for segment in segments for rank in segment.ranks), key=lambda held: held[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +171,6 @@ def _shared(segments: Mapping[str, Sequence[Segment]]) -> dict[str, list[_Offer]
         rank = min(holders, key=lambda holder: (load[holder], holder))
         load[rank] += box.volume
         offers[hf_name].append(_Offer(box, rank, holders))
-    for of_name in offers.values():
-        of_name.sort(key=lambda offer: (offer.rank, offer.box.start))
     return offers
 
 
@@ -203,11 +209,14 @@ def _fill(rank: int, target: Segment, offers: Sequence[_Offer], hf_strides: Shap
         )
 
 
-def _coalesced(copies: Iterable[Copy]) -> Iterator[Copy]:
-    """Merges runs of equal rectangles at constant distances (the KV groups of a fused QKV) into one strided copy."""
+def _coalesced(copies: Iterable[Copy], columns: int) -> Iterator[Copy]:
+    """Merges runs of equal rectangles at constant distances (the KV groups of a fused QKV) into one strided copy.
+
+    Only along the rows or the columns of the HF tensor: a diagonal run would be one view as well, but no rectangle of it.
+    """
     run: list[Copy] = []
     for copy in copies:
-        if run and not _continues(run, copy):
+        if run and not _continues(run, copy, columns):
             yield _merged(run)
             run = []
         run.append(copy)
@@ -215,12 +224,18 @@ def _coalesced(copies: Iterable[Copy]) -> Iterator[Copy]:
         yield _merged(run)
 
 
-def _continues(run: list[Copy], copy: Copy) -> bool:
+def _continues(run: list[Copy], copy: Copy, columns: int) -> bool:
     last = run[-1]
     alike = (last.source_rank, last.target_rank, last.shape) == (copy.source_rank, copy.target_rank, copy.shape)
     steps = _steps(run[0], run[1]) if len(run) > 1 else _steps(last, copy)
     pairs = ((last.source, copy.source), (last.target, copy.target), (last.hf, copy.hf))
-    return alike and all(before.followed_by(after, step) for (before, after), step in zip(pairs, steps, strict=True))
+    straight = steps[2] % columns == 0 or run[0].hf.offset // columns == copy.hf.offset // columns
+    return (
+        alike
+        and straight
+        and min(steps) >= 0
+        and all(before.followed_by(after, step) for (before, after), step in zip(pairs, steps, strict=True))
+    )
 
 
 def _steps(first: Copy, second: Copy) -> tuple[int, int, int]:
