@@ -139,8 +139,8 @@ def test_unsupported_features_are_named(variant: str, fields: dict, message: str
 
 def test_quantized_checkpoints_are_named() -> None:
     config = tiny_config("llama")
-    config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(UnsupportedModelError, match="quantization_config"):
+    config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UnsupportedModelError, match="quantization_config has quant_method='gptq'"):
         AutoBridge.from_config(config)
 
 

@@ -37,7 +37,6 @@ class Block:
 def decoder(hf: Any, *blocks: Block) -> ModelSpec:
     """A decoder-only model with rotary positions: embeddings, `blocks` in every layer, final norm, output layer."""
     _require(hf, "hidden_act", "silu")
-    _require(hf, "quantization_config", None)
     h, tied = hf.hidden_size, bool(hf.tie_word_embeddings)
     embedding = "model.embed_tokens.weight"
     output = embedding if tied else "lm_head.weight"

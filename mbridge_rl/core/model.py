@@ -85,6 +85,10 @@ class ModelSpec:
         """The factored shape that boxes of `hf_name` count in; its row-major order is the tensor's own."""
         return tuple(axis.extent for axis in self.hf_parts[hf_name].axes)
 
+    def hf_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Dtype of every HF tensor of a checkpoint in `dtype`: its own where the table fixes one."""
+        return {hf_name: instance.rule.dtype or dtype for instance in self.instances for hf_name in instance.hf_names}
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the mapping; equal on both ends of a sync, or nothing is sent."""

@@ -24,6 +24,8 @@ from itertools import groupby
 from math import prod
 from typing import Literal
 
+import torch
+
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout, padded_vocab_size
 
@@ -96,6 +98,7 @@ class Rule:
         placement: which pipeline stage holds it. `last_stage_copy` is the output layer of a tied model: a second copy of the
             embedding that exists only where the last stage is not also the first.
         layers: the decoder layers it exists in, `None` for all.
+        dtype: of the HF tensor whatever the dtype of the others (router biases stay fp32), `None` for the checkpoint's.
     """
 
     megatron_name: str
@@ -107,6 +110,7 @@ class Rule:
     padded: bool = False
     placement: Placement = "layer"
     layers: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def extent(self) -> int:
@@ -178,9 +182,16 @@ def _in_layer(rules: Iterable[Rule], layer: int | None, num_experts: int) -> Ite
                 )
 
 
-def replicated(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement = "layer") -> Rule:
+def replicated(
+    megatron_name: str,
+    hf_name: str,
+    shape: Sequence[int],
+    *,
+    placement: Placement = "layer",
+    dtype: torch.dtype | None = None,
+) -> Rule:
     """The same tensor on every rank: norms, routers."""
-    return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), placement=placement)
+    return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), placement=placement, dtype=dtype)
 
 
 def column_parallel(megatron_name: str, parts: dict[str, int], inner: Sequence[int] = (), *, axis: ShardAxis = "tp") -> Rule:

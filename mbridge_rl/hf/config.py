@@ -49,8 +49,10 @@ def load_config(directory: Path) -> Any:
 
 
 def save_config(hf_config: Any, directory: Path, dtype: torch.dtype) -> None:
-    """Writes config.json, its dtype that of the saved weights."""
+    """Writes config.json, its dtype that of the saved weights, which are never quantized."""
     saved = copy.deepcopy(hf_config)
+    if getattr(saved, "quantization_config", None) is not None:
+        del saved.quantization_config
     saved.dtype = dtype
     saved.save_pretrained(directory)
 

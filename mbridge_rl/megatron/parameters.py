@@ -7,7 +7,7 @@ reliably (expert biases, down projections).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,20 +28,24 @@ _SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12
 
 
 class LiveParameters(Mapping[str, Tensor]):
-    """This rank's parameters by global `megatron_name`, looked up now; made anew for every transfer.
+    """This rank's parameters by global `megatron_name`, looked up now; made anew for every transfer. Of the buffers, those in
+    `buffer_names` count (a router's expert bias is one); the rest are derived state.
 
     A module that carries adapters offers `merged_weight()`; its `weight` is then merged when it is asked for, one tensor at a
     time (the last one is kept, since the parts of a fused tensor are read one after the other).
     """
 
-    def __init__(self, model: Sequence[nn.Module], experts_before: int) -> None:
+    def __init__(self, model: Sequence[nn.Module], experts_before: int, buffer_names: Container[str] = ()) -> None:
         self._parameters: dict[str, Tensor] = {}
         self._merged: dict[str, Callable[[], Tensor]] = {}
         self._last: tuple[str, Tensor] | None = None
         for chunk in unwrap(model):
-            first_layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+            layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
             for module_name, module in chunk.named_modules():
-                self._add_module(module_name, module, first_layers, experts_before)
+                self._add_module(module_name, module, layers, experts_before)
+                for name, buffer in module.named_buffers(prefix=module_name, recurse=False):
+                    if (global_name := _global_name(name, layers, experts_before)) in buffer_names:
+                        self._parameters[global_name] = buffer
 
     def _add_module(self, module_name: str, module: nn.Module, layers: list[int], experts_before: int) -> None:
         adapters = getattr(module, "adapter_parameter_names", ())
@@ -97,8 +101,8 @@ def live_side(model: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayou
         StateMismatchError: the model does not hold what the mapping says.
     """
     at = layout.coordinates(rank)
-    live = LiveParameters(model, experts_before=at.ep * (spec.num_experts or 0) // layout.ep)
     side = megatron_side(spec, layout, rank)
+    live = LiveParameters(model, at.ep * (spec.num_experts or 0) // layout.ep, buffer_names=side.shapes.keys())
     live.check(side, rank)
     return live, side
 

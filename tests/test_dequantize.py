@@ -1,0 +1,85 @@
+"""Quantized checkpoints are read as Transformers itself reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import save_file
+from tiny import assert_same_state, hf_state, tiny_checkpoint
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import StateMismatchError, UnsupportedModelError
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.hf.dequantize import Dequantized
+from mbridge_rl.megatron.parallel import initialize_parallel
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def test_fp8_blocks_with_ragged_edges() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(200, 300, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 3, generator=generator)
+    state = {"a.weight": weight, "a.weight_scale_inv": scale, "norm.weight": torch.ones(3)}
+    plain = Dequantized(state, FP8, torch.bfloat16)
+    assert list(plain) == ["a.weight", "norm.weight"]
+    found = plain["a.weight"]
+    for row, column in ((0, 0), (127, 128), (128, 299), (199, 256)):
+        expected = (weight[row, column].float() * scale[row // 128, column // 128]).bfloat16()
+        assert torch.equal(found[row, column], expected)
+    assert plain["norm.weight"] is state["norm.weight"]
+
+
+def test_mxfp4_equals_transformers() -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 10, 4, 16), generator=generator).to(torch.uint8)
+    scales = torch.randint(110, 140, (3, 10, 4), generator=generator).to(torch.uint8)
+    plain = Dequantized({"w_blocks": blocks, "w_scales": scales}, {"quant_method": "mxfp4"}, torch.bfloat16)
+    assert list(plain) == ["w"]
+    assert plain["w"].shape == (3, 128, 10)
+    assert torch.equal(plain["w"], convert_moe_packed_tensors(blocks, scales))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    weight = torch.zeros(200, 300).to(torch.float8_e4m3fn)
+    with pytest.raises(StateMismatchError, match=r"a.weight_scale_inv has shape \[2, 2\], blocks of .* need \[2, 3\]"):
+        Dequantized({"a.weight": weight, "a.weight_scale_inv": torch.ones(2, 2)}, FP8, torch.bfloat16)["a.weight"]
+    with pytest.raises(StateMismatchError, match=r"scales without weights: a\.weight_scale_inv"):
+        Dequantized({"a.weight_scale_inv": torch.ones(2, 2)}, FP8, torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="quant_method='gptq'"):
+        Dequantized({}, {"quant_method": "gptq"}, torch.bfloat16)
+
+
+def test_a_quantized_checkpoint_loads_and_saves_plain(tmp_path: Path) -> None:
+    """Through the bridge: fp8 blocks in, the plain weights that they stand for out, and a config that says so."""
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    state = {name: tensor.bfloat16() for name, tensor in hf_state(directory).items()}
+    quantized = [name for name in state if name.endswith("_proj.weight")]
+    expected = dict(state)
+    for name in quantized:
+        rows, columns = state[name].shape
+        scale = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.5
+        state[name] = state[name].to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = scale
+        by_element = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+        expected[name] = (state[name].float() * by_element).bfloat16()
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text()) | {"quantization_config": FP8, "dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(config))
+    run_ranks(load_and_save, 2, directory)
+    assert_same_state(hf_state(directory / "saved"), expected)
+    assert "quantization_config" not in json.loads((directory / "saved" / "config.json").read_text())
+
+
+def load_and_save(rank: int, directory: Path) -> None:
+    initialize_parallel(ParallelLayout(tp=2))
+    bridge = AutoBridge.from_pretrained(directory)
+    model = bridge.build_model(dtype=torch.bfloat16)
+    bridge.load_weights(model)
+    bridge.save_pretrained(model, directory / "saved")
