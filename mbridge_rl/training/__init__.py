@@ -1,0 +1,64 @@
+"""The Megatron loop: GRPO on a Megatron-core trainer and a vLLM engine, part by part or as a whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mbridge_rl.training.batch import Batch
+    from mbridge_rl.training.grpo import GRPOConfig, group_advantages, grpo_loss, mismatch_metrics, supervised_loss
+    from mbridge_rl.training.launch import launch
+    from mbridge_rl.training.loop import GRPO, ProblemSampler
+    from mbridge_rl.training.lora import LoRAConfig, add_lora
+    from mbridge_rl.training.rewards import Problem, exact_match
+    from mbridge_rl.training.rollout import Rollout, SamplingConfig
+    from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+
+__all__ = [
+    "GRPO",
+    "Batch",
+    "GRPOConfig",
+    "LoRAConfig",
+    "MegatronTrainer",
+    "Problem",
+    "ProblemSampler",
+    "Rollout",
+    "SamplingConfig",
+    "TrainerConfig",
+    "add_lora",
+    "exact_match",
+    "group_advantages",
+    "grpo_loss",
+    "launch",
+    "mismatch_metrics",
+    "supervised_loss",
+]
+
+_HOMES = {
+    "GRPO": "loop",
+    "Batch": "batch",
+    "GRPOConfig": "grpo",
+    "LoRAConfig": "lora",
+    "MegatronTrainer": "trainer",
+    "Problem": "rewards",
+    "ProblemSampler": "loop",
+    "Rollout": "rollout",
+    "SamplingConfig": "rollout",
+    "TrainerConfig": "trainer",
+    "add_lora": "lora",
+    "exact_match": "rewards",
+    "group_advantages": "grpo",
+    "grpo_loss": "grpo",
+    "launch": "launch",
+    "mismatch_metrics": "grpo",
+    "supervised_loss": "grpo",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Public names are imported when they are asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mbridge_rl.training' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"mbridge_rl.training.{_HOMES[name]}"), name)

@@ -1,0 +1,135 @@
+"""Padded batches of token sequences, and how they are cut for micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with their completions, one per row, padded on the right, where causal attention cannot see it.
+
+    Every per-token tensor is `[batch, seq]` and aligned with the *prediction*: position `t` is about token `t + 1`, given the
+    tokens up to `t`. The last position predicts nothing and is never in the mask.
+
+    Attributes:
+        tokens: int64.
+        mask: bool, the predictions that are trained on (those of the completion's tokens).
+        position_ids: int64; `None` means 0, 1, 2, ... in every row.
+        targets: int64, what is predicted; `None` means the tokens shifted by one.
+        advantages, old_log_probs, rollout_log_probs, reference_log_probs: fp32, zero outside of the mask.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    position_ids: Tensor | None = None
+    targets: Tensor | None = None
+    advantages: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    rollout_log_probs: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2:
+            raise ValueError(f"tokens must be [batch, seq], found shape {list(self.tokens.shape)}")
+        for name, tensor in self.tensors().items():
+            if tensor.shape != self.tokens.shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, tokens have {list(self.tokens.shape)}")
+        if self.position_ids is None:
+            positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+            object.__setattr__(self, "position_ids", positions.expand_as(self.tokens))
+        if self.targets is None:
+            object.__setattr__(self, "targets", self.tokens.roll(-1, dims=1))
+            object.__setattr__(self, "mask", self.mask & (torch.arange(self.tokens.shape[1]) < self.tokens.shape[1] - 1))
+
+    @classmethod
+    def from_completions(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        pad_token_id: int,
+        length: int | None = None,
+        log_probs: Sequence[Sequence[float]] | None = None,
+    ) -> Batch:
+        """Pads prompts and completions into one batch.
+
+        Args:
+            prompts, completions: token ids, one pair per row.
+            length: of the padded rows; `None` means the longest.
+            log_probs: of the completions' tokens as the engine sampled them; they become `rollout_log_probs`.
+
+        Raises:
+            ValueError: a prompt is empty, rows are longer than `length`, or numbers of rows or tokens differ.
+        """
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        longest = max(map(len, rows))
+        length = longest if length is None else length
+        if longest > length:
+            raise ValueError(f"a prompt with its completion has {longest} tokens, the batch is padded to {length}")
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError("a prompt is empty: its first completion token has nothing to be predicted from")
+        tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        rollout_log_probs = None if log_probs is None else torch.zeros(len(rows), length)
+        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            tokens[index, : len(row)] = torch.tensor(row)
+            predictions = slice(len(prompt) - 1, len(row) - 1)
+            mask[index, predictions] = True
+            if rollout_log_probs is not None and log_probs is not None:
+                rollout_log_probs[index, predictions] = torch.tensor(log_probs[index], dtype=torch.float32)
+        return cls(tokens, mask, rollout_log_probs=rollout_log_probs)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many predictions are trained on."""
+        return int(self.mask.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def need(self, name: str) -> Tensor:
+        """The tensor `name`.
+
+        Raises:
+            ValueError: the batch does not have it.
+        """
+        tensor = getattr(self, name)
+        if tensor is None:
+            raise ValueError(f"the batch has no {name}, which this loss needs; it has {', '.join(self.tensors())}")
+        return tensor
+
+    def with_tensors(self, **tensors: Tensor | None) -> Batch:
+        """The same batch with some tensors replaced or added."""
+        return replace(self, **tensors)
+
+    def spread(self, per_row: Tensor) -> Tensor:
+        """`per_row [batch]` fp32 at every token of its row that counts, zero elsewhere: `[batch, seq]`."""
+        return torch.where(self.mask, per_row.float()[:, None], 0.0)
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the rows."""
+        return Batch(**{name: tensor[rows] for name, tensor in self.tensors().items()})
+
+    def positions(self, positions: Tensor) -> Batch:
+        """Some of the positions, in the order of `positions [part]`: the share of a context-parallel rank."""
+        return Batch(**{name: tensor[:, positions] for name, tensor in self.tensors().items()})
+
+    def padded(self, rows: int, length: int) -> Batch:
+        """The batch in the upper left corner of `[rows, length]`; what is added has no mask."""
+        add = (0, length - self.tokens.shape[1], 0, rows - len(self))
+        padded = {name: F.pad(tensor, add) for name, tensor in self.tensors().items() if name != "position_ids"}
+        return Batch(**padded)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
