@@ -7,6 +7,7 @@ tests in the pytest process must not inherit. Start-up is paid once per `Interpr
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import socket
@@ -69,4 +70,5 @@ if __name__ == "__main__":
     sys.path.insert(0, str(_TESTS))
     with contextlib.suppress(EOFError):
         _serve(Connection(int(sys.argv[1])))
+    gc.collect()  # arenas that tracebacks kept alive are unlinked
     os._exit(0)  # vLLM's teardown at interpreter exit is slow and proves nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, EngineUnusabl
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine, init_info
 from mbridge_rl.sync.vllm.landing import HFTensor
+from mbridge_rl.sync.vllm.loading import _LayerwiseLoader
 
 PROMPTS = [[5, 9, 33, 100, 514], [11, 22, 33, 44, 55, 66, 77, 514], [400]]
 FAMILIES = ("qwen3", "llama_tied", "qwen2_tied", "qwen3_moe")
@@ -33,7 +35,7 @@ def make_checkpoints(directory: Path) -> None:
 
     dense: dict[str, Any] = dict(
         vocab_size=VOCABULARY,
-        hidden_size=96,
+        hidden_size=192,  # heads of 32: the smallest that vLLM computes on a CPU
         intermediate_size=160,
         num_hidden_layers=3,
         num_attention_heads=6,
@@ -86,8 +88,8 @@ def fresh_completions(directory: Path, family: str, tag: str) -> list[Completion
         return greedy(engine)
 
 
-def metadata_of(weights: dict[str, Tensor]) -> list[HFTensor]:
-    return [HFTensor(hf_name, tensor.dtype, tuple(tensor.shape)) for hf_name, tensor in weights.items()]
+def metadata_of(weights: dict[str, Tensor], word_elements: int = 1) -> list[HFTensor]:
+    return [HFTensor(hf_name, tensor.dtype, tuple(tensor.shape), word_elements) for hf_name, tensor in weights.items()]
 
 
 def config_of(directory: Path, family: str) -> dict[str, Any]:
@@ -122,13 +124,11 @@ def assert_serves(engine: Any, directory: Path, family: str, tag: str) -> None:
 class Sender:
     """A trainer's end: weights into an arena, batch by batch, over the five weight-sync methods of any client."""
 
-    def __init__(self, client: Any, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-        self.client, self.metadata = client, metadata_of(weights)
+    def __init__(self, client: Any, weights: dict[str, Tensor], config: dict[str, Any], word_elements: int = 1) -> None:
+        self.client, self.metadata, self.words = client, metadata_of(weights, word_elements), word_elements
         self.arena = Arena.create(sum(aligned(tensor.nbytes) for tensor in self.metadata))
         self.info = init_info(self.metadata, config)
-        client.init_weight_transfer_engine(
-            self.info | {"arena_path": self.arena.path, "arena_nbytes": self.arena.nbytes}
-        )
+        client.init_weight_transfer_engine(self.info | {"arena_path": self.arena.path, "arena_nbytes": self.arena.nbytes})
 
     def batches(self, weights: dict[str, Tensor], version: int, size: int, seed: int = 0) -> Iterator[dict[str, Any]]:
         """Write everything, then describe it in batches of `size` tensors in random order: qkv and experts fall apart."""
@@ -145,7 +145,7 @@ class Sender:
                 "version": version,
                 "names": names,
                 "offsets": [offsets[hf_name] for hf_name in names],
-                "digests": [f"{digest(weights[hf_name]):016x}" for hf_name in names],
+                "digests": [f"{digest(weights[hf_name], self.words):016x}" for hf_name in names],
                 "fingerprint": self.info["fingerprint"],
             }
 
@@ -153,6 +153,8 @@ class Sender:
         self.client.start_weight_update()
         for batch in self.batches(weights, version, size, seed):
             self.client.update_weights(batch)
+            for hf_name, offset in zip(batch["names"], batch["offsets"], strict=True):
+                self.arena.view(offset, weights[hf_name].shape, weights[hf_name].dtype).fill_(7.0)  # a trainer reuses the bytes
         return self.client.finish_weight_update(str(version))
 
 
@@ -178,7 +180,7 @@ def refit_equals_fresh_engine(directory: Path, family: str) -> list[Completion]:
 
 def scattered_batches_are_exact(directory: Path, family: str) -> None:
     engine = engine_of(directory, family)
-    sender = Sender(engine, weights_of(directory, family, "A"), config_of(directory, family))
+    sender = Sender(engine, weights_of(directory, family, "A"), config_of(directory, family), word_elements=2)
     for version, (tag, size) in enumerate([("A", 3), ("B", 1), ("A", 2), ("B", 5)], start=10):
         report = sender.sync(weights_of(directory, family, tag), version, size, seed=version)
         assert report["version"] == version
@@ -262,7 +264,9 @@ def corrupted_live_weights(directory: Path, family: str, parameter_name: str, hf
     assert_serves(engine, directory, family, "B")
 
 
-def _flipping_live_bit(engine: InProcessEngine, weights: dict[str, Tensor], parameter_name: str) -> Iterator[tuple[str, Tensor]]:
+def _flipping_live_bit(
+    engine: InProcessEngine, weights: dict[str, Tensor], parameter_name: str
+) -> Iterator[tuple[str, Tensor]]:
     commit = engine.receiver._require_complete
 
     def flip_then_commit() -> None:
@@ -305,14 +309,14 @@ def unfitting_metadata_is_refused(directory: Path) -> None:
             *good,
             HFTensor("model.layers.0.mlp.gate_proj.bias", torch.float32, (160,)),
         ],
-        f"{k_proj}: the engine's loader refuses it": [
-            HFTensor(k_proj, torch.float32, (65, 96)) if tensor.hf_name == k_proj else tensor for tensor in good
+        f"{k_proj}[64:65, 0:192] (192 elements) is used by no parameter of the engine": [
+            HFTensor(k_proj, torch.float32, (65, 192)) if tensor.hf_name == k_proj else tensor for tensor in good
         ],
         # q has 6 heads of 32 rows; k and v have 2 each
-        r"model.layers.1.self_attn.qkv_proj.weight[192:256, 0:96] (6144 elements) of [320, 96] is filled by no tensor": [
+        r"model.layers.1.self_attn.qkv_proj.weight[192:256, 0:192] (12288 elements) of [320, 192] is filled by no tensor": [
             tensor for tensor in good if tensor.hf_name != k_proj
         ],
-        "model.norm.weight[0:96] (96 elements)": [tensor for tensor in good if tensor.hf_name != "model.norm.weight"],
+        "model.norm.weight[0:192] (192 elements)": [tensor for tensor in good if tensor.hf_name != "model.norm.weight"],
         "model.norm.weight: the trainer sends torch.float64, the engine holds torch.float32": [
             HFTensor(tensor.hf_name, torch.float64, tensor.shape) if tensor.hf_name == "model.norm.weight" else tensor
             for tensor in by_name.values()
@@ -331,7 +335,7 @@ def unfitting_tensors_are_refused(directory: Path) -> None:
     name = "model.layers.2.mlp.down_proj.weight"
     cases: list[tuple[type[SyncError], str, dict[str, Tensor]]] = [
         (EngineMismatch, "other.weight was not announced", weights | {"other.weight": torch.zeros(3)}),
-        (EngineMismatch, rf"{name} is torch.float32 \(160, 96\), but", weights | {name: weights[name].t()}),
+        (EngineMismatch, rf"{name} is torch.float32 \(160, 192\), but", weights | {name: weights[name].t()}),
         (EngineMismatch, rf"{name} is torch.bfloat16", weights | {name: weights[name].bfloat16()}),
     ]
     for kind, message, wrong in cases:
@@ -355,8 +359,8 @@ def misuse_of_an_update(directory: Path) -> None:
     engine, weights = engine_of(directory, "qwen3"), weights_of(directory, "qwen3", "A")
     sender = Sender(engine, weights, {})
     sender.sync(weights, 60)
+    engine.start_weight_update()
     with pytest.raises(SyncError, match="begin"):
-        engine.start_weight_update()
         engine.finish_weight_update("61")
     with pytest.raises(RuntimeError, match="start_weight_update must be called"):
         engine.update_weights(next(sender.batches(weights, 61, 5)))
@@ -379,9 +383,16 @@ def misuse_of_an_update(directory: Path) -> None:
     assert_serves(engine, directory, "qwen3", "A")
     with pytest.raises(ValueError, match="boom"):
         engine.refit(_failing_stream(weights), 64)
-    with pytest.raises(EngineUnusable, match="version 64 was lost.*its stream failed: boom"):
+    with pytest.raises(EngineUnusable, match=r"version 64 was lost.*its stream failed: boom"):
         greedy(engine)
     sender.sync(weights, 65)
+    assert_serves(engine, directory, "qwen3", "A")
+    engine.start_weight_update()
+    engine.update_weights(next(sender.batches(weights, 66, 20)))
+    successor = Sender(engine, weights, {})  # a trainer that died amid a sync is started again
+    with pytest.raises(EngineUnusable, match=r"version 66 was lost.*another trainer introduced itself"):
+        greedy(engine)
+    successor.sync(weights, 67)
     assert_serves(engine, directory, "qwen3", "A")
 
 
@@ -403,7 +414,7 @@ def prefix_cache_is_dropped(directory: Path) -> None:
     def answers(engine: InProcessEngine) -> list[tuple[list[int], list[float]]]:
         return without_versions(engine.generate(prompt, temperature=0.0, max_tokens=8, ignore_eos=True))
 
-    options: dict[str, Any] = {"max_model_len": 64, "enable_prefix_caching": True, "block_size": 16}
+    options: dict[str, Any] = {"max_model_len": 64, "enable_prefix_caching": True, "block_size": 32}
     with InProcessEngine(directory / "qwen3" / "B", **options) as fresh:
         expected = answers(fresh)
     with InProcessEngine(directory / "qwen3" / "A", **options) as engine:
@@ -414,6 +425,65 @@ def prefix_cache_is_dropped(directory: Path) -> None:
         engine.refit(weights.items(), 1)
         assert answers(engine) == expected
         assert first != expected
+
+
+def layerwise_reload_is_exact(directory: Path) -> None:
+    """The way that accelerators take, over vLLM's layerwise reload, on a CPU engine whose weights are plain."""
+    engine = prepared(directory, "qwen3")
+    receiver, weights = engine.receiver, weights_of(directory, "qwen3", "B")
+    kept = receiver._loader
+    receiver._loader = _LayerwiseLoader(receiver.model, receiver.vllm_config)
+    try:
+        sender = Sender(engine, weights, {})
+        for version, (tag, size) in enumerate([("B", 1), ("A", 7), ("B", 1000)], start=80):
+            sender.sync(weights_of(directory, "qwen3", tag), version, size, seed=version)
+            assert_serves(engine, directory, "qwen3", tag)
+        with pytest.raises(EngineMismatch, match="was not announced"):
+            engine.refit([("other.weight", torch.zeros(3))], 83)
+        assert_serves(engine, directory, "qwen3", "B")  # nothing was written: the old weights are back in place
+        batches = list(sender.batches(weights_of(directory, "qwen3", "A"), 84, 9))
+        engine.start_weight_update()
+        engine.update_weights(batches[0])
+        engine.start_weight_update()  # drops it, half of its layers without weights
+        with pytest.raises(EngineUnusable, match="version 84 was lost"):
+            greedy(engine)
+        sender.sync(weights, 85)
+        assert_serves(engine, directory, "qwen3", "B")
+    finally:
+        receiver._loader = kept
+
+
+def process_groups_outlive_an_engine(directory: Path) -> None:
+    """A trainer's groups beside an engine that is closed, and beside one that just becomes garbage."""
+    engine_of(directory, "qwen3")
+    world, group = torch.distributed.group.WORLD, torch.distributed.new_group([0])
+    with InProcessEngine(directory / "qwen3" / "A", max_model_len=64) as engine:
+        expected = without_versions(greedy(engine))
+    assert torch.distributed.group.WORLD is world
+    dropped = InProcessEngine(directory / "qwen3" / "A", max_model_len=64)
+    assert without_versions(greedy(dropped)) == expected
+    del dropped
+    gc.unfreeze()
+    gc.collect()
+    assert torch.distributed.group.WORLD is world
+    total = torch.ones(3)
+    torch.distributed.all_reduce(total, group=group)
+    assert total.tolist() == [1.0, 1.0, 1.0]
+
+
+def a_failed_step_leaves_no_requests(directory: Path) -> None:
+    engine = engine_of(directory, "qwen3")
+    model, expected = engine.receiver.model, without_versions(greedy(engine))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("boom")
+
+    model.forward = fail
+    with pytest.raises(ValueError, match="boom"):
+        greedy(engine)
+    del model.forward
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert without_versions(greedy(engine)) == expected
 
 
 def other_engines_are_left_alone(directory: Path) -> None:
@@ -431,14 +501,19 @@ def other_engines_are_left_alone(directory: Path) -> None:
             kv_cache_memory_bytes=1 << 26,
             disable_log_stats=True,
         )
+    stock.llm_engine.engine_core._finalizer.detach()  # vLLM's own shutdown destroys the process groups of all engines here
     model = stock.llm_engine.model_executor.driver_worker.worker.model_runner.model
     assert model.model.layers[0].self_attn.qkv_proj.weight.numel() == 0  # oneDNN holds it
     experts = model.model.layers[0].mlp.experts
-    kernels = [module.quant_method.moe_kernel for module in experts.modules() if hasattr(module, "quant_method")]
+    kernels = [
+        module.quant_method.moe_kernel
+        for module in experts.modules()
+        if hasattr(getattr(module, "quant_method", None), "moe_kernel")
+    ]
     assert kernels
     assert all("_mbridge_packed" not in kernel.fused_experts.__dict__ for kernel in kernels)
     ours = engine.receiver.model.model.layers[0].self_attn.qkv_proj.weight
-    assert tuple(ours.shape) == (320, 96)
+    assert tuple(ours.shape) == (320, 192)
     outputs = stock.generate(
         [{"prompt_token_ids": prompt} for prompt in PROMPTS],
         SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False),
@@ -466,8 +541,8 @@ def unmodified_vllm_loads_the_backend(directory: Path) -> None:
     worker = llm.llm_engine.model_executor.driver_worker.worker
     assert type(worker.weight_transfer_engine).__name__ == "SharedMemoryEngine"
     llm.init_weight_transfer_engine({"init_info": init_info(metadata_of(weights_of(directory, "llama_tied", "A")))})
+    info = init_info(metadata_of(weights_of(directory, "llama_tied", "A"))) | {"fingerprint": "feed"}
     with pytest.raises(EngineMismatch, match="fingerprint"):
-        info = init_info(metadata_of(weights_of(directory, "llama_tied", "A"))) | {"fingerprint": "feed"}
         llm.init_weight_transfer_engine({"init_info": info})
 
 

@@ -83,6 +83,16 @@ def add(*digests: int) -> int:
     return sum(digests) % (1 << 64)
 
 
+def signed(value: int) -> int:
+    """A digest as the int64 with the same bits, which tensors and collectives can carry."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def unsigned(value: int) -> int:
+    """The inverse of `signed`."""
+    return value % (1 << 64)
+
+
 def _columns(shape: Sequence[int]) -> int:
     return shape[-1] if shape else 1
 

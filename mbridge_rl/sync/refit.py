@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.buckets import Bucket, pack
-from mbridge_rl.core.digest import add, combine, digest_strided
+from mbridge_rl.core.digest import add, combine, digest_strided, signed, unsigned
 from mbridge_rl.core.plan import Plan
 from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
 from mbridge_rl.sync.arena import Arena
@@ -129,7 +129,7 @@ class WeightSync:
             sums = self._fill(bucket, half, live)
             failure = _failure_of(loading)
             sums = self._agree(sums, failure, version)
-            of_bucket = {slot.hf_name: int(value) % (1 << 64) for slot, value in zip(bucket.slots, sums.tolist(), strict=True)}
+            of_bucket = {slot.hf_name: unsigned(value) for slot, value in zip(bucket.slots, sums.tolist(), strict=True)}
             digests.update(of_bucket)
             if self._client is not None:
                 loading = self._loading.submit(self._client.update_weights, self._update_info(bucket, half, of_bucket, version))
@@ -198,7 +198,7 @@ class WeightSync:
                     columns = slot.shape[-1] if slot.shape else 1
                     part = rectangle.to(self._dtype)
                     share = add(share, digest_strided(part, columns=columns, offset=copy.hf.offset, strides=copy.hf.strides))
-            sums[index] = share - (1 << 64) if share >= 1 << 63 else share
+            sums[index] = signed(share)
         return sums
 
     def _agree(self, sums: Tensor, failure: BaseException | None, version: int) -> Tensor:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mbridge_rl.core.errors import listed
 from mbridge_rl.sync.errors import EngineUnusable, SyncError
 from mbridge_rl.sync.vllm import worker_calls
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
-from mbridge_rl.sync.vllm.landing import TensorMeta
+from mbridge_rl.sync.vllm.landing import HFTensor, TensorMeta
 from mbridge_rl.sync.vllm.plugin import register
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class InProcessEngine:
                 "skip_tokenizer_init": True,
                 "enforce_eager": True,
                 "max_num_batched_tokens": max(max_model_len, 2048),
+                # vLLM takes back what a seeded request drew where a prompt was cut, which CPU generators cannot do.
+                "enable_chunked_prefill": torch.cuda.is_available(),
                 "logprobs_mode": "processed_logprobs",
                 "disable_log_stats": True,
             }
@@ -291,11 +294,13 @@ class InProcessEngine:
 
 def init_info(metadata: Sequence[TensorMeta], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The part of `backend.InitInfo` that describes tensors, as JSON; a sync through an arena adds its path and size."""
+    tensors = [HFTensor.of(tensor) for tensor in metadata]
     return {
-        "names": [tensor.hf_name for tensor in metadata],
-        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in metadata],
-        "shapes": [list(tensor.shape) for tensor in metadata],
-        "fingerprint": metadata_fingerprint(metadata),
+        "names": [tensor.hf_name for tensor in tensors],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+        "shapes": [list(tensor.shape) for tensor in tensors],
+        "words": [tensor.word_elements for tensor in tensors],
+        "fingerprint": metadata_fingerprint(tensors),
         "config": dict(config or {}),
     }
 

@@ -29,11 +29,17 @@ class TensorMeta(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """Name, dtype and shape of one HF tensor."""
+    """Name, dtype and shape of one HF tensor, and how many neighbours form one word of the trainer's digest of it."""
 
     hf_name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    word_elements: int = 1
+
+    @classmethod
+    def of(cls, tensor: TensorMeta) -> HFTensor:
+        """From anything that describes a tensor; without `word_elements`, a word is one element."""
+        return cls(tensor.hf_name, tensor.dtype, tuple(tensor.shape), getattr(tensor, "word_elements", 1))
 
     @property
     def columns(self) -> int:
@@ -65,9 +71,27 @@ class Landing:
     source: View  # of the row-major HF tensor
     target: View  # of the parameter as it lies in memory; same shape as `source`
 
-    def digest(self, values: Tensor, columns: int) -> int:
-        """Digest of this part, in HF coordinates, from `values` of the landing's shape."""
-        return digest_strided(values, columns=columns, offset=self.source.offset, strides=self.source.strides)
+    def digest(self, values: Tensor, tensor: HFTensor) -> int:
+        """Digest of this part of `tensor`, in HF coordinates, from `values` of the landing's shape.
+
+        In the trainer's words where this part consists of whole ones, else element by element.
+        """
+        words = tensor.word_elements if values.dtype == tensor.dtype and self.has_whole_words(tensor) else 1
+        source = self.source
+        return digest_strided(values, columns=tensor.columns, offset=source.offset, strides=source.strides, word_elements=words)
+
+    def has_whole_words(self, tensor: HFTensor) -> bool:
+        """Whether this part cuts none of the trainer's words: its columns are one run of them, aligned at both ends."""
+        dims = [dim for dim in zip(self.source.shape, self.source.strides, strict=True) if dim[0] > 1]
+        along_columns = [dim for dim in dims if dim[1] % tensor.columns]
+        words = tensor.word_elements
+        if words == 1:
+            return True
+        return (
+            len(along_columns) == 1
+            and along_columns[0][1] == 1
+            and not (along_columns[0][0] % words or self.source.offset % words or tensor.columns % words)
+        )
 
 
 def times_covered(views: Iterable[View], shape: Sequence[int], strides: Sequence[int] | None = None) -> Coverage:

@@ -103,7 +103,8 @@ class _LayerwiseLoader:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self._model, self._model_config)
-        torch.accelerator.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
     def derive(self) -> None:
         """`settle` has done it."""

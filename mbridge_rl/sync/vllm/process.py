@@ -71,7 +71,8 @@ class EngineProcess:
         if self._process is not None:
             return self
         mine, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "mbridge_rl.sync.vllm.process", str(theirs.fileno()), json.dumps(self._settings)]
+        arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(self._settings)]
+        command = [sys.executable, "-m", "mbridge_rl.sync.vllm.process", *arguments]
         with theirs, self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -207,9 +208,8 @@ def _serve(connection: Connection, settings: dict[str, Any]) -> None:
     engine.close()
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """Watch for the parent's death from a thread: the main thread may be deep inside of a generation."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -220,11 +220,12 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """Entry point of the child process: file descriptor of its socket, and the engine's settings as JSON."""
+    """Entry point of the child process: file descriptor of its socket, the parent's pid, the engine's settings as JSON."""
+    descriptor, parent, settings = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING)
-    _end_with_parent()
+    _end_with(int(parent))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        _serve(Connection(int(sys.argv[1])), json.loads(sys.argv[2]))
+        _serve(Connection(int(descriptor)), json.loads(settings))
     sys.stdout.flush()
     os._exit(0)  # vLLM's teardown at interpreter exit takes seconds and has nothing left to do
 

@@ -62,6 +62,8 @@ class LandingMap:
         tensor, landings = self.tensors[hf_name], self.landings[hf_name]
         if any(self._dtypes[landing.parameter_name] != tensor.dtype for landing in landings):
             return False
+        if not all(landing.has_whole_words(tensor) for landing in landings):
+            return False
         return times_covered((landing.source for landing in landings), tensor.shape).exactly_once
 
     def unused(self) -> list[str]:
@@ -87,11 +89,11 @@ class LandingMap:
         """Remember the digest of each part that this worker keeps, where it keeps not just the whole tensor once."""
         if hf_name in self._whole or hf_name in self.untraceable:
             return
-        received, columns = received.contiguous(), self.tensors[hf_name].columns
+        received = received.contiguous()
         self._parts[hf_name] = []
         for landing in self.landings[hf_name]:
             values = landing.source.of(received).to(self._dtypes[landing.parameter_name])
-            self._parts[hf_name].append(landing.digest(values, columns))
+            self._parts[hf_name].append(landing.digest(values, self.tensors[hf_name]))
 
     def prove(self, model: nn.Module, expected: Mapping[str, int]) -> tuple[int, int]:
         """Compare every live landing with what was expected, in place.
@@ -109,9 +111,8 @@ class LandingMap:
         for hf_name, landings in self.landings.items():
             if hf_name in self.untraceable:
                 continue
-            columns = self.tensors[hf_name].columns
-            live = [landing.digest(landing.target.of(parameters[landing.parameter_name].data), columns) for landing in landings]
-            whole = hf_name in self._whole
+            tensor, whole = self.tensors[hf_name], hf_name in self._whole
+            live = [landing.digest(landing.target.of(parameters[landing.parameter_name].data), tensor) for landing in landings]
             if (add(*live) != expected[hf_name]) if whole else (live != self._parts[hf_name]):
                 wrong.append(f"{hf_name} (in {listed({landing.parameter_name for landing in landings})})")
         if wrong:
@@ -168,12 +169,11 @@ def _checkpoint_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter
     """The parameters that the model was built with; MLA, for one, adds some that it computes after loading."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    built_with = {}
-    for prefix, module in model.named_modules():
-        built_with[prefix] = get_layerwise_info(module).restore_metadata[0]
+    built_with = {prefix: get_layerwise_info(module).restore_metadata[0] for prefix, module in model.named_modules()}
+    recorded = any(built_with.values())  # by vLLM, for all modules at once
     for name, parameter in model.named_parameters():
         prefix, _, own_name = name.rpartition(".")
-        if not built_with[prefix] or own_name in built_with[prefix]:
+        if not recorded or own_name in built_with[prefix]:
             yield name, parameter
 
 

@@ -62,7 +62,7 @@ class Receiver:
         return self._guard.reason
 
     def prepare(self, metadata: Iterable[TensorMeta], config: Mapping[str, Any] | None = None, *, verify: bool = True) -> None:
-        """Learn where every announced HF tensor lands. Called once; no weight is changed.
+        """Learn where every announced HF tensor lands; no weight is changed. An open update is dropped: its trainer is gone.
 
         Args:
             metadata: name, dtype and shape of every HF tensor that each sync will bring.
@@ -73,11 +73,10 @@ class Receiver:
             EngineMismatch: the configs differ; the engine does not know a tensor, or has it in another shape or in a dtype
                 that cannot hold it; or one of the engine's parameters is filled by none of the tensors.
         """
-        if self.updating is not None:
-            raise SyncError(f"the update to version {self.updating} is still open: commit or abort it first")
+        self.abort("another trainer introduced itself")
         if config is not None:
             require_same_config(config, self.vllm_config.model_config.hf_config)
-        tensors = [HFTensor(tensor.hf_name, tensor.dtype, tuple(tensor.shape)) for tensor in metadata]
+        tensors = [HFTensor.of(tensor) for tensor in metadata]
         with self._scope(), self._loader.plain():
             self._landings = LandingMap.learn(self.model, tensors, self._device, self.vllm_config)
         self._verify = verify
@@ -92,7 +91,7 @@ class Receiver:
         self._expected, self._received = {}, set()
         self._seconds = {"load": 0.0, "verify": 0.0, "derive": 0.0}
         self._guard.block(f"an update from {self._serving} to version {version} is under way")
-        with self._scope():
+        with self._failing(f"the update to version {version} could not begin"), self._scope():
             self._loader.begin()
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], digests: Mapping[str, int] | None = None) -> None:
@@ -218,7 +217,7 @@ class Receiver:
             raise EngineMismatch(f"no digest was sent for {listed(absent)}; send one each, or none at all")
         wrong = []
         for hf_name, tensor in batch:
-            found = digest(tensor)
+            found = digest(tensor, self._landings.tensors[hf_name].word_elements)
             expected = found if digests is None else digests[hf_name]
             if found != expected:
                 wrong.append(f"{hf_name} (expected {expected:016x}, found {found:016x})")

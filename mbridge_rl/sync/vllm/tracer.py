@@ -76,6 +76,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, tensors: dict[str, Tensor], trace: Trace) -> None:
         super().__init__()
         self.trace = trace
+        self.current = ""  # the tensor that the loader took last
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors.items():
             if tensor.numel():
@@ -109,7 +110,8 @@ class _Recorder(TorchDispatchMode):
         elif func in _FILLS:
             self.trace.filled.setdefault(parameter_name, []).append(view)
         else:
-            raise RuntimeError(f"the loader changes {parameter_name} by {func}, from no loaded tensor")
+            reason = f"its loader computes {parameter_name} from more than the loaded values ({func})"
+            self.trace.untraceable.setdefault(self.current, reason)
         return target
 
     def _read(self, func: Any, args: Any, kwargs: Any, first: TracedTensor) -> Any:
@@ -124,7 +126,9 @@ class _Recorder(TorchDispatchMode):
             result = func(*tree_map_only(TracedTensor, lambda tensor: tensor.source, args), **kwargs)
             return tree_map_only(Tensor, lambda view: TracedTensor(first.hf_name, view, first.dtype, first.device), result)
         self._note(first, f"its loader computes with it ({func})", None)
-        args, kwargs = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), (args, kwargs))
+        args, kwargs = tree_map_only(
+            Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), (args, kwargs)
+        )
         return tree_map_only(
             Tensor,
             lambda meta: TracedTensor(first.hf_name, meta.to(torch.uint8), meta.dtype, first.device),
@@ -143,6 +147,10 @@ class _Recorder(TorchDispatchMode):
             if 0 <= offset <= extent or not target.numel():
                 return name, View(offset, tuple(target.shape), tuple(target.stride()))
         return None
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _storage_key(tensor: Tensor) -> int:
@@ -186,24 +194,23 @@ def _run(
     model: nn.Module, metadata: list[HFTensor], device: torch.device, tensors: dict[str, Tensor], trace: Trace
 ) -> str | None:
     """One run; returns the name of the tensor that the loader refused, with its error noted in `trace`."""
-    current = ""
+    recorder = _Recorder(tensors, trace)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        nonlocal current
         for tensor in metadata:
-            current = tensor.hf_name
+            recorder.current = tensor.hf_name
             source = torch.empty(tensor.shape, dtype=torch.uint8, device="meta")
             yield tensor.hf_name, TracedTensor(tensor.hf_name, source, tensor.dtype, device)
 
     load_weights: Callable[[Iterator[tuple[str, Tensor]]], Any] = model.load_weights  # type: ignore[assignment]
     try:
-        with torch.no_grad(), _Recorder(tensors, trace):
+        with torch.no_grad(), recorder:
             load_weights(stream())
     except Exception as error:  # a loader is foreign code: whatever it raises is its answer to this tensor
-        if not current:
+        if not recorder.current:
             raise
-        trace.rejected[current] = f"{type(error).__name__}: {error}"
-        return current
+        trace.rejected[recorder.current] = f"{type(error).__name__}: {error}"
+        return recorder.current
     return None
 
 

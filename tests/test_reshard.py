@@ -1,0 +1,87 @@
+"""Resharding and verification between real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import hf_state, tiny_checkpoint
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import StateMismatchError
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.hf.checkpoint import Checkpoint
+from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.reshard import reshard
+from mbridge_rl.sync.verify import differing, digests_of_model, digests_of_state
+
+PAIRS = [
+    ("qwen2", ParallelLayout(tp=2, pp=2), ParallelLayout(tp=4)),
+    ("llama3-tied", ParallelLayout(tp=2, pp=2, stage_layers=(1, 3)), ParallelLayout(pp=4)),
+    ("qwen3-moe", ParallelLayout(tp=2, pp=2, vpp=2), ParallelLayout(tp=2, ep=4, etp=1, dp=2)),
+    ("qwen3-moe-tied", ParallelLayout(tp=4, etp=2, ep=2), ParallelLayout(dp=2)),
+]
+
+
+def move(rank: int, directory: Path, source: ParallelLayout, target: ParallelLayout) -> dict[str, torch.Tensor]:
+    bridge = AutoBridge.from_pretrained(directory)
+    mine = bridge.shard(hf_state(directory), source).get(rank, {})
+    return reshard(bridge.spec, mine, source, target, round_bytes=1 << 16)
+
+
+@pytest.mark.parametrize(("variant", "first", "second"), PAIRS, ids=[f"{name}-{a}-to-{b}" for name, a, b in PAIRS])
+def test_resharding_equals_sharding_anew(variant: str, first: ParallelLayout, second: ParallelLayout, tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, variant)
+    bridge = AutoBridge.from_pretrained(directory)
+    for source, target in ((first, second), (second, first)):
+        expected = bridge.shard(hf_state(directory), target)
+        for rank, found in enumerate(run_ranks(move, 4, directory, source, target)):
+            assert found.keys() == expected.get(rank, {}).keys()
+            assert all(torch.equal(found[name], expected[rank][name]) for name in found)
+
+
+def move_wrongly(rank: int, directory: Path) -> tuple[str, str]:
+    layout = ParallelLayout(tp=2)
+    bridge = AutoBridge.from_pretrained(directory)
+    mine = bridge.shard(hf_state(directory), layout)[rank]
+    with pytest.raises(SyncError) as too_few:
+        reshard(bridge.spec, mine, layout, ParallelLayout(tp=4))
+    if rank == 1:
+        del mine["output_layer.weight"]
+    with pytest.raises(StateMismatchError) as lacking:
+        reshard(bridge.spec, mine, layout, ParallelLayout(pp=2))
+    return str(too_few.value), str(lacking.value)
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    for too_few, lacking in run_ranks(move_wrongly, 2, directory):
+        assert "found a group of 2" in too_few
+        assert "rank 1 lacks output_layer.weight" in lacking
+
+
+def verify_live(rank: int, directory: Path, layout: ParallelLayout) -> list[list[str]]:
+    initialize_parallel(layout)
+    bridge = AutoBridge.from_pretrained(directory)
+    model = bridge.build_model(layout)
+    bridge.load_weights(model)
+    wanted = digests_of_state(bridge.spec, Checkpoint(directory))
+    found = []
+    for change in (lambda tensor: None, lambda tensor: tensor.view(-1)[5:6].mul_(-1)):
+        with torch.no_grad():
+            for name, parameter in model[0].named_parameters():
+                if name.endswith("layers.0.self_attention.linear_proj.weight") and rank == 1:
+                    change(parameter)
+        digests = digests_of_model(bridge.spec, model, bridge.export_plan(layout), layout, torch.float32)
+        found.append(differing(digests, wanted))
+    return found
+
+
+def test_one_flipped_sign_on_one_rank_is_named(tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "qwen3")
+    for equal, flipped in run_ranks(verify_live, 2, directory, ParallelLayout(tp=2)):
+        assert equal == []
+        assert flipped == ["model.layers.0.self_attn.o_proj.weight"]
