@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mbridge_rl.core.buckets import aligned
 from mbridge_rl.core.digest import combine, digest
-from mbridge_rl.sync.arena import Arena, aligned
+from mbridge_rl.core.model import HFTensor
+from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, EngineUnusable, IncompleteSync, SyncError
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine, init_info
-from mbridge_rl.sync.vllm.landing import HFTensor
 from mbridge_rl.sync.vllm.loading import _LayerwiseLoader
 
 PROMPTS = [[5, 9, 33, 100, 514], [11, 22, 33, 44, 55, 66, 77, 514], [400]]

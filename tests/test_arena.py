@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mbridge_rl.sync.arena import ALIGNMENT, Arena, aligned, remove_stale
+from mbridge_rl.core.buckets import ALIGNMENT, aligned
+from mbridge_rl.sync.arena import Arena, remove_stale
 from mbridge_rl.sync.errors import ArenaError
 
 _READ_AND_SPOIL = """

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 
-import torch
-from torch import Tensor
-
-from mbridge_rl.core.segments import Shape
+from mbridge_rl.core.model import HFTensor
 
 ALIGNMENT = 64  # bytes: every dtype, and a cache line
 
@@ -18,14 +14,8 @@ ALIGNMENT = 64  # bytes: every dtype, and a cache line
 class Slot:
     """Where one tensor lies in its bucket, in bytes."""
 
-    hf_name: str
-    shape: Shape
+    tensor: HFTensor
     offset: int
-    nbytes: int
-
-    def of(self, buffer: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor `[*shape]` inside of `buffer`, a uint8 tensor that begins where the bucket does."""
-        return buffer[self.offset : self.offset + self.nbytes].view(dtype).view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +24,17 @@ class Bucket:
     nbytes: int
 
 
-def pack(hf_shapes: Mapping[str, Shape], dtype: torch.dtype, bucket_bytes: int) -> list[Bucket]:
+def pack(tensors: Sequence[HFTensor], bucket_bytes: int) -> list[Bucket]:
     """Fills buckets of at most `bucket_bytes`; a tensor that is larger gets a bucket of its own."""
     buckets: list[Bucket] = []
     slots: list[Slot] = []
     end = 0
-    for hf_name, shape in hf_shapes.items():
-        nbytes = prod(shape) * dtype.itemsize
-        if slots and end + nbytes > bucket_bytes:
+    for tensor in tensors:
+        if slots and end + tensor.nbytes > bucket_bytes:
             buckets.append(Bucket(tuple(slots), end))
             slots, end = [], 0
-        slots.append(Slot(hf_name, shape, end, nbytes))
-        end = aligned(end + nbytes)
+        slots.append(Slot(tensor, end))
+        end = aligned(end + tensor.nbytes)
     return [*buckets, Bucket(tuple(slots), end)] if slots else buckets
 
 

@@ -19,11 +19,15 @@ from mbridge_rl.core.rules import Instance, Part, Rule, instantiate
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """Name, dtype and shape of one HF tensor: what a sync announces before it sends."""
+    """Name, dtype and shape of one HF tensor: what a sync announces before it sends.
+
+    `word_elements` neighbours of a row form one word of its digest (`core.digest`).
+    """
 
     hf_name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    word_elements: int = 1
 
     @property
     def columns(self) -> int:
@@ -84,6 +88,10 @@ class ModelSpec:
     def hf_grid(self, hf_name: str) -> tuple[int, ...]:
         """The factored shape that boxes of `hf_name` count in; its row-major order is the tensor's own."""
         return tuple(axis.extent for axis in self.hf_parts[hf_name].axes)
+
+    def hf_tensors(self, dtype: torch.dtype) -> list[HFTensor]:
+        """Every tensor of a checkpoint in `dtype`, in its order."""
+        return [HFTensor(hf_name, dtypes, self.hf_shapes[hf_name]) for hf_name, dtypes in self.hf_dtypes(dtype).items()]
 
     def hf_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Dtype of every HF tensor of a checkpoint in `dtype`: its own where the table fixes one."""

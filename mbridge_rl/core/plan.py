@@ -16,9 +16,9 @@ from math import ceil
 
 from torch import Tensor
 
-from mbridge_rl.core.digest import contiguous_strides
+from mbridge_rl.core.digest import contiguous_strides, digest_strided
 from mbridge_rl.core.errors import PlanError
-from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.segments import Box, Segment, Shape, Side
 
 
@@ -255,3 +255,10 @@ def _merged(run: list[Copy]) -> Copy:
         replace(view, strides=(step, *view.strides)) for view, step in zip(views, _steps(first, run[1]), strict=True)
     )
     return replace(first, shape=(len(run), *first.shape), source=source, target=target, hf=hf)
+
+
+def copy_digest(copy: Copy, part: Tensor, tensor: HFTensor) -> int:
+    """Digest of the rectangle that `copy` moves, from its values `part` `[*copy.shape]`, in the words of `tensor`."""
+    return digest_strided(
+        part, columns=tensor.columns, offset=copy.hf.offset, strides=copy.hf.strides, word_elements=tensor.word_elements
+    )

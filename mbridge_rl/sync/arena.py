@@ -26,15 +26,9 @@ from mbridge_rl.sync.errors import ArenaError
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 64  # bytes: a cache line, and more than any dtype asks for
 _DIRECTORY = Path("/dev/shm")
 _NAME = re.compile(r"mbridge_rl-(?P<pid>\d+)-[0-9a-f]+\.arena")
 _PAGE = 4096
-
-
-def aligned(nbytes: int) -> int:
-    """The smallest multiple of `ALIGNMENT` that holds `nbytes`."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Arena:

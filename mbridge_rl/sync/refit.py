@@ -12,22 +12,21 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.buckets import Bucket, pack
-from mbridge_rl.core.digest import add, combine, digest_strided, signed, unsigned
-from mbridge_rl.core.plan import Plan
+from mbridge_rl.core.digest import add, combine, signed, unsigned
+from mbridge_rl.core.plan import Plan, copy_digest
 from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import SyncError
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import init_info
-from mbridge_rl.sync.vllm.landing import HFTensor
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +100,11 @@ class WeightSync:
         self._dtype = dtype or model_dtype(model)
         self._verify = verify
         self._plan: Plan = bridge.export_plan(self._layout)
-        self._buckets = pack(self._plan.hf_shapes, self._dtype, bucket_bytes)
+        self._tensors = [
+            replace(tensor, word_elements=self._plan.word_elements(tensor.hf_name, tensor.dtype.itemsize))
+            for tensor in self._spec.hf_tensors(self._dtype)
+        ]
+        self._buckets = pack(self._tensors, bucket_bytes)
         self._half_bytes = max(bucket.nbytes for bucket in self._buckets)
         self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refit")
         self._handshake()
@@ -129,7 +132,7 @@ class WeightSync:
             sums = self._fill(bucket, half, live)
             failure = _failure_of(loading)
             sums = self._agree(sums, failure, version)
-            of_bucket = {slot.hf_name: unsigned(value) for slot, value in zip(bucket.slots, sums.tolist(), strict=True)}
+            of_bucket = {slot.tensor.hf_name: unsigned(value) for slot, value in zip(bucket.slots, sums.tolist(), strict=True)}
             digests.update(of_bucket)
             if self._client is not None:
                 loading = self._loading.submit(self._client.update_weights, self._update_info(bucket, half, of_bucket, version))
@@ -138,8 +141,8 @@ class WeightSync:
         self._on_engine(lambda client: engine_report.update(client.finish_weight_update(str(version))))
         report = SyncReport(
             version=version,
-            tensors=len(self._plan.hf_shapes),
-            nbytes=sum(slot.nbytes for bucket in self._buckets for slot in bucket.slots),
+            tensors=len(self._tensors),
+            nbytes=sum(tensor.nbytes for tensor in self._tensors),
             buckets=len(self._buckets),
             digest=combine(digests) if self._verify else None,
             verified=self._verify,
@@ -177,8 +180,7 @@ class WeightSync:
     def _introduce(self, hf_config: Any) -> None:
         if self._client is None:
             raise SyncError("rank 0 has no engine client: give WeightSync(client=...) an engine there")
-        metadata = [HFTensor(hf_name, self._dtype, shape) for hf_name, shape in self._plan.hf_shapes.items()]
-        info = init_info(metadata, config_summary(hf_config))
+        info = init_info(self._tensors, config_summary(hf_config))
         arena = {"arena_path": self._arena.path, "arena_nbytes": self._arena.nbytes, "verify": self._verify}
         self._fingerprint = info["fingerprint"]
         self._client.init_weight_transfer_engine(info | arena)
@@ -187,17 +189,16 @@ class WeightSync:
         """Writes this rank's rectangles of `bucket`; returns its share of every slot's digest, int64 `[slots]`."""
         sums = torch.zeros(len(bucket.slots), dtype=torch.int64)
         for index, slot in enumerate(bucket.slots):
-            target = self._arena.view(half + slot.offset, slot.shape, self._dtype)
+            tensor = slot.tensor
+            target = self._arena.view(half + slot.offset, tensor.shape, tensor.dtype)
             share = 0
-            for copy in self._plan.by_hf_name[slot.hf_name]:
+            for copy in self._plan.by_hf_name[tensor.hf_name]:
                 if copy.source_rank != self._group.rank:
                     continue
-                rectangle = copy.source.of(live[copy.source.name], copy.shape)
-                copy.target.of(target, copy.shape).copy_(rectangle)
+                part = copy.source.of(live[copy.source.name], copy.shape).to(tensor.dtype)
+                copy.target.of(target, copy.shape).copy_(part)
                 if self._verify:
-                    columns = slot.shape[-1] if slot.shape else 1
-                    part = rectangle.to(self._dtype)
-                    share = add(share, digest_strided(part, columns=columns, offset=copy.hf.offset, strides=copy.hf.strides))
+                    share = add(share, copy_digest(copy, part, tensor))
             sums[index] = signed(share)
         return sums
 
@@ -221,9 +222,9 @@ class WeightSync:
     def _update_info(self, bucket: Bucket, half: int, digests: Mapping[str, int], version: int) -> dict[str, Any]:
         return {
             "version": version,
-            "names": [slot.hf_name for slot in bucket.slots],
+            "names": [slot.tensor.hf_name for slot in bucket.slots],
             "offsets": [half + slot.offset for slot in bucket.slots],
-            "digests": [f"{digests[slot.hf_name]:016x}" for slot in bucket.slots] if self._verify else [],
+            "digests": [f"{digests[slot.tensor.hf_name]:016x}" for slot in bucket.slots] if self._verify else [],
             "fingerprint": self._fingerprint,
         }
 

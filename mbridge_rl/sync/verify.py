@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.digest import add, digest, digest_strided, signed, unsigned
+from mbridge_rl.core.digest import add, digest, signed, unsigned
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.plan import Plan
+from mbridge_rl.core.plan import Plan, copy_digest
 from mbridge_rl.megatron.parameters import live_side
 from mbridge_rl.sync.group import RankGroup
 
@@ -40,15 +40,14 @@ def digests_of_model(
     """
     group = group or RankGroup()
     live, _ = live_side(model, spec, layout, group.rank)
-    order = {hf_name: index for index, hf_name in enumerate(spec.hf_shapes)}
-    shares = [0] * len(order)
+    tensors = {tensor.hf_name: tensor for tensor in spec.hf_tensors(dtype)}
+    shares = dict.fromkeys(tensors, 0)
     for copy in plan.from_rank(group.rank):
-        part = copy.source.of(live[copy.source.name], copy.shape).to(dtype)
-        columns = spec.hf_shapes[copy.hf_name][-1] if spec.hf_shapes[copy.hf_name] else 1
-        share = digest_strided(part, columns=columns, offset=copy.hf.offset, strides=copy.hf.strides)
-        shares[order[copy.hf_name]] = add(shares[order[copy.hf_name]], share)
-    sums = group.sum(torch.tensor([signed(share) for share in shares], dtype=torch.int64))
-    return {hf_name: unsigned(sums[index].item()) for hf_name, index in order.items()}
+        tensor = tensors[copy.hf_name]
+        part = copy.source.of(live[copy.source.name], copy.shape).to(tensor.dtype)
+        shares[copy.hf_name] = add(shares[copy.hf_name], copy_digest(copy, part, tensor))
+    sums = group.sum(torch.tensor([signed(share) for share in shares.values()], dtype=torch.int64))
+    return {hf_name: unsigned(value) for hf_name, value in zip(tensors, sums.tolist(), strict=True)}
 
 
 def differing(first: Mapping[str, int], second: Mapping[str, int]) -> list[str]:

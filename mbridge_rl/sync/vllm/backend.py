@@ -14,10 +14,10 @@ from torch import nn
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from mbridge_rl.core.errors import listed
+from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import EngineMismatch, SyncError
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
-from mbridge_rl.sync.vllm.landing import HFTensor
 from mbridge_rl.sync.vllm.receiver import Receiver
 
 

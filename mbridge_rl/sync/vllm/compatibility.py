@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import EngineMismatch
-from mbridge_rl.sync.vllm.landing import TensorMeta
 
 # Summary key -> the names that configs use for it. Only what changes weights or logits; absent on both sides is equal.
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -66,7 +66,7 @@ def require_same_config(trainer: Mapping[str, Any], engine_hf_config: Any) -> No
         )
 
 
-def metadata_fingerprint(metadata: Iterable[TensorMeta]) -> str:
+def metadata_fingerprint(metadata: Iterable[HFTensor]) -> str:
     """Short hex digest of names, dtypes and shapes, independent of their order: equal on both ends or nothing is sent."""
     lines = sorted(f"{tensor.hf_name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n" for tensor in metadata)
     return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()

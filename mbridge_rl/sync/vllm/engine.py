@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.errors import listed
+from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import EngineUnusable, SyncError
 from mbridge_rl.sync.vllm import worker_calls
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
-from mbridge_rl.sync.vllm.landing import HFTensor, TensorMeta
 from mbridge_rl.sync.vllm.plugin import register
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class InProcessEngine:
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
 
-    def prepare(self, metadata: Iterable[TensorMeta], config: Mapping[str, Any] | None = None) -> None:
+    def prepare(self, metadata: Iterable[HFTensor], config: Mapping[str, Any] | None = None) -> None:
         """Announce the tensors of every later `refit`, once; see `Receiver.prepare`."""
         tensors = list(metadata)
         self.init_weight_transfer_engine(init_info(tensors, config))
@@ -292,9 +292,9 @@ class InProcessEngine:
             raise
 
 
-def init_info(metadata: Sequence[TensorMeta], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def init_info(metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The part of `backend.InitInfo` that describes tensors, as JSON; a sync through an arena adds its path and size."""
-    tensors = [HFTensor.of(tensor) for tensor in metadata]
+    tensors = list(metadata)
     return {
         "names": [tensor.hf_name for tensor in tensors],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],

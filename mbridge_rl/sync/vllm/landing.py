@@ -5,49 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mbridge_rl.core.digest import contiguous_strides, digest_strided
-
-
-class TensorMeta(Protocol):
-    """What the trainer announces about one HF tensor (the bridge's metadata has these attributes)."""
-
-    @property
-    def hf_name(self) -> str: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class HFTensor:
-    """Name, dtype and shape of one HF tensor, and how many neighbours form one word of the trainer's digest of it."""
-
-    hf_name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    word_elements: int = 1
-
-    @classmethod
-    def of(cls, tensor: TensorMeta) -> HFTensor:
-        """From anything that describes a tensor; without `word_elements`, a word is one element."""
-        return cls(tensor.hf_name, tensor.dtype, tuple(tensor.shape), getattr(tensor, "word_elements", 1))
-
-    @property
-    def columns(self) -> int:
-        return self.shape[-1] if self.shape else 1
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+from mbridge_rl.core.model import HFTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.digest import add
 from mbridge_rl.core.errors import listed
+from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch
-from mbridge_rl.sync.vllm.landing import HFTensor, times_covered
+from mbridge_rl.sync.vllm.landing import times_covered
 from mbridge_rl.sync.vllm.tracer import Trace, parameters_and_buffers, trace_load_weights
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.digest import combine, digest
 from mbridge_rl.core.errors import listed
+from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, IncompleteSync, SyncError
 from mbridge_rl.sync.vllm.compatibility import require_same_config
 from mbridge_rl.sync.vllm.guard import Guard
-from mbridge_rl.sync.vllm.landing import HFTensor, TensorMeta
 from mbridge_rl.sync.vllm.loading import loader_for
 from mbridge_rl.sync.vllm.proof import LandingMap
 
@@ -61,7 +61,7 @@ class Receiver:
         """Why the engine refuses to generate; None if it does not."""
         return self._guard.reason
 
-    def prepare(self, metadata: Iterable[TensorMeta], config: Mapping[str, Any] | None = None, *, verify: bool = True) -> None:
+    def prepare(self, metadata: Iterable[HFTensor], config: Mapping[str, Any] | None = None, *, verify: bool = True) -> None:
         """Learn where every announced HF tensor lands; no weight is changed. An open update is dropped: its trainer is gone.
 
         Args:
@@ -76,7 +76,7 @@ class Receiver:
         self.abort("another trainer introduced itself")
         if config is not None:
             require_same_config(config, self.vllm_config.model_config.hf_config)
-        tensors = [HFTensor.of(tensor) for tensor in metadata]
+        tensors = list(metadata)
         with self._scope(), self._loader.plain():
             self._landings = LandingMap.learn(self.model, tensors, self._device, self.vllm_config)
         self._verify = verify

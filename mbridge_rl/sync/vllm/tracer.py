@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import EngineMismatch
-from mbridge_rl.sync.vllm.landing import HFTensor, Landing, View
+from mbridge_rl.sync.vllm.landing import Landing, View
 
 logger = logging.getLogger(__name__)
 
