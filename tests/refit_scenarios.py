@@ -4,162 +4,35 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from refit_engines import (
+    PROMPTS,
+    VOCABULARY,
+    Sender,
+    assert_serves,
+    config_of,
+    engine_of,
+    fresh_completions,
+    greedy,
+    metadata_of,
+    parameters_of,
+    prepared,
+    weights_of,
+    without_versions,
+)
 from torch import Tensor
 
-from mbridge_rl.core.buckets import aligned
 from mbridge_rl.core.digest import combine, digest
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, EngineUnusable, IncompleteSync, SyncError
-from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine, init_info
 from mbridge_rl.sync.vllm.loading import _LayerwiseLoader
-
-PROMPTS = [[5, 9, 33, 100, 514], [11, 22, 33, 44, 55, 66, 77, 514], [400]]
-FAMILIES = ("qwen3", "llama_tied", "qwen2_tied", "qwen3_moe")
-VOCABULARY = 515  # odd, so that vLLM pads it
-
-
-def make_checkpoints(directory: Path) -> None:
-    """Two random checkpoints, A and B, of each family."""
-    import transformers
-
-    dense: dict[str, Any] = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=192,  # heads of 32: the smallest that vLLM computes on a CPU
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=None,
-        pad_token_id=None,
-        tie_word_embeddings=False,
-    )
-    experts = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True, decoder_sparse_step=1)
-    configs = {
-        "qwen3": transformers.Qwen3Config(**dense, head_dim=32),
-        "llama_tied": transformers.LlamaConfig(**dense | {"tie_word_embeddings": True}),
-        "qwen2_tied": transformers.Qwen2Config(**dense | {"tie_word_embeddings": True}),  # its attention has biases
-        "qwen3_moe": transformers.Qwen3MoeConfig(**dense, **experts, head_dim=32),
-    }
-    for name, config in configs.items():
-        for seed, tag in enumerate("AB"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            _randomize(model, seed)
-            model.save_pretrained(directory / name / tag)
-
-
-def _randomize(model: torch.nn.Module, seed: int) -> None:
-    """Weights so large that logits differ, and no parameter at its neutral initial value."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = 0.5 if "embed" in name else 1.2 * parameter.shape[-1] ** -0.5
-            parameter.copy_(scale * noise if parameter.ndim > 1 else float("norm" in name) + 0.2 * noise)
-
-
-# What the interpreter keeps between scenarios: engines are started once.
-
-
-@cache
-def engine_of(directory: Path, family: str) -> InProcessEngine:
-    return InProcessEngine(directory / family / "A", max_model_len=64, max_num_seqs=8)
-
-
-@cache
-def weights_of(directory: Path, family: str, tag: str) -> dict[str, Tensor]:
-    return load_file(directory / family / tag / "model.safetensors")
-
-
-@cache
-def fresh_completions(directory: Path, family: str, tag: str) -> list[Completion]:
-    with InProcessEngine(directory / family / tag, max_model_len=64, max_num_seqs=8) as engine:
-        return greedy(engine)
-
-
-def metadata_of(weights: dict[str, Tensor], word_elements: int = 1) -> list[HFTensor]:
-    return [HFTensor(hf_name, tensor.dtype, tuple(tensor.shape), word_elements) for hf_name, tensor in weights.items()]
-
-
-def config_of(directory: Path, family: str) -> dict[str, Any]:
-    import transformers
-
-    return config_summary(transformers.AutoConfig.from_pretrained(directory / family / "A"))
-
-
-def greedy(engine: Any) -> list[Completion]:
-    return engine.generate(PROMPTS, temperature=0.0, max_tokens=12, ignore_eos=True)
-
-
-def without_versions(completions: list[Completion]) -> list[tuple[list[int], list[float]]]:
-    return [(completion.tokens, completion.logprobs) for completion in completions]
-
-
-def prepared(directory: Path, family: str) -> InProcessEngine:
-    engine = engine_of(directory, family)
-    engine.prepare(metadata_of(weights_of(directory, family, "A")), config_of(directory, family))
-    return engine
-
-
-def parameters_of(engine: InProcessEngine) -> dict[str, Tensor]:
-    return {name: parameter.clone() for name, parameter in engine.receiver.model.named_parameters()}
-
-
-def assert_serves(engine: Any, directory: Path, family: str, tag: str) -> None:
-    """Greedy tokens and log-probs are exactly those of an engine started from that checkpoint."""
-    assert without_versions(greedy(engine)) == without_versions(fresh_completions(directory, family, tag))
-
-
-class Sender:
-    """A trainer's end: weights into an arena, batch by batch, over the five weight-sync methods of any client."""
-
-    def __init__(self, client: Any, weights: dict[str, Tensor], config: dict[str, Any], word_elements: int = 1) -> None:
-        self.client, self.metadata, self.words = client, metadata_of(weights, word_elements), word_elements
-        self.arena = Arena.create(sum(aligned(tensor.nbytes) for tensor in self.metadata))
-        self.info = init_info(self.metadata, config)
-        client.init_weight_transfer_engine(self.info | {"arena_path": self.arena.path, "arena_nbytes": self.arena.nbytes})
-
-    def batches(self, weights: dict[str, Tensor], version: int, size: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-        """Write everything, then describe it in batches of `size` tensors in random order: qkv and experts fall apart."""
-        order = list(self.metadata)
-        random.Random(seed).shuffle(order)
-        offset, offsets = 0, {}
-        for tensor in order:
-            offsets[tensor.hf_name] = offset
-            self.arena.view(offset, tensor.shape, tensor.dtype).copy_(weights[tensor.hf_name])
-            offset += aligned(tensor.nbytes)
-        for first in range(0, len(order), size):
-            names = [tensor.hf_name for tensor in order[first : first + size]]
-            yield {
-                "version": version,
-                "names": names,
-                "offsets": [offsets[hf_name] for hf_name in names],
-                "digests": [f"{digest(weights[hf_name], self.words):016x}" for hf_name in names],
-                "fingerprint": self.info["fingerprint"],
-            }
-
-    def sync(self, weights: dict[str, Tensor], version: int, size: int = 1000, seed: int = 0) -> dict[str, Any]:
-        self.client.start_weight_update()
-        for batch in self.batches(weights, version, size, seed):
-            self.client.update_weights(batch)
-            for hf_name, offset in zip(batch["names"], batch["offsets"], strict=True):
-                self.arena.view(offset, weights[hf_name].shape, weights[hf_name].dtype).fill_(7.0)  # a trainer reuses the bytes
-        return self.client.finish_weight_update(str(version))
-
-
-# The scenarios.
 
 
 def refit_equals_fresh_engine(directory: Path, family: str) -> list[Completion]:

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+import refit_engines
 import refit_scenarios as scenarios
 from interpreter import Interpreter
 
@@ -28,7 +29,7 @@ LOGPROB_TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints")
-    scenarios.make_checkpoints(directory)
+    refit_engines.make_checkpoints(directory)
     return directory
 
 
@@ -55,22 +56,22 @@ def transformers_logprobs(directory: Path, prompt: list[int], tokens: list[int],
     return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1)
 
 
-@pytest.mark.parametrize("family", scenarios.FAMILIES)
+@pytest.mark.parametrize("family", refit_engines.FAMILIES)
 def test_refit_equals_a_fresh_engine_and_transformers(engines: Interpreter, checkpoints: Path, family: str) -> None:
     completions = engines.call(scenarios.refit_equals_fresh_engine, checkpoints, family)
-    for prompt, completion in zip(scenarios.PROMPTS, completions, strict=True):
+    for prompt, completion in zip(refit_engines.PROMPTS, completions, strict=True):
         expected = transformers_logprobs(checkpoints / family / "B", prompt, completion.tokens)
         assert expected.argmax(-1).tolist() == completion.tokens
         difference = expected.max(-1).values - torch.tensor(completion.logprobs)
         assert difference.abs().max() < LOGPROB_TOLERANCE
 
 
-@pytest.mark.parametrize("family", scenarios.FAMILIES)
+@pytest.mark.parametrize("family", refit_engines.FAMILIES)
 def test_batches_that_split_fused_tensors_are_exact(engines: Interpreter, checkpoints: Path, family: str) -> None:
     engines.call(scenarios.scattered_batches_are_exact, checkpoints, family)
 
 
-@pytest.mark.parametrize("family", scenarios.FAMILIES)
+@pytest.mark.parametrize("family", refit_engines.FAMILIES)
 def test_a_trace_covers_every_parameter_and_changes_none(engines: Interpreter, checkpoints: Path, family: str) -> None:
     engines.call(scenarios.trace_covers_everything_and_changes_nothing, checkpoints, family)
 
@@ -154,7 +155,7 @@ def test_sampling_is_seeded_and_logprobs_are_of_the_sampled_distribution(engines
     assert [completion.prompt_index for completion in first] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert len({tuple(completion.tokens) for completion in first}) == 9  # samples and equal prompts differ
     completion = first[4]
-    expected = transformers_logprobs(checkpoints / "qwen3" / "A", scenarios.PROMPTS[1], completion.tokens, temperature=0.7)
+    expected = transformers_logprobs(checkpoints / "qwen3" / "A", refit_engines.PROMPTS[1], completion.tokens, temperature=0.7)
     for position, (token, logprob) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
         assert math.isclose(expected[position, token].item(), logprob, abs_tol=LOGPROB_TOLERANCE)
 
@@ -168,22 +169,22 @@ def test_stop_tokens_end_a_completion(engines: Interpreter, checkpoints: Path) -
 
 @pytest.mark.slow
 def test_engine_process_refits_through_shared_memory(process: EngineProcess, engines: Interpreter, checkpoints: Path) -> None:
-    weights = {tag: scenarios.weights_of(checkpoints, "qwen3_moe", tag) for tag in "AB"}
-    sender = scenarios.Sender(process, weights["A"], scenarios.config_of(checkpoints, "qwen3_moe"))
+    weights = {tag: refit_engines.weights_of(checkpoints, "qwen3_moe", tag) for tag in "AB"}
+    sender = refit_engines.Sender(process, weights["A"], refit_engines.config_of(checkpoints, "qwen3_moe"))
     for version, tag in enumerate("BAB", start=1):
         report = sender.sync(weights[tag], version, size=17, seed=version)
         assert report["proven_live"] == len(weights[tag])
         assert process.weight_version == version
-        completions = scenarios.greedy(process)
-        fresh = engines.call(scenarios.fresh_completions, checkpoints, "qwen3_moe", tag)
-        assert scenarios.without_versions(completions) == scenarios.without_versions(fresh)
+        completions = refit_engines.greedy(process)
+        fresh = engines.call(refit_engines.fresh_completions, checkpoints, "qwen3_moe", tag)
+        assert refit_engines.without_versions(completions) == refit_engines.without_versions(fresh)
         assert {completion.weight_version for completion in completions} == {version}
 
 
 @pytest.mark.slow
 def test_engine_process_reports_errors_by_their_type(process: EngineProcess, checkpoints: Path) -> None:
-    weights = scenarios.weights_of(checkpoints, "qwen3_moe", "B")
-    sender = scenarios.Sender(process, weights, {})
+    weights = refit_engines.weights_of(checkpoints, "qwen3_moe", "B")
+    sender = refit_engines.Sender(process, weights, {})
     batches = list(sender.batches(weights, 90, 50))
     sender.arena.view(batches[1]["offsets"][0], (1,), torch.uint8).bitwise_xor_(1)
     process.start_weight_update()
@@ -191,21 +192,21 @@ def test_engine_process_reports_errors_by_their_type(process: EngineProcess, che
     with pytest.raises(DigestMismatch, match=batches[1]["names"][0]):
         process.update_weights(batches[1])
     with pytest.raises(EngineUnusable, match="version 90 was lost"):
-        scenarios.greedy(process)
+        refit_engines.greedy(process)
     sender.sync(weights, 91)
-    assert scenarios.greedy(process)[0].weight_version == 91
+    assert refit_engines.greedy(process)[0].weight_version == 91
 
 
 @pytest.mark.slow
 def test_a_slow_answer_is_an_error_and_does_not_confuse_the_next(process: EngineProcess) -> None:
-    expected = scenarios.greedy(process)
+    expected = refit_engines.greedy(process)
     process._call_timeout, kept = 1e-6, process._call_timeout
     try:
         with pytest.raises(EngineProcessError, match="did not answer generate within 1e-06 s"):
             process.generate([[1, 2, 3]], temperature=0.0, max_tokens=30)
     finally:
         process._call_timeout = kept
-    assert scenarios.greedy(process) == expected
+    assert refit_engines.greedy(process) == expected
 
 
 @pytest.mark.slow
@@ -223,7 +224,7 @@ def test_a_killed_engine_is_reported_at_once(checkpoints: Path) -> None:
         assert engine._process is not None
         engine._process.kill()
         with pytest.raises(EngineProcessError, match=r"died|gone"):
-            scenarios.greedy(engine)
+            refit_engines.greedy(engine)
 
 
 @pytest.mark.slow
@@ -261,10 +262,10 @@ def _is_running(pid: int) -> bool:
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_tensor_parallel_engine(engines: Interpreter, checkpoints: Path, family: str) -> None:
     """Each worker proves its own part; a failure in the workers leaves neither with answers of the other's."""
-    weights = {tag: scenarios.weights_of(checkpoints, family, tag) for tag in "AB"}
+    weights = {tag: refit_engines.weights_of(checkpoints, family, tag) for tag in "AB"}
     shm = {path.name for path in Path("/dev/shm").iterdir()}
     with EngineProcess(checkpoints / family / "A", max_model_len=64, max_num_seqs=8, tensor_parallel_size=2) as engine:
-        sender = scenarios.Sender(engine, weights["A"], scenarios.config_of(checkpoints, family))
+        sender = refit_engines.Sender(engine, weights["A"], refit_engines.config_of(checkpoints, family))
         report = sender.sync(weights["B"], 1, size=7)
         assert (report["workers"], report["proven_live"]) == (2, len(weights["B"]))
         batches = list(sender.batches(weights["A"], 2, 20))
@@ -274,11 +275,11 @@ def test_tensor_parallel_engine(engines: Interpreter, checkpoints: Path, family:
         with pytest.raises(DigestMismatch, match=batches[1]["names"][2]):
             engine.update_weights(batches[1])
         with pytest.raises(EngineUnusable, match="version 2 was lost"):
-            scenarios.greedy(engine)
+            refit_engines.greedy(engine)
         sender.sync(weights["B"], 3, size=50)
-        completions = scenarios.greedy(engine)
+        completions = refit_engines.greedy(engine)
     sender.arena.close()
-    fresh = engines.call(scenarios.fresh_completions, checkpoints, family, "B")
+    fresh = engines.call(refit_engines.fresh_completions, checkpoints, family, "B")
     assert [completion.tokens for completion in completions] == [completion.tokens for completion in fresh]
     for completion, expected in zip(completions, fresh, strict=True):
         assert completion.weight_version == 3
