@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from mbridge_rl import AutoBridge, ParallelLayout, megatron_runtime
+from mbridge_rl import AutoBridge, ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import InProcessEngine
+from mbridge_rl.training import Batch, MegatronTrainer, TrainerConfig, supervised_loss
 
 PROMPTS = [[5, 9, 33, 100, 7], [11, 22, 33, 44, 55, 66]]
 VOCABULARY = 515
@@ -35,18 +36,13 @@ def tiny_qwen3(directory: Path) -> Path:
     return directory
 
 
-def train(model: torch.nn.Module, steps: int = 20) -> None:
-    """Learns to say the next number: real gradients through Megatron's model."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+def train(trainer: MegatronTrainer, steps: int = 20) -> None:
+    """Learns to say the next number."""
     tokens = torch.arange(200).view(2, 100)
-    positions = torch.arange(99).expand(2, -1)
-    with megatron_runtime():
-        for _ in range(steps):
-            loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    print(f"trained {steps} steps, loss {loss.item():.3f}")
+    batch = Batch(tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
+    for _ in range(steps):
+        report = trainer.step(batch, supervised_loss)
+    print(f"trained {steps} steps, loss {report.loss:.3f}")
 
 
 def greedy(engine: InProcessEngine) -> list[tuple[list[int], list[float]]]:
@@ -68,14 +64,15 @@ def main() -> None:
         initialize_parallel(ParallelLayout())
         model = bridge.build_model()
         bridge.load_weights(model)
-        train(model[0])
+        trainer = MegatronTrainer(model, TrainerConfig(learning_rate=3e-3))
+        train(trainer)
 
         engine.prepare(bridge.metadata(torch.float32), config_summary(bridge.hf_config))
-        report = engine.refit(bridge.export_weights(model), version=1)
+        report = engine.refit(bridge.export_weights(trainer.model), version=1)
         print(f"refit: {report['tensors']} tensors, {report['bytes']} bytes, digest {report['digest']}")
         after = greedy(engine)
 
-        bridge.save_pretrained(model, Path(scratch) / "trained")
+        bridge.save_pretrained(trainer.model, Path(scratch) / "trained")
         print("a fresh engine from the saved checkpoint")
         fresh = greedy(InProcessEngine(Path(scratch) / "trained", max_model_len=64, weight_version=1))
         print("the refit changed the answers:", after != before)

@@ -61,7 +61,7 @@ def train(checkpoint: Path, layout: ParallelLayout, steps: int) -> float:
     """What each trainer rank does."""
     initialize_parallel(layout)
     first = dist.get_rank() == 0
-    engine = EngineProcess(checkpoint, max_model_len=16, max_num_seqs=PROMPTS * GROUP).start() if first else None
+    engine = start_engine(checkpoint) if first else None
     try:
         bridge = AutoBridge.from_pretrained(checkpoint)
         model = bridge.build_model(layout)  # megatron.core GPTModel chunks of this rank
@@ -104,6 +104,12 @@ def train(checkpoint: Path, layout: ParallelLayout, steps: int) -> float:
     finally:
         if engine is not None:
             engine.close()
+
+
+def start_engine(checkpoint: Path) -> EngineProcess:
+    """vLLM in a process of its own, with one thread: the trainer has the other cores."""
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    return EngineProcess(checkpoint, max_model_len=16, max_num_seqs=PROMPTS * GROUP, environment=one_thread).start()
 
 
 def warm_up(trainer: MegatronTrainer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,16 @@ from mbridge_rl.core.plan import Plan, compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import copy_companions, load_config, local_directory, save_config
+from mbridge_rl.hf.dequantize import Dequantized, require_supported
 from mbridge_rl.hf.state import check_hf_state
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.stream import DEFAULT_BUCKET_BYTES, stream_tensors
+from mbridge_rl.sync.importing import import_stream
+from mbridge_rl.sync.saving import save_together
+from mbridge_rl.sync.stream import DEFAULT_BUCKET_BYTES, TensorStream, Transport
+
+if TYPE_CHECKING:
+    from mbridge_rl.megatron.parameters import LiveParameters
 
 _log = logging.getLogger(__name__)
 
@@ -40,10 +46,14 @@ class AutoBridge:
     """
 
     def __init__(self, hf_config: Any, directory: Path | None = None) -> None:
+        if quantization := getattr(hf_config, "quantization_config", None):
+            require_supported(quantization)
         self.hf_config = hf_config
         self.spec: ModelSpec = model_spec(hf_config)
         self.directory = directory
         self._export_plans: dict[ParallelLayout, Plan] = {}
+        self._import_plans: dict[tuple[ParallelLayout, int], Plan] = {}
+        self._streams: dict[tuple[object, ...], TensorStream] = {}
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> AutoBridge:
@@ -63,7 +73,7 @@ class AutoBridge:
 
     def metadata(self, dtype: torch.dtype = torch.bfloat16) -> list[HFTensor]:
         """Name, dtype and shape of every HF tensor that an export in `dtype` yields, in its order; no weight is touched."""
-        return [HFTensor(hf_name, dtype, shape) for hf_name, shape in self.spec.hf_shapes.items()]
+        return self.spec.hf_tensors(dtype)
 
     # Without processes: virtual ranks.
 
@@ -118,25 +128,67 @@ class AutoBridge:
         *,
         layout: ParallelLayout | None = None,
     ) -> None:
-        """Fills this rank's parameters. Every rank reads only the bytes that it keeps; nothing is communicated.
+        """Fills this rank's parameters. Every rank reads only the bytes that it keeps, and no payload is communicated; all
+        ranks call it together, and fail together.
 
         With an optimizer that keeps fp32 masters, call its `reload_model_params()` afterwards.
 
         Args:
-            source: a checkpoint directory, an HF state dict, or an iterable of `(hf_name, tensor)`; `None` means the
-                checkpoint that the bridge came from.
+            source: a checkpoint directory, an HF state dict, or a stream of `(hf_name, tensor)` (see `import_weights`); `None`
+                means the checkpoint that the bridge came from.
 
         Raises:
-            CheckpointError, StateMismatchError: the source or the model does not match; checked before anything is written.
+            CheckpointError, StateMismatchError: on all ranks: the source or the model does not match; checked before anything
+                is written. A file that becomes unreadable while it is read leaves an incomplete model; the error says so.
         """
-        from mbridge_rl.megatron.parameters import layout_of, live_side, world_rank
+        from mbridge_rl.megatron.parameters import layout_of, live_side
 
-        hf_state, where = self._opened(source)
-        check_hf_state(self.spec, hf_state, where)
-        layout, rank = layout or layout_of(model, self.spec), world_rank()
-        live, side = live_side(model, self.spec, layout, rank)
-        plan = compile_plan(self.spec, hf_side(self.spec), side)
-        virtual.run(plan, {0: _Contiguous(hf_state)}, {rank: {name: live.base(name) for name in live}})
+        if source is not None and not isinstance(source, str | Path | Mapping):
+            return self.import_weights(model, source, layout=layout)
+        group = RankGroup()
+        with group.together():
+            hf_state, where = self._opened(source)
+            check_hf_state(self.spec, hf_state.tensors if isinstance(hf_state, Checkpoint) else hf_state, where)
+            layout = layout or layout_of(model, self.spec)
+            live, side = live_side(model, self.spec, layout, group.rank)
+            plan = self._import_plan(layout, group.rank, side)
+        targets = {name: live.base(name) for name in live}
+        with group.together():
+            if isinstance(hf_state, Checkpoint):
+                hf_state.load(plan, targets)
+            else:
+                virtual.run(plan, {0: _Contiguous(hf_state)}, {group.rank: targets})
+
+    @torch.no_grad()
+    def import_weights(
+        self,
+        model: Sequence[nn.Module],
+        stream: Iterable[tuple[str, Tensor]],
+        *,
+        in_place: bool = False,
+        layout: ParallelLayout | None = None,
+    ) -> None:
+        """Fills this rank's parameters from a stream of whole HF tensors in any order, one at a time: the inverse of
+        `export_weights`. Every rank feeds its own stream of the same tensors; all ranks call it together, and fail together.
+
+        Args:
+            stream: `(hf_name, tensor)`; names, shapes and dtypes are checked as they come.
+            in_place: `False` collects what arrives in host memory, as many bytes as this rank's parameters, and moves it into
+                the model when every rank has all of it: a stream that fails leaves the model untouched. `True` needs no
+                memory, and a stream that fails leaves a mixture of old and new tensors; the error says how many.
+
+        Raises:
+            StateMismatchError: on all ranks: an unknown or repeated tensor, one of another shape or not floating point, or an
+                end before all have arrived. Whatever the stream itself raises comes out, too.
+        """
+        from mbridge_rl.megatron.parameters import layout_of, live_side
+
+        group = RankGroup()
+        with group.together():
+            layout = layout or layout_of(model, self.spec)
+            live, side = live_side(model, self.spec, layout, group.rank)
+            plan = self._import_plan(layout, group.rank, side)
+        import_stream(self.spec, plan, {name: live.base(name) for name in live}, stream, group, in_place=in_place)
 
     def export_weights(
         self,
@@ -144,21 +196,51 @@ class AutoBridge:
         *,
         dtype: torch.dtype | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        ranks: Sequence[int] | None = None,
+        transport: Transport = "auto",
         layout: ParallelLayout | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Streams `(hf_name, tensor)`, whole tensors in checkpoint order, on every rank; adapters are merged.
+        """Streams `(hf_name, tensor)`, whole tensors in checkpoint order; adapters are merged. Each tensor is the consumer's to
+        keep: on the CPU, or on the GPU where NCCL carries it.
 
-        All ranks must iterate to the end, in lockstep. Few broadcasts carry packed buckets; extra memory is bounded by two
-        buckets (or two of the largest tensor) whatever the size of the model.
+        All ranks must iterate to the end, in lockstep; a rank that stops earlier makes the others raise. The first export of
+        its kind plans and compares notes with the other ranks; later ones only move bytes.
 
         Args:
             dtype: of the yielded tensors; `None` means the model's.
+            bucket_bytes: extra memory is at most two buckets beside the tensor that is yielded, whatever the size of the model
+                and of its tensors. Shared memory uses less: two slots for all ranks of the machine together.
+            ranks: that receive; `None` means all. Others contribute, receive nothing and yield nothing.
+            transport: `"shared_memory"`, `"collective"` (torch.distributed), or `"auto"`: shared memory where all ranks share
+                a machine and hold their parameters on the CPU.
+
+        Raises:
+            StateMismatchError, SyncError: on all ranks, before anything travels: the model is not the one of the mapping, or
+                ranks disagree about the plan or the arguments; SyncError: a rank failed, left, or is missing.
         """
         from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
 
-        layout, group = layout or layout_of(model, self.spec), RankGroup()
-        live, _ = live_side(model, self.spec, layout, group.rank)
-        yield from stream_tensors(self.export_plan(layout), live, group, dtype or model_dtype(model), bucket_bytes)
+        group = RankGroup()
+        with group.together():
+            layout = layout or layout_of(model, self.spec)
+            live, _ = live_side(model, self.spec, layout, group.rank)
+            plan = self.export_plan(layout)
+        arguments = (dtype or model_dtype(model), bucket_bytes, None if ranks is None else tuple(ranks), transport)
+        yield from self._stream(layout, plan, group, live, arguments).run(live)
+
+    def _stream(
+        self, layout: ParallelLayout, plan: Plan, group: RankGroup, live: LiveParameters, arguments: tuple[Any, ...]
+    ) -> TensorStream:
+        """The prepared export of these arguments; made anew where the process group was."""
+        dtype, bucket_bytes, ranks, transport = arguments
+        device = next((live.base(name).device for name in live), group.device)
+        kind = (layout, group.identity, device, *arguments)
+        if kind not in self._streams:
+            dtypes = self.spec.hf_dtypes(dtype)
+            self._streams[kind] = TensorStream(
+                plan, dtypes, group, device=device, bucket_bytes=bucket_bytes, ranks=ranks, transport=transport
+            )
+        return self._streams[kind]
 
     @torch.no_grad()
     def save_pretrained(
@@ -168,24 +250,35 @@ class AutoBridge:
         *,
         dtype: torch.dtype | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
+        durable: bool = True,
         layout: ParallelLayout | None = None,
     ) -> None:
         """Writes a Hugging Face checkpoint (weights, config, tokenizer files). Every rank writes its own bytes into the files;
-        nothing is gathered, and the files take their names only when all are complete. Needs one file system for all ranks.
+        nothing is gathered. Needs one file system for all ranks; all ranks call it together, and fail together.
+
+        The checkpoint is built in a hidden directory beside `directory`, which takes its place when it is complete: an
+        interrupted save leaves what was there before.
+
+        Args:
+            dtype: of the saved weights; `None` means the model's.
+            shard_bytes: size of one file.
+            durable: return when the bytes are on the disk, so that a power failure does not undo the save.
+
+        Raises:
+            CheckpointError: on all ranks: the disk is full, or the place cannot be written. An older checkpoint is untouched.
         """
         from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
 
-        layout, group = layout or layout_of(model, self.spec), RankGroup()
-        dtype = dtype or model_dtype(model)
-        live, _ = live_side(model, self.spec, layout, group.rank)
-        plan = self.export_plan(layout)
-        staging = StagingDirectory(directory, plan_files(plan.hf_shapes, dtype, shard_bytes))
-        group.first_rank_does(staging.create)
-        files = staging.tensors(dtype)
-        for copy in plan.from_rank(group.rank):
-            copy.target.of(files[copy.target.name], copy.shape).copy_(copy.source.of(live[copy.source.name], copy.shape))
-        group.barrier()
-        group.first_rank_does(lambda: self._publish(staging, dtype))
+        group = RankGroup()
+        with group.together():
+            layout = layout or layout_of(model, self.spec)
+            live, _ = live_side(model, self.spec, layout, group.rank)
+            plan = self.export_plan(layout)
+            dtype = dtype or model_dtype(model)
+            files = plan_files(self.metadata(dtype), shard_bytes)
+        staging = StagingDirectory(directory, files, durable=durable)
+        save_together(staging, plan, live, group, lambda: self._write_companions(staging.path, dtype))
+        _log.info("saved %s to %s", self.spec.architecture, staging.directory)
 
     def export_plan(self, layout: ParallelLayout) -> Plan:
         """From the Megatron ranks of `layout` to whole HF tensors, the work shared between replicas."""
@@ -193,12 +286,16 @@ class AutoBridge:
             self._export_plans[layout] = compile_plan(self.spec, megatron_side(self.spec, layout), hf_side(self.spec))
         return self._export_plans[layout]
 
-    def _publish(self, staging: StagingDirectory, dtype: torch.dtype) -> None:
-        save_config(self.hf_config, staging.path, dtype)
+    def _import_plan(self, layout: ParallelLayout, rank: int, side: Side) -> Plan:
+        """From whole HF tensors to what this rank holds."""
+        if (layout, rank) not in self._import_plans:
+            self._import_plans[layout, rank] = compile_plan(self.spec, hf_side(self.spec), side)
+        return self._import_plans[layout, rank]
+
+    def _write_companions(self, path: Path, dtype: torch.dtype) -> None:
+        save_config(self.hf_config, path, dtype)
         if self.directory is not None:
-            copy_companions(self.directory, staging.path)
-        staging.publish()
-        _log.info("saved %s to %s", self.spec.architecture, staging.directory)
+            copy_companions(self.directory, path)
 
     def _opened(self, source: str | Path | HfState | Iterable[tuple[str, Tensor]] | None) -> tuple[HfState, str]:
         if source is None:
@@ -207,8 +304,13 @@ class AutoBridge:
             source = self.directory
         if isinstance(source, str | Path):
             directory = local_directory(source)
-            return Checkpoint(directory), str(directory)
-        return (source if isinstance(source, Mapping) else dict(source)), "the given source"
+            return self._plain(Checkpoint(directory)), str(directory)
+        return self._plain(source if isinstance(source, Mapping) else dict(source)), "the given source"
+
+    def _plain(self, tensors: HfState) -> HfState:
+        """`tensors` as they are or, for a quantized checkpoint, as what they stand for."""
+        quantization = getattr(self.hf_config, "quantization_config", None)
+        return Dequantized(tensors, quantization, self.hf_config.dtype or torch.bfloat16) if quantization else tensors
 
 
 class _Contiguous(Mapping[str, Tensor]):

@@ -10,6 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mbridge_rl.commands.inspect import inspect
+from mbridge_rl.commands.plan import plan
+
 app = typer.Typer(
     name="mbridge-rl",
     help="Weights of RL post-training, between Megatron-core trainers, Hugging Face checkpoints and vLLM engines: both ways, "
@@ -69,6 +72,10 @@ def models() -> None:
 
     for architecture in FAMILIES:
         typer.echo(architecture)
+
+
+app.command()(plan)
+app.command()(inspect)
 
 
 def _fail(error: Exception) -> None:

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from mbridge_rl.bridges.deepseek_v3 import deepseek_v3
 from mbridge_rl.bridges.llama import llama
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,
+    "DeepseekV3ForCausalLM": deepseek_v3,
 }
 
 

@@ -23,11 +23,13 @@ HF_LAYER = "model.layers.{layer}"
 
 @dataclass(frozen=True)
 class Block:
-    """Config fields and rules that belong together."""
+    """Config fields and rules that belong together. `rotates` marks an attention whose `config` says all about its rotary
+    positions (latent attention); elsewhere they are the model's."""
 
     config: Mapping[str, Any]
     rules: tuple[Rule, ...]
     num_experts: int | None = field(default=None)
+    rotates: bool = False
 
     def only_in(self, layers: tuple[int, ...]) -> Block:
         """The same block, present in `layers` only."""
@@ -36,7 +38,7 @@ class Block:
 
 def decoder(hf: Any, *blocks: Block) -> ModelSpec:
     """A decoder-only model with rotary positions: embeddings, `blocks` in every layer, final norm, output layer."""
-    _require(hf, "hidden_act", "silu")
+    require(hf, "hidden_act", "silu")
     h, tied = hf.hidden_size, bool(hf.tie_word_embeddings)
     embedding = "model.embed_tokens.weight"
     output = embedding if tied else "lm_head.weight"
@@ -74,15 +76,15 @@ def decoder(hf: Any, *blocks: Block) -> ModelSpec:
         },
         rules=rules,
         num_experts=next((block.num_experts for block in blocks if block.num_experts), None),
-        rope_inv_freq=rope_inv_freq(hf),
+        rope_inv_freq=None if any(block.rotates for block in blocks) else rope_inv_freq(hf),
         ignored_hf_names=("lm_head.weight",) if tied else (),
     )
 
 
 def attention(hf: Any, *, qkv_bias: bool = False, qk_norm: bool = False) -> Block:
     """Grouped-query attention with its norm fused into QKV, as Transformer Engine lays it out."""
-    _require(hf, "attention_bias", False)
-    _require(hf, "use_sliding_window", False)
+    require(hf, "attention_bias", False)
+    require(hf, "use_sliding_window", False)
     h, heads, kv_heads, dim = hf.hidden_size, hf.num_attention_heads, kv_heads_of(hf), head_dim(hf)
     ours, theirs = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
     sizes = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
@@ -114,7 +116,7 @@ def attention(hf: Any, *, qkv_bias: bool = False, qk_norm: bool = False) -> Bloc
 
 def gated_mlp(hf: Any) -> Block:
     """`down(silu(gate(x)) * up(x))`, its norm fused into the first linear."""
-    _require(hf, "mlp_bias", False)
+    require(hf, "mlp_bias", False)
     h, f = hf.hidden_size, hf.intermediate_size
     ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
     gate_up = {f"{theirs}.gate_proj.weight": f, f"{theirs}.up_proj.weight": f}
@@ -128,7 +130,8 @@ def gated_mlp(hf: Any) -> Block:
 
 def mixture_of_experts(hf: Any, layers: tuple[int, ...]) -> Block:
     """Softmax top-k routing over gated experts in `layers`; other layers are dense."""
-    h, f, experts = hf.hidden_size, hf.moe_intermediate_size, hf.num_experts
+    h, f = hf.hidden_size, hf.moe_intermediate_size
+    experts = getattr(hf, "num_experts", None) or hf.n_routed_experts
     ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
     one = f"{theirs}.experts.{{expert}}"
     gate_up = {f"{one}.gate_proj.weight": f, f"{one}.up_proj.weight": f}
@@ -160,7 +163,8 @@ def kv_heads_of(hf: Any) -> int:
     return getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
 
 
-def _require(hf: Any, name: str, expected: Any) -> None:
+def require(hf: Any, name: str, expected: Any) -> None:
+    """Raises UnsupportedModelError where the config says something else than what the bridge can express."""
     found = getattr(hf, name, expected)
     if found != expected:
         raise UnsupportedModelError(

@@ -111,7 +111,7 @@ def compile_plan(spec: ModelSpec, source: Side, target: Side, *, same_ranks: boo
         PlanError: a region of an HF tensor that a target holds and no source does.
     """
     wanted = _by_hf_name(target)
-    offered = _shared({name: segments for name, segments in _by_hf_name(source).items() if name in wanted})
+    offered = _shared({name: segments for name, segments in _by_hf_name(source).items() if name in wanted}, wanted)
     copies: list[Copy] = []
     for hf_name in (hf_name for hf_name in spec.hf_shapes if hf_name in wanted):
         hf_strides = contiguous_strides(spec.hf_grid(hf_name))
@@ -155,23 +155,35 @@ class _Offer:
 _LARGEST_SHARE = 1 / 16
 
 
-def _shared(segments: Mapping[str, Sequence[Segment]]) -> dict[str, list[_Offer]]:
+def _shared(segments: Mapping[str, Sequence[Segment]], wanted: Mapping[str, Sequence[Segment]]) -> dict[str, list[_Offer]]:
     """Who sends what, where several could: the largest pieces first, each to the least loaded of its holders (Graham's LPT
-    rule); pieces too large for that are cut among them.
+    rule); pieces too large for that are cut among them. What many targets want costs its sender as many times.
     """
     boxes = [(hf_name, box, holders) for hf_name, of_name in segments.items() for box, holders in _holders(of_name).items()]
-    load = dict.fromkeys((rank for of_name in segments.values() for segment in of_name for rank in segment.ranks), 0)
-    limit = _LARGEST_SHARE * sum(box.volume for _, box, _ in boxes) / max(1, len(load))
-    pieces: list[tuple[str, Box, Mapping[int, Segment]]] = []
+    copies = _copies_wanted(boxes, wanted)
+    load = dict.fromkeys((rank for of_name in segments.values() for segment in of_name for rank in segment.ranks), 0.0)
+    limit = _LARGEST_SHARE * sum(box.volume * copies[hf_name] for hf_name, box, _ in boxes) / max(1, len(load))
+    pieces: list[tuple[float, str, Box, Mapping[int, Segment]]] = []
     for hf_name, box, holders in boxes:
-        parts = min(len(holders), ceil(box.volume / limit)) if len(holders) > 1 else 1
-        pieces += [(hf_name, part, holders) for part in box.cut(parts)]
+        parts = min(len(holders), ceil(box.volume * copies[hf_name] / limit)) if len(holders) > 1 else 1
+        pieces += [(part.volume * copies[hf_name], hf_name, part, holders) for part in box.cut(parts)]
     offers: dict[str, list[_Offer]] = defaultdict(list)
-    for hf_name, box, holders in sorted(pieces, key=lambda piece: (len(piece[2]) > 1, -piece[1].volume)):
+    for cost, hf_name, box, holders in sorted(pieces, key=lambda piece: (len(piece[3]) > 1, -piece[0])):
         rank = min(holders, key=lambda holder: (load[holder], holder))
-        load[rank] += box.volume
+        load[rank] += cost
         offers[hf_name].append(_Offer(box, rank, holders))
     return offers
+
+
+def _copies_wanted(boxes: Iterable[tuple[str, Box, object]], wanted: Mapping[str, Sequence[Segment]]) -> dict[str, float]:
+    """How often the elements of each HF tensor are sent, on average."""
+    offered: dict[str, int] = defaultdict(int)
+    for hf_name, box, _ in boxes:
+        offered[hf_name] += box.volume
+    return {
+        hf_name: sum(segment.box.volume * len(segment.ranks) for segment in wanted[hf_name]) / max(1, volume)
+        for hf_name, volume in offered.items()
+    }
 
 
 def _holders(segments: Sequence[Segment]) -> dict[Box, Mapping[int, Segment]]:

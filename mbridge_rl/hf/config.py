@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from mbridge_rl.core.errors import CheckpointError
 
 # What lies beside the weights and belongs to the model: tokenizer, chat template, generation defaults.
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json")
+
+# Model types that Transformers does not know by name, though it knows what they are.
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
 
 
 def local_directory(path: str | Path) -> Path:
@@ -43,9 +48,19 @@ def load_config(directory: Path) -> Any:
     if not (directory / "config.json").exists():
         raise CheckpointError(f"{directory} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        return AutoConfig.from_pretrained(directory)
+        values = json.loads((directory / "config.json").read_text())
+        return parse_config(values) if values.get("model_type") in _SAME_AS else AutoConfig.from_pretrained(directory)
     except Exception as error:  # Transformers' own validation raises many types; all of them mean this
         raise CheckpointError(f"{directory}/config.json: Transformers cannot read it: {error}") from error
+
+
+def parse_config(values: Mapping[str, Any]) -> Any:
+    """The Transformers config that the contents of a config.json stand for, without the code of its repository."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = _SAME_AS.get(values["model_type"], values["model_type"])
+    plain = {name: value for name, value in values.items() if name != "auto_map"}
+    return CONFIG_MAPPING[model_type].from_dict({**plain, "model_type": model_type})
 
 
 def save_config(hf_config: Any, directory: Path, dtype: torch.dtype) -> None:

@@ -7,26 +7,23 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mbridge_rl.core.errors import StateMismatchError, listed
-from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.model import HFTensor, ModelSpec
 
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
-def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Tensor], where: str) -> None:
+def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Tensor | HFTensor], where: str) -> None:
     """Checks names, shapes and dtypes of `hf_state` against the mapping.
 
     Args:
+        hf_state: tensors, or what their file says of them.
         where: what the state is, for the message (a path, or "the given state dict").
 
     Raises:
         StateMismatchError: a missing, unexpected or wrongly shaped tensor, or one that is not floating point.
     """
     missing = spec.hf_shapes.keys() - hf_state.keys()
-    extra = {
-        hf_name
-        for hf_name in hf_state.keys() - spec.hf_shapes.keys() - set(spec.ignored_hf_names)
-        if not hf_name.endswith(_IGNORED_SUFFIXES)
-    }
+    extra = {hf_name for hf_name in hf_state.keys() - spec.hf_shapes.keys() if not is_ignored(spec, hf_name)}
     if missing or extra:
         problems = [f"missing {listed(missing)}"] if missing else []
         problems += [f"unexpected {listed(extra)}"] if extra else []
@@ -34,14 +31,30 @@ def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Tensor], where: str) 
             f"{where} does not match {spec.architecture}: {'; '.join(problems)}. "
             f"Is config.json the one of these weights? Nothing was changed"
         )
-    for hf_name, shape in spec.hf_shapes.items():
-        tensor = hf_state[hf_name]
-        if tuple(tensor.shape) != shape:
-            raise StateMismatchError(
-                f"{where}: {hf_name} has shape {list(tensor.shape)}, the config says {list(shape)}; nothing was changed"
-            )
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise StateMismatchError(
-                f"{where}: {hf_name} is {tensor.dtype}; only float16, bfloat16, float32 and float64 weights can be "
-                f"imported, dequantize it first. Nothing was changed"
-            )
+    for hf_name in spec.hf_shapes:
+        try:
+            check_hf_tensor(spec, hf_name, hf_state[hf_name], where)
+        except StateMismatchError as error:
+            raise StateMismatchError(f"{error}. Nothing was changed") from error
+
+
+def check_hf_tensor(spec: ModelSpec, hf_name: str, tensor: Tensor | HFTensor, where: str) -> None:
+    """Checks shape and dtype of one tensor that the model has.
+
+    Raises:
+        StateMismatchError: it is shaped otherwise, or not floating point.
+    """
+    if tuple(tensor.shape) != spec.hf_shapes[hf_name]:
+        raise StateMismatchError(
+            f"{where}: {hf_name} has shape {list(tensor.shape)}, the config says {list(spec.hf_shapes[hf_name])}"
+        )
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        raise StateMismatchError(
+            f"{where}: {hf_name} is {tensor.dtype}; only float16, bfloat16, float32 and float64 weights can be "
+            f"imported, dequantize it first"
+        )
+
+
+def is_ignored(spec: ModelSpec, hf_name: str) -> bool:
+    """Whether a checkpoint may hold this tensor though the model has no use for it."""
+    return hf_name in spec.ignored_hf_names or hf_name.endswith(_IGNORED_SUFFIXES)

@@ -197,9 +197,23 @@ def _build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: in
     if spec.rope_inv_freq is not None:
         _replace_rope(model, spec.rope_inv_freq)
     model.model_spec, model.parallel_layout = spec, layout
+    _mark_experts(model, layout)
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model
+
+
+def _mark_experts(model: nn.Module, layout: ParallelLayout) -> None:
+    """Tell DDP and the optimizer which parameters have the experts' replicas rather than the dense layers'.
+
+    Megatron does so with expert parallelism only. With just `etp` other than `tp` it would reduce experts over the wrong ranks:
+    replicas would drift apart, silently.
+    """
+    if layout.ep == 1 and layout.expert_tp == layout.tp:
+        return
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
 
 
 def _replace_rope(model: nn.Module, inv_freq: tuple[float, ...]) -> None:
@@ -218,6 +232,7 @@ def _wrap(chunks: list[nn.Module], config: Any, dtype: torch.dtype, ddp: bool | 
     half = dtype in (torch.bfloat16, torch.float16)
     if half:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
+        _restore_expert_biases(chunks)
     if ddp is False:
         return chunks
     options = {} if ddp is True else dict(ddp)
@@ -227,3 +242,11 @@ def _wrap(chunks: list[nn.Module], config: Any, dtype: torch.dtype, ddp: bool | 
     return [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
     ]
+
+
+def _restore_expert_biases(chunks: list[nn.Module]) -> None:
+    """Megatron keeps routers' expert biases in fp32, but only from the first forward pass on; weights are loaded before."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if getattr(module, "expert_bias", None) is not None:
+                module.expert_bias = module.expert_bias.float()

@@ -9,6 +9,10 @@ class SyncError(BridgeError, RuntimeError):
     """Base class of errors that a weight sync raises on purpose."""
 
 
+class RanksUnreachable(SyncError):
+    """Other ranks are missing or died: the process group is of no more use."""
+
+
 class EngineMismatch(SyncError):
     """The engine's model is not the one the trainer describes: config, names, shapes or dtypes differ."""
 

@@ -1,19 +1,36 @@
-"""The trainer ranks of one transfer: the few collectives that a transfer needs, also where there is but one process."""
+"""The trainer ranks of one transfer: the few collectives that a transfer needs, also where there is but one process.
+
+Ranks fail together: what one of them raises reaches all of them, in the same call, with the message of the rank that knows why.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.sync.errors import RanksUnreachable, SyncError
+
+Failure = tuple[type[BridgeError], str] | None
+_TELL_SECONDS = 3.0  # for ranks that time out a little later
+_ON_ONE_MACHINE: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
 
 
 class RankGroup:
-    """All trainer ranks, or this process alone where torch.distributed is not initialised."""
+    """All trainer ranks, or this process alone where torch.distributed is not initialised.
+
+    Every wait ends when the process group's own time-out does (`init_process_group(timeout=...)`).
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
@@ -23,46 +40,158 @@ class RankGroup:
         self.rank = 0 if self._alone else dist.get_rank(group)
         self.size = 1 if self._alone else dist.get_world_size(group)
 
+    @property
+    def identity(self) -> weakref.ref[dist.ProcessGroup] | None:
+        """Equal for the same process group only, so that nothing prepared for one is used with the next."""
+        return None if self._alone else weakref.ref(self._group or dist.group.WORLD)
+
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether all ranks can share memory. They are asked once per process group, all together."""
+        if self.size == 1:
+            return True
+        group = self._group or dist.group.WORLD
+        if group not in _ON_ONE_MACHINE:
+            _ON_ONE_MACHINE[group] = len(set(self.gather_object(_machine()))) == 1
+        return _ON_ONE_MACHINE[group]
+
     def broadcast(self, payload: Tensor, source_rank: int) -> dist.Work | None:
-        """Starts sending `payload` (uint8, the same size everywhere) from `source_rank` to all; wait on the result."""
+        """Starts sending `payload` (uint8, the same size everywhere) from `source_rank` to all; `wait` on the result."""
         if self.size == 1:
             return None
         return dist.broadcast(payload, group_src=source_rank, group=self._group, async_op=True)
 
+    def exchange(self, sends: Iterable[tuple[Tensor, int]], receives: Iterable[tuple[Tensor, int]]) -> list[dist.Work]:
+        """Starts sending and receiving `(tensor, peer rank)`; each pair of ranks must list its tensors in the same order."""
+        messages = [dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer) for tensor, peer in sends]
+        messages += [dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer) for tensor, peer in receives]
+        return dist.batch_isend_irecv(messages) if messages else []
+
+    def wait(self, works: Iterable[dist.Work | None]) -> None:
+        """Waits for started communication.
+
+        Raises:
+            RanksUnreachable: a rank is missing, died, or did not come within the process group's time-out.
+        """
+        with self._explained():
+            for work in works:
+                if work is not None:
+                    work.wait()
+
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks of int64 `values`, modulo 2^64; also a barrier."""
+        """The sum over ranks of int64 `values`, modulo 2^64; also a barrier.
+
+        Raises:
+            RanksUnreachable: as `wait`.
+        """
         if self.size == 1:
             return values
         summed = values.to(self.device)
-        dist.all_reduce(summed, group=self._group)
+        with self._explained():
+            dist.all_reduce(summed, group=self._group)
         return summed.cpu()
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1, dtype=torch.int64))
 
-    def first_rank_does(self, action: Callable[[], None]) -> None:
-        """Runs `action` on rank 0; every rank returns when it is done, or raises what it raised.
+    def start_agreement(self, failure: Exception | None = None) -> Agreement:
+        """Starts telling all ranks whether this one failed; `wait` on the result, on all ranks."""
+        failed = torch.tensor([int(failure is not None)], device=self.device)
+        work = None if self.size == 1 else dist.all_reduce(failed, group=self._group, async_op=True)
+        return Agreement(self, failure, failed, work)
+
+    def agree(self, failure: Exception | None = None) -> None:
+        """Returns on all ranks when all have come, or raises on all ranks if any brought a `failure`. Also a barrier.
 
         Raises:
-            SyncError: on the other ranks, where rank 0 failed.
+            Exception: this rank's own failure; a BridgeError of the type of another's (SyncError for one that is none of ours)
+                that names the rank and what it raised; RanksUnreachable as `wait`.
         """
+        self.start_agreement(failure).wait()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What any rank raises inside the block, all ranks raise at its end; also a barrier."""
         failure: Exception | None = None
-        if self.rank == 0:
-            try:
+        try:
+            yield
+        except Exception as error:  # told to the other ranks before it goes on, so that none of them waits for a time-out
+            failure = error
+        self.agree(failure)
+
+    def first_rank_does(self, action: Callable[[], None]) -> None:
+        """Runs `action` on rank 0; every rank returns when it is done, or raises what it raised (see `agree`)."""
+        with self.together():
+            if self.rank == 0:
                 action()
-            except Exception as error:  # told to the other ranks before it goes on, so that none of them waits for a time-out
-                failure = error
-        failed = self.sum(torch.tensor([int(failure is not None)]))
-        if failure is not None:
-            self.gather_object(f"{type(failure).__name__}: {failure}")
-            raise failure
-        if failed.item():
-            raise SyncError(f"rank {self.rank}: rank 0 failed: {self.gather_object(None)[0]}")
 
     def gather_object(self, value: Any) -> list[Any]:
         """Every rank's `value`. For the one-time handshake and for failures only, never for payload."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        with self._explained():
+            dist.all_gather_object(values, value, group=self._group)
         return values
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            silent = self._silent_ranks() if "timed out" in str(error).lower() else []
+            who = f"ranks {silent} did not come" if silent else "one of them died, or failed outside of this call"
+            message = f"rank {self.rank} of {self.size} cannot reach all others: {who} (the backend: {error})"
+            raise RanksUnreachable(message) from error
+
+    def _silent_ranks(self) -> list[int]:
+        """After a time-out: those who did not run into it as well. Whoever did says so in the store of all processes."""
+        if self._group is not None:
+            return []
+        keys = [f"mbridge_rl/timed_out/{rank}" for rank in range(self.size)]
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(keys[self.rank], "")
+            deadline = time.monotonic() + _TELL_SECONDS
+            while time.monotonic() < deadline and not store.check(keys):
+                time.sleep(0.1)
+            return [rank for rank, name in enumerate(keys) if not store.check([name])]
+        except RuntimeError:  # the store went with the rank that served it
+            return []
+
+
+class Agreement:
+    """A failure flag under way to all ranks (`RankGroup.start_agreement`)."""
+
+    def __init__(self, group: RankGroup, failure: Exception | None, failed: Tensor, work: dist.Work | None) -> None:
+        self._group, self._failure, self._failed, self.work = group, failure, failed, work
+
+    def wait(self) -> None:
+        """Returns, or raises, on all ranks (see `RankGroup.agree`)."""
+        self._group.wait([self.work])
+        if not self._failed.item():
+            return
+        said = self._group.gather_object(_told(self._failure))
+        if self._failure is not None:
+            raise self._failure
+        rank, (error_class, text) = next((rank, failure) for rank, failure in enumerate(said) if failure is not None)
+        raise error_class(f"rank {self._group.rank}: rank {rank} failed: {text}")
+
+
+def _told(failure: Exception | None) -> Failure:
+    """A failure as other ranks are told of it."""
+    if failure is None:
+        return None
+    error_class = type(failure) if isinstance(failure, BridgeError) else SyncError
+    return error_class, f"{type(failure).__name__}: {failure}"
+
+
+def _machine() -> tuple[str, str, int]:
+    """What processes have in common that can share memory: the kernel's boot, and the `/dev/shm` of their container."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    shared_memory = Path("/dev/shm")
+    return (
+        socket.gethostname(),
+        boot.read_text().strip() if boot.exists() else "",
+        os.stat(shared_memory).st_dev if shared_memory.exists() else -1,
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mbridge_rl.training.batch import Batch
     from mbridge_rl.training.grpo import GRPOConfig, group_advantages, grpo_loss, mismatch_metrics, supervised_loss
-    from mbridge_rl.training.launch import launch
+    from mbridge_rl.training.launcher import launch
     from mbridge_rl.training.loop import GRPO, ProblemSampler
     from mbridge_rl.training.lora import LoRAConfig, add_lora
     from mbridge_rl.training.rewards import Problem, exact_match
@@ -49,7 +49,7 @@ _HOMES = {
     "exact_match": "rewards",
     "group_advantages": "grpo",
     "grpo_loss": "grpo",
-    "launch": "launch",
+    "launch": "launcher",
     "mismatch_metrics": "grpo",
     "supervised_loss": "grpo",
 }

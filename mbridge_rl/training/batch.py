@@ -45,7 +45,8 @@ class Batch:
             object.__setattr__(self, "position_ids", positions.expand_as(self.tokens))
         if self.targets is None:
             object.__setattr__(self, "targets", self.tokens.roll(-1, dims=1))
-            object.__setattr__(self, "mask", self.mask & (torch.arange(self.tokens.shape[1]) < self.tokens.shape[1] - 1))
+            predicts = torch.arange(self.tokens.shape[1], device=self.mask.device) < self.tokens.shape[1] - 1
+            object.__setattr__(self, "mask", self.mask & predicts)
 
     @classmethod
     def from_completions(

@@ -31,7 +31,7 @@ from mbridge_rl.training import toy
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.demo_display import DemoDisplay, plot_rewards
 from mbridge_rl.training.grpo import GRPOConfig, supervised_loss
-from mbridge_rl.training.launch import launch
+from mbridge_rl.training.launcher import launch
 from mbridge_rl.training.loop import GRPO, Metrics, ProblemSampler
 from mbridge_rl.training.lora import ATTENTION_TARGETS, DENSE_TARGETS, LoRAConfig, add_lora
 from mbridge_rl.training.rewards import exact_match
@@ -68,7 +68,7 @@ class DemoOptions:
             tp=self.tp,
             pp=self.pp,
             ep=self.ep,
-            etp=1 if self.model == "qwen3-moe" else None,
+            etp=1 if self.model == "qwen3-moe" or self.ep > 1 else None,
             dp=self.ep // math.gcd(self.ep, self.tp),
         )
 
@@ -220,7 +220,8 @@ def _transformers_agrees(directory: Path, completions: list[Completion]) -> bool
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with toy.quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     prompts = torch.tensor([tokenizer.encode(problem.prompt) for problem in toy.sums()])
     answers = model.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=toy.ANSWER_TOKENS

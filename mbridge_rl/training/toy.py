@@ -6,6 +6,8 @@ The vocabulary has 15 entries, so that tensor parallelism has to pad it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,23 @@ def make_checkpoint(directory: str | Path, model: str = "qwen3", *, seed: int = 
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         network = getattr(transformers, f"{classes[model]}ForCausalLM")(config)
-    network.save_pretrained(directory)
+        network.save_pretrained(directory)
     tokens.save_pretrained(directory)
     return Path(directory)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Transformers' progress bars are off within."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -85,6 +85,9 @@ class MegatronTrainer:
             `DistributedDataParallel` here unless they are already.
         config: of the optimizer and of the split into micro-batches.
 
+    Raises:
+        ValueError: the chunks are not from `build_model`.
+
     Attributes:
         model: the wrapped chunks; hand these to `WeightSync` and `AutoBridge`.
         layout: the layout they were built for.
@@ -93,6 +96,8 @@ class MegatronTrainer:
     def __init__(self, model: Sequence[nn.Module], config: TrainerConfig | None = None) -> None:
         self.config = config or TrainerConfig()
         core = unwrap(model)
+        if not hasattr(core[0], "parallel_layout"):
+            raise ValueError("the trainer needs chunks that know their layout: build them with AutoBridge.build_model")
         self.layout: ParallelLayout = core[0].parallel_layout
         self._vocab_size = core[0].model_spec.vocab_size
         self._device = next(core[0].parameters()).device

@@ -12,6 +12,7 @@ import ctypes
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -132,14 +133,19 @@ def _run_rank(
             timeout=timedelta(seconds=timeout),
         )
         result = function(*args)
-        pipe.send((True, result if rank == 0 else None))
+        _send(pipe, True, result if rank == 0 else None)
     except BaseException:  # whatever it is, the launcher must hear of it
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, False, traceback.format_exc())
     finally:
         pipe.close()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # the launcher's exit handlers are not this process's
+
+
+def _send(pipe: Connection, succeeded: bool, result: Any) -> None:
+    """By plain pickle: `pipe.send` would hand out tensors as shared memory of a process that is about to end."""
+    pipe.send_bytes(pickle.dumps((succeeded, result)))
 
 
 def _collect(processes: list[BaseProcess], pipes: list[Connection], timeout: float) -> list[Any]:
@@ -161,7 +167,7 @@ def _collect(processes: list[BaseProcess], pipes: list[Connection], timeout: flo
 
 def _received(pipe: Connection, process: BaseProcess) -> tuple[bool, Any]:
     try:
-        return pipe.recv()
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join(5)
         return False, f"it died without an exception (exit code {process.exitcode})"

@@ -1,0 +1,1 @@
+"""The commands that work on models, layouts and checkpoints: one file each, registered in `mbridge_rl.cli`."""

@@ -1,0 +1,244 @@
+"""`mbridge-rl plan`: what refitting engines from a trainer costs, for any model and layouts, on a laptop."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mbridge_rl.commands.arguments import (
+    model_config,
+    pairs,
+    readable,
+    readable_errors,
+    size_in_bytes,
+    stage_layers,
+    whole_number,
+    with_stages,
+)
+
+if TYPE_CHECKING:
+    from mbridge_rl.core.estimate import Estimate, Exchange, Refit, Spread
+    from mbridge_rl.core.layout import ParallelLayout
+    from mbridge_rl.core.model import ModelSpec
+
+_TRAINER = ("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "vocab_multiple", "order", "stages")
+_ROLLOUT = ("tp", "pp", "ep", "dp", "replicas")
+_SHOWN_PEERS = 12
+
+
+class Dtype(StrEnum):
+    """What weights travel as."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory, a config.json, or a bundled name such as kimi-k2.")],
+    trainer: Annotated[
+        str,
+        typer.Option(
+            help="Megatron's layout: tp=8,pp=16,ep=64,etp=1,dp=8 and vpp, cp, order, vocab_multiple. stages=4x13+3x3 splits "
+            "layers (thirteen stages of four, then three of three); without it the split is as even as can be."
+        ),
+    ] = "tp=1",
+    rollout: Annotated[
+        str, typer.Option(help="An engine's layout and how many there are: tp=16,replicas=8 and pp, dp, ep (experts whole).")
+    ] = "tp=1",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights as they travel.")] = Dtype.BF16,
+    bucket: Annotated[
+        str, typer.Option(help="What a rank sends or receives in one bucket at most; two are staged.")
+    ] = "256MiB",
+    trainer_bandwidth: Annotated[float, typer.Option(help="GB/s of a trainer rank, each way.")] = 50.0,
+    rollout_bandwidth: Annotated[float, typer.Option(help="GB/s of a rollout rank, each way.")] = 50.0,
+    message_microseconds: Annotated[float, typer.Option(help="What a message costs a rank beside its bytes.")] = 10.0,
+    rank: Annotated[
+        int | None, typer.Option(help="Show the part of one rank: trainer ranks first, then engine by engine.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compile the whole plan at once instead of one layer of each kind.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a refit costs: bytes per rank, balance, buckets, messages, memory and time, without weights or devices.
+
+    Trainer ranks send every byte that a rollout rank keeps straight to it, in buckets; engines hand on to each other what came
+    in, so that each byte leaves the trainer once. docs/planning.md says how to read the numbers.
+    """
+    from mbridge_rl.core.estimate import Links
+
+    with readable_errors():
+        began = time.perf_counter()
+        spec = _spec(model)
+        ends = _trainer_layout(trainer, spec), *_rollout_layout(rollout, spec)
+        refit, facts = _refit(spec, *ends, dtype, size_in_bytes(bucket), exact=exact)
+        links = Links(trainer_bandwidth * 1e9, rollout_bandwidth * 1e9, message_microseconds * 1e-6)
+        estimate = refit.estimate(links)
+        facts = {"model": model, **facts, "seconds_to_plan": round(time.perf_counter() - began, 2)}
+        exchanges = None if rank is None else _exchanges(refit, rank, facts)
+    if as_json:
+        result = facts | {"estimate": _as_json(estimate)}
+        if exchanges is not None:
+            result |= {"rank": rank, "exchanges": [asdict(exchange) for exchange in exchanges]}
+        typer.echo(json.dumps(result, indent=2))
+    elif exchanges is None:
+        _print_estimate(estimate, facts)
+    else:
+        _print_exchanges(exchanges, rank or 0, facts)
+
+
+def _spec(model: str) -> ModelSpec:
+    from mbridge_rl.bridges import model_spec
+
+    return model_spec(model_config(model))
+
+
+def _trainer_layout(text: str, spec: ModelSpec) -> ParallelLayout:
+    from mbridge_rl.core.errors import LayoutError
+
+    given = pairs(text, _TRAINER)
+    layout: dict[str, Any] = {
+        name: whole_number(name, value) for name, value in given.items() if name not in ("order", "stages")
+    }
+    if "order" in given:
+        layout["order"] = given["order"]
+    if "stages" in given:
+        layout["stage_layers"] = stage_layers(given["stages"])
+    try:
+        return with_stages(layout, spec.num_layers)
+    except LayoutError as error:
+        hint = "" if "etp" in given or "ep" not in given else ". etp is tp where it is not given: did you mean etp=1?"
+        raise LayoutError(f"--trainer {text}: {error}{hint}") from error
+
+
+def _rollout_layout(text: str, spec: ModelSpec) -> tuple[ParallelLayout, int]:
+    """An engine's layout as a Megatron one, and the number of engines. Without expert parallelism an engine cuts each expert
+    over all of its ranks; with it, over those that are left."""
+    from mbridge_rl.core.errors import LayoutError
+
+    sizes = {name: whole_number(name, value) for name, value in pairs(text, _ROLLOUT).items()}
+    replicas, ranks, ep = sizes.pop("replicas", 1), sizes.get("tp", 1) * sizes.get("dp", 1), sizes.get("ep", 1)
+    if ranks % ep:
+        raise LayoutError(f"--rollout {text}: ep={ep} must divide tp*dp = {ranks}")
+    return with_stages({**sizes, "etp": ranks // ep if spec.num_experts else None}, spec.num_layers), replicas
+
+
+def _refit(
+    spec: ModelSpec, trainer: ParallelLayout, engine: ParallelLayout, replicas: int, dtype: Dtype, bucket: int, *, exact: bool
+) -> tuple[Refit, dict[str, Any]]:
+    """The schedule, and what there is to say of it before its costs."""
+    from math import prod
+
+    import numpy as np
+    import torch
+
+    from mbridge_rl.core.estimate import Refit
+    from mbridge_rl.core.templates import compile_flows, compile_templates
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype.value]
+    flows = (compile_flows if exact else compile_templates)(spec, trainer, engine)
+    dtypes = spec.hf_dtypes(torch_dtype)
+    element_bytes = np.array([dtypes[hf_name].itemsize for hf_name in flows.hf_names])
+    sizes = np.array([prod(spec.hf_shapes[hf_name]) for hf_name in flows.hf_names])
+    refit = Refit(flows, trainer.world_size, engine.world_size, element_bytes, replicas=replicas, bucket_bytes=bucket)
+    return refit, {
+        "architecture": spec.architecture,
+        "parameters": int(sizes.sum()),
+        "tensors": len(sizes),
+        "model_bytes": int((sizes * element_bytes).sum()),
+        "dtype": dtype.value,
+        "trainer": str(trainer),
+        "trainer_ranks": trainer.world_size,
+        "engine": str(engine),
+        "replicas": replicas,
+        "rollout_ranks": replicas * engine.world_size,
+        "bucket_bytes": bucket,
+        "exact": exact,
+        "fingerprint": flows.fingerprint,
+    }
+
+
+def _exchanges(refit: Refit, rank: int, facts: dict[str, Any]) -> list[Exchange]:
+    from mbridge_rl.core.errors import LayoutError
+
+    ranks = facts["trainer_ranks"] + facts["rollout_ranks"]
+    if not 0 <= rank < ranks:
+        raise LayoutError(
+            f"--rank {rank}: there are {facts['trainer_ranks']} trainer and {facts['rollout_ranks']} rollout ranks"
+        )
+    return refit.exchanges(rank)
+
+
+def _as_json(estimate: Estimate) -> dict[str, Any]:
+    spreads = ("sent", "received", "entered", "relayed")
+    return asdict(estimate) | {
+        name: asdict(getattr(estimate, name)) | {"balance": getattr(estimate, name).balance} for name in spreads
+    }
+
+
+def _print_estimate(estimate: Estimate, facts: dict[str, Any]) -> None:
+    console = Console()
+    console.print(_heading(facts), highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("per rank", no_wrap=True)
+    for name in ("least", "mean", "most", "most / mean", "all ranks"):
+        table.add_column(name, justify="right")
+    rows: list[tuple[str, Spread]] = [("a trainer rank sends", estimate.sent), ("a rollout rank receives", estimate.received)]
+    if facts["replicas"] > 1:
+        rows += [("  from trainers", estimate.entered), ("  and hands on", estimate.relayed)]
+    for name, spread in rows:
+        amounts = [readable(amount) for amount in (spread.minimum, spread.mean, spread.maximum)]
+        table.add_row(name, *amounts, f"{spread.balance:.2f}", readable(spread.total))
+    console.print(table)
+    staging = f"{readable(estimate.trainer_staging)} on a trainer rank, {readable(estimate.rollout_staging)} on a rollout rank"
+    lines = {
+        "buckets": f"{estimate.buckets:,} of up to {readable(facts['bucket_bytes'])} per rank",
+        "messages": f"{estimate.messages:,}, packed from {estimate.rectangles:,} rectangles",
+        "staging memory": staging,
+        "lower bound": f"{estimate.lower_bound_seconds:.3g} s: the bytes of the busiest link over its bandwidth",
+        "prediction": f"{estimate.predicted_seconds:.3g} s: bucket after bucket, each as long as its busiest rank takes",
+        "fingerprint": f"{facts['fingerprint']}, planned in {facts['seconds_to_plan']:.1f} s",
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:<16}[/bold]{text}", highlight=False, soft_wrap=True)
+
+
+def _print_exchanges(exchanges: list[Exchange], rank: int, facts: dict[str, Any]) -> None:
+    console = Console()
+    console.print(_heading(facts), highlight=False, soft_wrap=True)
+    for sends, verb, preposition in ((True, "sends", "to"), (False, "receives", "from")):
+        part = sorted((exchange for exchange in exchanges if exchange.sends is sends), key=lambda exchange: -exchange.nbytes)
+        if not part:
+            continue
+        total, messages = sum(exchange.nbytes for exchange in part), sum(exchange.messages for exchange in part)
+        text = f"{verb} {readable(total)} in {messages:,} messages {preposition} {len(part)} ranks"
+        console.print(f"[bold]{_name(rank, facts)}[/bold] {text}", highlight=False, soft_wrap=True)
+        for exchange in part[:_SHOWN_PEERS]:
+            line = f"  {_name(exchange.peer, facts):<34}{readable(exchange.nbytes):>12}{exchange.messages:>8,}"
+            console.print(line, highlight=False)
+        if len(part) > _SHOWN_PEERS:
+            console.print(f"  ... and {len(part) - _SHOWN_PEERS} more (all of them with --json)", highlight=False)
+
+
+def _heading(facts: dict[str, Any]) -> str:
+    return (
+        f"[bold]{facts['model']}[/bold] ({facts['architecture']}): {facts['parameters'] / 1e9:,.1f} B parameters in "
+        f"{facts['tensors']:,} tensors, {readable(facts['model_bytes'])} in {facts['dtype']}\n"
+        f"{facts['trainer_ranks']:,} trainer ranks, {facts['trainer']}\n"
+        f"{facts['rollout_ranks']:,} rollout ranks, {facts['replicas']} x {facts['engine']}\n"
+    )
+
+
+def _name(rank: int, facts: dict[str, Any]) -> str:
+    if rank < facts["trainer_ranks"]:
+        return f"trainer rank {rank}"
+    engine, worker = divmod(rank - facts["trainer_ranks"], facts["rollout_ranks"] // facts["replicas"])
+    return f"rank {rank} (engine {engine}, rank {worker})"

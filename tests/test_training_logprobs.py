@@ -1,0 +1,124 @@
+"""Vocabulary-parallel log-probabilities against the dense computation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mbridge_rl.training.logprobs import token_statistics
+
+
+def _inputs(vocab: int, padded: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits `[3, 7, padded]` whose padding is the largest of all, tokens, and the gradients of the two outputs."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, padded, generator=generator) * 5
+    logits[..., vocab:] = 100.0
+    tokens = torch.randint(0, vocab, (3, 7), generator=generator)
+    grads = torch.randn(2, 3, 7, generator=generator)
+    return logits.to(dtype), tokens, grads[0], grads[1]
+
+
+def _dense(logits: Tensor, tokens: Tensor, vocab: int, temperature: float, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
+    logits = logits.detach().clone().requires_grad_()
+    log_p = (logits[..., :vocab].float() / temperature).log_softmax(-1)
+    log_probs = log_p.gather(-1, tokens[..., None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    (log_probs * grads[0] + entropy * grads[1]).sum().backward()
+    return [log_probs.detach(), entropy.detach(), log_p.argmax(-1) == tokens, logits.grad]
+
+
+def _parallel(rank: int, vocab: int, padded: int, temperature: float, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    logits, tokens, *grads = _inputs(vocab, padded, dtype)
+    mine = logits.chunk(dist.get_world_size(), dim=-1)[rank].clone().requires_grad_()
+    found = token_statistics(mine, tokens, vocab, group=dist.group.WORLD, temperature=temperature, **options)
+    (found.log_probs * grads[0] + found.entropy * grads[1]).sum().backward()
+    return [*(value.detach() for value in found), mine.grad]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "vocab", "padded"),
+    [(1, 13, 13), (2, 13, 14), (4, 13, 16), (4, 9, 12)],  # at last a rank that holds nothing but padding
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equals_the_dense_computation_in_values_and_gradients(
+    world_size: int, vocab: int, padded: int, temperature: float
+) -> None:
+    logits, tokens, *grads = _inputs(vocab, padded)
+    expected = _dense(logits, tokens, vocab, temperature, tuple(grads))
+    results = run_ranks(_parallel, world_size, vocab, padded, temperature, torch.float32)
+    for log_probs, entropy, greedy, _ in results:
+        # fp32, sums of at most 16 terms in another order
+        torch.testing.assert_close(log_probs, expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entropy, expected[1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(greedy, expected[2])
+    grad = torch.cat([result[3] for result in results], dim=-1)
+    torch.testing.assert_close(grad, expected[3], atol=1e-5, rtol=1e-5)
+    assert not grad[..., vocab:].any()
+
+
+def test_bf16_logits_are_reduced_in_fp32() -> None:
+    logits, tokens, *grads = _inputs(13, 14, torch.bfloat16)
+    expected = _dense(logits, tokens, 13, 1.0, tuple(grads))
+    results = run_ranks(_parallel, 2, 13, 14, 1.0, torch.bfloat16)
+    torch.testing.assert_close(results[0][0], expected[0], atol=1e-5, rtol=1e-5)
+    grad = torch.cat([result[3] for result in results], dim=-1)
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad, expected[3], atol=1e-2, rtol=1e-2)  # bf16 has eight bits
+
+
+def test_chunks_change_no_bit() -> None:
+    logits, tokens, *grads = _inputs(13, 13)
+    found = []
+    for max_elements in (1, 40, 1 << 20):
+        mine = logits.clone().requires_grad_()
+        statistics = token_statistics(mine, tokens, 13, max_elements=max_elements)
+        (statistics.log_probs * grads[0] + statistics.entropy * grads[1]).sum().backward()
+        found.append((*statistics, mine.grad))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+class _LargestFloat(TorchDispatchMode):
+    """The largest fp32 tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_more_fp32_logits_than_stated_exist() -> None:
+    logits = torch.randn(64, 1001, dtype=torch.bfloat16).requires_grad_()
+    tokens = torch.randint(0, 1001, (64,))
+    with _LargestFloat() as seen:
+        found = token_statistics(logits, tokens, 1001, max_elements=5000)
+        (found.log_probs + found.entropy).sum().backward()
+    assert 0 < seen.elements <= 5000
+
+
+def test_only_what_is_used_gets_a_gradient() -> None:
+    logits = torch.randn(5, 11, requires_grad=True)
+    found = token_statistics(logits, torch.arange(5), 11)
+    assert not found.greedy.requires_grad
+    found.entropy.sum().backward()
+    # d H / d x sums up to zero over the vocabulary
+    torch.testing.assert_close(logits.grad.sum(-1), torch.zeros(5), atol=1e-5, rtol=0)
+
+
+def test_bad_input_says_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="cannot hold a vocabulary of 12"):
+        token_statistics(torch.zeros(2, 11), torch.zeros(2, dtype=torch.int64), 12)
+    with pytest.raises(ValueError, match=r"logits \[2, 11\] must be tokens \[3\]"):
+        token_statistics(torch.zeros(2, 11), torch.zeros(3, dtype=torch.int64), 11)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        token_statistics(torch.zeros(2, 11), torch.zeros(2, dtype=torch.int64), 11, temperature=0.0)

@@ -1,0 +1,198 @@
+"""The trainer on every parallel axis: the losses, gradients and log-probabilities of one process, and of Transformers."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankError, run_ranks
+from tiny import tiny_model
+from torch import Tensor
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.layout import ParallelLayout as Layout
+from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.grpo import GRPOConfig, grpo_loss, policy_metrics, supervised_loss
+from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+
+STEPS = 3
+
+
+@cache
+def _checkpoint(variant: str, scratch: Path) -> Path:
+    tiny_model(variant).save_pretrained(scratch / variant)
+    return scratch / variant
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trainer")
+
+
+def _batch(rows: int = 7, length: int = 13) -> Batch:
+    """Rows and lengths that nothing divides; completions of one token up to all of the row, so that every rank of a sequence
+    split has tokens that count."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(2, 515, (count,), generator=generator).tolist()
+
+    prompts = [tokens(3 + row % 3) for row in range(rows)]
+    completions = [tokens(length - 3 - row % 3 if row % 2 else 1 + row % 4) for row in range(rows)]
+    return Batch.from_completions(prompts, completions, pad_token_id=0, length=length)
+
+
+def _trainer(checkpoint: Path, layout: Layout, build: dict[str, Any], config: dict[str, Any]) -> MegatronTrainer:
+    initialize_parallel(layout)
+    bridge = AutoBridge.from_pretrained(checkpoint)
+    model = bridge.build_model(layout, **build)
+    bridge.load_weights(model)
+    return MegatronTrainer(model, TrainerConfig(**{"learning_rate": 1e-3, **config}))
+
+
+def _supervised(rank: int, checkpoint: Path, layout: Layout, build: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    trainer, batch = _trainer(checkpoint, layout, build, config), _batch()
+    before = trainer.compute_log_probs(batch)
+    reports = [trainer.step(batch, supervised_loss) for _ in range(STEPS)]
+    return {
+        "loss": [report.loss for report in reports],
+        "grad_norm": [report.grad_norm for report in reports],
+        "before": before.log_probs,
+        "same_in_step": all(torch.equal(a, b) for a, b in zip(before, reports[0].statistics, strict=True)),
+        "entropy": before.entropy,
+        "greedy": before.greedy,
+    }
+
+
+DENSE, MOE = "qwen3-tied", "qwen3-moe"  # tied: pipelines reduce the embedding's gradient over their two ends
+SP = {"sequence_parallel": True}
+SHARDED = {"distributed_optimizer": True, "overlap_grad_reduce": True}
+LAYOUTS: list[tuple[str, Layout, dict[str, Any], dict[str, Any]]] = [
+    (DENSE, Layout(), {}, {"micro_batch_size": 2}),
+    (DENSE, Layout(tp=2), {}, {}),
+    (DENSE, Layout(tp=2), SP, {"micro_batch_size": 3}),
+    (DENSE, Layout(dp=2), {}, {"micro_batch_size": 1}),
+    (DENSE, Layout(dp=2), {}, {"micro_batch_size": 2, **SHARDED}),
+    (DENSE, Layout(cp=2), {}, {"micro_batch_size": 2}),
+    (DENSE, Layout(dp=2, cp=2), {"overrides": {"calculate_per_token_loss": True}}, {"micro_batch_size": 2}),
+    (DENSE, Layout(pp=2), {}, {"micro_batch_size": 3}),
+    (DENSE, Layout(pp=2, vpp=2), {}, {"micro_batch_size": 2}),
+    (DENSE, Layout(tp=2, cp=2), SP, {"micro_batch_size": 2}),
+    (DENSE, Layout(dp=2, cp=2), {}, {"micro_batch_size": 2}),
+    (DENSE, Layout(dp=2, pp=2), {}, {"micro_batch_size": 2, **SHARDED}),
+    (MOE, Layout(tp=2, ep=2, etp=1), {}, {"micro_batch_size": 2}),
+    (MOE, Layout(tp=2, etp=1), {}, {"micro_batch_size": 2}),  # experts replicated over tensor parallel ranks
+    (MOE, Layout(dp=2, etp=2), {}, {"micro_batch_size": 2}),  # experts cut over data parallel ranks
+    (MOE, Layout(tp=2), {}, {"micro_batch_size": 2}),
+    (MOE, Layout(dp=2, ep=2), {}, {"micro_batch_size": 1}),
+    (MOE, Layout(tp=2, pp=2, etp=1), {}, {"micro_batch_size": 2}),
+]
+
+
+@cache
+def _alone(variant: str, scratch: Path) -> dict[str, Any]:
+    return run_ranks(_supervised, 1, _checkpoint(variant, scratch), Layout(), {}, {})[0]
+
+
+@pytest.mark.parametrize(("variant", "layout", "build", "config"), LAYOUTS, ids=str)
+def test_training_equals_one_process(
+    variant: str, layout: Layout, build: dict[str, Any], config: dict[str, Any], scratch: Path
+) -> None:
+    """The loss is normalised by the global token count, so no split of the batch or the model changes it."""
+    alone = _alone(variant, scratch)
+    for found in run_ranks(_supervised, layout.world_size, _checkpoint(variant, scratch), layout, build, config):
+        assert found["same_in_step"]  # to the bit: forward only, and training
+        # fp32: reductions in another order, three Adam steps
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        torch.testing.assert_close(found["before"], alone["before"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found["entropy"], alone["entropy"], atol=1e-5, rtol=1e-5)
+        assert torch.equal(found["greedy"], alone["greedy"])
+
+
+@pytest.mark.parametrize("variant", [DENSE, MOE, "llama"])
+def test_loss_gradient_and_log_probs_equal_transformers(variant: str, scratch: Path) -> None:
+    batch, network = _batch(), tiny_model(variant)
+    log_p = network(batch.tokens).logits.log_softmax(-1)
+    log_probs = log_p.gather(-1, batch.need("targets")[..., None])[..., 0]
+    loss = -log_probs[batch.mask].mean()
+    loss.backward()
+    grad_norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
+    found = _alone(variant, scratch)
+    assert found["loss"][0] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["grad_norm"][0] == pytest.approx(grad_norm.item(), rel=1e-4)
+    torch.testing.assert_close(found["before"][batch.mask], log_probs.detach()[batch.mask], atol=1e-4, rtol=1e-5)
+
+
+def _first_grpo_step(rank: int, checkpoint: Path, layout: Layout, config: dict[str, Any]) -> list[Any]:
+    trainer, batch = _trainer(checkpoint, layout, {}, config), _batch()
+    generator = torch.Generator().manual_seed(1)
+    batch = batch.with_tensors(advantages=batch.spread(torch.randn(len(batch), generator=generator)))
+    old = trainer.compute_log_probs(batch).log_probs
+    settings = GRPOConfig(kl_coefficient=0.1)
+    trainer.snapshot_reference()
+    metrics, norms, reference_is_old = [], [], []
+    for _ in range(2):
+        reference = trainer.reference_log_probs(batch)
+        reference_is_old.append(torch.equal(reference, old))
+        prepared = batch.with_tensors(old_log_probs=old, reference_log_probs=reference)
+        report = trainer.step(prepared, grpo_loss(settings))
+        metrics.append(policy_metrics(report.statistics.log_probs, prepared, settings))
+        norms.append(report.grad_norm)
+    return [metrics, reference_is_old, norms]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2)], ids=str)
+def test_the_first_ratio_is_exactly_one_and_the_reference_stays(layout: Layout, scratch: Path) -> None:
+    results = run_ranks(_first_grpo_step, layout.world_size, _checkpoint(DENSE, scratch), layout, {"micro_batch_size": 2})
+    for metrics, reference_is_old, norms in results:
+        assert metrics[0] == {"ratio_max_deviation": 0.0, "clip_fraction": 0.0, "policy_kl": 0.0}
+        assert metrics[1]["ratio_max_deviation"] > 1e-4  # the step did something
+        assert reference_is_old == [True, True]  # although the policy has moved
+        assert norms[0] > 0
+
+
+def _bf16(rank: int, checkpoint: Path, layout: Layout) -> tuple[list[float], bool]:
+    trainer, batch = _trainer(checkpoint, layout, {"dtype": torch.bfloat16}, {"micro_batch_size": 2}), _batch()
+    before = trainer.compute_log_probs(batch).log_probs
+    reports = [trainer.step(batch, supervised_loss) for _ in range(4)]
+    return [report.loss for report in reports], torch.equal(before, reports[0].statistics.log_probs)
+
+
+def test_bf16_trains_with_fp32_masters(scratch: Path) -> None:
+    expected = _alone(DENSE, scratch)["loss"]
+    for losses, same in run_ranks(_bf16, 2, _checkpoint(DENSE, scratch), Layout(tp=2)):
+        assert same
+        assert losses[:STEPS] == pytest.approx(expected, rel=3e-2)  # bf16 activations
+        assert losses[3] < losses[0]
+
+
+def _clipped(rank: int, checkpoint: Path, rate: float) -> list[Tensor]:
+    trainer, batch = _trainer(checkpoint, Layout(), {}, {}), _batch()
+    trainer.set_learning_rate(rate)
+    trainer.step(batch, supervised_loss)
+    return [parameter.detach() for parameter in trainer.model[0].parameters()]
+
+
+def test_the_learning_rate_can_be_changed(scratch: Path) -> None:
+    checkpoint = _checkpoint(DENSE, scratch)
+    still, moved = (run_ranks(_clipped, 1, checkpoint, rate)[0] for rate in (0.0, 1e-3))
+    differences = [(a - b).abs().max().item() for a, b in zip(still, moved, strict=True)]
+    assert max(differences) == pytest.approx(1e-3, rel=1e-2)  # Adam's first step is the learning rate
+
+
+def _misuse(rank: int, checkpoint: Path, what: str) -> None:
+    trainer, batch = _trainer(checkpoint, Layout(), {}, {}), _batch()
+    if what == "mask":
+        trainer.step(batch.with_tensors(mask=torch.zeros_like(batch.mask)), supervised_loss)
+    trainer.reference_log_probs(batch)
+
+
+def test_misuse_says_what_is_wrong(scratch: Path) -> None:
+    for what, message in {"mask": "no token of the batch", "reference": "call snapshot_reference"}.items():
+        with pytest.raises(RankError, match=message):
+            run_ranks(_misuse, 1, _checkpoint(DENSE, scratch), what)
