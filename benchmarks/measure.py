@@ -28,14 +28,12 @@ class Cost:
         cpu_seconds: user and system time of all ranks together; other programs on the machine disturb it less.
         peak_bytes: the largest growth of a rank's resident memory during the run.
         collectives: calls of torch.distributed by one rank.
-        result: what rank 0's function returned.
     """
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
     collectives: int
-    result: Any = None
 
 
 def measured(function: Callable[[], Any]) -> Cost:
@@ -45,14 +43,14 @@ def measured(function: Callable[[], Any]) -> Cost:
     before = _reset_peak()
     with _counted() as count:
         cpu, start = time.process_time(), time.perf_counter()
-        result = function()
+        function()
         cpu_seconds, calls = time.process_time() - cpu, count[0]
         dist.barrier()
         seconds = time.perf_counter() - start
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (seconds, cpu_seconds, _status("VmHWM") - before, calls))
     seconds, cpu, peaks, calls_of = zip(*gathered, strict=True)
-    return Cost(max(seconds), sum(cpu), max(peaks), max(calls_of), result)
+    return Cost(max(seconds), sum(cpu), max(peaks), max(calls_of))
 
 
 def best(costs: list[Cost]) -> Cost:

@@ -89,9 +89,9 @@ def _row(name: str, costs: list[Cost], of_part: Runs, nbytes: int) -> str:
 
 
 def _reference(name: str, of_part: Runs) -> str:
-    """What a way is compared with: the first one of the same kind (`..., cold`; `..., synced`)."""
-    kind = name.rpartition(", ")[2]
-    return next((other for other in of_part if other.rpartition(", ")[2] == kind), next(iter(of_part)))
+    """What a way is compared with: the first one, or the first of its kind (`..., cold`; `..., synced`)."""
+    kinds = [suffix for suffix in (", synced", ", cold") if name.endswith(suffix)]
+    return next((other for other in of_part if other.endswith(kinds[0])), name) if kinds else next(iter(of_part))
 
 
 def _machine() -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
-from mbridge_rl.core.errors import StateMismatchError, listed
+from mbridge_rl.core.errors import LayoutError, StateMismatchError, listed
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mbridge_rl.megatron.parameters import LiveParameters
 
 _log = logging.getLogger(__name__)
+
+_PREPARED_STREAMS = 4  # kept for the next export of the same kind; each may hold shared memory
 
 HfState = Mapping[str, Tensor]
 Shards = Mapping[int, Mapping[str, Tensor]]
@@ -149,7 +151,7 @@ class AutoBridge:
         with group.together():
             hf_state, where = self._opened(source)
             check_hf_state(self.spec, hf_state.tensors if isinstance(hf_state, Checkpoint) else hf_state, where)
-            layout = layout or layout_of(model, self.spec)
+            layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, side = live_side(model, self.spec, layout, group.rank)
             plan = self._import_plan(layout, group.rank, side)
         targets = {name: live.base(name) for name in live}
@@ -185,7 +187,7 @@ class AutoBridge:
 
         group = RankGroup()
         with group.together():
-            layout = layout or layout_of(model, self.spec)
+            layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, side = live_side(model, self.spec, layout, group.rank)
             plan = self._import_plan(layout, group.rank, side)
         import_stream(self.spec, plan, {name: live.base(name) for name in live}, stream, group, in_place=in_place)
@@ -222,7 +224,7 @@ class AutoBridge:
 
         group = RankGroup()
         with group.together():
-            layout = layout or layout_of(model, self.spec)
+            layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, _ = live_side(model, self.spec, layout, group.rank)
             plan = self.export_plan(layout)
         arguments = (dtype or model_dtype(model), bucket_bytes, None if ranks is None else tuple(ranks), transport)
@@ -231,11 +233,13 @@ class AutoBridge:
     def _stream(
         self, layout: ParallelLayout, plan: Plan, group: RankGroup, live: LiveParameters, arguments: tuple[Any, ...]
     ) -> TensorStream:
-        """The prepared export of these arguments; made anew where the process group was."""
+        """The prepared export of these arguments; another one for another process group."""
         dtype, bucket_bytes, ranks, transport = arguments
         device = next((live.base(name).device for name in live), group.device)
         kind = (layout, group.identity, device, *arguments)
         if kind not in self._streams:
+            if len(self._streams) >= _PREPARED_STREAMS:
+                self._streams.pop(next(iter(self._streams))).close()
             dtypes = self.spec.hf_dtypes(dtype)
             self._streams[kind] = TensorStream(
                 plan, dtypes, group, device=device, bucket_bytes=bucket_bytes, ranks=ranks, transport=transport
@@ -271,7 +275,7 @@ class AutoBridge:
 
         group = RankGroup()
         with group.together():
-            layout = layout or layout_of(model, self.spec)
+            layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, _ = live_side(model, self.spec, layout, group.rank)
             plan = self.export_plan(layout)
             dtype = dtype or model_dtype(model)
@@ -311,6 +315,13 @@ class AutoBridge:
         """`tensors` as they are or, for a quantized checkpoint, as what they stand for."""
         quantization = getattr(self.hf_config, "quantization_config", None)
         return Dequantized(tensors, quantization, self.hf_config.dtype or torch.bfloat16) if quantization else tensors
+
+
+def _checked_layout(layout: ParallelLayout, group: RankGroup) -> ParallelLayout:
+    """A layout of other ranks than those that run would leave out what the missing ones hold."""
+    if layout.world_size != group.size:
+        raise LayoutError(f"{layout} has {layout.world_size} ranks, {group.size} are running: give the layout that is running")
+    return layout
 
 
 class _Contiguous(Mapping[str, Tensor]):

@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mbridge_rl.commands.convert import convert
 from mbridge_rl.commands.inspect import inspect
 from mbridge_rl.commands.plan import plan
+from mbridge_rl.commands.verify import verify
 
 app = typer.Typer(
     name="mbridge-rl",
@@ -43,7 +45,7 @@ def demo(
     pp: Annotated[int, typer.Option(min=1, help="Pipeline parallel size of the trainer.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Expert parallel size of the trainer (qwen3-moe).")] = 1,
     lora: Annotated[bool, typer.Option("--lora", help="Train LoRA adapters; the engine gets merged weights.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="GRPO steps at most; it stops early at 95% right.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="GRPO steps at most; it stops early at 93% right.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the random checkpoint, the draws and the sampling.")] = 0,
     run_dir: Annotated[Path, typer.Option(help="Where checkpoints, metrics and the reward curve go.")] = Path("runs/demo"),
 ) -> None:
@@ -76,6 +78,8 @@ def models() -> None:
 
 app.command()(plan)
 app.command()(inspect)
+app.command()(convert)
+app.command()(verify)
 
 
 def _fail(error: Exception) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.errors import LayoutError, StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.segments import megatron_side
 from mbridge_rl.hf.config import load_config
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.parallel import initialize_parallel
@@ -26,13 +29,14 @@ LOGITS_TOLERANCE = 1e-4
 
 TINY = {
     **DENSE,
+    "max_position_embeddings": 40960,
     "num_hidden_layers": 5,
     "num_key_value_heads": 8,
     "moe_intermediate_size": 24,
     "q_lora_rank": 20,
     "kv_lora_rank": 28,
     "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 16,
     "v_head_dim": 10,
     "n_routed_experts": 8,
     "n_shared_experts": 2,
@@ -43,19 +47,26 @@ TINY = {
     "routed_scaling_factor": 2.5,
     "num_nextn_predict_layers": 1,
 }
+# Every field moves the logits of these models by far more than the tolerance; with fewer dimensions or positions YaRN's ramp would
+# round to the same for many values.
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
-    "factor": 4.0,
+    "factor": 40.0,
     "beta_fast": 32,
     "beta_slow": 1,
     "mscale": 0.707,
     "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 1024,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "v3": {"rope_parameters": YARN},
-    "kimi": {"rope_parameters": {**YARN, "beta_fast": 1, "mscale": 1.0}, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2},
+    "kimi": {
+        "rope_parameters": {**YARN, "beta_fast": 1, "mscale": 1.0},
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 2,
+    },
     "full-rank-queries": {"q_lora_rank": None},
     "yarn-without-mscale": {"rope_parameters": {name: YARN[name] for name in YARN if "mscale" not in name}},
 }
@@ -103,7 +114,44 @@ def test_round_trips_on_virtual_ranks(variant: str, tmp_path: Path) -> None:
         assert_same_state(bridge.unshard(bridge.shard(expected, layout), layout), expected)
 
 
-def there_and_back(rank: int, directory: Path, layout: ParallelLayout, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+FIELDS = {
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "beta_fast": 4,
+    "beta_slow": 4,
+    "rotary_scaling_factor": 20.0,
+    "original_max_position_embeddings": 300,
+    "rotary_base": 15000.0,
+    "moe_router_topk_scaling_factor": 2.4,
+    "moe_router_group_topk": 4,
+}
+
+
+def logits_with(rank: int, directory: Path, tokens: Tensor, changes: list[dict[str, Any]]) -> list[Tensor | None]:
+    layout = initialize_parallel(ParallelLayout())
+    bridge, found = AutoBridge.from_pretrained(directory), []
+    for change in changes:
+        bridge.spec = replace(bridge.spec, transformer_config={**bridge.spec.transformer_config, **change})
+        model = bridge.build_model(layout)
+        bridge.load_weights(model)
+        found.append(forward_logits(model, tokens))
+        bridge = AutoBridge.from_pretrained(directory)
+    return found
+
+
+def test_every_translated_field_matters(tmp_path: Path) -> None:
+    """Or the comparison of logits would prove nothing about it."""
+    checkpoint(tmp_path, "v3")
+    tokens = torch.randint(0, 515, (2, 48), generator=torch.Generator().manual_seed(0))
+    changes = [{}, *({name: value} for name, value in FIELDS.items())]
+    right, *others = run_ranks(logits_with, 1, tmp_path, tokens, changes)[0]
+    for name, other in zip(FIELDS, others, strict=True):
+        assert (other - right).abs().max() > 3 * LOGITS_TOLERANCE, name
+
+
+def there_and_back(
+    rank: int, directory: Path, layout: ParallelLayout, tokens: Tensor
+) -> tuple[dict[str, Tensor], Tensor | None]:
     initialize_parallel(layout)
     bridge = AutoBridge.from_pretrained(directory)
     model = bridge.build_model(layout)
@@ -118,7 +166,7 @@ def there_and_back(rank: int, directory: Path, layout: ParallelLayout, tokens: T
 def test_real_ranks(variant: str, layout: str, tmp_path: Path) -> None:
     """Exports are the checkpoint bit for bit, and logits are Transformers'."""
     reference = checkpoint(tmp_path, variant)
-    tokens = torch.randint(0, 515, (2, 48), generator=torch.Generator().manual_seed(0))  # beyond YaRN's original 32 positions
+    tokens = torch.randint(0, 515, (2, 48), generator=torch.Generator().manual_seed(0))
     ranks = run_ranks(there_and_back, LAYOUTS[layout].world_size, tmp_path, LAYOUTS[layout], tokens)
     with torch.no_grad():
         wanted = reference(tokens).logits
@@ -126,3 +174,79 @@ def test_real_ranks(variant: str, layout: str, tmp_path: Path) -> None:
         assert_same_state(exported, hf_state(tmp_path))
         assert found is None or (found - wanted).abs().max() < LOGITS_TOLERANCE
     assert ranks[-1][1] is not None
+
+
+def biases(rank: int, directory: Path) -> tuple[dict[str, torch.dtype], dict[str, Tensor]]:
+    layout = initialize_parallel(ParallelLayout())
+    bridge = AutoBridge.from_pretrained(directory)
+    model = bridge.build_model(layout, dtype=torch.bfloat16)
+    bridge.load_weights(model)
+    live = {name: buffer.dtype for name, buffer in model[0].named_buffers() if name.endswith("expert_bias")}
+    return live, dict(bridge.export_weights(model))
+
+
+def test_expert_biases_stay_fp32_in_a_bf16_model(tmp_path: Path) -> None:
+    """Megatron casts them with everything else when the model is built, and back before its first step; weights come between."""
+    checkpoint(tmp_path, "v3")
+    live, exported = run_ranks(biases, 1, tmp_path)[0]
+    assert set(live.values()) == {torch.float32}
+    for hf_name, tensor in hf_state(tmp_path).items():
+        bias = hf_name.endswith("e_score_correction_bias")
+        assert exported[hf_name].dtype == (torch.float32 if bias else torch.bfloat16)
+        assert torch.equal(exported[hf_name], tensor if bias else tensor.bfloat16())
+
+
+def test_prediction_layers_are_left_where_they_are(tmp_path: Path) -> None:
+    """A checkpoint may hold them, if the config says so; anything else beyond the last layer is an error."""
+    checkpoint(tmp_path, "v3")
+    state, bridge = hf_state(tmp_path), AutoBridge.from_pretrained(tmp_path)
+    names = [
+        "eh_proj.weight",
+        "enorm.weight",
+        "shared_head.head.weight",
+        "mlp.experts.7.up_proj.weight",
+        "self_attn.o_proj.weight",
+    ]
+    extra = {f"model.layers.5.{name}": torch.zeros(3) for name in [*names, "mlp.gate.e_score_correction_bias"]}
+    assert not extra.keys() & bridge.shard(state | extra, ParallelLayout())[0].keys()
+    with pytest.raises(StateMismatchError, match=r"unexpected model.layers.6.enorm.weight"):
+        bridge.shard(state | {"model.layers.6.enorm.weight": torch.zeros(3)}, ParallelLayout())
+    without = AutoBridge.from_config(config("v3", num_nextn_predict_layers=0))
+    with pytest.raises(StateMismatchError, match="unexpected model.layers.5"):
+        without.shard(state | extra, ParallelLayout())
+
+
+def test_heads_are_not_cut(tmp_path: Path) -> None:
+    """8 heads of 28 rows divide by 16 as numbers, not as heads."""
+    spec = model_spec(config("v3", kv_lora_rank=32, vocab_size=512, qk_nope_head_dim=16, v_head_dim=16, hidden_size=256))
+    with pytest.raises(LayoutError, match="cut an axis of 32: choose a smaller tp"):
+        megatron_side(spec, ParallelLayout(tp=16, etp=1))
+
+
+def test_kimis_config_needs_no_code_of_its_repository(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "kimi")
+    path = tmp_path / "config.json"
+    changes = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    found = load_config(tmp_path)
+    assert found.model_type == "deepseek_v3"
+    assert not hasattr(found, "auto_map")
+    assert model_spec(found).fingerprint == model_spec(config("kimi")).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 2}, "2 // 2 best"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ({"rope_interleave": False}, "rope_interleave=False"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"n_shared_experts": 0}, "n_shared_experts"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ({"rope_parameters": {**YARN, "mscale": None}}, "mscale_all_dim but no mscale"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "rope type 'linear'"),
+    ],
+)
+def test_what_megatron_cannot_express_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=re.escape(message)):
+        model_spec(config("v3", **changes))

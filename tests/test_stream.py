@@ -306,6 +306,9 @@ def disagree(rank: int, directory: Path, other: Path) -> list[str]:
     errors.append(raised(lambda: dict(bridge.export_weights(model))))
     wrong = AutoBridge.from_pretrained(other if rank == 0 else directory)
     errors.append(raised(lambda: dict(wrong.export_weights(model))))
+    twice = ParallelLayout(tp=2, dp=2)
+    errors.append(raised(lambda: dict(bridge.export_weights(model, layout=twice))))
+    errors.append(raised(lambda: bridge.save_pretrained(model, directory / "saved", layout=twice)))
     return errors
 
 
@@ -313,7 +316,7 @@ def test_disagreements_are_found_before_anything_travels(tmp_path: Path) -> None
     directory, _ = tiny_checkpoint(tmp_path / "one", "llama")
     other, _ = tiny_checkpoint(tmp_path / "other", "llama", intermediate_size=144)
     ranks = run_ranks(disagree, 2, directory, other)
-    for bucket, receivers, empty, transport, plan, model in ranks:
+    for bucket, receivers, empty, transport, plan, model, exported, saved in ranks:
         assert "SyncError: ranks disagree about the export: rank 1 has" in bucket
         assert "(1001, [0, 1], 'auto'); rank 0 has" in bucket
         assert "ranks must be some of 0..1, found [0, 2]" in receivers
@@ -322,7 +325,10 @@ def test_disagreements_are_found_before_anything_travels(tmp_path: Path) -> None
         assert "ranks disagree about the export: rank 1 has plan" in plan
         assert model.startswith("StateMismatchError")
         assert "has shape" in model
-    assert "rank 0 failed" in ranks[1][-1]
+        assert "layout(tp=2, dp=2) has 4 ranks, 2 are running" in exported
+        assert "layout(tp=2, dp=2) has 4 ranks, 2 are running" in saved
+    assert "rank 0 failed" in ranks[1][5]
+    assert not (directory / "saved").exists()
 
 
 def twice_at_once(rank: int, directory: Path) -> str:
@@ -340,29 +346,44 @@ def test_one_export_at_a_time(tmp_path: Path) -> None:
         assert "this export is being read already" in error
 
 
-def never_come(rank: int, directory: Path, transport: str, seconds: float) -> str:
+CALLS: dict[str, Callable[[AutoBridge, list[nn.Module], Path], Any]] = {
+    "export by shared memory": lambda bridge, model, _: dict(bridge.export_weights(model, transport="shared_memory")),
+    "export by collectives": lambda bridge, model, _: dict(bridge.export_weights(model, transport="collective")),
+    "import": lambda bridge, model, directory: bridge.import_weights(model, hf_state(directory).items()),
+    "load": lambda bridge, model, directory: bridge.load_weights(model, directory),
+    "save": lambda bridge, model, directory: bridge.save_pretrained(model, directory / "saved"),
+}
+
+
+def never_come(rank: int, directory: Path, name: str, seconds: float) -> str:
     """Rank 1 does something else for `seconds`, and ends."""
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/again", rank=rank, world_size=3, timeout=timedelta(seconds=3)
     )
     bridge, model = live(ParallelLayout(dp=3), directory)
-    dict(bridge.export_weights(model, transport=transport))
+    CALLS[name](bridge, model, directory)
     if rank == 1:
         time.sleep(seconds)
         return ""
-    return raised(lambda: dict(bridge.export_weights(model, transport=transport)))
+    return raised(lambda: CALLS[name](bridge, model, directory))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize(("seconds", "cause"), [(9.0, "ranks [1] did not come"), (0.0, "one of them died")])
-def test_a_missing_rank_is_named(transport: str, seconds: float, cause: str, tmp_path: Path) -> None:
-    """When the time is out; a rank that ended is noticed at once."""
+def test_a_missing_rank_is_named_when_the_time_is_out(tmp_path: Path) -> None:
     directory, _ = tiny_checkpoint(tmp_path, "llama")
-    first, _, third = run_ranks(never_come, 3, directory, transport, seconds, timeout=60)
+    first, _, third = run_ranks(never_come, 3, directory, "export by collectives", 9.0, timeout=60)
     for rank, error in ((0, first), (2, third)):
-        assert error.startswith(f"RanksUnreachable: rank {rank} of 3 cannot reach all others: {cause}"), error
+        assert error.startswith(f"RanksUnreachable: rank {rank} of 3 cannot reach all others: ranks [1] did not come"), error
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_rank_that_ended_is_noticed_at_once(name: str, tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    first, _, third = run_ranks(never_come, 3, directory, name, 0.0, timeout=60)
+    for rank, error in ((0, first), (2, third)):
+        assert error.startswith(f"RanksUnreachable: rank {rank} of 3 cannot reach all others: one of them died"), error
+    assert not (directory / ".saved.incomplete").exists()
 
 
 def without_room(rank: int, directory: Path) -> tuple[str, str, int]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,21 +14,38 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    import torch
+
+    from mbridge_rl.bridge import AutoBridge
     from mbridge_rl.core.layout import ParallelLayout
+    from mbridge_rl.hf.checkpoint import Checkpoint
+    from mbridge_rl.hf.dequantize import Dequantized
 
 TpSize = Annotated[int | None, typer.Option(min=1, help="Tensor parallel size.")]
 PpSize = Annotated[int | None, typer.Option(min=1, help="Pipeline parallel size.")]
 VppSize = Annotated[int | None, typer.Option(min=1, help="Virtual pipeline stages on each pipeline rank.")]
 EpSize = Annotated[int | None, typer.Option(min=1, help="Expert parallel size.")]
-EtpSize = Annotated[
-    int | None, typer.Option(min=1, help="Expert tensor parallel size; as in Megatron it is tp where not given.")
-]
+EtpSize = Annotated[int | None, typer.Option(min=1, help="Expert tensor parallel size; tp if not given, as in Megatron.")]
 CpSize = Annotated[int | None, typer.Option(min=1, help="Context parallel size.")]
 DpSize = Annotated[int | None, typer.Option(min=1, help="Data parallel size; the least that the other axes need if not given.")]
 Stages = Annotated[str | None, typer.Option(help="Layers of each stage: 4x13+3x3, or 3+4+4; as even as can be if not given.")]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _STAGES = re.compile(r"(\d+)(?:x(\d+))?")
+
+
+class Dtype(StrEnum):
+    """Dtypes of weights."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    import torch
+
+    return {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP32: torch.float32}[dtype]
 
 
 @contextlib.contextmanager
@@ -61,6 +79,38 @@ def model_config(model: str) -> Any:
         return load_config(local_directory(model))
     except CheckpointError as error:
         raise CheckpointError(f"{error}\nBundled names are {', '.join(bundled_names())}") from error
+
+
+def opened_checkpoint(directory: Path, bridge: AutoBridge) -> Checkpoint | Dequantized:
+    """The tensors of a Hugging Face checkpoint, dequantized where they are quantized; names, shapes and dtypes are checked.
+
+    Raises:
+        CheckpointError, StateMismatchError: it cannot be read, or is not the checkpoint of the config beside it.
+    """
+    import torch
+
+    from mbridge_rl.hf.checkpoint import Checkpoint
+    from mbridge_rl.hf.dequantize import Dequantized
+    from mbridge_rl.hf.state import check_hf_state
+
+    hf_state: Checkpoint | Dequantized = Checkpoint(directory)
+    if quantization := getattr(bridge.hf_config, "quantization_config", None):
+        hf_state = Dequantized(hf_state, quantization, bridge.hf_config.dtype or torch.bfloat16)
+    check_hf_state(bridge.spec, hf_state.tensors, str(directory))
+    return hf_state
+
+
+def layout_of(asked: Mapping[str, Any], num_layers: int) -> ParallelLayout | None:
+    """The layout that the options of a command ask for, `None` where they ask for none. A `dp` that is left open is the least
+    that the expert axes need."""
+    given = {name: size for name, size in asked.items() if size is not None and name != "stages"}
+    if asked["stages"] is not None:
+        given["stage_layers"] = stage_layers(asked["stages"])
+    if not given:
+        return None
+    dense, expert = given.get("tp", 1) * given.get("cp", 1), given.get("ep", 1) * given.get("etp", given.get("tp", 1))
+    given.setdefault("dp", math.lcm(dense, expert) // dense)
+    return with_stages(given, num_layers)
 
 
 def pairs(text: str, known: tuple[str, ...]) -> dict[str, str]:
@@ -102,19 +152,6 @@ def with_stages(layout: Mapping[str, Any], num_layers: int) -> ParallelLayout:
         each, more = divmod(num_layers, stages)
         layout = {**layout, "stage_layers": (each + 1,) * more + (each,) * (stages - more)}
     return ParallelLayout(**layout)
-
-
-def asked_layout(sizes: Mapping[str, int | None], stages: str | None, num_layers: int) -> ParallelLayout | None:
-    """The layout that the options ask for, `None` where they ask for none. What they leave open of `dp` is what the expert axes
-    need."""
-    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    if stages is not None:
-        given["stage_layers"] = stage_layers(stages)
-    if not given:
-        return None
-    dense, expert = given.get("tp", 1) * given.get("cp", 1), given.get("ep", 1) * given.get("etp", given.get("tp", 1))
-    given.setdefault("dp", math.lcm(dense, expert) // dense)
-    return with_stages(given, num_layers)
 
 
 def size_in_bytes(text: str) -> int:

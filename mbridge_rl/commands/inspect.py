@@ -20,7 +20,7 @@ from mbridge_rl.commands.arguments import (
     Stages,
     TpSize,
     VppSize,
-    asked_layout,
+    layout_of,
     model_config,
     readable_errors,
 )
@@ -58,8 +58,8 @@ def inspect(
         from mbridge_rl.bridges import model_spec
 
         spec = model_spec(model_config(model))
-        asked = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp, "dp": dp}
-        layout = asked_layout(asked, stages, spec.num_layers)
+        asked = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp, "dp": dp, "stages": stages}
+        layout = layout_of(asked, spec.num_layers)
         if layout is not None:
             spec.validate(layout)
         rows = _table(spec, layout) if rank is None else _of_rank(spec, layout, rank)

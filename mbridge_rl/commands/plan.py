@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mbridge_rl.commands.arguments import (
+    Dtype,
     model_config,
     pairs,
     readable,
     readable_errors,
     size_in_bytes,
     stage_layers,
+    torch_dtype,
     whole_number,
     with_stages,
 )
@@ -31,14 +32,6 @@ if TYPE_CHECKING:
 _TRAINER = ("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "vocab_multiple", "order", "stages")
 _ROLLOUT = ("tp", "pp", "ep", "dp", "replicas")
 _SHOWN_PEERS = 12
-
-
-class Dtype(StrEnum):
-    """What weights travel as."""
-
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
 
 
 def plan(
@@ -138,14 +131,12 @@ def _refit(
     from math import prod
 
     import numpy as np
-    import torch
 
     from mbridge_rl.core.estimate import Refit
     from mbridge_rl.core.templates import compile_flows, compile_templates
 
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype.value]
     flows = (compile_flows if exact else compile_templates)(spec, trainer, engine)
-    dtypes = spec.hf_dtypes(torch_dtype)
+    dtypes = spec.hf_dtypes(torch_dtype(dtype))
     element_bytes = np.array([dtypes[hf_name].itemsize for hf_name in flows.hf_names])
     sizes = np.array([prod(spec.hf_shapes[hf_name]) for hf_name in flows.hf_names])
     refit = Refit(flows, trainer.world_size, engine.world_size, element_bytes, replicas=replicas, bucket_bytes=bucket)

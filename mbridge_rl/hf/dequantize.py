@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.errors import StateMismatchError, UnsupportedModelError
+from mbridge_rl.core.model import HFTensor
 
 SUPPORTED = ("fp8", "mxfp4")
 
@@ -57,6 +58,18 @@ class Dequantized(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @property
+    def tensors(self) -> dict[str, HFTensor]:
+        """Names, dtypes and shapes of what reading gives; nothing is dequantized."""
+        return {hf_name: self._described(hf_name) for hf_name in self._names}
+
+    def _described(self, hf_name: str) -> HFTensor:
+        if hf_name + _BLOCKS in self._tensors:
+            experts, rows, groups, width = self._tensors[hf_name + _BLOCKS].shape
+            return HFTensor(hf_name, self._dtype, (experts, groups * width * 2, rows))
+        stored = self._tensors[hf_name]
+        return HFTensor(hf_name, self._dtype if hf_name + _SCALE in self._tensors else stored.dtype, tuple(stored.shape))
 
     @staticmethod
     def _plain(name: str) -> str:

@@ -39,7 +39,7 @@ from mbridge_rl.training.rollout import Rollout, SamplingConfig
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
 WARM_ACCURACY = 0.25
-ENOUGH_ACCURACY = 0.95
+ENOUGH_ACCURACY = 0.93
 EVALUATE_EVERY = 5
 PROMPTS_PER_STEP = 64
 GROUP_SIZE = 16

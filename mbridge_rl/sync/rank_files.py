@@ -1,0 +1,244 @@
+"""Megatron's shards as files: one safetensors file for each rank, and `layout.json`, which says what they are.
+
+A conversion goes from any such directory, or a Hugging Face checkpoint, to another, by one plan for each file that is written.
+Sources are mapped and read where they are needed; of the target no more than one rank's tensors are in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mbridge_rl.core import virtual
+from mbridge_rl.core.errors import CheckpointError, StateMismatchError, listed
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.model import HFTensor, ModelSpec
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.segments import Side, hf_side, megatron_side
+from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
+
+LAYOUT_FILE = "layout.json"
+_FORMAT = "mbridge_rl Megatron ranks 1"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a conversion reads: a side, the tensors of its ranks, and the dtype of each HF tensor."""
+
+    side: Side
+    tensors: Mapping[int, Mapping[str, Tensor]]
+    dtypes: Mapping[str, torch.dtype]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One file of a conversion."""
+
+    name: str
+    tensors: int
+    nbytes: int
+
+
+WriteCompanions = Callable[[Path], None]
+
+
+def is_rank_files(directory: Path) -> bool:
+    return (directory / LAYOUT_FILE).is_file()
+
+
+def of_hf_state(spec: ModelSpec, hf_state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Weights:
+    """A Hugging Face checkpoint or state dict; whoever calls has checked that it is the model's."""
+    return Weights(hf_side(spec), {0: _LastKept(hf_state)}, dtypes)
+
+
+def open_rank_files(directory: Path, spec: ModelSpec) -> tuple[Weights, ParallelLayout]:
+    """What `write_rank_files` wrote; headers are read and compared with the model.
+
+    Raises:
+        CheckpointError: a file that is missing or broken, or `layout.json` is none of ours; StateMismatchError: the files are
+            another model's, or a rank's tensors are not those of the layout.
+    """
+    layout = _read_layout(directory, spec)
+    side = megatron_side(spec, layout)
+    files = {rank: _RankFile(directory / _file_name(rank)) for rank in range(layout.world_size)}
+    for rank, file in files.items():
+        file.check(side.on(rank).shapes)
+    dtypes = {segment.hf_name: files[segment.ranks[0]].dtype(segment.local_name) for segment in side.segments}
+    return Weights(side, files, dtypes), layout
+
+
+def write_rank_files(
+    spec: ModelSpec, source: Weights, directory: Path, layout: ParallelLayout, write_companions: WriteCompanions
+) -> Iterator[Written]:
+    """Writes every rank of `layout`, one after the other; yields each when it is written. The directory appears under its name
+    when all are there.
+
+    Args:
+        write_companions: puts what else belongs into a directory (config, tokenizer), so that the way back needs nothing.
+
+    Raises:
+        LayoutError: the model cannot be cut this way; CheckpointError: the directory is there already, or cannot be written.
+    """
+    spec.validate(layout)
+    directory = _free(directory)
+    staged = directory.parent / f".{directory.name}.incomplete"
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        for rank in range(layout.world_size):
+            tensors = _shard(spec, source, layout, rank)
+            save_file(tensors, staged / _file_name(rank), metadata={"format": "pt", "rank": str(rank)})
+            yield Written(_file_name(rank), len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+        said = {
+            "format": _FORMAT,
+            "architecture": spec.architecture,
+            "fingerprint": spec.fingerprint,
+            "layout": asdict(layout),
+        }
+        (staged / LAYOUT_FILE).write_text(json.dumps(said, indent=2) + "\n")
+        write_companions(staged)
+        staged.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} could not be written: {error}; nothing is left of it") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_checkpoint(
+    spec: ModelSpec,
+    source: Weights,
+    directory: Path,
+    write_companions: WriteCompanions,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Iterator[Written]:
+    """Writes a Hugging Face checkpoint, file by file and rectangle by rectangle; yields each file when it is written.
+
+    Raises:
+        CheckpointError: the directory is there already, or cannot be written.
+    """
+    files = plan_files(
+        [HFTensor(hf_name, source.dtypes[hf_name], shape) for hf_name, shape in spec.hf_shapes.items()], shard_bytes
+    )
+    staging = StagingDirectory(_free(directory), files)
+    whole = hf_side(spec)
+    try:
+        mapped = staging.create(mapped=True)
+        for file in files:
+            plan = compile_plan(spec, source.side, _only(whole, file.tensors))
+            for copy in plan.copies:
+                tensor = source.tensors[copy.source_rank][copy.source.name]
+                staging.write(copy.target, copy.shape, copy.source.of(tensor, copy.shape), mapped=mapped)
+            yield Written(file.name, len(file.tensors), file.nbytes)
+        staging.finish()
+        write_companions(staging.path)
+        staging.publish()
+    finally:
+        staging.discard()
+
+
+def _shard(spec: ModelSpec, source: Weights, layout: ParallelLayout, rank: int) -> dict[str, Tensor]:
+    side = megatron_side(spec, layout, rank)
+    tensors = virtual.allocate(side, source.dtypes)
+    virtual.run(compile_plan(spec, source.side, side), source.tensors, {rank: tensors})
+    return tensors
+
+
+def _only(side: Side, names: Mapping[str, object]) -> Side:
+    """The part of a side of whole tensors."""
+    segments = tuple(segment for segment in side.segments if segment.hf_name in names)
+    shapes = {name: shape for name, shape in side.shapes.items() if name in names}
+    return Side(segments, shapes, {name: side.holders[name] for name in shapes})
+
+
+def _free(directory: Path) -> Path:
+    directory = directory.resolve()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory} is there already and not empty; give another place, or remove it first")
+    return directory
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05}.safetensors"
+
+
+def _read_layout(directory: Path, spec: ModelSpec) -> ParallelLayout:
+    path = directory / LAYOUT_FILE
+    try:
+        said: dict[str, Any] = json.loads(path.read_text())
+        layout = ParallelLayout(**said["layout"]) if said["format"] == _FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no layout of Megatron ranks: {error!r}; convert the checkpoint again") from error
+    if layout is None:
+        raise CheckpointError(f"{path} has format {said['format']!r}, this version reads {_FORMAT!r}")
+    if said["fingerprint"] != spec.fingerprint:
+        raise StateMismatchError(
+            f"{directory}: its files are another model's than its config.json describes (mapping {said['fingerprint']} of "
+            f"{said['architecture']}, found {spec.fingerprint} of {spec.architecture}); was the config changed?"
+        )
+    return layout
+
+
+class _RankFile(Mapping[str, Tensor]):
+    """One rank's tensors by `megatron_name`, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing, though {LAYOUT_FILE} says that there is such a rank") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is truncated or corrupt ({error}); convert the checkpoint again") from error
+        self._names = frozenset(self._file.keys())
+
+    def __getitem__(self, megatron_name: str) -> Tensor:
+        return self._file.get_tensor(megatron_name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def dtype(self, megatron_name: str) -> torch.dtype:
+        return self[megatron_name].dtype
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises StateMismatchError where names or shapes are others than the layout says."""
+        if self._names != shapes.keys():
+            missing, extra = listed(shapes.keys() - self._names), listed(self._names - shapes.keys())
+            raise StateMismatchError(
+                f"{self._path} is not the one of this layout: it lacks [{missing}], it has besides [{extra}]"
+            )
+        for name, shape in shapes.items():
+            found = tuple(self._file.get_slice(name).get_shape())
+            if found != shape:
+                raise StateMismatchError(f"{self._path}: {name} has shape {list(found)}, the layout says {list(shape)}")
+
+
+class _LastKept(Mapping[str, Tensor]):
+    """Tensors that are costly to get (dequantized ones); the last is kept: its rectangles are read one after the other."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, hf_name: str) -> Tensor:
+        if self._last is None or self._last[0] != hf_name:
+            self._last = (hf_name, self._tensors[hf_name].contiguous())
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

@@ -1,0 +1,242 @@
+"""The commands plan, inspect, convert and verify, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import assert_same_state, hf_state, tiny_checkpoint
+from typer.testing import CliRunner, Result
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.cli import app
+from mbridge_rl.commands.arguments import readable, size_in_bytes, stage_layers, with_stages
+from mbridge_rl.core.layout import ParallelLayout
+
+MOE = "qwen3-moe-tied"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", MOE)[0]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeeds(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fails(*arguments: object, code: int = 1) -> str:
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return " ".join(result.output.replace("│", " ").split())
+
+
+KIMI = ("plan", "kimi-k2", "--trainer", "tp=8,pp=16,ep=64,etp=1,dp=8", "--rollout", "tp=16,replicas=8")
+
+
+def test_plan_of_a_trillion_parameters() -> None:
+    found = json.loads(succeeds(*KIMI, "--json"))
+    assert (found["trainer_ranks"], found["rollout_ranks"], found["parameters"] // 10**9) == (1024, 128, 1026)
+    estimate = found["estimate"]
+    assert estimate["received"]["minimum"] == estimate["received"]["maximum"]
+    assert 128e9 < estimate["received"]["maximum"] < 131e9  # a 16th of 2.05 TB, and what every rank has whole
+    assert estimate["entered"]["total"] == estimate["sent"]["total"] == 16 * estimate["received"]["maximum"]
+    assert estimate["lower_bound_seconds"] == pytest.approx(estimate["received"]["maximum"] / 50e9)
+    assert max(estimate["trainer_staging"], estimate["rollout_staging"]) <= 2 * (256 << 20)
+
+
+def test_plan_of_one_rank() -> None:
+    found = json.loads(succeeds(*KIMI, "--rank", 1030, "--json"))
+    received = sum(exchange["nbytes"] for exchange in found["exchanges"] if not exchange["sends"])
+    assert received == found["estimate"]["received"]["maximum"]
+    said = succeeds(*KIMI, "--rank", 1030)
+    assert "rank 1030 (engine 0, rank 6) receives 130.34 GB" in said
+    assert "rank 1142 (engine 7, rank 6)" in said
+    assert "there are 1024 trainer and 128 rollout ranks" in fails(*KIMI, "--rank", 1152)
+
+
+def test_plan_of_a_checkpoint(checkpoint: Path) -> None:
+    layouts = ("--trainer", "tp=2,pp=2,stages=1x1+3x1", "--rollout", "tp=8", "--dtype", "fp32", "--bucket", "64KiB")
+    quick = json.loads(succeeds("plan", checkpoint, *layouts, "--json"))
+    exact = json.loads(succeeds("plan", checkpoint, *layouts, "--json", "--exact"))
+    assert quick["estimate"]["received"] == exact["estimate"]["received"]
+    assert quick["model_bytes"] == sum(tensor.nbytes for tensor in hf_state(checkpoint).values())
+    assert "stage_layers=(1, 3)" in quick["trainer"]
+    assert quick["fingerprint"] != exact["fingerprint"]
+    again = json.loads(succeeds("plan", checkpoint / "config.json", *layouts, "--json"))
+    assert again["fingerprint"] == quick["fingerprint"]
+    table = succeeds("plan", checkpoint, *layouts)
+    assert "a trainer rank sends" in table
+    assert "prediction" in table
+
+
+def test_plan_says_what_is_wrong() -> None:
+    trainer = ("plan", "kimi-k2", "--trainer")
+    assert "did you mean etp=1?" in fails(*trainer, "tp=8,pp=16,ep=64,dp=8")
+    assert "2 numbers, found 5" in fails(*trainer, "pp=2,stages=10x5")
+    assert "must sum up to the model's 61 layers" in fails(*trainer, "pp=2,stages=30x2")
+    assert "at most once" in fails(*trainer, "tp=8,tp=4", code=2)
+    assert "whole number" in fails(*trainer, "tp=two", code=2)
+    assert "4x13+3x3" in fails(*trainer, "pp=2,stages=4*13", code=2)
+    assert "64 attention heads do not divide" in fails("plan", "kimi-k2", "--rollout", "tp=48")
+    assert "ep=3 must divide" in fails("plan", "kimi-k2", "--rollout", "tp=2,ep=3")
+    assert "Bundled names are" in fails("plan", "./no-such-model")
+
+
+def test_inspect_prints_the_table(checkpoint: Path) -> None:
+    rows = {row["megatron_name"]: row for row in json.loads(succeeds("inspect", checkpoint, "--json"))["tensors"]}
+    spec = AutoBridge.from_pretrained(checkpoint).spec
+    assert rows.keys() == {rule.megatron_name for rule in spec.rules if rule.layers != ()}
+    qkv = rows["decoder.layers.{layer}.self_attention.linear_qkv.weight"]
+    assert qkv["megatron_shape"] == [(8 + 4 + 4) * 24, 64]
+    assert [part["shape"] for part in qkv["hf"]] == [[192, 64], [96, 64], [96, 64]]
+    assert qkv["cut"] == "tp: rows, 4 groups"
+    assert rows["decoder.layers.{layer}.mlp.experts.linear_fc2.weight{expert}"]["cut"] == "ep: experts, etp: columns"
+    said = succeeds("inspect", checkpoint, "--tp", 2, "--ep", 2)
+    assert "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight" in said
+    assert "258x64" in said  # half of the vocabulary, padded
+
+
+def test_inspect_of_one_rank_is_what_it_holds(checkpoint: Path) -> None:
+    layout = ParallelLayout(tp=2, pp=2, ep=2, etp=1)
+    bridge = AutoBridge.from_pretrained(checkpoint)
+    shards = bridge.shard(hf_state(checkpoint), layout)
+    asked = ("--tp", 2, "--pp", 2, "--ep", 2, "--etp", 1)
+    for rank in range(4):
+        rows = json.loads(succeeds("inspect", checkpoint, *asked, "--rank", rank, "--json"))["tensors"]
+        assert {row["megatron_name"]: row["shape"] for row in rows} == {n: list(t.shape) for n, t in shards[rank].items()}
+    assert "model.layers.2.self_attn.k_proj.weight[72:96, 0:64]" in succeeds("inspect", checkpoint, *asked, "--rank", 3)
+    assert "outside of a world of 4 ranks" in fails("inspect", checkpoint, *asked, "--rank", 4)
+
+
+def test_convert_there_over_and_back(checkpoint: Path, tmp_path: Path) -> None:
+    """HF to one layout, to another, and to HF in many files: bit for bit, with what belongs to the checkpoint."""
+    (checkpoint / "tokenizer.json").write_text("{}")
+    first, second, back = tmp_path / "first", tmp_path / "second", tmp_path / "back"
+    assert "8 Megatron ranks" in succeeds("convert", checkpoint, first, "--tp", 2, "--pp", 2, "--ep", 4, "--etp", 1)
+    layout = ParallelLayout(tp=2, pp=2, ep=4, etp=1, dp=2)
+    shards = AutoBridge.from_pretrained(checkpoint).shard(hf_state(checkpoint), layout)
+    for rank, shard in shards.items():
+        assert_same_state(load_file(first / f"rank-{rank:05}.safetensors"), shard)
+    succeeds("convert", first, second, "--pp", 3, "--stages", "2+1+1")
+    succeeds("convert", second, back, "--shard", "200kB")
+    assert_same_state(hf_state(back), hf_state(checkpoint))
+    assert len(list(back.glob("*.safetensors"))) > 2
+    assert (back / "tokenizer.json").exists()
+    assert AutoBridge.from_pretrained(back).spec.fingerprint == AutoBridge.from_pretrained(checkpoint).spec.fingerprint
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_convert_casts(checkpoint: Path, tmp_path: Path) -> None:
+    succeeds("convert", checkpoint, tmp_path / "ranks", "--to", "megatron", "--dtype", "bf16")
+    succeeds("convert", tmp_path / "ranks", tmp_path / "back")
+    assert_same_state(hf_state(tmp_path / "back"), {name: tensor.bfloat16() for name, tensor in hf_state(checkpoint).items()})
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def ranks(checkpoint: Path, tmp_path: Path) -> Path:
+    succeeds("convert", checkpoint, tmp_path / "ranks", "--tp", 2)
+    return tmp_path / "ranks"
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_convert_refuses_what_is_not_whole(ranks: Path, tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        assert message in fails("convert", ranks, tmp_path / "target")
+        assert not (tmp_path / "target").exists()
+
+    last = ranks / "rank-00001.safetensors"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-10])
+    refused("rank-00001.safetensors is truncated or corrupt")
+    last.unlink()
+    refused("rank-00001.safetensors is missing")
+    tensors = load_file(ranks / "rank-00000.safetensors")
+    name = "decoder.final_layernorm.weight"
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, last)
+    refused(f"lacks [{name}]")
+    save_file(tensors | {name: torch.zeros(3)}, last)
+    refused(f"{name} has shape [3], the layout says [64]")
+    last.write_bytes(whole)
+    edited(ranks / "config.json", num_hidden_layers=3)
+    refused("was the config changed?")
+    edited(ranks / "layout.json", format="another")
+    refused("has format 'another'")
+
+
+def test_convert_leaves_other_directories_alone(checkpoint: Path, ranks: Path, tmp_path: Path) -> None:
+    before = hf_state(checkpoint)
+    assert "there already and not empty" in fails("convert", ranks, checkpoint)
+    assert "there already and not empty" in fails("convert", checkpoint, ranks, "--tp", 4)
+    assert "has no layout" in fails("convert", checkpoint, tmp_path / "x", "--to", "hf", "--tp", 2, code=2)
+    assert "do not divide by tp=3" in fails("convert", checkpoint, tmp_path / "x", "--tp", 3)
+    assert_same_state(hf_state(checkpoint), before)
+    assert not (tmp_path / "x").exists()
+
+
+def verified(capfd: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """Real output files, which ranks need: CliRunner's have no descriptors."""
+    with pytest.raises(SystemExit) as end:
+        app(["verify", *map(str, arguments), "--timeout", "120"])
+    found = capfd.readouterr()
+    assert end.value.code == code, found
+    return found.out
+
+
+@pytest.mark.parametrize("layout", [("--tp", 2, "--ep", 2, "--etp", 1), ("--pp", 2, "--cp", 2)], ids=str)
+def test_verify(checkpoint: Path, layout: tuple[object, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    said = verified(capfd, checkpoint, *layout)
+    assert "import, export  equal" in said
+    assert "logits          equal" in said
+    assert "100.0% of positions" in said
+
+
+def test_verify_tells_logits_that_differ(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "logits          different" in verified(capfd, checkpoint, "--tolerance", 0, code=1)
+
+
+def test_verify_refuses_another_config(checkpoint: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(checkpoint, tmp_path / "changed"))
+    edited(changed / "config.json", num_hidden_layers=3)
+    assert "does not match Qwen3MoeForCausalLM: unexpected model.layers.3" in fails("verify", changed)
+
+
+def test_verify_names_tensors_that_differ(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One bit of one tensor, changed between import and export."""
+    load_weights = AutoBridge.load_weights
+
+    def careless(bridge: AutoBridge, model: Any) -> None:
+        load_weights(bridge, model)
+        weight = next(p for name, p in model[0].named_parameters() if name.endswith("layers.2.mlp.router.weight"))
+        weight.data.view(torch.int32)[1, 2] ^= 1
+
+    monkeypatch.setattr(AutoBridge, "load_weights", careless)
+    said = verified(capfd, checkpoint, "--no-logits", code=1)
+    assert f"1 of {len(hf_state(checkpoint))} tensors differ" in said
+    assert "model.layers.2.mlp.gate.weight" in said
+
+
+def test_sizes_and_stages() -> None:
+    assert [size_in_bytes(text) for text in ("1", "64MB", "256MiB", "1.5gib")] == [1, 64 * 10**6, 256 << 20, 3 << 29]
+    assert [readable(n) for n in (12, 2_500, 130e9, 2e12)] == ["12 B", "2.50 kB", "130.00 GB", "2.00 TB"]
+    assert stage_layers("4x13+3x3") == (4,) * 13 + (3,) * 3
+    assert with_stages({"pp": 4, "vpp": 2}, 61).stage_layers == (8, 8, 8, 8, 8, 7, 7, 7)
+    assert with_stages({"pp": 4}, 64).stage_layers is None
