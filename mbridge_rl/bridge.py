@@ -155,9 +155,10 @@ class AutoBridge:
             live, side = live_side(model, self.spec, layout, group.rank)
             plan = self._import_plan(layout, group.rank, side)
         targets = {name: live.base(name) for name in live}
+        on_one_machine = group.on_one_machine
         with group.together():
             if isinstance(hf_state, Checkpoint):
-                hf_state.load(plan, targets)
+                hf_state.load(plan, targets, read_ahead=on_one_machine)
             else:
                 virtual.run(plan, {0: _Contiguous(hf_state)}, {group.rank: targets})
 

@@ -29,7 +29,8 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import CheckpointError, StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.core.plan import View
+from mbridge_rl.core.plan import View, compile_plan
+from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.hf import publish, rectangles
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.rectangles import Rectangle, read_into, write_from
@@ -142,6 +143,14 @@ def read_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
+def forget(directory: Path) -> None:
+    """Drops the files of a directory from the page cache."""
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def count_bytes_of_a_load(rank: int, directory: Path) -> tuple[int, int, int]:
     """Bytes that this rank keeps, asked the file for, and caused to be read from storage with nothing of it cached."""
     bridge, model = live(LAYOUT, directory)
@@ -154,10 +163,7 @@ def count_bytes_of_a_load(rank: int, directory: Path) -> tuple[int, int, int]:
         return got
 
     dist.barrier()
-    for path in directory.glob("*.safetensors"):
-        with path.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    forget(directory)
     dist.barrier()
     before = read_bytes()
     os.preadv = preadv
@@ -169,6 +175,7 @@ def count_bytes_of_a_load(rank: int, directory: Path) -> tuple[int, int, int]:
 
 @pytest.mark.slow
 def test_ranks_read_what_they_keep_and_no_more(tmp_path: Path) -> None:
+    """Each from its files, and all of them together from storage, of which they share the page cache."""
     directory, _ = tiny_checkpoint(tmp_path, "qwen3", **WIDE)
     ranks = run_ranks(count_bytes_of_a_load, 4, directory)
     for kept, requested, _ in ranks:
@@ -178,6 +185,33 @@ def test_ranks_read_what_they_keep_and_no_more(tmp_path: Path) -> None:
     if stored == 0:
         pytest.skip("this file system does not account for what it reads")
     assert 0.9 < stored / sum(kept for kept, _, _ in ranks) <= 1.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_alone_on_its_machine_reads_its_own_pages_only(rank: int, tmp_path: Path) -> None:
+    """Nothing is read ahead: storage gives the pages that hold what the rank keeps."""
+    directory, _ = tiny_checkpoint(tmp_path, "qwen3", **WIDE)
+    spec = AutoBridge.from_pretrained(directory).spec
+    side = megatron_side(spec, LAYOUT, rank)
+    plan = compile_plan(spec, hf_side(spec), side)
+    targets = {name: torch.zeros(shape) for name, shape in side.shapes.items()}
+    checkpoint, asked = Checkpoint(directory), set()
+    forget(directory)
+    before = read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rectangles.os, "preadv", watched(os.preadv, asked))
+        checkpoint.load(plan, targets, read_ahead=False)
+    stored, kept = read_bytes() - before, sum(target.nbytes for target in targets.values())
+    if stored == 0:
+        pytest.skip("this file system does not account for what it reads")
+    assert stored <= 1.02 * len(asked) * PAGE
+    assert stored <= 1.3 * kept  # pages at both ends of 16 KiB runs
+    whole = hf_state(directory)
+    assert all(
+        torch.equal(copy.target.of(targets[copy.target.name], copy.shape), copy.source.of(whole[copy.source.name], copy.shape))
+        for copy in plan.copies
+    )
 
 
 def payloads_of(function: Callable[[], None]) -> list[tuple[str, int]]:

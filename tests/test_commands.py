@@ -17,6 +17,8 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.cli import app
 from mbridge_rl.commands.arguments import readable, size_in_bytes, stage_layers, with_stages
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.hf.checkpoint import Checkpoint
+from mbridge_rl.hf.dequantize import Dequantized
 
 MOE = "qwen3-moe-tied"
 
@@ -240,3 +242,35 @@ def test_sizes_and_stages() -> None:
     assert stage_layers("4x13+3x3") == (4,) * 13 + (3,) * 3
     assert with_stages({"pp": 4, "vpp": 2}, 61).stage_layers == (8, 8, 8, 8, 8, 7, 7, 7)
     assert with_stages({"pp": 4}, 64).stage_layers is None
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Path:
+    directory, _ = tiny_checkpoint(tmp_path / "fp8", "llama")
+    state = {name: tensor.bfloat16() for name, tensor in hf_state(directory).items()}
+    for name in [name for name in state if name.endswith("_proj.weight")]:
+        rows, columns = state[name].shape
+        state[f"{name}_scale_inv"] = torch.rand(-(-rows // 32), -(-columns // 32)) + 0.5
+        state[name] = state[name].to(torch.float8_e4m3fn)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    edited(directory / "config.json", quantization_config=FP8, dtype="bfloat16")
+    return directory
+
+
+def test_quantized_checkpoints_are_converted_to_what_they_stand_for(quantized: Path, tmp_path: Path) -> None:
+    plain = Dequantized(Checkpoint(quantized), FP8, torch.bfloat16)
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in plain.tensors.items()}
+    assert described == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in plain.items()}
+    succeeds("convert", quantized, tmp_path / "ranks", "--tp", 2)
+    succeeds("convert", tmp_path / "ranks", tmp_path / "back")
+    assert_same_state(hf_state(tmp_path / "back"), dict(plain))
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def test_quantized_checkpoints_are_verified_without_logits(quantized: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = verified(capfd, quantized, "--tp", 2)
+    assert "import, export  equal" in said
+    assert "not compared" in said

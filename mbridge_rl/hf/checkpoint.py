@@ -95,12 +95,19 @@ class Checkpoint(Mapping[str, Tensor]):
         """Names, dtypes and shapes, from the headers."""
         return {hf_name: entry.tensor for hf_name, entry in self._entries.items()}
 
-    def load(self, plan: Plan, targets: Mapping[str, Tensor]) -> None:
-        """Fills `targets` by `plan`, which leads from whole HF tensors to them. Reads no byte that they don't keep.
+    def load(self, plan: Plan, targets: Mapping[str, Tensor], *, read_ahead: bool = True) -> None:
+        """Fills `targets` by `plan`, which leads from whole HF tensors to them. Asks for no page that they don't keep part of.
+
+        Args:
+            read_ahead: the kernel may fetch more than was asked for. Faster, and no waste where ranks of this machine keep
+                the rest; where they don't, it would read what nobody needs.
 
         Raises:
             CheckpointError: a file became shorter or unreadable since it was opened; `targets` are incomplete then.
         """
+        for file in self._mapped:
+            advice = os.POSIX_FADV_NORMAL if read_ahead else os.POSIX_FADV_RANDOM
+            os.posix_fadvise(self._descriptor(file), 0, 0, advice)
         for name in {name for names in plan.padded_names.values() for name in names}:
             targets[name].zero_()
         for copy in plan.copies:
@@ -126,9 +133,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:
-            descriptor = self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY | os.O_CLOEXEC)
-            # The kernel would read ahead into what other ranks keep.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY | os.O_CLOEXEC)
         return self._descriptors[file]
 
 

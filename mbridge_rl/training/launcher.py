@@ -176,7 +176,8 @@ def _received(pipe: Connection, process: BaseProcess) -> tuple[bool, Any]:
 def _say_where(processes: list[BaseProcess], unfinished: list[int], timeout: float) -> str:
     """Makes the unfinished ranks write their stacks to stderr."""
     for rank in unfinished:
-        print(f"--- stack of rank {rank}:", file=sys.stderr, flush=True)
+        sys.stderr.write(f"--- stack of rank {rank}:\n")
+        sys.stderr.flush()
         os.kill(processes[rank].pid or 0, signal.SIGUSR1)
         time.sleep(0.2)
     return f"ranks {unfinished} were not done after {timeout:g} s; their stacks are on stderr"
