@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test support-table venv lint clean
+.PHONY: demo test bench support-table venv lint clean
 
 demo: venv
 	$(BIN)/mbridge-rl demo $(DEMO_ARGS)
@@ -15,6 +15,10 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+bench: venv
+	$(BIN)/pip install --no-deps -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/run.py
 
 support-table: venv
 	mkdir -p runs
