@@ -46,8 +46,8 @@ class Flows:
 
 def engine_side(spec: ModelSpec, layout: ParallelLayout) -> Side:
     """What the workers of one engine keep, as a stand-in for asking them: tensor, pipeline and expert parallelism cut as
-    Megatron's do, and KV heads that are fewer than `tp` ranks are held by several of them. Names and fusions are Megatron's, not
-    the workers' own; no byte depends on them.
+    Megatron's do, and KV heads that are fewer than `tp` ranks are held by several of them. Names and fusions are Megatron's,
+    not the workers' own; no byte depends on them.
 
     Raises:
         LayoutError: the model cannot be cut this way.
