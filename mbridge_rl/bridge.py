@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,6 +239,10 @@ class AutoBridge:
         dtype, bucket_bytes, ranks, transport = arguments
         device = next((live.base(name).device for name in live), group.device)
         kind = (layout, group.identity, device, *arguments)
+        # Ranks that ask for different things, or of which some are prepared and some are not, compare notes again.
+        asked = 1 + zlib.crc32(repr((layout, arguments)).encode()) % (1 << 20)
+        if not group.all_same(asked if kind in self._streams else 0) and kind in self._streams:
+            self._streams.pop(kind).close()
         if kind not in self._streams:
             if len(self._streams) >= _PREPARED_STREAMS:
                 self._streams.pop(next(iter(self._streams))).close()

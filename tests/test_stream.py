@@ -331,6 +331,26 @@ def test_disagreements_are_found_before_anything_travels(tmp_path: Path) -> None
     assert not (directory / "saved").exists()
 
 
+def change_the_mind(rank: int, directory: Path) -> tuple[list[str], int]:
+    """Both ways are prepared on both ranks when the ranks part ways; and then one rank has a new bridge."""
+    bridge, model = live(ParallelLayout(tp=2), directory)
+    ways: list[dict[str, Any]] = [{"bucket_bytes": 1 << 14}, {"bucket_bytes": 1 << 16, "transport": "collective"}]
+    for way in ways:
+        dict(bridge.export_weights(model, **way))
+    errors = [raised(lambda: dict(bridge.export_weights(model, **ways[rank])))]
+    errors.append(raised(lambda: dict(bridge.export_weights(model, bucket_bytes=1 << (14 + rank)))))
+    if rank == 1:
+        bridge = AutoBridge.from_pretrained(directory)
+    return errors, len(dict(bridge.export_weights(model, **ways[0])))
+
+
+def test_disagreements_between_prepared_exports_are_found(tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    for errors, count in run_ranks(change_the_mind, 2, directory, timeout=30):
+        assert all("ranks disagree about the export: rank 1 has" in error for error in errors)
+        assert count == 39
+
+
 def twice_at_once(rank: int, directory: Path) -> str:
     bridge, model = live(ParallelLayout(tp=2), directory)
     first = bridge.export_weights(model)
@@ -355,11 +375,11 @@ CALLS: dict[str, Callable[[AutoBridge, list[nn.Module], Path], Any]] = {
 }
 
 
-def never_come(rank: int, directory: Path, name: str, seconds: float) -> str:
-    """Rank 1 does something else for `seconds`, and ends."""
+def never_come(rank: int, directory: Path, name: str, seconds: float, patience: float) -> str:
+    """Rank 1 does something else for `seconds`, and ends; the others' time-out is `patience`."""
     dist.destroy_process_group()
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/again", rank=rank, world_size=3, timeout=timedelta(seconds=3)
+        "gloo", init_method=f"file://{directory}/again", rank=rank, world_size=3, timeout=timedelta(seconds=patience)
     )
     bridge, model = live(ParallelLayout(dp=3), directory)
     CALLS[name](bridge, model, directory)
@@ -372,7 +392,7 @@ def never_come(rank: int, directory: Path, name: str, seconds: float) -> str:
 @pytest.mark.slow
 def test_a_missing_rank_is_named_when_the_time_is_out(tmp_path: Path) -> None:
     directory, _ = tiny_checkpoint(tmp_path, "llama")
-    first, _, third = run_ranks(never_come, 3, directory, "export by collectives", 9.0, timeout=60)
+    first, _, third = run_ranks(never_come, 3, directory, "export by collectives", 9.0, 3.0, timeout=60)
     for rank, error in ((0, first), (2, third)):
         assert error.startswith(f"RanksUnreachable: rank {rank} of 3 cannot reach all others: ranks [1] did not come"), error
 
@@ -380,7 +400,7 @@ def test_a_missing_rank_is_named_when_the_time_is_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_a_rank_that_ended_is_noticed_at_once(name: str, tmp_path: Path) -> None:
     directory, _ = tiny_checkpoint(tmp_path, "llama")
-    first, _, third = run_ranks(never_come, 3, directory, name, 0.0, timeout=60)
+    first, _, third = run_ranks(never_come, 3, directory, name, 0.0, 40.0, timeout=60)
     for rank, error in ((0, first), (2, third)):
         assert error.startswith(f"RanksUnreachable: rank {rank} of 3 cannot reach all others: one of them died"), error
     assert not (directory / ".saved.incomplete").exists()

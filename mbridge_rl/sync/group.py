@@ -91,6 +91,11 @@ class RankGroup:
             dist.all_reduce(summed, group=self._group)
         return summed.cpu()
 
+    def all_same(self, number: int) -> bool:
+        """Whether all ranks brought the same `number`, below 2^21; also a barrier."""
+        total, squares = self.sum(torch.tensor([number, number * number])).tolist()
+        return self.size * squares == total * total  # Cauchy and Schwarz: equal for equal numbers only
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1, dtype=torch.int64))
 
