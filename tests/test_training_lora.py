@@ -24,7 +24,6 @@ from mbridge_rl.training.lora import (
     adapted_modules,
     adapters_disabled,
     add_lora,
-    merged_parameters,
     merged_weight,
 )
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
@@ -164,8 +163,9 @@ def _initial(rank: int, checkpoint: Path, layout: Layout) -> dict[str, torch.Ten
         _, _, local, rest = name.split(".", 3)
         renamed[f"{int(local) + offset}.{rest}"] = module.lora_a.detach().clone()
         assert not module.lora_b.any()
-        assert list(merged_parameters(model)) == [f"{name}.weight" for name, _ in adapted_modules(model)]
-        assert torch.equal(merged_weight(module, module.weight), module.weight)
+        assert module.adapter_parameter_names == ("lora_a", "lora_b")
+        assert torch.equal(module.merged_weight(), merged_weight(module, module.weight))  # what an export reads
+        assert torch.equal(module.merged_weight(), module.weight)
     return renamed
 
 

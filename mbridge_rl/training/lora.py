@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -115,11 +115,6 @@ def merged_weight(module: nn.Module, base: Tensor) -> Tensor:
     """`base + scale * B A`, both factors as this rank holds them, `[out, in]` (local) in base's dtype; summed in fp32."""
     delta = module.lora_b.float() @ module.lora_a.float()
     return delta.mul_(module.lora.scale).add_(base).to(base.dtype)
-
-
-def merged_parameters(model: Sequence[nn.Module]) -> dict[str, Callable[[], Tensor]]:
-    """For every adapted weight, by its local parameter name, a function that merges it when called: one tensor at a time."""
-    return {f"{name}.weight": partial(merged_weight, module, module.weight.detach()) for name, module in adapted_modules(model)}
 
 
 def _targets(chunk: nn.Module, config: LoRAConfig) -> list[tuple[str, nn.Module]]:
