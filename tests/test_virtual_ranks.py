@@ -119,7 +119,8 @@ def test_fused_layout_is_megatrons(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (ParallelLayout(tp=8), r"4 groups \(KV heads\) do not divide by tp=8"),
+        (ParallelLayout(tp=16), "8 attention heads do not divide by tp=16"),
+        (ParallelLayout(tp=6), "do not divide by tp=6"),
         (ParallelLayout(tp=3), r"do not divide by tp=3"),
         (ParallelLayout(pp=3), "4 layers do not divide over pp\\*vpp = 3\\*1"),
         (ParallelLayout(ep=3, dp=3), "8 experts do not divide by ep=3"),

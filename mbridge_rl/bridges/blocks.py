@@ -6,14 +6,17 @@ Sizes: `hidden` (h), `ffn` (f), `vocab`, query heads x head_dim (q), KV heads x 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.nn import functional
 
 from mbridge_rl.bridges.rope import rope_inv_freq
 from mbridge_rl.core.errors import UnsupportedModelError
+from mbridge_rl.core.extras import Extra
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Rule, column_parallel, grouped_parallel, replicated, row_parallel, vocabulary_parallel
 
@@ -36,9 +39,15 @@ class Block:
         return replace(self, rules=tuple(replace(rule, layers=layers) for rule in self.rules))
 
 
-def decoder(hf: Any, *blocks: Block) -> ModelSpec:
+# Transformers' activation names as the function inside of Megatron's (gated or plain) MLP.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+def decoder(hf: Any, *blocks: Block, extras: tuple[Extra, ...] = ()) -> ModelSpec:
     """A decoder-only model with rotary positions: embeddings, `blocks` in every layer, final norm, output layer."""
-    require(hf, "hidden_act", "silu")
     h, tied = hf.hidden_size, bool(hf.tie_word_embeddings)
     embedding = "model.embed_tokens.weight"
     output = embedding if tied else "lm_head.weight"
@@ -54,7 +63,7 @@ def decoder(hf: Any, *blocks: Block) -> ModelSpec:
         "hidden_size": h,
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
-        "activation_func": functional.silu,
+        "activation_func": activation(hf),
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
@@ -77,8 +86,23 @@ def decoder(hf: Any, *blocks: Block) -> ModelSpec:
         rules=rules,
         num_experts=next((block.num_experts for block in blocks if block.num_experts), None),
         rope_inv_freq=None if any(block.rotates for block in blocks) else rope_inv_freq(hf),
+        extras=extras,
         ignored_hf_names=("lm_head.weight",) if tied else (),
     )
+
+
+def activation(hf: Any) -> Callable[[Tensor], Tensor]:
+    """The function that `hidden_act` names.
+
+    Raises:
+        UnsupportedModelError: none that Megatron's MLPs are known to compute as Transformers does.
+    """
+    name = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{hf.architectures[0]}: activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
 
 
 def attention(hf: Any, *, qkv_bias: bool = False, qk_norm: bool = False) -> Block:
@@ -126,33 +150,6 @@ def gated_mlp(hf: Any) -> Block:
         row_parallel(f"{ours}.linear_fc2.weight", f"{theirs}.down_proj.weight", (h, f)),
     )
     return Block({"ffn_hidden_size": f}, rules)
-
-
-def mixture_of_experts(hf: Any, layers: tuple[int, ...]) -> Block:
-    """Softmax top-k routing over gated experts in `layers`; other layers are dense."""
-    h, f = hf.hidden_size, hf.moe_intermediate_size
-    experts = getattr(hf, "num_experts", None) or hf.n_routed_experts
-    ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
-    one = f"{theirs}.experts.{{expert}}"
-    gate_up = {f"{one}.gate_proj.weight": f, f"{one}.up_proj.weight": f}
-    rules = (
-        replicated(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight", (h,)),
-        replicated(f"{ours}.router.weight", f"{theirs}.gate.weight", (experts, h)),
-        column_parallel(f"{ours}.experts.linear_fc1.weight{{expert}}", gate_up, (h,), axis="etp"),
-        row_parallel(f"{ours}.experts.linear_fc2.weight{{expert}}", f"{one}.down_proj.weight", (h, f), axis="etp"),
-    )
-    config = {
-        "num_moe_experts": experts,
-        "moe_router_topk": hf.num_experts_per_tok,
-        "moe_ffn_hidden_size": f,
-        "moe_layer_freq": [int(layer in layers) for layer in range(hf.num_hidden_layers)],
-        # Softmax over the chosen logits equals choosing from the softmax and renormalising; without renormalisation the
-        # softmax has to come first.
-        "moe_router_pre_softmax": not hf.norm_topk_prob,
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-    }
-    return Block(config, rules, num_experts=experts).only_in(layers)
 
 
 def head_dim(hf: Any) -> int:

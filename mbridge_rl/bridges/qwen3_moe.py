@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp, mixture_of_experts
+from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
+from mbridge_rl.bridges.experts import mixture_of_experts
 from mbridge_rl.core.model import ModelSpec
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.extras import Extra
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.rules import Instance, Part, Rule, instantiate
 
@@ -51,6 +52,7 @@ class ModelSpec:
         gpt_model: arguments of Megatron's `GPTModel`, without vocabulary size and stages.
         rope_inv_freq: rotary inverse frequencies `[rotary_dim / 2]` that replace Megatron's own; `None` keeps them.
         rules: the mapping table.
+        extras: what the model computes beyond Megatron's config (`core.extras`).
         ignored_hf_names: tensors that a checkpoint may hold though the model has no use for them (a tied model's
             `lm_head.weight`, rotary buffers of old exports).
     """
@@ -64,6 +66,7 @@ class ModelSpec:
     rules: tuple[Rule, ...]
     num_experts: int | None = None
     rope_inv_freq: tuple[float, ...] | None = None
+    extras: tuple[Extra, ...] = ()
     ignored_hf_names: tuple[str, ...] = field(default=())
 
     @cached_property
@@ -114,5 +117,7 @@ class ModelSpec:
             raise LayoutError(f"ep={layout.ep}: {self.architecture} has no experts; use ep=1")
         if (self.num_experts or 0) % layout.ep:
             raise LayoutError(f"{self.num_experts} experts do not divide by ep={layout.ep}; choose a divisor")
+        if (heads := self.transformer_config.get("num_attention_heads", layout.tp)) % layout.tp:
+            raise LayoutError(f"{heads} attention heads do not divide by tp={layout.tp}; choose a divisor")
         for rule in self.rules:
             rule.validate(layout)

@@ -1,8 +1,8 @@
 """Mapping rules: how one Megatron tensor is made of Hugging Face tensors, as data.
 
 One primitive covers every rule in use. A Megatron tensor is a sequence of `groups` along `dim`; each group holds, one after
-the other, an equal slice of each of its `parts`, and a part is a sub-grid of one HF tensor. Tensor parallelism deals whole
-groups to ranks.
+the other, an equal slice of each of its `parts`, and a part is a sub-grid of one HF tensor. Tensor parallelism deals equal
+ranges of the fused tensor to ranks: whole groups, or parts of one where ranks outnumber groups.
 
     fused QKV        parts q, k, v        groups = KV heads      [q q q q k v | q q q q k v | ...]
     gated MLP        parts gate, up       groups = ranks         [gate up | gate up | ...]
@@ -93,7 +93,8 @@ class Rule:
         shape: of the whole Megatron tensor, with its extent along `dim` left open (0 there): the parts' sum.
         dim: the dimension along which parts are fused and shards are cut.
         axis: which tensor-parallel axis cuts it, `None` for replicated tensors.
-        groups: number of fused groups, fixed by the model (KV heads); `None` makes one group per rank of `axis`.
+        groups: number of fused groups, fixed by the model (KV heads); `None` makes one group per rank of `axis`. Ranks that
+            outnumber the groups share them: each takes its range of rows, wherever that cuts.
         padded: Megatron rounds the extent up to a multiple of the axis (vocabularies); the tail belongs to no HF tensor.
         placement: which pipeline stage holds it. `last_stage_copy` is the output layer of a tied model: a second copy of the
             embedding that exists only where the last stage is not also the first.
@@ -133,11 +134,13 @@ class Rule:
         ranks = self.axis_size(layout)
         if self.padded or ranks == 1:
             return
-        if self.groups is not None and self.groups % ranks:
-            raise LayoutError(
-                f"{self.megatron_name}: {self.groups} groups (KV heads) do not divide by {self.axis}={ranks}; "
-                f"choose {self.axis} among the divisors of {self.groups}"
-            )
+        if self.groups is not None:
+            if self.groups % ranks and (ranks % self.groups or self.extent % ranks):
+                raise LayoutError(
+                    f"{self.megatron_name}: {self.groups} groups (KV heads) do not divide by {self.axis}={ranks}; "
+                    f"choose a divisor or a multiple of {self.groups}"
+                )
+            return
         for part in self.parts:
             if part.size(self.dim) % ranks:
                 raise LayoutError(

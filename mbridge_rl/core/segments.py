@@ -192,13 +192,15 @@ def _pieces(instance: Instance, shards: int, shard: int, local_extent: int) -> I
         return
     groups = rule.groups or shards
     group_extent = rule.extent // groups
-    for local_group in range(groups // shards):
-        group = shard * (groups // shards) + local_group
-        local_start = local_group * group_extent
+    begin, stop = shard * local_extent, (shard + 1) * local_extent
+    for group in range(begin // group_extent, -(-stop // group_extent)):
+        at = group * group_extent
         for hf_name, part in zip(instance.hf_names, rule.parts, strict=True):
             size = part.size(rule.dim) // groups
-            yield hf_name, part, group * size, size, local_start
-            local_start += size
+            low, high = max(at, begin), min(at + size, stop)
+            if low < high:
+                yield hf_name, part, group * size + low - at, high - low, low - begin
+            at += size
 
 
 def _slice_of_part(part: Part, instance: Instance, first: int, size: int, local_strides: Shape) -> tuple[Box, Shape]:

@@ -17,6 +17,7 @@ from torch import nn
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.megatron.extras import add_extras
 from mbridge_rl.megatron.parallel import current_layout
 from mbridge_rl.megatron.runtime import megatron_runtime
 
@@ -196,6 +197,7 @@ def _build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: in
     )
     if spec.rope_inv_freq is not None:
         _replace_rope(model, spec.rope_inv_freq)
+    add_extras(model, spec.extras)
     model.model_spec, model.parallel_layout = spec, layout
     _mark_experts(model, layout)
     if torch.cuda.is_available():

@@ -1,0 +1,55 @@
+"""Adds a spec's extras to the modules that Megatron built: hooks and small modules, one function per kind.
+
+Hooks see what Megatron's own forward pass sees, so schedules, recomputation and every parallel axis work unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_rl.core.extras import EmbeddingScale, Extra, LogitScale, LogitSoftcap
+
+
+def add_extras(model: nn.Module, extras: Sequence[Extra]) -> None:
+    """Changes one chunk as built, before it is wrapped and before weights are loaded. What it lacks (an intermediate
+    pipeline stage has no embedding) is passed over."""
+    for extra in extras:
+        _ADD[type(extra)](model, extra)
+
+
+def _scale_embeddings(model: nn.Module, extra: EmbeddingScale) -> None:
+    def scaled(_: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
+        return embeddings * torch.tensor(extra.factor, dtype=embeddings.dtype)
+
+    if hasattr(model, "embedding"):
+        model.embedding.register_forward_hook(scaled)
+
+
+def _scale_logits(model: nn.Module, extra: LogitScale) -> None:
+    _change_logits(model, lambda logits: logits * extra.factor)
+
+
+def _cap_logits(model: nn.Module, extra: LogitSoftcap) -> None:
+    _change_logits(model, lambda logits: extra.cap * torch.tanh(logits / extra.cap))
+
+
+def _change_logits(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """`change` acts element by element, so that it does not matter how the vocabulary is cut."""
+
+    def changed(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        logits, bias = output
+        return change(logits), bias
+
+    if hasattr(model, "output_layer"):
+        model.output_layer.register_forward_hook(changed)
+
+
+_ADD: dict[type, Callable[[nn.Module, Any], None]] = {
+    EmbeddingScale: _scale_embeddings,
+    LogitScale: _scale_logits,
+    LogitSoftcap: _cap_logits,
+}

@@ -1,0 +1,98 @@
+"""What a test needs to know of one family, and tiny random checkpoints of it by Transformers' own class."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_rl.core.layout import ParallelLayout
+
+VOCABULARY = 515  # odd: Megatron and vLLM both pad it
+
+# Sizes that do not divide nicely, and that vLLM computes on a CPU: heads of 32 or more, experts of multiples of 32.
+DENSE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 136,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One tiny model of a family.
+
+    Attributes:
+        title: the family's row in docs/models.md; several variants (tied, with biases, ...) may share it.
+        variant: this model's name in test ids.
+        model_type: Transformers' name of the config class.
+        architecture: Transformers' model class, and what config.json says.
+        config: fields of the config beside `DENSE`'s.
+        layout: real processes for `test_sharded`: TP x PP x EP or the nearest that the model admits.
+        engine: further options of vLLM's engine; a string says why vLLM cannot run the family on this CPU.
+        lora: targets of adapters (Megatron linears); a string says why there are none.
+        tolerance: of fp32 logits, largest absolute difference from Transformers'; more than 1e-3 needs a comment.
+        ignored: beginnings of names in the checkpoint that the bridge leaves alone.
+    """
+
+    title: str
+    variant: str
+    model_type: str
+    architecture: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    layout: ParallelLayout = ParallelLayout(tp=2, pp=2, stage_layers=(2, 1))  # noqa: RUF009 (immutable)
+    engine: Mapping[str, Any] | str = field(default_factory=dict)
+    lora: tuple[str, ...] | str = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    tolerance: float = 1e-3
+    ignored: tuple[str, ...] = ()
+
+    def hf_config(self) -> Any:
+        from transformers import CONFIG_MAPPING
+
+        config = CONFIG_MAPPING[self.model_type](**{**DENSE, **self.config})
+        config.architectures = [self.architecture]
+        return config
+
+    def model(self, seed: int = 0) -> nn.Module:
+        """A Transformers model in fp32, random in every tensor: norms, biases and buffers that decide routing included."""
+        import transformers
+
+        model = getattr(transformers, self.architecture)._from_config(self.hf_config(), dtype=torch.float32).eval()
+        _randomize(model, seed)
+        return model
+
+    def checkpoint(self, directory: Path, seed: int = 0) -> nn.Module:
+        """Saves the model of `seed` to `directory`, and returns it."""
+        model = self.model(seed)
+        model.save_pretrained(directory)
+        return model
+
+
+def _randomize(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            if tensor.is_floating_point() and "inv_freq" not in name:
+                tensor.copy_(_random(name, tensor, generator))
+
+
+def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Logits of order 1 that depend on every tensor; norms around their neutral value, whichever that is."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if tensor.dim() < 2:
+        neutral = tensor.float().mean().round() if "norm" in name else 0.0
+        return neutral + 0.2 * noise
+    return noise * (0.5 if "embed" in name else 0.8 * tensor.shape[-1] ** -0.5)

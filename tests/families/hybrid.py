@@ -1,0 +1,5 @@
+"""Linear attention and Mamba beside attention."""
+
+from families.family import Family
+
+FAMILIES: list[Family] = []

@@ -1,0 +1,5 @@
+"""Language towers in Megatron, vision towers carried along."""
+
+from families.family import Family
+
+FAMILIES: list[Family] = []
