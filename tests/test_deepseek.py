@@ -219,7 +219,7 @@ def test_prediction_layers_are_left_where_they_are(tmp_path: Path) -> None:
 def test_heads_are_not_cut() -> None:
     """8 heads of 28 rows divide by 16 as numbers, not as heads."""
     spec = model_spec(config("v3", intermediate_size=144))
-    with pytest.raises(LayoutError, match="cut an axis of 28: choose a smaller tp"):
+    with pytest.raises(LayoutError, match="8 attention heads do not divide by tp=16"):
         megatron_side(spec, ParallelLayout(tp=16, etp=1))
 
 
