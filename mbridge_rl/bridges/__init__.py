@@ -14,6 +14,7 @@ from mbridge_rl.bridges.llama import llama
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
 from mbridge_rl.bridges.qwen3_moe import qwen3_moe
+from mbridge_rl.bridges.unsupported import UNSUPPORTED
 from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.model import ModelSpec
 
@@ -35,6 +36,8 @@ def model_spec(hf_config: Any) -> ModelSpec:
     architectures = getattr(hf_config, "architectures", None) or []
     if not architectures:
         raise UnsupportedModelError(f"the config names no architecture; set architectures to one of {', '.join(FAMILIES)}")
+    if reason := UNSUPPORTED.get(architectures[0]):
+        raise UnsupportedModelError(f"{architectures[0]} is not supported: {reason}")
     family = FAMILIES.get(architectures[0])
     if family is None:
         nearest = difflib.get_close_matches(architectures[0], FAMILIES, n=1, cutoff=0.3)
