@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mbridge_rl.commands.convert import convert
 from mbridge_rl.commands.inspect import inspect
+from mbridge_rl.commands.models import models
 from mbridge_rl.commands.plan import plan
 from mbridge_rl.commands.verify import verify
 
@@ -67,15 +68,7 @@ def demo(
     print_summary(summary, run_dir)
 
 
-@app.command()
-def models() -> None:
-    """List the model families that have a bridge."""
-    from mbridge_rl.bridges import FAMILIES
-
-    for architecture in FAMILIES:
-        typer.echo(architecture)
-
-
+app.command()(models)
 app.command()(plan)
 app.command()(inspect)
 app.command()(convert)

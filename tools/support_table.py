@@ -1,28 +1,40 @@
-"""Writes README's table of what works from test results: nothing is ticked that no test ran and passed.
+"""Writes what works from test results: README, docs/models.md and the table of `mbridge-rl models`. Nothing is ticked that no
+test ran and passed.
 
 python -m pytest --junitxml=runs/tests.xml && python tools/support_table.py runs/tests.xml
 """
 
 from __future__ import annotations
 
-import re
+import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- support-table: made by `make support-table` from the test results -->", "<!-- /support-table -->"
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-FAMILIES = {"llama": "Llama 2, 3.x", "qwen2": "Qwen2, Qwen2.5", "qwen3": "Qwen3", "qwen3-moe": "Qwen3-MoE"}
-# Real processes: import, export, save, and logits equal to Transformers'.
+from families import FAMILIES  # noqa: E402
+from families.family import Family  # noqa: E402
+
+from mbridge_rl.bridges.unsupported import UNSUPPORTED  # noqa: E402
+
+TARGETS = {"README.md": "families", "docs/models.md": "families axes notes unsupported"}
+TESTED = ROOT / "mbridge_rl" / "bridges" / "tested.json"
+
+# Column -> the test of tests/test_families.py that answers it, for every family.
+QUESTIONS = {
+    "import, export": "test_names_and_round_trips",
+    "logits": "test_logits",
+    "on real ranks": "test_sharded",
+    "LoRA": "test_lora",
+    "refit": "test_refit",
+}
+# Axis by axis, with bits and logits, for these variants of tests/test_bridge_live.py.
 AXES = ["tp2", "tp2+sp", "pp2", "pp2-uneven", "pp2xvpp2xtp2", "dp2", "cp2", "ep2", "tp2xep2xetp1", "etp2"]
 EXPERT_AXES = {"ep2", "tp2xep2xetp1", "etp2"}
-COLUMNS = {
-    "all TP PP VPP EP ETP in {1,2,4}, virtual": "test_virtual_ranks::test_round_trips_are_bit_exact",
-    "refit in process": "test_vllm_refit::test_refit_equals_a_fresh_engine_and_transformers",
-    "refit from Megatron ranks": "test_refit_end_to_end::test_refitted_engine_equals_a_fresh_one_and_transformers",
-    "refit, engine TP2": "test_vllm_refit::test_tensor_parallel_engine",
-}
+REFERENCES = ["llama", "qwen2", "qwen3", "qwen3-moe"]
 
 
 def passed_tests(report: Path) -> set[str]:
@@ -34,41 +46,95 @@ def passed_tests(report: Path) -> set[str]:
     }
 
 
-def family_of(test_id: str) -> str:
-    """The longest family name that the test's id begins with."""
-    name = test_id.replace("_", "-").replace("llama3", "llama")
-    return max((family for family in FAMILIES if name.startswith(family)), key=len, default="")
+def by_title() -> dict[str, list[Family]]:
+    titles: dict[str, list[Family]] = {}
+    for family in FAMILIES.values():
+        titles.setdefault(family.title, []).append(family)
+    return titles
 
 
-def ids_of(family: str, passed: set[str], test: str) -> list[str]:
-    """The ids of the family's passed cases of `file::test`."""
-    found = [match[1] for name in passed if (match := re.fullmatch(rf"{re.escape(test)}\[(.*)\]", name))]
-    return sorted(name for name in found if family_of(name) == family)
+def answer(question: str, families: Iterable[Family], passed: set[str]) -> str:
+    """`yes` if every variant passed that could be asked, `-` where none could (docs/models.md says why), else `no`."""
+    asked = [family for family in families if not _reason(question, family)]
+    if not asked:
+        return "-"
+    if not all(f"test_families::{QUESTIONS[question]}[{family.variant}]" in passed for family in asked):
+        return "no"
+    return layouts(asked) if question == "on real ranks" else "yes"
 
 
-def table(passed: set[str]) -> str:
-    """A row per family, a column per question."""
-    rows = [["family", *COLUMNS, *AXES], ["---"] * (1 + len(COLUMNS) + len(AXES))]
-    for family, title in FAMILIES.items():
-        answers = [tick(ids_of(family, passed, test)) for test in COLUMNS.values()]
-        live = ids_of(family, passed, "test_bridge_live::test_there_and_back")
-        answers += [
-            tick([name for name in live if name.endswith(f"-{axis}")]) if "moe" in family or axis not in EXPERT_AXES else "-"
-            for axis in AXES
-        ]
-        rows.append([title, *answers])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def layouts(families: Iterable[Family]) -> str:
+    """The real processes of `test_sharded`, such as `TP2 PP2 EP2`."""
+    shown = []
+    for family in families:
+        axes = [(axis, getattr(family.layout, axis)) for axis in ("tp", "pp", "vpp", "ep", "cp", "dp")]
+        shown.append(" ".join(f"{axis.upper()}{size}" for axis, size in axes if size > 1))
+    return ", ".join(dict.fromkeys(shown))
 
 
-def tick(passed: list[str]) -> str:
-    return "yes" if passed else "no"
+def _reason(question: str, family: Family) -> str | None:
+    """Why a question cannot be asked of this family on this machine."""
+    options = {"refit": family.engine, "LoRA": family.lora}.get(question)
+    return options if isinstance(options, str) else None
+
+
+def tested(passed: set[str]) -> list[dict[str, object]]:
+    return [
+        {
+            "family": title,
+            "architectures": sorted({family.architecture for family in families}),
+            "answers": {question: answer(question, families, passed) for question in QUESTIONS},
+        }
+        for title, families in by_title().items()
+    ]
+
+
+def markdown(rows: list[list[str]]) -> str:
+    header, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body])
+
+
+def families_table(passed: set[str]) -> str:
+    return markdown([["family", *QUESTIONS], *([row["family"], *row["answers"].values()] for row in tested(passed))])
+
+
+def axes_table(passed: set[str]) -> str:
+    def cell(variant: str, axis: str) -> str:
+        if axis in EXPERT_AXES and "moe" not in variant:
+            return "-"
+        return "yes" if f"test_bridge_live::test_there_and_back[{variant}-{axis}]" in passed else "no"
+
+    rows = [[variant, *(cell(variant, axis) for axis in AXES)] for variant in REFERENCES]
+    return markdown([["variant", *AXES], *rows])
+
+
+def notes(_: set[str]) -> str:
+    """Which questions were not asked, and why."""
+    lines = [
+        f"* {family.title} ({family.variant}), {question}: {reason}"
+        for family in FAMILIES.values()
+        for question in QUESTIONS
+        if (reason := _reason(question, family))
+    ]
+    return "\n".join(lines) or "None."
+
+
+def unsupported(_: set[str]) -> str:
+    return "\n".join(f"* `{architecture}`: {reason}" for architecture, reason in sorted(UNSUPPORTED.items())) or "None."
 
 
 def main() -> None:
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n\n{table(passed_tests(Path(sys.argv[1])))}\n\n{END}{after}")
+    passed = passed_tests(Path(sys.argv[1]))
+    made = {"families": families_table, "axes": axes_table, "notes": notes, "unsupported": unsupported}
+    TESTED.write_text(json.dumps(tested(passed), indent=1) + "\n")
+    for path, sections in TARGETS.items():
+        text = (ROOT / path).read_text()
+        for section in sections.split():
+            begin, end = f"<!-- {section}: made by `make support-table` from test results -->", f"<!-- /{section} -->"
+            before, _, rest = text.partition(begin)
+            _, _, after = rest.partition(end)
+            text = f"{before}{begin}\n\n{made[section](passed)}\n\n{end}{after}"
+        (ROOT / path).write_text(text)
 
 
 if __name__ == "__main__":
