@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.cli import app
-from mbridge_rl.commands.arguments import readable, size_in_bytes, stage_layers, with_stages
+from mbridge_rl.commands.arguments import readable, size_in_bytes, stages, with_stages
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.dequantize import Dequantized
@@ -84,6 +84,16 @@ def test_plan_of_a_checkpoint(checkpoint: Path) -> None:
     assert "prediction" in table
 
 
+def test_plan_takes_what_megatron_takes(checkpoint: Path) -> None:
+    def fingerprint(trainer: str) -> str:
+        return json.loads(succeeds("plan", checkpoint, "--trainer", trainer, "--json"))["fingerprint"]
+
+    assert fingerprint("tp=2,stages=E,t|(t|)*2tL,pp=4") == fingerprint("tp=2,pp=4,stages=1x4") == fingerprint("tp=2,pp=4")
+    assert fingerprint("pp=3,stages=E|tt|ttL") == fingerprint("pp=3,stages=0+2+2") != fingerprint("pp=3")
+    assert fingerprint("pp=2,last_stage_layers=1") == fingerprint("pp=2,stages=3+1")
+    assert fingerprint("pp=3,embedding_as_layer=1,loss_as_layer=1") == fingerprint("pp=3,stages=1+2+1")
+
+
 def test_plan_says_what_is_wrong() -> None:
     trainer = ("plan", "kimi-k2", "--trainer")
     assert "did you mean etp=1?" in fails(*trainer, "tp=8,pp=16,ep=64,dp=8")
@@ -108,6 +118,7 @@ def test_inspect_prints_the_table(checkpoint: Path) -> None:
     assert rows["decoder.layers.{layer}.mlp.experts.linear_fc2.weight{expert}"]["cut"] == "ep: experts, etp: columns"
     said = succeeds("inspect", checkpoint, "--tp", 2, "--ep", 2)
     assert "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight" in said
+    assert "outside of a world of 5" in fails("inspect", checkpoint, "--pp", 5, "--loss-as-layer", "--rank", 5)
     assert "258x64" in said  # half of the vocabulary, padded
 
 
@@ -132,7 +143,7 @@ def test_convert_there_over_and_back(checkpoint: Path, tmp_path: Path) -> None:
     shards = AutoBridge.from_pretrained(checkpoint).shard(hf_state(checkpoint), layout)
     for rank, shard in shards.items():
         assert_same_state(load_file(first / f"rank-{rank:05}.safetensors"), shard)
-    succeeds("convert", first, second, "--pp", 3, "--stages", "2+1+1")
+    succeeds("convert", first, second, "--pp", 3, "--stages", "Et*2|t|tL")
     succeeds("convert", second, back, "--shard", "200kB")
     assert_same_state(hf_state(back), hf_state(checkpoint))
     assert len(list(back.glob("*.safetensors"))) > 2
@@ -201,7 +212,9 @@ def verified(capfd: pytest.CaptureFixture[str], *arguments: object, code: int = 
     return found.out
 
 
-@pytest.mark.parametrize("layout", [("--tp", 2, "--ep", 2, "--etp", 1), ("--pp", 2, "--cp", 2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [("--tp", 2, "--ep", 2, "--etp", 1), ("--pp", 2, "--cp", 2, "--first-stage-layers", 3)], ids=str
+)
 def test_verify(checkpoint: Path, layout: tuple[object, ...], capfd: pytest.CaptureFixture[str]) -> None:
     said = verified(capfd, checkpoint, *layout)
     assert "import, export  equal" in said
@@ -239,9 +252,11 @@ def test_verify_names_tensors_that_differ(
 def test_sizes_and_stages() -> None:
     assert [size_in_bytes(text) for text in ("1", "64MB", "256MiB", "1.5gib")] == [1, 64 * 10**6, 256 << 20, 3 << 29]
     assert [readable(n) for n in (12, 2_500, 130e9, 2e12)] == ["12 B", "2.50 kB", "130.00 GB", "2.00 TB"]
-    assert stage_layers("4x13+3x3") == (4,) * 13 + (3,) * 3
+    assert stages("4x13+3x3") == {"stage_layers": (4,) * 13 + (3,) * 3}
+    assert stages("Et*3|tL") == {"pipeline_layout": "Et*3|tL"}
     assert with_stages({"pp": 4, "vpp": 2}, 61).stage_layers == (8, 8, 8, 8, 8, 7, 7, 7)
     assert with_stages({"pp": 4}, 64).stage_layers is None
+    assert with_stages({"pp": 4, "first_stage_layers": 1}, 61).layers_of_stages(61) == (1, 20, 20, 20)
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,17 +23,9 @@ if TYPE_CHECKING:
     from mbridge_rl.hf.checkpoint import Checkpoint
     from mbridge_rl.hf.dequantize import Dequantized
 
-TpSize = Annotated[int | None, typer.Option(min=1, help="Tensor parallel size.")]
-PpSize = Annotated[int | None, typer.Option(min=1, help="Pipeline parallel size.")]
-VppSize = Annotated[int | None, typer.Option(min=1, help="Virtual pipeline stages on each pipeline rank.")]
-EpSize = Annotated[int | None, typer.Option(min=1, help="Expert parallel size.")]
-EtpSize = Annotated[int | None, typer.Option(min=1, help="Expert tensor parallel size; tp if not given, as in Megatron.")]
-CpSize = Annotated[int | None, typer.Option(min=1, help="Context parallel size.")]
-DpSize = Annotated[int | None, typer.Option(min=1, help="Data parallel size; the least that the other axes need if not given.")]
-Stages = Annotated[str | None, typer.Option(help="Layers of each stage: 4x13+3x3, or 3+4+4; as even as can be if not given.")]
-
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-_STAGES = re.compile(r"(\d+)(?:x(\d+))?")
+_NUMBERS = re.compile(r"(\d+)(?:x(\d+))?")
+_NEXT_PAIR = re.compile(r",(?=[a-z_]+=)")
 
 
 class Dtype(StrEnum):
@@ -100,12 +94,63 @@ def opened_checkpoint(directory: Path, bridge: AutoBridge) -> Checkpoint | Dequa
     return hf_state
 
 
+def _layout_options(
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor parallel size.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline parallel size.")] = None,
+    vpp: Annotated[int | None, typer.Option(min=1, help="Virtual pipeline stages on each pipeline rank.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Expert parallel size.")] = None,
+    etp: Annotated[
+        int | None, typer.Option(min=1, help="Expert tensor parallel size; tp if not given, as in Megatron.")
+    ] = None,
+    cp: Annotated[int | None, typer.Option(min=1, help="Context parallel size.")] = None,
+    dp: Annotated[
+        int | None, typer.Option(min=1, help="Data parallel size; the least that the other axes need if not given.")
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of each stage: 4x13+3x3, 3+4+4, or Megatron's 'Et*3|(tt|)*29,m|L'; as even as can be if not given."
+        ),
+    ] = None,
+    first_stage_layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of the first pipeline rank; the others share the rest.")
+    ] = None,
+    last_stage_layers: Annotated[int | None, typer.Option(min=1, help="Layers of the last pipeline rank.")] = None,
+    embedding_as_layer: Annotated[
+        bool | None, typer.Option("--embedding-as-layer", help="The embedding counts as a layer when layers are dealt.")
+    ] = None,
+    loss_as_layer: Annotated[
+        bool | None, typer.Option("--loss-as-layer", help="The output layer counts as a layer when layers are dealt.")
+    ] = None,
+) -> None:
+    """The options that say a layout."""
+
+
+def takes_layout(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of a layout in the place of its parameter `asked`, which receives them by name."""
+    options = inspect.signature(_layout_options, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(asked={name: given.pop(name) for name in options}, **given)
+
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, of_command in own.items()
+        for parameter in (options.values() if name == "asked" else [of_command])
+    ]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
+
+
 def layout_of(asked: Mapping[str, Any], num_layers: int) -> ParallelLayout | None:
     """The layout that the options of a command ask for, `None` where they ask for none. A `dp` that is left open is the least
     that the expert axes need."""
-    given = {name: size for name, size in asked.items() if size is not None and name != "stages"}
+    given = {name: value for name, value in asked.items() if value is not None and name != "stages"}
     if asked["stages"] is not None:
-        given["stage_layers"] = stage_layers(asked["stages"])
+        given |= stages(asked["stages"])
     if not given:
         return None
     dense, expert = given.get("tp", 1) * given.get("cp", 1), given.get("ep", 1) * given.get("etp", given.get("tp", 1))
@@ -114,9 +159,9 @@ def layout_of(asked: Mapping[str, Any], num_layers: int) -> ParallelLayout | Non
 
 
 def pairs(text: str, known: tuple[str, ...]) -> dict[str, str]:
-    """`tp=8,pp=16` as a mapping; BadParameter for what is not of this form or not among `known`."""
+    """`tp=8,pp=16` as a mapping; BadParameter for what is not of this form or not among `known`. A value may have commas."""
     found: dict[str, str] = {}
-    for item in filter(None, text.split(",")):
+    for item in filter(None, _NEXT_PAIR.split(text)):
         name, equals, value = item.partition("=")
         if not equals or name not in known or name in found:
             raise typer.BadParameter(f"{item!r}: write each of {', '.join(known)} at most once, as in tp=8,pp=2")
@@ -130,27 +175,41 @@ def whole_number(name: str, text: str) -> int:
     return int(text)
 
 
-def stage_layers(text: str) -> tuple[int, ...]:
-    """`4x13+3x3`: thirteen stages of four layers, then three of three."""
+def stages(text: str) -> dict[str, Any]:
+    """Arguments of `ParallelLayout`: `4x13+3x3` is thirteen stages of four layers, then three of three; what begins with an E
+    is a layout string of Megatron's."""
+    if text.startswith("E"):
+        return {"pipeline_layout": text}
     counts: list[int] = []
     for item in text.split("+"):
-        match = _STAGES.fullmatch(item)
+        match = _NUMBERS.fullmatch(item)
         if match is None:
             raise typer.BadParameter(
-                f"stages={text}: write layers x stages, as in 4x13+3x3, or one number per stage, as in 3+4+4"
+                f"stages={text}: write layers x stages, as in 4x13+3x3, one number per stage, as in 3+4+4, or what Megatron "
+                "takes, as in Et*3|(tt|)*29,m|L"
             )
         counts += [int(match[1])] * int(match[2] or 1)
-    return tuple(counts)
+    return {"stage_layers": tuple(counts)}
+
+
+_SAYS_STAGES = (
+    "stage_layers",
+    "pipeline_layout",
+    "first_stage_layers",
+    "last_stage_layers",
+    "embedding_as_layer",
+    "loss_as_layer",
+)
 
 
 def with_stages(layout: Mapping[str, Any], num_layers: int) -> ParallelLayout:
     """The layout; layers that don't divide are split as evenly as can be, the first stages taking one more."""
     from mbridge_rl.core.layout import ParallelLayout
 
-    stages = layout.get("pp", 1) * layout.get("vpp", 1)
-    if layout.get("stage_layers") is None and num_layers % stages:
-        each, more = divmod(num_layers, stages)
-        layout = {**layout, "stage_layers": (each + 1,) * more + (each,) * (stages - more)}
+    count = layout.get("pp", 1) * layout.get("vpp", 1)
+    if num_layers % count and not any(layout.get(name) for name in _SAYS_STAGES):
+        each, more = divmod(num_layers, count)
+        layout = {**layout, "stage_layers": (each + 1,) * more + (each,) * (count - more)}
     return ParallelLayout(**layout)
 
 

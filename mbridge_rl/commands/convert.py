@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbridge_rl.commands.arguments import (
-    CpSize,
-    DpSize,
     Dtype,
-    EpSize,
-    EtpSize,
-    PpSize,
-    Stages,
-    TpSize,
-    VppSize,
     layout_of,
     opened_checkpoint,
     readable,
     readable_errors,
     size_in_bytes,
+    takes_layout,
     torch_dtype,
 )
 
@@ -38,18 +31,13 @@ class Kind(StrEnum):
     MEGATRON = "megatron"
 
 
+@takes_layout
 def convert(
     source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint, or a directory that this command wrote.")],
     target: Annotated[Path, typer.Argument(help="A directory that is not there yet.")],
+    *,
     to: Annotated[Kind | None, typer.Option(help="What to write; megatron if a layout is given, else hf.")] = None,
-    tp: TpSize = None,
-    pp: PpSize = None,
-    vpp: VppSize = None,
-    ep: EpSize = None,
-    etp: EtpSize = None,
-    cp: CpSize = None,
-    dp: DpSize = None,
-    stages: Stages = None,
+    asked: dict[str, Any],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the written tensors; as they are if not given.")] = None,
     shard: Annotated[str, typer.Option(help="Size of a file of a Hugging Face checkpoint.")] = "5GiB",
 ) -> None:
@@ -58,7 +46,6 @@ def convert(
     Files of Megatron ranks hold tensors under Megatron's names, with layer and expert numbers of the whole model. Nothing is
     gathered: of the target no more than one rank's tensors are in memory, of the source what they are made of.
     """
-    asked = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp, "dp": dp, "stages": stages}
     with readable_errors():
         from mbridge_rl.bridge import AutoBridge
         from mbridge_rl.core.layout import ParallelLayout

@@ -12,17 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mbridge_rl.commands.arguments import (
-    CpSize,
-    DpSize,
-    EpSize,
-    EtpSize,
-    PpSize,
-    Stages,
-    TpSize,
-    VppSize,
     layout_of,
     model_config,
     readable_errors,
+    takes_layout,
 )
 
 if TYPE_CHECKING:
@@ -37,16 +30,11 @@ _PLACES = {
 }
 
 
+@takes_layout
 def inspect(
     model: Annotated[str, typer.Argument(help="A checkpoint directory, a config.json, or a bundled name such as kimi-k2.")],
-    tp: TpSize = None,
-    pp: PpSize = None,
-    vpp: VppSize = None,
-    ep: EpSize = None,
-    etp: EtpSize = None,
-    cp: CpSize = None,
-    dp: DpSize = None,
-    stages: Stages = None,
+    *,
+    asked: dict[str, Any],
     rank: Annotated[int | None, typer.Option(min=0, help="Show what this rank of the layout holds.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -58,7 +46,6 @@ def inspect(
         from mbridge_rl.bridges import model_spec
 
         spec = model_spec(model_config(model))
-        asked = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp, "dp": dp, "stages": stages}
         layout = layout_of(asked, spec.num_layers)
         if layout is not None:
             spec.validate(layout)

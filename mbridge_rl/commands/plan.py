@@ -18,7 +18,7 @@ from mbridge_rl.commands.arguments import (
     readable,
     readable_errors,
     size_in_bytes,
-    stage_layers,
+    stages,
     torch_dtype,
     whole_number,
     with_stages,
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from mbridge_rl.core.layout import ParallelLayout
     from mbridge_rl.core.model import ModelSpec
 
-_TRAINER = ("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "vocab_multiple", "order", "stages")
+_TRAINER = (
+    *("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "vocab_multiple", "order", "stages"),
+    *("first_stage_layers", "last_stage_layers", "embedding_as_layer", "loss_as_layer"),
+)
 _ROLLOUT = ("tp", "pp", "ep", "dp", "replicas")
 _SHOWN_PEERS = 12
 
@@ -40,7 +43,9 @@ def plan(
         str,
         typer.Option(
             help="Megatron's layout: tp=8,pp=16,ep=64,etp=1,dp=8 and vpp, cp, order, vocab_multiple. stages=4x13+3x3 splits "
-            "layers (thirteen stages of four, then three of three); without it the split is as even as can be."
+            "layers (thirteen stages of four, then three of three), stages=Et*3|(tt|)*29,m|L as in Megatron, and so do "
+            "first_stage_layers=3, last_stage_layers=3, embedding_as_layer=1, loss_as_layer=1; without any the split is as "
+            "even as can be."
         ),
     ] = "tp=1",
     rollout: Annotated[
@@ -104,7 +109,7 @@ def _trainer_layout(text: str, spec: ModelSpec) -> ParallelLayout:
     if "order" in given:
         layout["order"] = given["order"]
     if "stages" in given:
-        layout["stage_layers"] = stage_layers(given["stages"])
+        layout |= stages(given["stages"])
     try:
         return with_stages(layout, spec.num_layers)
     except LayoutError as error:

@@ -9,17 +9,10 @@ import typer
 from rich.console import Console
 
 from mbridge_rl.commands.arguments import (
-    CpSize,
-    DpSize,
-    EpSize,
-    EtpSize,
-    PpSize,
-    Stages,
-    TpSize,
-    VppSize,
     layout_of,
     opened_checkpoint,
     readable_errors,
+    takes_layout,
 )
 
 if TYPE_CHECKING:
@@ -32,16 +25,11 @@ _SHOWN_NAMES = 20
 _TOKENS = (2, 64)  # rows and positions that are compared
 
 
+@takes_layout
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint directory.")],
-    tp: TpSize = None,
-    pp: PpSize = None,
-    vpp: VppSize = None,
-    ep: EpSize = None,
-    etp: EtpSize = None,
-    cp: CpSize = None,
-    dp: DpSize = None,
-    stages: Stages = None,
+    *,
+    asked: dict[str, Any],
     sequence_parallel: Annotated[
         bool | None, typer.Option("--sp/--no-sp", help="Sequence parallelism; where Megatron demands it if not given.")
     ] = None,
@@ -55,7 +43,6 @@ def verify(
 
     The model is built in fp32, which holds bf16 and fp16 weights exactly. Exit code 0 means equal, 1 that something differs.
     """
-    asked = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp, "dp": dp, "stages": stages}
     with readable_errors():
         from mbridge_rl.bridge import AutoBridge
         from mbridge_rl.core.layout import ParallelLayout

@@ -112,7 +112,12 @@ class ModelSpec:
         Raises:
             LayoutError: naming the tensor, or the axis, and the numbers that do not divide.
         """
-        layout.stage_of_layer(self.num_layers)
+        layout.layers_of_stages(self.num_layers)
+        placed, present = sum(layout.stage_mtp_layers or ()), self.transformer_config.get("mtp_num_layers") or 0
+        if layout.stage_mtp_layers is not None and placed != present:
+            raise LayoutError(
+                f"the layout places {placed} multi-token prediction layers (m), {self.architecture} has {present}"
+            )
         if layout.ep > 1 and not self.num_experts:
             raise LayoutError(f"ep={layout.ep}: {self.architecture} has no experts; use ep=1")
         if (self.num_experts or 0) % layout.ep:

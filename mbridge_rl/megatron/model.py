@@ -40,7 +40,11 @@ _FROM_LAYOUT = {
     "tensor_model_parallel_size": "layout.tp",
     "pipeline_model_parallel_size": "layout.pp",
     "virtual_pipeline_model_parallel_size": "layout.vpp",
-    "pipeline_model_parallel_layout": "layout.stage_layers",
+    "pipeline_model_parallel_layout": "layout.pipeline_layout",
+    "num_layers_in_first_pipeline_stage": "layout.first_stage_layers",
+    "num_layers_in_last_pipeline_stage": "layout.last_stage_layers",
+    "account_for_embedding_in_pipeline_split": "layout.embedding_as_layer",
+    "account_for_loss_in_pipeline_split": "layout.loss_as_layer",
     "expert_model_parallel_size": "layout.ep",
     "expert_tensor_parallel_size": "layout.etp",
     "context_parallel_size": "layout.cp",
@@ -108,7 +112,7 @@ def _running_layout(layout: ParallelLayout | None) -> ParallelLayout:
     running = current_layout()
     if layout is None:
         return running
-    expected = dataclasses.replace(running, stage_layers=layout.stage_layers, vocab_multiple=layout.vocab_multiple)
+    expected = dataclasses.replace(running.dealing_as(layout), vocab_multiple=layout.vocab_multiple)
     if layout != expected:
         raise LayoutError(f"the running parallel state is {running}, and the model was asked for {layout}")
     return layout
@@ -147,7 +151,7 @@ def _transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        pipeline_model_parallel_layout=_pipeline_layout(layout),
+        pipeline_model_parallel_layout=_pipeline_layout(spec, layout),
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
         context_parallel_size=layout.cp,
@@ -170,11 +174,12 @@ def _check_overrides(overrides: Mapping[str, Any], known: set[str]) -> None:
             raise ValueError(f"override {name!r} is no field of Megatron's TransformerConfig{hint}")
 
 
-def _pipeline_layout(layout: ParallelLayout) -> list[list[str]] | None:
-    """`stage_layers` in Megatron's terms: the kinds of layers of each virtual stage, in model order."""
-    if layout.stage_layers is None or layout.num_stages == 1:
+def _pipeline_layout(spec: ModelSpec, layout: ParallelLayout) -> list[list[str]] | None:
+    """The split of layers in Megatron's terms: the kinds of layers of each virtual stage, in model order."""
+    if layout.num_stages == 1:
         return None
-    stages = [["decoder"] * count for count in layout.stage_layers]
+    stages = [["decoder"] * count for count in layout.layers_of_stages(spec.num_layers)]
+    stages[layout.mtp_stage] += ["mtp"] * (spec.transformer_config.get("mtp_num_layers") or 0)
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 

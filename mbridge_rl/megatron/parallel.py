@@ -137,22 +137,24 @@ def current_layout(spec_num_layers: int | None = None, stage_layers: tuple[int, 
         if not state.model_parallel_is_initialized():
             raise LayoutError("Megatron's parallel state is not initialised: call initialize_parallel(layout)")
         known = _State.layout if _State.layout is not None and _describes(_State.layout, state) else None
-        sizes = _sizes(state)
-        stage_layers = stage_layers if stage_layers is not None else (known.stage_layers if known else None)
-        vocab_multiple = known.vocab_multiple if known else 1
-        orders = (known.order,) if known else _KNOWN_ORDERS
-        for order in orders:
-            layout = ParallelLayout(**sizes, order=order, stage_layers=stage_layers, vocab_multiple=vocab_multiple)
-            if _describes(layout, state):
-                break
-        else:
-            raise LayoutError(
-                f"the running parallel state ({ParallelLayout(**sizes)}) has a rank order other than {_KNOWN_ORDERS}; "
-                "initialise with initialize_parallel(layout) instead, or pass the layout wherever one is asked for"
-            )
+        layout = known if known is not None else _found_layout(state)
+    if stage_layers is not None:
+        layout = layout.dealing_as(ParallelLayout(pp=layout.pp, vpp=layout.vpp, stage_layers=stage_layers))
     if spec_num_layers is not None:
-        layout.stage_of_layer(spec_num_layers)
+        layout.layers_of_stages(spec_num_layers)
     return layout
+
+
+def _found_layout(state: Any) -> ParallelLayout:
+    """What somebody else initialised."""
+    sizes = _sizes(state)
+    for order in _KNOWN_ORDERS:
+        if _describes(layout := ParallelLayout(**sizes, order=order), state):
+            return layout
+    raise LayoutError(
+        f"the running parallel state ({ParallelLayout(**sizes)}) has a rank order other than {_KNOWN_ORDERS}; "
+        "initialise with initialize_parallel(layout) instead, or pass the layout wherever one is asked for"
+    )
 
 
 def _sizes(state: Any) -> dict[str, int]:

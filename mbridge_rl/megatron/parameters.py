@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mbridge_rl.core.errors import StateMismatchError, listed
 from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.pipeline import counted_stages
 from mbridge_rl.core.segments import Side, megatron_side
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import current_layout
@@ -119,20 +120,23 @@ def layout_of(model: Sequence[nn.Module], spec: ModelSpec) -> ParallelLayout:
         return first.parallel_layout
     with megatron_runtime():
         layout = current_layout()
-        stage_layers = _stage_layers(first.config, layout.pp, len(model))
+        dealt = ParallelLayout(pp=layout.pp, vpp=len(model), **_split(first.config, layout.pp, len(model)))
     padded = first.vocab_size
     multiple = 1 if padded == padded_vocab_size(spec.vocab_size, layout.tp) else padded // layout.tp
-    return replace(layout, vpp=len(model), stage_layers=stage_layers, vocab_multiple=multiple)
+    return replace(layout.dealing_as(dealt), vocab_multiple=multiple)
 
 
-def _stage_layers(config: Any, pp: int, vpp: int) -> tuple[int, ...]:
+def _split(config: Any, pp: int, vpp: int) -> dict[str, tuple[int, ...]]:
+    """How the layers of a model built elsewhere are dealt. Of a layout given to Megatron its own function tells one rank's."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-    return tuple(
-        get_num_layers_to_build(config, vp_stage=chunk if vpp > 1 else None, pp_rank=rank)
-        for chunk in range(vpp)
-        for rank in range(pp)
-    )
+    places = [(rank, chunk) for chunk in range(vpp) for rank in range(pp)]
+    if (given := config.pipeline_model_parallel_layout) is not None:
+        stage_layers, stage_mtp_layers = counted_stages([given.layout[rank][chunk] for rank, chunk in places])
+        return {"stage_layers": stage_layers, "stage_mtp_layers": stage_mtp_layers}
+    stages = (chunk if vpp > 1 else None for _, chunk in places)
+    counts = (get_num_layers_to_build(config, vp_stage=s, pp_rank=rank) for s, (rank, _) in zip(stages, places, strict=True))
+    return {"stage_layers": tuple(counts)}
 
 
 def model_dtype(model: Sequence[nn.Module]) -> torch.dtype:
