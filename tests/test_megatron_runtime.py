@@ -18,13 +18,16 @@ from mbridge_rl.megatron.runtime import megatron_runtime
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the runtime does nothing where there is a GPU")
 
 
+KERNELS = ("transformer_engine", "mamba_ssm", "causal_conv1d", "fla")
+
+
 def _surroundings() -> dict[str, Any]:
     """All that a scope could leave behind."""
     found: dict[str, Any] = {}
     for module in (torch, torch.cuda, dist):
         found |= {f"{module.__name__}.{name}": value for name, value in vars(module).items() if callable(value)}
     found["modes"] = torch._C._len_torch_function_stack()
-    found["transformer_engine"] = [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]
+    found["kernels"] = [name for name in sys.modules if name.split(".")[0] in KERNELS]
     for name in ("megatron.core.tensor_parallel.random", "megatron.core.transformer.moe.token_dispatcher"):
         found |= {f"{name}.{key}": value for key, value in vars(sys.modules[name]).items() if callable(value)}
     return found
@@ -43,11 +46,11 @@ def test_scope_restores_everything(imported: None) -> None:
         inside = _surroundings()
         assert torch.zeros(2, device="cuda").device.type == "cpu"
         assert torch.cuda.current_device() == torch.device("cpu")
-        assert importlib.util.find_spec("transformer_engine") is not None
+        assert all(importlib.util.find_spec(name) is not None for name in KERNELS)
     assert _surroundings() == before
     changed = {name for name in before if inside.get(name) is not before[name]}
-    assert {"torch.cuda.current_device", "torch.distributed.all_gather", "modes", "transformer_engine"} <= changed
-    assert importlib.util.find_spec("transformer_engine") is None
+    assert {"torch.cuda.current_device", "torch.distributed.all_gather", "modes", "kernels"} <= changed
+    assert all(importlib.util.find_spec(name) is None for name in KERNELS)
     with pytest.raises((RuntimeError, AssertionError)):
         torch.zeros(2, device="cuda")
 

@@ -4,9 +4,9 @@
         ...import, build, run, train Megatron models...
 
 With a GPU the scope changes nothing and only asks that the real Transformer Engine is installed. Without one, `torch.cuda`,
-two collectives of `torch.distributed`, a few functions of Megatron's own and a pure-torch `transformer_engine` are in place
-while the scope is open, and all is as before when it closes: vLLM, Transformers and accelerate in the same process look for
-these very things to decide what they may use.
+two collectives of `torch.distributed`, a few functions of Megatron's own and pure-torch stand-ins of the packages in
+`_KERNELS` are in place while the scope is open, and all is as before when it closes: vLLM, Transformers and accelerate in the
+same process look for these very things to decide what they may use.
 
 Scopes nest. The device redirection acts in the thread that entered; the patched attributes are process-wide, so another
 thread sees them while any scope is open. A generator must not hold a scope across a `yield`: its caller would run in it.
@@ -30,6 +30,7 @@ from mbridge_rl.megatron import cpu_device
 
 _MISSING = object()
 _TE = "transformer_engine"
+_KERNELS = (_TE, "mamba_ssm", "causal_conv1d", "fla")
 
 
 class _Runtime:
@@ -41,7 +42,7 @@ class _Runtime:
         self._scopes = 0
         self._replaced: list[tuple[Any, str, Any]] = []
         self._hidden_modules: dict[str, ModuleType] = {}
-        self._te_modules: dict[str, ModuleType] = {}
+        self._kernel_modules: dict[str, ModuleType] = {}
         self._quiet = contextlib.ExitStack()
 
     def enter(self) -> None:
@@ -67,7 +68,7 @@ class _Runtime:
     def _install(self) -> None:
         try:
             self._quiet.enter_context(_quiet_megatron())
-            self._swap_transformer_engine_in()
+            self._swap_kernels_in()
             self._patch(cpu_device.device_patches())
             self._patch(cpu_device.megatron_patches(*_import_megatron()))
         except BaseException:
@@ -86,24 +87,24 @@ class _Runtime:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
-        for name in _transformer_engine_names():
+        for name in _kernel_names():
             del sys.modules[name]
         sys.modules.update(self._hidden_modules)
         self._hidden_modules = {}
         self._quiet.close()
 
-    def _swap_transformer_engine_in(self) -> None:
-        if not self._te_modules:
+    def _swap_kernels_in(self) -> None:
+        if not self._kernel_modules:
             # Not on top: with a GPU nobody needs it.
-            from mbridge_rl.megatron.cpu_transformer_engine import build_modules
+            from mbridge_rl.megatron import cpu_recurrence, cpu_transformer_engine
 
-            self._te_modules = build_modules()
-        self._hidden_modules = {name: sys.modules.pop(name) for name in _transformer_engine_names()}
-        sys.modules.update(self._te_modules)
+            self._kernel_modules = cpu_transformer_engine.build_modules() | cpu_recurrence.build_modules()
+        self._hidden_modules = {name: sys.modules.pop(name) for name in _kernel_names()}
+        sys.modules.update(self._kernel_modules)
 
 
-def _transformer_engine_names() -> list[str]:
-    return [name for name in sys.modules if name == _TE or name.startswith(f"{_TE}.")]
+def _kernel_names() -> list[str]:
+    return [name for name in sys.modules if name.split(".", 1)[0] in _KERNELS]
 
 
 def _import_megatron() -> tuple[ModuleType, ModuleType, ModuleType]:
