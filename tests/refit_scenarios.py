@@ -428,6 +428,18 @@ def sampling(directory: Path) -> list[list[Completion]]:
     return [engine.generate(prompts, n=3, temperature=0.7, max_tokens=6, seed=seed) for seed in (1, 1, 2)]
 
 
+def seeds_and_lengths_of_prompts_go_with_them(directory: Path) -> None:
+    """A prompt's seed and longest completion are its own: in another order the same prompts get the same completions."""
+    engine = engine_of(directory, "qwen3")
+    order = [2, 0, 1]
+    first = engine.generate(PROMPTS, temperature=0.7, max_tokens=[3, 5, 7], seed=[11, 12, 13], ignore_eos=True)
+    again = engine.generate(
+        [PROMPTS[index] for index in order], temperature=0.7, max_tokens=[7, 3, 5], seed=[13, 11, 12], ignore_eos=True
+    )
+    assert [len(completion.tokens) for completion in first] == [3, 5, 7]
+    assert [completion.tokens for completion in again] == [first[index].tokens for index in order]
+
+
 def stops(directory: Path) -> tuple[Completion, Completion]:
     """A greedy completion, and the same one with its third token as stop token."""
     engine = engine_of(directory, "qwen3")

@@ -160,6 +160,10 @@ def test_sampling_is_seeded_and_logprobs_are_of_the_sampled_distribution(engines
         assert math.isclose(expected[position, token].item(), logprob, abs_tol=LOGPROB_TOLERANCE)
 
 
+def test_seeds_and_lengths_of_prompts_go_with_them(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.seeds_and_lengths_of_prompts_go_with_them, checkpoints)
+
+
 def test_stop_tokens_end_a_completion(engines: Interpreter, checkpoints: Path) -> None:
     whole, stopped = engines.call(scenarios.stops, checkpoints)
     assert whole.finish_reason == "length"

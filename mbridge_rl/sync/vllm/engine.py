@@ -145,8 +145,8 @@ class InProcessEngine:
         *,
         n: int = 1,
         temperature: float = 1.0,
-        max_tokens: int = 16,
-        seed: int | None = None,
+        max_tokens: int | Sequence[int] = 16,
+        seed: int | Sequence[int] | None = None,
         stop_token_ids: Sequence[int] = (),
         logprobs: bool = True,
         ignore_eos: bool = False,
@@ -154,7 +154,9 @@ class InProcessEngine:
         """`n` completions of each prompt (token ids), in the prompts' order.
 
         Args:
-            seed: makes sampling reproducible whatever else is in the batch; each prompt and sample gets its own stream.
+            max_tokens: of every completion, or one number per prompt.
+            seed: makes sampling reproducible whatever else is in the batch; each prompt and sample gets its own stream. One
+                number per prompt makes a prompt's stream independent of where it stands in the batch.
 
         Raises:
             EngineUnusable: a sync failed half-way; the message names the version that was lost.
@@ -168,8 +170,8 @@ class InProcessEngine:
             SamplingParams(
                 n=n,
                 temperature=temperature,
-                max_tokens=max_tokens,
-                seed=None if seed is None else (seed * 1_000_003 + index) * n,  # vLLM adds the sample's index
+                max_tokens=max_tokens if isinstance(max_tokens, int) else max_tokens[index],
+                seed=_stream(seed, index, n),
                 stop_token_ids=list(stop_token_ids),
                 logprobs=0 if logprobs else None,  # 0: of the sampled token alone
                 ignore_eos=ignore_eos,
@@ -290,6 +292,13 @@ class InProcessEngine:
             engine = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
+
+
+def _stream(seed: int | Sequence[int] | None, index: int, n: int) -> int | None:
+    """The seed of a prompt's first sample; vLLM adds the sample's index."""
+    if seed is None:
+        return None
+    return (seed * 1_000_003 + index) * n if isinstance(seed, int) else seed[index] * n
 
 
 def init_info(metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
