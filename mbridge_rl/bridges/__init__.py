@@ -11,6 +11,7 @@ from typing import Any
 
 from mbridge_rl.bridges.deepseek_v3 import deepseek_v3
 from mbridge_rl.bridges.llama import llama
+from mbridge_rl.bridges.nemotron_h import nemotron_h
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
 from mbridge_rl.bridges.qwen3_moe import qwen3_moe
@@ -24,6 +25,7 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,
     "DeepseekV3ForCausalLM": deepseek_v3,
+    "NemotronHForCausalLM": nemotron_h,
 }
 
 

@@ -18,7 +18,15 @@ from mbridge_rl.bridges.rope import rope_inv_freq
 from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.extras import Extra
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import Rule, column_parallel, grouped_parallel, replicated, row_parallel, vocabulary_parallel
+from mbridge_rl.core.rules import (
+    Rule,
+    column_parallel,
+    grouped_parallel,
+    renamed,
+    replicated,
+    row_parallel,
+    vocabulary_parallel,
+)
 
 MEGATRON_LAYER = "decoder.layers.{layer}"
 HF_LAYER = "model.layers.{layer}"
@@ -38,11 +46,21 @@ class Block:
         """The same block, present in `layers` only."""
         return replace(self, rules=tuple(replace(rule, layers=layers) for rule in self.rules))
 
+    def renamed(self, prefixes: Mapping[str, str]) -> Block:
+        """The same block for a checkpoint with other names (`core.rules.renamed`)."""
+        return replace(self, rules=renamed(self.rules, prefixes))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """`max(x, 0) ** 2` (arXiv 2109.08668)."""
+    return functional.relu(x).square()
+
 
 # Transformers' activation names as the function inside of Megatron's (gated or plain) MLP.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu2": squared_relu,
 }
 
 
@@ -97,7 +115,8 @@ def activation(hf: Any) -> Callable[[Tensor], Tensor]:
     Raises:
         UnsupportedModelError: none that Megatron's MLPs are known to compute as Transformers does.
     """
-    name = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    names = (getattr(hf, field, None) for field in ("hidden_activation", "hidden_act", "mlp_hidden_act"))
+    name = next(name for name in names if name)
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(
             f"{hf.architectures[0]}: activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"

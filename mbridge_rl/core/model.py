@@ -17,6 +17,15 @@ from mbridge_rl.core.extras import Extra
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.rules import Instance, Part, Rule, instantiate
 
+# What every tensor-parallel rank holds whole numbers of.
+_HEADS = {
+    "num_attention_heads": "attention heads",
+    "mamba_num_heads": "Mamba heads",
+    "mamba_num_groups": "Mamba groups",
+    "linear_num_key_heads": "key heads of linear attention",
+    "linear_num_value_heads": "value heads of linear attention",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
@@ -49,8 +58,10 @@ class ModelSpec:
         vocab_size: HF's, unpadded.
         tied_embeddings: the output layer is the embedding; the checkpoint holds it once.
         transformer_config: arguments of Megatron's `TransformerConfig`, without parallel sizes and dtypes.
-        gpt_model: arguments of Megatron's `GPTModel`, without vocabulary size and stages.
+        gpt_model: arguments of Megatron's `GPTModel` (or `MambaModel`), without vocabulary size and stages.
         rope_inv_freq: rotary inverse frequencies `[rotary_dim / 2]` that replace Megatron's own; `None` keeps them.
+        hybrid_pattern: a letter per layer, which makes the model Megatron's `MambaModel`: `M` Mamba, `*` attention, `-` MLP,
+            `E` experts.
         rules: the mapping table.
         extras: what the model computes beyond Megatron's config (`core.extras`).
         ignored_hf_names: tensors that a checkpoint may hold though the model has no use for them (a tied model's
@@ -66,6 +77,7 @@ class ModelSpec:
     rules: tuple[Rule, ...]
     num_experts: int | None = None
     rope_inv_freq: tuple[float, ...] | None = None
+    hybrid_pattern: str | None = None
     extras: tuple[Extra, ...] = ()
     ignored_hf_names: tuple[str, ...] = field(default=())
 
@@ -122,7 +134,10 @@ class ModelSpec:
             raise LayoutError(f"ep={layout.ep}: {self.architecture} has no experts; use ep=1")
         if (self.num_experts or 0) % layout.ep:
             raise LayoutError(f"{self.num_experts} experts do not divide by ep={layout.ep}; choose a divisor")
-        if (heads := self.transformer_config.get("num_attention_heads", layout.tp)) % layout.tp:
-            raise LayoutError(f"{heads} attention heads do not divide by tp={layout.tp}; choose a divisor")
+        if self.hybrid_pattern and layout.vpp > 1:
+            raise LayoutError(f"vpp={layout.vpp}: Megatron's MambaModel has no virtual pipeline stages; use vpp=1")
+        for heads in _HEADS:
+            if (count := self.transformer_config.get(heads) or layout.tp) % layout.tp:
+                raise LayoutError(f"{count} {_HEADS[heads]} do not divide by tp={layout.tp}; choose a divisor")
         for rule in self.rules:
             rule.validate(layout)

@@ -18,8 +18,8 @@ Names are patterns: `{layer}` and `{expert}` stand for global indices on both si
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 from typing import Literal
@@ -216,6 +216,20 @@ def grouped_parallel(megatron_name: str, parts: dict[str, int], groups: int, inn
 def vocabulary_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement) -> Rule:
     """`[vocab, hidden]` dealt by rows, padded so that ranks hold equal shares."""
     return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), axis="tp", padded=True, placement=placement)
+
+
+def renamed(rules: Iterable[Rule], prefixes: Mapping[str, str]) -> tuple[Rule, ...]:
+    """The same rules for a checkpoint that says `prefixes[x]` where theirs says `x` at the beginning of a name; of several
+    that fit, the longest counts."""
+    return tuple(
+        replace(rule, parts=tuple(replace(part, hf_name=renamed_hf_name(part.hf_name, prefixes)) for part in rule.parts))
+        for rule in rules
+    )
+
+
+def renamed_hf_name(hf_name: str, prefixes: Mapping[str, str]) -> str:
+    prefix = max((prefix for prefix in prefixes if hf_name.startswith(prefix)), key=len, default=None)
+    return hf_name if prefix is None else prefixes[prefix] + hf_name.removeprefix(prefix)
 
 
 def whole(hf_name: str, shape: Sequence[int]) -> Part:

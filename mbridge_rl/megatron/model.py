@@ -1,7 +1,7 @@
 """Megatron-core models from a `ModelSpec`.
 
-The modules are Megatron's own (`GPTModel` with its Transformer Engine layer spec), built for the parallel state that is
-running: with a GPU on the GPU, otherwise on the CPU with the pure-torch Transformer Engine of `runtime`.
+The modules are Megatron's own (`GPTModel` or `MambaModel` with their Transformer Engine layer specs), built for the parallel
+state that is running: with a GPU on the GPU, otherwise on the CPU with the pure-torch Transformer Engine of `runtime`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.megatron.decoders import decoder_model, hybrid_model
 from mbridge_rl.megatron.extras import add_extras
 from mbridge_rl.megatron.parallel import current_layout
 from mbridge_rl.megatron.runtime import megatron_runtime
@@ -185,21 +186,20 @@ def _pipeline_layout(spec: ModelSpec, layout: ParallelLayout) -> list[list[str]]
 
 def _build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: int) -> nn.Module:
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    vp_stage = chunk if layout.vpp > 1 else None
     stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage),
-        vocab_size=padded_vocab_size(spec.vocab_size, layout.tp, layout.vocab_multiple),
-        pre_process=stage == 0,
-        post_process=stage == layout.num_stages - 1,
-        share_embeddings_and_output_weights=spec.tied_embeddings,
-        vp_stage=vp_stage,
+    arguments = {
+        "config": config,
+        "vocab_size": padded_vocab_size(spec.vocab_size, layout.tp, layout.vocab_multiple),
+        "pre_process": stage == 0,
+        "post_process": stage == layout.num_stages - 1,
+        "share_embeddings_and_output_weights": spec.tied_embeddings,
         **spec.gpt_model,
-    )
+    }
+    if spec.hybrid_pattern is None:
+        model = decoder_model(arguments, vp_stage=chunk if layout.vpp > 1 else None)
+    else:
+        model = hybrid_model(arguments, spec.hybrid_pattern)
     if spec.rope_inv_freq is not None:
         _replace_rope(model, spec.rope_inv_freq)
     add_extras(model, spec.extras)

@@ -1,0 +1,95 @@
+"""Nemotron-H, Nemotron Nano v2 and Nemotron-3 Nano and Super: every layer is one of Mamba-2, attention, MLP or experts.
+
+Attention has no positions. Transformers keeps Mamba's time step above `time_step_min`; Megatron and vLLM, like the models' own
+code, don't.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mbridge_rl.bridges.blocks import MEGATRON_LAYER, Block, activation, attention, require
+from mbridge_rl.bridges.mamba import MambaSizes, mamba
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.rules import column_parallel, replicated, row_parallel, vocabulary_parallel
+
+_LAYER = "backbone.layers.{layer}"
+_NORM, _MIXER = f"{_LAYER}.norm.weight", f"{_LAYER}.mixer"
+
+
+def nemotron_h(hf: Any) -> ModelSpec:
+    for name, expected in {"use_bias": False, "mlp_bias": False, "residual_in_fp32": False, "sliding_window": None}.items():
+        require(hf, name, expected)
+    h, pattern = hf.hidden_size, hf.hybrid_override_pattern
+    kinds = {"M": _mamba, "*": _attention, "-": _mlp}
+    layers = {kind: tuple(layer for layer, letter in enumerate(pattern) if letter == kind) for kind in kinds}
+    blocks = [build(hf).only_in(layers[kind]) for kind, build in kinds.items() if layers[kind]]
+    rules = (
+        vocabulary_parallel(
+            "embedding.word_embeddings.weight", "backbone.embeddings.weight", (hf.vocab_size, h), placement="first_stage"
+        ),
+        *(rule for block in blocks for rule in block.rules),
+        replicated("decoder.final_norm.weight", "backbone.norm_f.weight", (h,), placement="last_stage"),
+        vocabulary_parallel("output_layer.weight", "lm_head.weight", (hf.vocab_size, h), placement="last_stage"),
+    )
+    config: dict[str, Any] = {
+        "num_layers": len(pattern),
+        "hidden_size": h,
+        "num_attention_heads": hf.num_attention_heads,
+        "ffn_hidden_size": hf.intermediate_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.layer_norm_epsilon,
+        "activation_func": activation(hf),
+        "gated_linear_unit": False,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "init_method_std": hf.initializer_range,
+    }
+    for block in blocks:
+        config.update(block.config)
+    return ModelSpec(
+        architecture=hf.architectures[0],
+        num_layers=len(pattern),
+        vocab_size=hf.vocab_size,
+        tied_embeddings=False,
+        transformer_config=config,
+        gpt_model={"max_sequence_length": hf.max_position_embeddings, "position_embedding_type": "none"},
+        rules=rules,
+        num_experts=next((block.num_experts for block in blocks if block.num_experts), None),
+        hybrid_pattern=pattern,
+    )
+
+
+def _mamba(hf: Any) -> Block:
+    # Megatron's mixer has these built in.
+    for name, expected in {
+        "conv_kernel": 4,
+        "use_conv_bias": True,
+        "mamba_proj_bias": False,
+        "layer_norm_epsilon": 1e-5,
+    }.items():
+        require(hf, name, expected)
+    require(hf, "mamba_hidden_act", "silu")
+    sizes = MambaSizes(hf.mamba_num_heads, hf.mamba_head_dim, hf.n_groups, hf.ssm_state_size, hf.conv_kernel)
+    ours, block = f"{MEGATRON_LAYER}.mixer", mamba(hf.hidden_size, sizes, f"{MEGATRON_LAYER}.mixer", _MIXER)
+    norms = (
+        replicated(f"{ours}.in_proj.layer_norm_weight", _NORM, (hf.hidden_size,)),
+        column_parallel(f"{ours}.norm.weight", {f"{_MIXER}.norm.weight": sizes.heads * sizes.head_dim}),
+    )
+    return Block(block.config, (*norms, *block.rules))
+
+
+def _attention(hf: Any) -> Block:
+    return attention(hf).renamed(
+        {"model.layers.{layer}.self_attn": _MIXER, "model.layers.{layer}.input_layernorm": f"{_LAYER}.norm"}
+    )
+
+
+def _mlp(hf: Any) -> Block:
+    h, f, ours = hf.hidden_size, hf.intermediate_size, f"{MEGATRON_LAYER}.mlp"
+    rules = (
+        replicated(f"{ours}.linear_fc1.layer_norm_weight", _NORM, (h,)),
+        column_parallel(f"{ours}.linear_fc1.weight", {f"{_MIXER}.up_proj.weight": f}, (h,)),
+        row_parallel(f"{ours}.linear_fc2.weight", f"{_MIXER}.down_proj.weight", (h, f)),
+    )
+    return Block({}, rules)

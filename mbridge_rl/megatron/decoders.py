@@ -1,0 +1,52 @@
+"""Megatron's two decoder classes, each with the layers that a config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+
+def decoder_model(arguments: Mapping[str, Any], vp_stage: int | None) -> nn.Module:
+    """A `GPTModel`: attention (or, layer by layer, linear attention) and an MLP or experts in every layer."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+        get_transformer_block_with_experimental_attention_variant_spec,
+    )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    config = arguments["config"]
+    if config.experimental_attention_variant is None:
+        layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    else:
+        layers = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
+    return GPTModel(transformer_layer_spec=layers, vp_stage=vp_stage, **arguments)
+
+
+def hybrid_model(arguments: Mapping[str, Any], pattern: str) -> nn.Module:
+    """A `MambaModel`: one module per layer, of the kind that its letter in `pattern` names."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.models.mamba import MambaModel
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+    from megatron.core.ssm.mamba_block import MambaStack
+    from megatron.core.transformer.enums import LayerType
+
+    class Stack(MambaStack):
+        """Deals layers to stages as the config's pipeline layout says; Megatron's own knows even splits alone, while its
+        attention layers follow the layout."""
+
+        def _select_layers_for_pipeline_parallel(self, layer_type_list: list[str]) -> tuple[int, list[str]]:
+            rank, layout = self.pp_group.rank(), self.config.pipeline_model_parallel_layout
+            held = layout.get_layer_id_list(layer_type=LayerType.decoder, pp_rank=rank)
+            offset = layout.get_layer_offset(layer_type=LayerType.decoder, pp_rank=rank)
+            return offset, [layer_type_list[layer] for layer in held]
+
+    config, layers = arguments["config"], mamba_stack_spec.submodules
+    if config.num_moe_experts:
+        experts = get_moe_module_spec(use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
+        of_layer = replace(layers.moe_layer.submodules, mlp=experts)
+        layers = replace(layers, moe_layer=replace(layers.moe_layer, submodules=of_layer))
+    stack = replace(mamba_stack_spec, module=Stack, submodules=layers)
+    return MambaModel(mamba_stack_spec=stack, hybrid_override_pattern=pattern, **arguments)
