@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,14 @@ from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import copy_companions, load_config, local_directory, save_config
 from mbridge_rl.hf.dequantize import Dequantized, require_supported
+from mbridge_rl.hf.module import HFModule
 from mbridge_rl.hf.state import check_hf_state
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.importing import import_stream
 from mbridge_rl.sync.saving import save_together
 from mbridge_rl.sync.stream import DEFAULT_BUCKET_BYTES, TensorStream, Transport
+from mbridge_rl.sync.verify import Digests, differing, digests_of_model, digests_of_module, digests_of_state
 
 if TYPE_CHECKING:
     from mbridge_rl.megatron.parameters import LiveParameters
@@ -36,6 +39,7 @@ _log = logging.getLogger(__name__)
 _PREPARED_STREAMS = 4  # kept for the next export of the same kind; each may hold shared memory
 
 HfState = Mapping[str, Tensor]
+HfSource = str | Path | HfState | nn.Module
 Shards = Mapping[int, Mapping[str, Tensor]]
 
 
@@ -80,20 +84,25 @@ class AutoBridge:
 
     # Without processes: virtual ranks.
 
-    def shard(self, hf_state: HfState, layout: ParallelLayout) -> dict[int, dict[str, Tensor]]:
+    def shard(self, hf_state: HfState | nn.Module, layout: ParallelLayout) -> dict[int, dict[str, Tensor]]:
         """What every Megatron rank of `layout` holds: `{rank: {megatron_name: tensor}}`, in one process.
 
-        Megatron names are global: layer and expert indices count over the whole model. Dtypes are those of `hf_state`.
+        Megatron names are global: layer and expert indices count over the whole model. Dtypes are those of `hf_state`, a state
+        dict or a live Transformers module.
 
         Raises:
             StateMismatchError, LayoutError: the state or the layout does not fit the model.
         """
-        check_hf_state(self.spec, hf_state, "the given state dict")
+        if isinstance(hf_state, nn.Module):
+            hf_state = HFModule(self.spec, hf_state)
+            source, tensors, dtypes = hf_state.side, hf_state, hf_state.hf_dtypes()
+        else:
+            check_hf_state(self.spec, hf_state, "the given state dict")
+            source, tensors = hf_side(self.spec), _Contiguous(hf_state)
+            dtypes = {hf_name: hf_state[hf_name].dtype for hf_name in self.spec.hf_shapes}
         side = megatron_side(self.spec, layout)
-        dtypes = {hf_name: hf_state[hf_name].dtype for hf_name in self.spec.hf_shapes}
         shards = {rank: virtual.allocate(side.on(rank), dtypes) for rank in range(layout.world_size)}
-        plan = compile_plan(self.spec, hf_side(self.spec), side)
-        virtual.run(plan, {0: _Contiguous(hf_state)}, shards)
+        virtual.run(compile_plan(self.spec, source, side), {0: tensors}, shards)
         return shards
 
     def unshard(self, shards: Shards, layout: ParallelLayout) -> dict[str, Tensor]:
@@ -127,7 +136,7 @@ class AutoBridge:
     def load_weights(
         self,
         model: Sequence[nn.Module],
-        source: str | Path | HfState | Iterable[tuple[str, Tensor]] | None = None,
+        source: HfSource | Iterable[tuple[str, Tensor]] | None = None,
         *,
         layout: ParallelLayout | None = None,
     ) -> None:
@@ -137,8 +146,8 @@ class AutoBridge:
         With an optimizer that keeps fp32 masters, call its `reload_model_params()` afterwards.
 
         Args:
-            source: a checkpoint directory, an HF state dict, or a stream of `(hf_name, tensor)` (see `import_weights`); `None`
-                means the checkpoint that the bridge came from.
+            source: a checkpoint directory, an HF state dict, a live Transformers module, or a stream of `(hf_name, tensor)`
+                (see `import_weights`); `None` means the checkpoint that the bridge came from.
 
         Raises:
             CheckpointError, StateMismatchError: on all ranks: the source or the model does not match; checked before anything
@@ -146,22 +155,24 @@ class AutoBridge:
         """
         from mbridge_rl.megatron.parameters import layout_of, live_side
 
-        if source is not None and not isinstance(source, str | Path | Mapping):
+        if source is not None and not isinstance(source, str | Path | Mapping | nn.Module):
             return self.import_weights(model, source, layout=layout)
         group = RankGroup()
         with group.together():
-            hf_state, where = self._opened(source)
-            check_hf_state(self.spec, hf_state.tensors if isinstance(hf_state, Checkpoint) else hf_state, where)
+            hf_state = self._opened(source)
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, side = live_side(model, self.spec, layout, group.rank)
-            plan = self._import_plan(layout, group.rank, side)
+            if isinstance(hf_state, HFModule):
+                plan = compile_plan(self.spec, hf_state.side, side)
+            else:
+                plan = self._import_plan(layout, group.rank, side)
         targets = {name: live.base(name) for name in live}
         on_one_machine = group.on_one_machine
         with group.together():
             if isinstance(hf_state, Checkpoint):
                 hf_state.load(plan, targets, read_ahead=on_one_machine)
             else:
-                virtual.run(plan, {0: _Contiguous(hf_state)}, {group.rank: targets})
+                virtual.run(plan, {0: hf_state}, {group.rank: targets})
 
     @torch.no_grad()
     def import_weights(
@@ -253,6 +264,88 @@ class AutoBridge:
         return self._streams[kind]
 
     @torch.no_grad()
+    def export_to_module(
+        self,
+        model: Sequence[nn.Module],
+        hf_module: nn.Module | None,
+        *,
+        ranks: Sequence[int] | None = None,
+        in_place: bool = False,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        transport: Transport = "auto",
+        layout: ParallelLayout | None = None,
+    ) -> None:
+        """Fills a live Transformers module: the inverse of `load_weights(model, hf_module)`; adapters are merged. All ranks
+        call it together, and fail together. Tensors stream as in `export_weights` and are cast to the module's dtypes.
+
+        Args:
+            hf_module: this rank's own; `None` on ranks that receive nothing.
+            ranks: whose modules are filled; `None` means every rank's. The others contribute.
+            in_place: see `import_weights`: `False` needs the module's size once more in host memory and changes it only when
+                all of it has arrived on all ranks.
+
+        Raises:
+            StateMismatchError: on all ranks, before anything travels: a module of another model, or none where one is needed;
+                StateMismatchError, SyncError: see `export_weights`.
+        """
+        group = RankGroup()
+        receives = ranks is None or group.rank in ranks
+        with group.together():
+            if receives is not isinstance(hf_module, nn.Module):
+                raise StateMismatchError(
+                    f"rank {group.rank} {'receives and has no module' if receives else 'receives nothing and has a module'}: "
+                    "give a module to the ranks that receive, and None to the others"
+                )
+            module = HFModule(self.spec, hf_module) if hf_module is not None else None
+            plan = compile_plan(self.spec, hf_side(self.spec), module.side) if module is not None else None
+        stream = self.export_weights(model, bucket_bytes=bucket_bytes, ranks=ranks, transport=transport, layout=layout)
+        if module is None or plan is None:
+            with group.together():
+                deque(stream, maxlen=0)
+        else:
+            targets = {name: module[name] for name in module.side.shapes}
+            import_stream(self.spec, plan, targets, stream, group, in_place=in_place)
+
+    @torch.no_grad()
+    def verify(
+        self,
+        first: HfSource | Sequence[nn.Module],
+        second: HfSource | Sequence[nn.Module],
+        *,
+        dtype: torch.dtype | None = None,
+        layout: ParallelLayout | None = None,
+    ) -> list[str]:
+        """Names of the HF tensors that are not the same on both sides, bit for bit, by digest; `[]` proves them equal. Each
+        side is read in place; a few bytes per tensor travel between ranks.
+
+        Args:
+            first, second: a Megatron model (its chunks; all ranks call then, together), a checkpoint directory, a state dict,
+                or a live Transformers module.
+            dtype: that both are cast to first; `None` means a Megatron model's own, and no cast where there is none.
+        """
+        from mbridge_rl.megatron.parameters import model_dtype
+
+        if dtype is None:
+            dtype = next((model_dtype(side) for side in (first, second) if _is_megatron(side)), None)
+        group = RankGroup()
+        return differing(*(self._digests(side, dtype, layout, group) for side in (first, second)))
+
+    def _digests(
+        self, side: HfSource | Sequence[nn.Module], dtype: torch.dtype | None, layout: ParallelLayout | None, group: RankGroup
+    ) -> Digests:
+        from mbridge_rl.megatron.parameters import layout_of
+
+        if _is_megatron(side):
+            with group.together():
+                layout = _checked_layout(layout or layout_of(side, self.spec), group)
+                plan = self.export_plan(layout)
+            return digests_of_model(self.spec, side, plan, layout, dtype, group)
+        opened = self._opened(side)
+        if isinstance(opened, HFModule):
+            return digests_of_module(self.spec, opened, dtype)
+        return digests_of_state(self.spec, opened, dtype)
+
+    @torch.no_grad()
     def save_pretrained(
         self,
         model: Sequence[nn.Module],
@@ -307,20 +400,30 @@ class AutoBridge:
         if self.directory is not None:
             copy_companions(self.directory, path)
 
-    def _opened(self, source: str | Path | HfState | Iterable[tuple[str, Tensor]] | None) -> tuple[HfState, str]:
+    def _opened(self, source: HfSource | None) -> Checkpoint | HFModule | HfState:
+        """The tensors of `source`, checked against the mapping, contiguous when they are read (a module's as they lie)."""
         if source is None:
             if self.directory is None:
                 raise StateMismatchError("this bridge came from a bare config: give load_weights a source")
             source = self.directory
+        if isinstance(source, nn.Module):
+            return HFModule(self.spec, source)
+        where = "the given source"
         if isinstance(source, str | Path):
             directory = local_directory(source)
-            return self._plain(Checkpoint(directory)), str(directory)
-        return self._plain(source if isinstance(source, Mapping) else dict(source)), "the given source"
+            source, where = Checkpoint(directory), str(directory)
+        hf_state = self._plain(source)
+        check_hf_state(self.spec, hf_state.tensors if isinstance(hf_state, Checkpoint) else hf_state, where)
+        return hf_state if isinstance(hf_state, Checkpoint) else _Contiguous(hf_state)
 
     def _plain(self, tensors: HfState) -> HfState:
         """`tensors` as they are or, for a quantized checkpoint, as what they stand for."""
         quantization = getattr(self.hf_config, "quantization_config", None)
         return Dequantized(tensors, quantization, self.hf_config.dtype or torch.bfloat16) if quantization else tensors
+
+
+def _is_megatron(side: HfSource | Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Module]]:
+    return not isinstance(side, str | Path | Mapping | nn.Module)
 
 
 def _checked_layout(layout: ParallelLayout, group: RankGroup) -> ParallelLayout:

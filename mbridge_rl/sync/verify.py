@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.digest import add, digest, signed, unsigned
+from mbridge_rl.core.digest import add, contiguous_strides, digest, digest_strided, signed, unsigned
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import Plan, copy_digest
+from mbridge_rl.hf.module import HFModule
 from mbridge_rl.megatron.parameters import live_side
 from mbridge_rl.sync.group import RankGroup
 
@@ -20,6 +21,18 @@ Digests = dict[str, int]
 def digests_of_state(spec: ModelSpec, hf_state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Digests:
     """Digest of every HF tensor of a state dict or checkpoint; cast to `dtype` first, if one is given."""
     return {hf_name: digest(hf_state[hf_name] if dtype is None else hf_state[hf_name].to(dtype)) for hf_name in spec.hf_shapes}
+
+
+def digests_of_module(spec: ModelSpec, module: HFModule, dtype: torch.dtype | None = None) -> Digests:
+    """Digest of every HF tensor of a live Transformers module, read where it lies; cast to `dtype` first, if one is given."""
+    digests: Digests = {}
+    for segment in module.side.segments:
+        strides, shape = contiguous_strides(segment.box.size), spec.hf_shapes[segment.hf_name]
+        tensor = module[segment.local_name]
+        part = tensor.as_strided(segment.box.size, segment.strides, tensor.storage_offset() + segment.offset)
+        part = part if dtype is None else part.to(dtype)
+        digests[segment.hf_name] = digest_strided(part, columns=shape[-1] if shape else 1, strides=strides)
+    return digests
 
 
 @torch.no_grad()
