@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_deepseek
 import torch
 from ranks import RankError, run_ranks
 from tiny import tiny_model
@@ -28,16 +29,25 @@ from mbridge_rl.training.lora import (
 )
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
-DENSE, MOE = "qwen2", "qwen3-moe"  # qwen2: linear_qkv has a bias, which Transformer Engine returns beside the output
+DENSE, MOE, MLA = "qwen2", "qwen3-moe", "deepseek"
+# qwen2: linear_qkv has a bias, which Transformer Engine returns beside the output
 ADAPTERS = LoRAConfig(rank=3, alpha=6.0)
 ATTENTION = LoRAConfig(rank=3, alpha=6.0, targets=ATTENTION_TARGETS)
+CANONICAL = LoRAConfig(rank=3, alpha=6.0, canonical=True)
+SOME_PARTS = LoRAConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "up_proj"), canonical=True, rslora=True)
+LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
+MLA_FUSED = LoRAConfig(rank=3, alpha=6.0, targets=(*LATENT, "linear_fc1", "linear_fc2"))
+MLA_CANONICAL = LoRAConfig(rank=3, alpha=6.0, targets=MLA_FUSED.targets, canonical=True)
 SP: dict[str, Any] = {"sequence_parallel": True}
 RECOMPUTE = {"overrides": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}
 
 
 @cache
 def _checkpoint(variant: str, scratch: Path) -> Path:
-    tiny_model(variant).save_pretrained(scratch / variant)
+    if variant == MLA:
+        test_deepseek.checkpoint(scratch / variant, "v3")
+    else:
+        tiny_model(variant).save_pretrained(scratch / variant)
     return scratch / variant
 
 
@@ -100,7 +110,15 @@ CASES: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
     (DENSE, Layout(pp=2), {}, ADAPTERS),
     (DENSE, Layout(cp=2), {}, ADAPTERS),
     (DENSE, Layout(tp=2, dp=2), SP, ADAPTERS),
+    (DENSE, Layout(tp=2), SP, CANONICAL),
+    (DENSE, Layout(tp=2), {}, SOME_PARTS),
+    (DENSE, Layout(pp=2, vpp=2), {}, CANONICAL),
     (MOE, Layout(tp=2, ep=2, etp=1), SP, ATTENTION),
+    (MOE, Layout(tp=2, ep=2, etp=1), SP, ADAPTERS),
+    (MOE, Layout(tp=2), SP, CANONICAL),
+    (MOE, Layout(ep=2, dp=2), {"grouped_experts": False}, ADAPTERS),
+    (MLA, Layout(tp=2), SP, MLA_CANONICAL),
+    (MLA, Layout(tp=2, ep=2, etp=1), SP, MLA_FUSED),
 ]
 
 
@@ -197,11 +215,11 @@ def _refuse(rank: int, checkpoint: Path, config: LoRAConfig, twice: bool = False
 def test_refusals_name_the_layer_and_what_is_supported(scratch: Path) -> None:
     dense, moe = _checkpoint(DENSE, scratch), _checkpoint(MOE, scratch)
     with pytest.raises(
-        RankError, match=r"NotImplementedError: LoRA on decoder\.layers\.0\.mlp\.experts\.linear_fc1.*linear_qkv"
+        RankError, match=r"NotImplementedError: LoRA on decoder\.layers\.0\.mlp\.router \(TopKRouter\)"
     ):
-        run_ranks(_refuse, 1, moe, ADAPTERS)
-    with pytest.raises(RankError, match="no layer of this model has a linear named q_proj"):
-        run_ranks(_refuse, 1, dense, LoRAConfig(targets=("q_proj",)))
+        run_ranks(_refuse, 1, moe, LoRAConfig(targets=("router",)))
+    with pytest.raises(RankError, match=r"no layer of this model has a linear named in_proj; choose from linear_fc1.*q_proj"):
+        run_ranks(_refuse, 1, dense, LoRAConfig(targets=("in_proj",)))
     with pytest.raises(RankError, match="rank must be at least 1"):
         run_ranks(_refuse, 1, dense, LoRAConfig(rank=0))
     with pytest.raises(RankError, match="has an adapter already"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +25,16 @@ from mbridge_rl.megatron.parallel import current_layout
 from mbridge_rl.megatron.runtime import megatron_runtime
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.weight)(\d+)$")
-_SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|lora_a|lora_b))(\d+)$")
+_SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|lora_a|lora_b))$")
 
 
 class LiveParameters(Mapping[str, Tensor]):
     """This rank's parameters by global `megatron_name`, looked up now; made anew for every transfer. Of the buffers, those in
     `buffer_names` count (a router's expert bias is one); the rest are derived state.
 
-    A module that carries adapters offers `merged_weight()`; its `weight` is then merged when it is asked for, one tensor at a
-    time (the last one is kept, since the parts of a fused tensor are read one after the other).
+    A module that carries adapters offers `merged_weight(name)` of its `adapted_weights`, which are then merged when they are
+    asked for, one tensor at a time (the last one is kept, since the parts of a fused tensor are read one after the other).
     """
 
     def __init__(self, model: Sequence[nn.Module], experts_before: int, buffer_names: Container[str] = ()) -> None:
@@ -45,7 +46,7 @@ class LiveParameters(Mapping[str, Tensor]):
             for module_name, module in chunk.named_modules():
                 self._add_module(module_name, module, layers, experts_before)
                 for name, buffer in module.named_buffers(prefix=module_name, recurse=False):
-                    if (global_name := _global_name(name, layers, experts_before)) in buffer_names:
+                    if (global_name := global_name_of(name, layers, experts_before)) in buffer_names:
                         self._parameters[global_name] = buffer
 
     def _add_module(self, module_name: str, module: nn.Module, layers: list[int], experts_before: int) -> None:
@@ -53,10 +54,10 @@ class LiveParameters(Mapping[str, Tensor]):
         for name, parameter in module.named_parameters(recurse=False):
             if name in adapters:
                 continue
-            global_name = _global_name(f"{module_name}.{name}" if module_name else name, layers, experts_before)
+            global_name = global_name_of(f"{module_name}.{name}" if module_name else name, layers, experts_before)
             self._parameters[global_name] = parameter
-            if name == "weight" and adapters:
-                self._merged[global_name] = module.merged_weight
+            if adapters and name in module.adapted_weights:
+                self._merged[global_name] = partial(module.merged_weight, name)
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         if megatron_name not in self._merged:
@@ -76,23 +77,28 @@ class LiveParameters(Mapping[str, Tensor]):
         return self._parameters[megatron_name].detach()
 
     def check(self, side: Side, rank: int) -> None:
-        """Compares names and shapes with what the mapping says this rank holds.
+        """See `check_held`."""
+        check_held(self._parameters, side, rank)
 
-        Raises:
-            StateMismatchError: naming the rank and the parameters that differ.
-        """
-        missing, extra = side.shapes.keys() - self.keys(), self.keys() - side.shapes.keys()
-        if missing or extra:
+
+def check_held(tensors: Mapping[str, Tensor], side: Side, rank: int) -> None:
+    """Compares names and shapes of a rank's tensors with what the mapping says it holds.
+
+    Raises:
+        StateMismatchError: naming the rank and the parameters that differ.
+    """
+    missing, extra = side.shapes.keys() - tensors.keys(), tensors.keys() - side.shapes.keys()
+    if missing or extra:
+        raise StateMismatchError(
+            f"rank {rank}: the Megatron model is not the one of this config: "
+            f"it lacks [{listed(missing)}], it has besides [{listed(extra)}]; build it with AutoBridge.build_model"
+        )
+    for name, shape in side.shapes.items():
+        if tuple(tensors[name].shape) != shape:
             raise StateMismatchError(
-                f"rank {rank}: the Megatron model is not the one of this config: "
-                f"it lacks [{listed(missing)}], it has besides [{listed(extra)}]; build it with AutoBridge.build_model"
+                f"rank {rank}: {name} has shape {list(tensors[name].shape)}, "
+                f"the config and layout say {list(shape)}; nothing was changed"
             )
-        for name, shape in side.shapes.items():
-            if tuple(self._parameters[name].shape) != shape:
-                raise StateMismatchError(
-                    f"rank {rank}: {name} has shape {list(self._parameters[name].shape)}, "
-                    f"the config and layout say {list(shape)}; nothing was changed"
-                )
 
 
 def live_side(model: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, rank: int) -> tuple[LiveParameters, Side]:
@@ -148,7 +154,8 @@ def world_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _global_name(local_name: str, layers: list[int], experts_before: int) -> str:
+def global_name_of(local_name: str, layers: Sequence[int], experts_before: int) -> str:
+    """A chunk's own name of a tensor with the layer and expert indices of the whole model."""
     name = _LAYER.sub(lambda found: f"decoder.layers.{layers[int(found[1])]}.", local_name)
     name = _GROUPED_EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + experts_before}", name)
-    return _SEQUENTIAL_EXPERT.sub(lambda found: f".experts.{found[2]}.weight{int(found[1]) + experts_before}", name)
+    return _SEQUENTIAL_EXPERT.sub(lambda found: f".experts.{found[2]}{int(found[1]) + experts_before}", name)

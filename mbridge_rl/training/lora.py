@@ -1,21 +1,23 @@
 """LoRA on Megatron's linear layers: `y = W x + scale * B A x` with a frozen `W` (Hu et al., arXiv:2106.09685).
 
-Adapters are two parameters on the linear module itself, so every other name stays as it was:
+Adapters are parameters on the linear module itself, so every other name stays as it was:
 
     decoder.layers.0.mlp.linear_fc1.weight  [out / tp, in]      frozen
     decoder.layers.0.mlp.linear_fc1.lora_a  [rank, in]          replicated      (column parallel)
     decoder.layers.0.mlp.linear_fc1.lora_b  [out / tp, rank]    sharded like W
     decoder.layers.0.mlp.linear_fc2.lora_a  [rank, in / tp]     sharded like W  (row parallel)
     decoder.layers.0.mlp.linear_fc2.lora_b  [out, rank]         replicated
+    decoder.layers.0.mlp.experts.linear_fc1.lora_a3             of one expert of a grouped linear
 
-`B A` has the shape of the local weight in both cases, so merging never communicates. Only `rank` numbers per token travel: a
-column-parallel adapter gathers (or copies) `A x`, a row-parallel one sums it.
+`B A` has the shape of the local weight in all cases, so merging never communicates. What is cut how follows from the model's
+mapping table (`core.adapters`), which also says how the factors are PEFT's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,36 +25,46 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mbridge_rl.core.adapters import (
+    ATTENTION_TARGETS,
+    DENSE_TARGETS,
+    LoRAConfig,
+    adapted_parts,
+    adapter_spec,
+    factor_name,
+    fused_rows,
+    module_name,
+)
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.rules import Rule
 from mbridge_rl.megatron.model import unwrap
+from mbridge_rl.megatron.parameters import world_rank
+from mbridge_rl.training.lora_layers import Adapter, Mode, install, merged_weight
 
-ATTENTION_TARGETS = ("linear_qkv", "linear_proj")
-DENSE_TARGETS = (*ATTENTION_TARGETS, "linear_fc1", "linear_fc2")
+__all__ = [
+    "ATTENTION_TARGETS",
+    "DENSE_TARGETS",
+    "LoRAConfig",
+    "adapted_modules",
+    "adapters_disabled",
+    "add_lora",
+    "merged_weight",
+]
+
+_LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_WEIGHT = re.compile(r"weight\d*")
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    """Attributes:
-    rank: of `B A`.
-    alpha: `scale` is `alpha / rank`.
-    targets: names of Megatron linears: `linear_qkv`, `linear_proj`, and the dense layers' `linear_fc1`, `linear_fc2`.
-    seed: of `A`; ranks with other parallel layouts start from the same adapters.
-    """
+class _Target:
+    """A linear to adapt, under its global name, and the rule of its weight."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = DENSE_TARGETS
-    seed: int = 0
-
-
-@dataclass
-class _Adapter:
-    """How a linear module applies its adapter."""
-
-    scale: float
-    enabled: bool = True
+    name: str
+    module: nn.Module
+    rule: Rule
+    first_expert: int | None
 
 
 def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
@@ -67,32 +79,34 @@ def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
         The global names of the linears that carry adapters on this rank.
 
     Raises:
-        NotImplementedError: a target is a layer of experts; nothing was changed.
-        ValueError: no layer of this rank has a target, the model has adapters already, or is wrapped in DDP; nothing changed.
+        UnsupportedModelError, NotImplementedError: a target is no linear that PEFT or this module can adapt; ValueError: a
+            target names nothing, the model has adapters already, was built elsewhere, or is wrapped in DDP; nothing was changed.
     """
-    if config.rank < 1:
-        raise ValueError(f"LoRA's rank must be at least 1, found {config.rank}")
     if any(hasattr(chunk, "ddp_config") for chunk in model):
         raise ValueError("add LoRA before the model is wrapped in DDP: its gradient buffers are made for what trains then")
     chunks = unwrap(model)
+    if not hasattr(chunks[0], "model_spec"):
+        raise ValueError("LoRA needs chunks that know their mapping: build them with AutoBridge.build_model")
+    adapter_spec(chunks[0].model_spec, config)  # raises where the config does not fit the model
     targets = [target for chunk in chunks for target in _targets(chunk, config)]
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.requires_grad_(False)
-    for name, module in targets:
-        _attach(name, module, config)
+    for target in targets:
+        _attach(target, config, chunks[0].parallel_layout)
     for chunk in chunks:
+        chunk.lora_config = config
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
             # Recomputed layers pass gradients on only if their input wants one, and frozen embeddings don't.
             chunk.embedding.register_forward_hook(_require_gradient)
-    return [name for name, _ in targets]
+    return [target.name for target in targets]
 
 
 def adapted_modules(model: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The linears that carry adapters, with their local names, chunk by chunk."""
     for chunk in unwrap(model):
         for name, module in chunk.named_modules():
-            if isinstance(getattr(module, "lora", None), _Adapter):
+            if isinstance(getattr(module, "lora", None), Adapter):
                 yield name, module
 
 
@@ -110,125 +124,96 @@ def adapters_disabled(model: Sequence[nn.Module]) -> Iterator[None]:
             module.lora.enabled = enabled
 
 
-@torch.no_grad()
-def merged_weight(module: nn.Module, base: Tensor) -> Tensor:
-    """`base + scale * B A`, both factors as this rank holds them, `[out, in]` (local) in base's dtype; summed in fp32."""
-    delta = module.lora_b.float() @ module.lora_a.float()
-    return delta.mul_(module.lora.scale).add_(base).to(base.dtype)
-
-
-def _targets(chunk: nn.Module, config: LoRAConfig) -> list[tuple[str, nn.Module]]:
-    """The linears to adapt, under their global names."""
-    found = []
+def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
+    """The linears of a chunk to adapt."""
+    spec, layout = chunk.model_spec, chunk.parallel_layout
+    rule_of = {module_name(rule.megatron_name): rule for rule in spec.rules if adapted_parts(rule, config.targets)}
+    experts_before = layout.coordinates(world_rank()).ep * (spec.num_experts or 0) // layout.ep
     for layer in chunk.decoder.layers:
+        index = layer.layer_number - 1
         for name, module in layer.named_modules():
-            if name.rpartition(".")[2] not in config.targets:
+            rule = rule_of.get(f"decoder.layers.{{layer}}.{_LOCAL_EXPERT.sub('.', name)}")
+            if rule is None or (rule.layers is not None and index not in rule.layers):
                 continue
-            global_name = f"decoder.layers.{layer.layer_number - 1}.{name}"
-            if ".experts." in f".{name}" or getattr(module, "parallel_mode", None) not in ("column", "row"):
+            global_name = f"decoder.layers.{index}.{name}"
+            if not hasattr(module, "in_features"):
                 raise NotImplementedError(
-                    f"LoRA on {global_name} ({type(module).__name__}) is not supported: adapters go on column and row "
-                    f"parallel linears outside of experts; for this model use targets={ATTENTION_TARGETS}"
+                    f"LoRA on {global_name} ({type(module).__name__}) is not supported: it is no linear layer of Transformer "
+                    f"Engine's; leave it out of the targets"
                 )
             if hasattr(module, "lora"):
                 raise ValueError(f"{global_name} has an adapter already")
-            found.append((global_name, module))
-    if not found and len(chunk.decoder.layers):
-        raise ValueError(f"no layer of this model has a linear named {', '.join(config.targets)}; choose from {DENSE_TARGETS}")
-    return found
+            expert = _LOCAL_EXPERT.search(f".{name}.")
+            first_expert = experts_before + int(expert[1] if expert else 0) if ".experts." in name else None
+            yield _Target(_LOCAL_EXPERT.sub(".", global_name), module, rule, first_expert)
 
 
-def _attach(global_name: str, module: nn.Module, config: LoRAConfig) -> None:
-    weight, column = module.weight, module.parallel_mode == "column"
-    rows, columns = weight.shape
-    sharded, replicated = ("lora_b", "lora_a") if column else ("lora_a", "lora_b")
-    values = {
-        "lora_a": _initial_a(f"{global_name}.lora_a", config, columns, sharded=not column).to(weight),
-        "lora_b": weight.new_zeros(rows, config.rank),
-    }
-    for name, value in values.items():
-        parameter = nn.Parameter(value)
-        parameter.allreduce = True
-        module.register_parameter(name, parameter)
-    # What Megatron's gradient norm and gradient finalization read: a sharded parameter counts on every rank; a replicated one
-    # that saw only this rank's part of the sequence is summed over the tensor-parallel group.
-    getattr(module, sharded).tensor_model_parallel = module.tp_size > 1
-    getattr(module, sharded).partition_dim = 0 if column else 1
-    getattr(module, sharded).partition_stride = 1
-    getattr(module, replicated).sequence_parallel = bool(module.sequence_parallel)
-    module.lora = _Adapter(scale=config.alpha / config.rank)
-    module.adapter_parameter_names = ("lora_a", "lora_b")
+def _attach(target: _Target, config: LoRAConfig, layout: ParallelLayout) -> None:
+    module, rule = target.module, target.rule
+    weight_names = [name for name, _ in module.named_parameters(recurse=False) if _WEIGHT.fullmatch(name)]
+    rows = fused_rows(rule, config.targets, layout, canonical=config.canonical)
+    mode: Mode = "replicated" if rule.axis is None else "row" if rule.dim == 1 else "column"
+    if rule.axis == "etp":
+        mode = "expert_row" if rule.dim == 1 else "expert_column"
+    for index, name in enumerate(weight_names):
+        expert = "" if target.first_expert is None else str(target.first_expert + index)
+        global_name = factor_name(f"{target.name}.weight{expert}", "lora_a")
+        weight = getattr(module, name)
+        factors = {
+            "lora_a": _initial_a(global_name, config, rule, rows.adapters, layout).to(weight),
+            "lora_b": weight.new_zeros(rows.adapted_rows, config.rank),
+        }
+        for factor, value in factors.items():
+            parameter = nn.Parameter(value)
+            _mark(parameter, factor, mode, module, weight)
+            module.register_parameter(f"{factor}{name.removeprefix('weight')}", parameter)
+    suffixes = tuple(name.removeprefix("weight") for name in weight_names)
+    module.adapter_parameter_names = tuple(f"{factor}{suffix}" for suffix in suffixes for factor in ("lora_a", "lora_b"))
+    module.adapted_weights = tuple(weight_names)
     module.merged_weight = partial(_merged_weight_of, module)
-    module.register_forward_pre_hook(_ask_for_normalized_input)
-    module.register_forward_hook(_add_adapter)
+    install(module, Adapter(config.scale, mode, rows, suffixes))
 
 
-def _merged_weight_of(module: nn.Module) -> Tensor:
-    return merged_weight(module, module.weight.detach())
+def _mark(parameter: nn.Parameter, factor: str, mode: Mode, module: nn.Module, weight: Tensor) -> None:
+    """What Megatron's DDP, gradient finalization and gradient norm read: with which replicas it is reduced, whether it saw only
+    this rank's part of the sequence, and whether other ranks count it in the norm."""
+    sharded = mode.endswith("column") if factor == "lora_b" else mode.endswith("row")
+    parameter.partition_dim, parameter.partition_stride = (0 if factor == "lora_b" else 1), 1
+    if mode.startswith("expert"):
+        # Unmarked parameters count on the first rank of the dense layers' group, which holds some experts only.
+        parameter.tensor_model_parallel = True
+        parameter.shared = not sharded and _expert_tensor_rank() > 0
+        parameter.allreduce = getattr(weight, "allreduce", True)
+        return
+    parameter.allreduce = True
+    parameter.tensor_model_parallel = sharded and module.tp_size > 1
+    # Not the module's own flag: Transformer Engine clears it on a linear that is not cut.
+    parameter.sequence_parallel = not sharded and bool(module.config.sequence_parallel)
 
 
-def _initial_a(name: str, config: LoRAConfig, columns: int, *, sharded: bool) -> Tensor:
-    """This rank's part of `A [rank, in]` fp32: one draw per name, whatever the layout, as wide as the whole layer's input."""
+def _expert_tensor_rank() -> int:
     from megatron.core import parallel_state
 
-    parts, part = 1, 0
-    if sharded:
-        parts = parallel_state.get_tensor_model_parallel_world_size()
-        part = parallel_state.get_tensor_model_parallel_rank()
+    return parallel_state.get_expert_tensor_parallel_rank()
+
+
+def _merged_weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    return merged_weight(module, getattr(module, name).detach(), name.removeprefix("weight"))
+
+
+def _initial_a(name: str, config: LoRAConfig, rule: Rule, adapters: int, layout: ParallelLayout) -> Tensor:
+    """This rank's part of `A [adapters * rank, in]` fp32: one draw per name, whatever the layout, as wide as the whole layer's
+    input."""
+    columns = rule.extent if rule.dim == 1 else rule.shape[1]
     seed = hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
-    bound = 1 / math.sqrt(columns * parts)  # Kaiming uniform with a = sqrt(5), as PEFT initialises it
-    whole = torch.rand(config.rank, columns * parts, generator=generator) * (2 * bound) - bound
-    return whole[:, part * columns : (part + 1) * columns].contiguous()
+    bound = 1 / math.sqrt(columns)  # Kaiming uniform with a = sqrt(5), as PEFT initialises it
+    whole = torch.rand(adapters * config.rank, columns, generator=generator) * (2 * bound) - bound
+    if rule.dim == 0:
+        return whole
+    shards, shard = rule.axis_size(layout), rule.axis_rank(layout.coordinates(world_rank()))
+    return whole.chunk(shards, dim=1)[shard].contiguous()
 
 
 def _require_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
-
-
-def _ask_for_normalized_input(module: nn.Module, arguments: Any) -> None:
-    """A linear with a fused norm returns its normalised input, which the adapter needs, for this call only."""
-    if hasattr(module, "return_layernorm_output"):
-        module.return_layernorm_output = module.lora.enabled
-
-
-def _add_adapter(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook: adds `scale * B A x` to what the linear returned, and returns what it returns without adapters."""
-    if not module.lora.enabled:
-        return output
-    if getattr(module, "return_layernorm_output", False):
-        y, bias, x = _without_normalized_input(output)
-    else:
-        (y, bias), x = output, arguments[0]
-    return y + module.lora.scale * _low_rank(module, x), bias
-
-
-def _without_normalized_input(output: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Megatron passes TE's tuple on where it asked for a bias, `(y, bias, x)`, and else makes `((y, x), None)` of it."""
-    if len(output) == 3:
-        return output
-    (y, x), bias = output
-    return y, bias, x
-
-
-def _low_rank(module: nn.Module, x: Tensor) -> Tensor:
-    """`B A x` over the tensor-parallel group, in the layout of the linear's own output."""
-    from megatron.core.tensor_parallel import mappings
-
-    inner = F.linear(x, module.lora_a.to(x.dtype))
-    if module.tp_size > 1:
-        if module.parallel_mode == "column":
-            enter = (
-                mappings.gather_from_sequence_parallel_region
-                if module.sequence_parallel
-                else mappings.copy_to_tensor_model_parallel_region
-            )
-            inner = enter(inner)
-        else:
-            leave = (
-                mappings.reduce_scatter_to_sequence_parallel_region
-                if module.sequence_parallel
-                else mappings.reduce_from_tensor_model_parallel_region
-            )
-            inner = leave(inner)
-    return F.linear(inner, module.lora_b.to(x.dtype))

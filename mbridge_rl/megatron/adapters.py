@@ -1,0 +1,86 @@
+"""The adapters of a live Megatron model as a side of a plan.
+
+What attaches them (`training.lora`, or anybody's) leaves on every adapted linear `adapter_parameter_names`, and on every
+innermost model `lora_config`; their placement follows from the rules (`core.adapters`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from mbridge_rl.core.adapters import LoRAConfig, adapter_spec
+from mbridge_rl.core.errors import StateMismatchError
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.segments import Side, megatron_side
+from mbridge_rl.megatron.model import unwrap
+from mbridge_rl.megatron.parameters import check_held, global_name_of
+
+
+class LiveAdapters(Mapping[str, Tensor]):
+    """This rank's adapter factors by global `megatron_name`, looked up now; made anew for every transfer.
+
+    Args:
+        scale: factor of `B` when it is read: 1 for files, which state the scale beside, the adapters' own for engines.
+    """
+
+    def __init__(self, model: Sequence[nn.Module], experts_before: int, scale: float = 1.0) -> None:
+        self._scale = scale
+        self._parameters: dict[str, Tensor] = {}
+        for chunk in unwrap(model):
+            layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+            for local_name, module in chunk.named_modules():
+                for factor in getattr(module, "adapter_parameter_names", ()):
+                    name = global_name_of(f"{local_name}.{factor}", layers, experts_before)
+                    self._parameters[name] = getattr(module, factor)
+
+    def __getitem__(self, megatron_name: str) -> Tensor:
+        factor = self._parameters[megatron_name].detach()
+        if self._scale == 1.0 or ".lora_b" not in megatron_name:
+            return factor
+        return factor.float() * self._scale  # rounded once, to the dtype that travels
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def stored(self, megatron_name: str) -> Tensor:
+        """The parameter itself: what an import writes."""
+        return self._parameters[megatron_name].detach()
+
+
+def lora_config_of(model: Sequence[nn.Module]) -> LoRAConfig:
+    """What the adapters of a live model are.
+
+    Raises:
+        StateMismatchError: it has none.
+    """
+    config = getattr(unwrap(model)[0], "lora_config", None)
+    if config is None:
+        raise StateMismatchError("this model has no adapters: attach them with training.lora.add_lora before")
+    return config
+
+
+def live_adapter_side(
+    model: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, rank: int, *, scaled: bool = False
+) -> tuple[LiveAdapters, ModelSpec, Side]:
+    """This rank's live factors, the adapters' spec, and this rank's segments of it, compared with each other.
+
+    Args:
+        spec: of the base model.
+        scaled: multiply `B` by the adapters' scale when it is read.
+
+    Raises:
+        StateMismatchError: the model has no adapters, or other ones than its config says.
+    """
+    config = lora_config_of(model)
+    adapters = adapter_spec(spec, config)
+    side = megatron_side(adapters, layout, rank)
+    experts_before = layout.coordinates(rank).ep * (spec.num_experts or 0) // layout.ep
+    live = LiveAdapters(model, experts_before, config.scale if scaled else 1.0)
+    check_held(live._parameters, side, rank)
+    return live, adapters, side
