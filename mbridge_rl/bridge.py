@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from mbridge_rl.adapter_bridge import LiveAdapterBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
+from mbridge_rl.core.adapters import LoRAConfig
 from mbridge_rl.core.errors import LayoutError, StateMismatchError, listed
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
@@ -23,6 +25,7 @@ from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import copy_companions, load_config, local_directory, save_config
 from mbridge_rl.hf.dequantize import Dequantized, require_supported
 from mbridge_rl.hf.module import HFModule
+from mbridge_rl.hf.peft import read_lora_config
 from mbridge_rl.hf.state import check_hf_state
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 from mbridge_rl.sync.group import RankGroup
@@ -382,6 +385,52 @@ class AutoBridge:
         staging = StagingDirectory(directory, files, durable=durable)
         save_together(staging, plan, live, group, lambda: self._write_companions(staging.path, dtype))
         _log.info("saved %s to %s", self.spec.architecture, staging.directory)
+
+    @torch.no_grad()
+    def export_adapter_weights(
+        self,
+        model: Sequence[nn.Module],
+        *,
+        dtype: torch.dtype | None = None,
+        ranks: Sequence[int] | None = None,
+        transport: Transport = "auto",
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Streams the adapters alone, `(PEFT name, tensor)`: whole factors, `B` without the scale. As `export_weights` else."""
+        yield from LiveAdapterBridge(self.spec, model).export(dtype, ranks, transport)
+
+    @torch.no_grad()
+    def save_adapter(
+        self, model: Sequence[nn.Module], directory: str | Path, *, dtype: torch.dtype | None = None, durable: bool = True
+    ) -> None:
+        """Writes the adapters as PEFT does, every rank its own bytes; all ranks call it together, and fail together.
+
+        Raises:
+            StateMismatchError: the model has no adapters; CheckpointError: the disk is full, or the place cannot be written.
+                What was there before is untouched.
+        """
+        base = None if self.directory is None else str(self.directory)
+        LiveAdapterBridge(self.spec, model).save(directory, base, dtype=dtype, durable=durable)
+
+    def adapter_config(self, directory: str | Path) -> LoRAConfig:
+        """What `training.lora.add_lora` needs to attach the PEFT adapter of `directory` before `load_adapter`.
+
+        Raises:
+            CheckpointError, UnsupportedModelError, StateMismatchError: see `hf.peft.read_lora_config`.
+        """
+        return read_lora_config(self.spec, directory)
+
+    @torch.no_grad()
+    def load_adapter(self, model: Sequence[nn.Module], source: str | Path | HfState) -> None:
+        """Fills the adapters of `model` from a PEFT adapter (a directory, or its tensors by PEFT name). Every rank reads only
+        what it keeps; all ranks call it together, and fail together.
+
+        With an optimizer that keeps fp32 masters, call its `reload_model_params()` afterwards.
+
+        Raises:
+            StateMismatchError: on all ranks, before anything is written: no adapters, or others (linears, rank, scale), or
+                separate `A`s for parts that share one here; CheckpointError, UnsupportedModelError: see `adapter_config`.
+        """
+        LiveAdapterBridge(self.spec, model).load(source)
 
     def export_plan(self, layout: ParallelLayout) -> Plan:
         """From the Megatron ranks of `layout` to whole HF tensors, the work shared between replicas."""

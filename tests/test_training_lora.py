@@ -29,7 +29,7 @@ from mbridge_rl.training.lora import (
 )
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
-DENSE, MOE, MLA = "qwen2", "qwen3-moe", "deepseek"
+DENSE, FEW_KV_HEADS, MOE, MLA = "qwen2", "few-kv-heads", "qwen3-moe", "deepseek"
 # qwen2: linear_qkv has a bias, which Transformer Engine returns beside the output
 ADAPTERS = LoRAConfig(rank=3, alpha=6.0)
 ATTENTION = LoRAConfig(rank=3, alpha=6.0, targets=ATTENTION_TARGETS)
@@ -46,6 +46,8 @@ RECOMPUTE = {"overrides": {"recompute_granularity": "full", "recompute_method": 
 def _checkpoint(variant: str, scratch: Path) -> Path:
     if variant == MLA:
         test_deepseek.checkpoint(scratch / variant, "v3")
+    elif variant == FEW_KV_HEADS:
+        tiny_model("qwen3", num_key_value_heads=1).save_pretrained(scratch / variant)
     else:
         tiny_model(variant).save_pretrained(scratch / variant)
     return scratch / variant
@@ -113,6 +115,7 @@ CASES: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
     (DENSE, Layout(tp=2), SP, CANONICAL),
     (DENSE, Layout(tp=2), {}, SOME_PARTS),
     (DENSE, Layout(pp=2, vpp=2), {}, CANONICAL),
+    (FEW_KV_HEADS, Layout(tp=2), SP, CANONICAL),
     (MOE, Layout(tp=2, ep=2, etp=1), SP, ATTENTION),
     (MOE, Layout(tp=2, ep=2, etp=1), SP, ADAPTERS),
     (MOE, Layout(tp=2), SP, CANONICAL),
@@ -214,9 +217,7 @@ def _refuse(rank: int, checkpoint: Path, config: LoRAConfig, twice: bool = False
 
 def test_refusals_name_the_layer_and_what_is_supported(scratch: Path) -> None:
     dense, moe = _checkpoint(DENSE, scratch), _checkpoint(MOE, scratch)
-    with pytest.raises(
-        RankError, match=r"NotImplementedError: LoRA on decoder\.layers\.0\.mlp\.router \(TopKRouter\)"
-    ):
+    with pytest.raises(RankError, match=r"NotImplementedError: LoRA on decoder\.layers\.0\.mlp\.router \(TopKRouter\)"):
         run_ranks(_refuse, 1, moe, LoRAConfig(targets=("router",)))
     with pytest.raises(RankError, match=r"no layer of this model has a linear named in_proj; choose from linear_fc1.*q_proj"):
         run_ranks(_refuse, 1, dense, LoRAConfig(targets=("in_proj",)))

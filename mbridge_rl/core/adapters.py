@@ -9,20 +9,20 @@ with one axis replaced by the rank:
                                               .lora_b   parts q, k, v by KV head    [out / tp, rank]      sharded like W
                                               .lora_a   q, k and v alike            [rank, in]            on all ranks
 
-The result is a `ModelSpec` of its own: plans, streams, digests and files of adapters are those of any model. In the *fused* form
-(one `A` for all parts) several PEFT tensors are one local tensor, and must be equal to be imported; in the *canonical* form
-every part has its own `A`, stacked `[parts * rank, in]`, which is what PEFT trains.
+The result is a `ModelSpec` of its own: plans, streams, digests and files of adapters are those of any model. In the *fused*
+form (one `A` for all parts) several PEFT tensors are one local tensor, and must be equal to be imported; in the *canonical*
+form every part has its own `A`, stacked `[parts * rank, in]`, which is what PEFT trains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import sqrt
 
-from mbridge_rl.core.errors import UnsupportedModelError
-from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
+from mbridge_rl.core.layout import Coordinates, ParallelLayout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Axis, Part, Rule
 
@@ -58,10 +58,10 @@ class LoRAConfig:
 
 @dataclass(frozen=True, slots=True)
 class FusedRows:
-    """Which rows of a fused linear's output come from which adapter.
+    """Which of one rank's rows of a fused linear come from which adapter.
 
     Attributes:
-        groups: how often `parts` repeat in this rank's rows.
+        groups: how often `parts` repeat in its rows.
         parts: `(rows per group, which A)` in order; `None` for a part without an adapter.
     """
 
@@ -69,19 +69,14 @@ class FusedRows:
     parts: tuple[tuple[int, int | None], ...]
 
     @property
-    def adapters(self) -> int:
-        """How many `A` there are."""
-        return len({which for _, which in self.parts if which is not None})
-
-    @property
     def adapted_rows(self) -> int:
         """Rows of this rank's `B`."""
         return self.groups * sum(size for size, which in self.parts if which is not None)
 
     @property
-    def is_whole(self) -> bool:
-        """One `A` for all rows."""
-        return all(which == 0 for _, which in self.parts)
+    def is_complete(self) -> bool:
+        """No part lacks an adapter."""
+        return all(which is not None for _, which in self.parts)
 
 
 def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
@@ -100,7 +95,7 @@ def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
         if (parts := adapted_parts(rule, config.targets))
         for factor in (*_factors_a(rule, parts, config), _factor_b(rule, parts, config))
     )
-    return replace(spec, rules=rules, ignored_hf_names=())
+    return replace(spec, rules=rules, extras=(), ignored_hf_names=())
 
 
 def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[Part, ...]:
@@ -129,17 +124,34 @@ def require_known_targets(spec: ModelSpec, targets: Sequence[str]) -> None:
             )
 
 
-def fused_rows(rule: Rule, targets: Sequence[str], layout: ParallelLayout, *, canonical: bool) -> FusedRows:
-    """How one rank's rows of `rule`'s tensor divide into adapters."""
-    chosen = adapted_parts(rule, targets)
+def fused_rows(rule: Rule, config: LoRAConfig, layout: ParallelLayout, at: Coordinates) -> FusedRows:
+    """How one rank's rows of `rule`'s tensor divide into adapters.
+
+    Raises:
+        LayoutError: some parts alone, where ranks cut through the groups of the fused linear.
+    """
     if rule.dim == 1:
         return FusedRows(1, ((rule.shape[0], 0),))
+    chosen = adapted_parts(rule, config.targets)
+    order = list(dict.fromkeys(part.hf_name for part in chosen))
+    which = {hf_name: index if config.canonical else 0 for index, hf_name in enumerate(order)}
     shards = rule.axis_size(layout)
     groups = rule.groups or shards
-    order = list(dict.fromkeys(part.hf_name for part in chosen))
-    which = {hf_name: index if canonical else 0 for index, hf_name in enumerate(order)}
-    parts = tuple((part.size(0) // groups, which[part.hf_name] if part in chosen else None) for part in rule.parts)
-    return FusedRows(groups // shards, parts)
+    of_group = [(part.size(0) // groups, which[part.hf_name] if part in chosen else None) for part in rule.parts]
+    if groups % shards == 0:
+        return FusedRows(groups // shards, tuple(of_group))
+    if len(chosen) < len(rule.parts):
+        raise LayoutError(
+            f"{rule.megatron_name}: {rule.axis}={shards} cuts through its {groups} groups, so its parts cannot be adapted one "
+            f"by one; adapt all of {', '.join(_last(module_name(part.hf_name)) for part in rule.parts)}"
+        )
+    rows = rule.extent // shards
+    begin, start, pieces = rule.axis_rank(at) * rows, 0, []
+    for size, index in of_group * groups:
+        if (length := min(start + size, begin + rows) - max(start, begin)) > 0:
+            pieces.append((length, index))
+        start += size
+    return FusedRows(1, tuple(pieces))
 
 
 def factor_name(weight_name: str, factor: str) -> str:
@@ -151,6 +163,36 @@ def factor_name(weight_name: str, factor: str) -> str:
 def module_name(weight_name: str) -> str:
     """`X.weight`, `X.weight{expert}` -> `X`."""
     return weight_name.rpartition(".")[0]
+
+
+def targets_of(spec: ModelSpec, modules: Set[str]) -> tuple[str, ...]:
+    """The targets that adapt the HF linears `modules`, in as few and short names as say it exactly."""
+    patterns: dict[str, set[str]] = {}
+    for instance in spec.instances:
+        if is_linear(instance.rule):
+            for part, hf_name in zip(instance.rule.parts, instance.hf_names, strict=True):
+                patterns.setdefault(module_name(part.hf_name), set()).add(module_name(hf_name))
+    adapted = [pattern for pattern, names in patterns.items() if names & modules]
+    of_last: dict[str, list[str]] = {}
+    for pattern in patterns:
+        of_last.setdefault(_last(pattern), []).append(pattern)
+    unique = (_last(pattern) if all(other in adapted for other in of_last[_last(pattern)]) else pattern for pattern in adapted)
+    return tuple(dict.fromkeys(unique))
+
+
+def equal_tensors(adapters: ModelSpec) -> list[tuple[str, ...]]:
+    """PEFT tensors that are one local tensor: the `A` that the parts of a fused linear share."""
+    shared: dict[str, list[str]] = {}
+    for instance in adapters.instances:
+        if len(instance.hf_names) == 1:
+            shared.setdefault(instance.megatron_name, []).append(instance.hf_names[0])
+    return [tuple(hf_names) for hf_names in shared.values() if len(hf_names) > 1]
+
+
+def peft_modules(adapters: ModelSpec) -> list[str]:
+    """Names of the HF linears that have adapters."""
+    suffix = ".lora_A.weight"
+    return [name.removeprefix(PEFT_PREFIX).removesuffix(suffix) for name in adapters.hf_shapes if name.endswith(suffix)]
 
 
 def _factors_a(rule: Rule, parts: tuple[Part, ...], config: LoRAConfig) -> list[Rule]:
@@ -191,8 +233,8 @@ def _rows_and_columns(rule: Rule, part: Part) -> tuple[tuple[Axis, ...], tuple[A
     several_along_input = rule.dim == 1 and len(rule.parts) > 1
     if not one_linear or several_along_input or not rows or any(axis.along != 1 for axis in columns):
         raise UnsupportedModelError(
-            f"{rule.megatron_name} is made of {part.hf_name} {list(part.shape)}, which is not the weight of one HF linear: PEFT "
-            f"has no adapter for it; leave it out of the targets"
+            f"{rule.megatron_name} is made of {part.hf_name} {list(part.shape)}, which is not the weight of one HF linear: "
+            f"PEFT has no adapter for it; leave it out of the targets"
         )
     return rows, columns
 
@@ -202,7 +244,7 @@ def _peft_name(part: Part, factor: str) -> str:
 
 
 def _names(target: str, module: str) -> bool:
-    return target == _last(module) or ("*" in target and fnmatchcase(module, target))
+    return target in (module, _last(module)) or ("*" in target and fnmatchcase(module, target))
 
 
 def _last(module: str) -> str:

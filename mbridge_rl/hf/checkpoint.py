@@ -60,15 +60,18 @@ class Checkpoint(Mapping[str, Tensor]):
 
     `read_into` reads rectangles of them; indexing gives a whole one, mapped, of which only touched pages are read.
 
+    Args:
+        file: the only file to read, such as an adapter's; `None` takes what the index names, or the single file of weights.
+
     Raises:
         CheckpointError: no safetensors files, a file that the index names is missing, or a truncated or corrupt file;
             StateMismatchError: the index names tensors that its files do not hold. Only headers have been read by then.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, file: str | None = None) -> None:
         self.directory = Path(directory)
-        weight_map = _weight_map(self.directory / INDEX_FILE)
-        files = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(self.directory)]
+        weight_map = None if file else _weight_map(self.directory / INDEX_FILE)
+        files = sorted(set(weight_map.values())) if weight_map is not None else [file or _single_file(self.directory)]
         self._mapped = {file: _open(self.directory / file) for file in files}
         self._entries = {
             entry.tensor.hf_name: entry
@@ -160,7 +163,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing, though the index names it; download the checkpoint again") from error
+        raise CheckpointError(f"{path} is missing; download or save it again") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt ({error}); download or save it again") from error
 

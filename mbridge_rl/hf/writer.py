@@ -51,12 +51,13 @@ def plan_files(tensors: Sequence[HFTensor], shard_bytes: int = DEFAULT_SHARD_BYT
         groups[-1].append(tensor)
         filled += tensor.nbytes
     if len(groups) == 1:
-        return [_shard_file(SINGLE_FILE, groups[0])]
+        return [shard_file(SINGLE_FILE, groups[0])]
     count = len(groups)
-    return [_shard_file(f"model-{i:05}-of-{count:05}.safetensors", group) for i, group in enumerate(groups, 1)]
+    return [shard_file(f"model-{i:05}-of-{count:05}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def _shard_file(name: str, tensors: Sequence[HFTensor]) -> ShardFile:
+def shard_file(name: str, tensors: Sequence[HFTensor]) -> ShardFile:
+    """One file of all `tensors`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     # Larger elements first, as safetensors' own writer does, so that every tensor is aligned where dtypes are mixed.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mbridge_rl.core.adapters import (
     ATTENTION_TARGETS,
     DENSE_TARGETS,
+    FusedRows,
     LoRAConfig,
     adapted_parts,
     adapter_spec,
@@ -59,11 +60,12 @@ _WEIGHT = re.compile(r"weight\d*")
 
 @dataclass(frozen=True)
 class _Target:
-    """A linear to adapt, under its global name, and the rule of its weight."""
+    """A linear to adapt, under its global name; the rule of its weight, and which of its rows get which adapter."""
 
     name: str
     module: nn.Module
     rule: Rule
+    rows: FusedRows
     first_expert: int | None
 
 
@@ -79,8 +81,9 @@ def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
         The global names of the linears that carry adapters on this rank.
 
     Raises:
-        UnsupportedModelError, NotImplementedError: a target is no linear that PEFT or this module can adapt; ValueError: a
-            target names nothing, the model has adapters already, was built elsewhere, or is wrapped in DDP; nothing was changed.
+        UnsupportedModelError, LayoutError, NotImplementedError: a target is no linear that PEFT or this module can adapt, or
+            not in this layout; ValueError: a target names nothing, the model has adapters already, was built elsewhere, or is
+            wrapped in DDP. Nothing was changed.
     """
     if any(hasattr(chunk, "ddp_config") for chunk in model):
         raise ValueError("add LoRA before the model is wrapped in DDP: its gradient buffers are made for what trains then")
@@ -128,7 +131,8 @@ def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
     """The linears of a chunk to adapt."""
     spec, layout = chunk.model_spec, chunk.parallel_layout
     rule_of = {module_name(rule.megatron_name): rule for rule in spec.rules if adapted_parts(rule, config.targets)}
-    experts_before = layout.coordinates(world_rank()).ep * (spec.num_experts or 0) // layout.ep
+    at = layout.coordinates(world_rank())
+    experts_before = at.ep * (spec.num_experts or 0) // layout.ep
     for layer in chunk.decoder.layers:
         index = layer.layer_number - 1
         for name, module in layer.named_modules():
@@ -145,13 +149,13 @@ def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
                 raise ValueError(f"{global_name} has an adapter already")
             expert = _LOCAL_EXPERT.search(f".{name}.")
             first_expert = experts_before + int(expert[1] if expert else 0) if ".experts." in name else None
-            yield _Target(_LOCAL_EXPERT.sub(".", global_name), module, rule, first_expert)
+            rows = fused_rows(rule, config, layout, at)
+            yield _Target(_LOCAL_EXPERT.sub(".", global_name), module, rule, rows, first_expert)
 
 
 def _attach(target: _Target, config: LoRAConfig, layout: ParallelLayout) -> None:
-    module, rule = target.module, target.rule
+    module, rule, rows = target.module, target.rule, target.rows
     weight_names = [name for name, _ in module.named_parameters(recurse=False) if _WEIGHT.fullmatch(name)]
-    rows = fused_rows(rule, config.targets, layout, canonical=config.canonical)
     mode: Mode = "replicated" if rule.axis is None else "row" if rule.dim == 1 else "column"
     if rule.axis == "etp":
         mode = "expert_row" if rule.dim == 1 else "expert_column"
@@ -160,7 +164,7 @@ def _attach(target: _Target, config: LoRAConfig, layout: ParallelLayout) -> None
         global_name = factor_name(f"{target.name}.weight{expert}", "lora_a")
         weight = getattr(module, name)
         factors = {
-            "lora_a": _initial_a(global_name, config, rule, rows.adapters, layout).to(weight),
+            "lora_a": _initial_a(global_name, config, rule, layout).to(weight),
             "lora_b": weight.new_zeros(rows.adapted_rows, config.rank),
         }
         for factor, value in factors.items():
@@ -201,13 +205,14 @@ def _merged_weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     return merged_weight(module, getattr(module, name).detach(), name.removeprefix("weight"))
 
 
-def _initial_a(name: str, config: LoRAConfig, rule: Rule, adapters: int, layout: ParallelLayout) -> Tensor:
+def _initial_a(name: str, config: LoRAConfig, rule: Rule, layout: ParallelLayout) -> Tensor:
     """This rank's part of `A [adapters * rank, in]` fp32: one draw per name, whatever the layout, as wide as the whole layer's
     input."""
     columns = rule.extent if rule.dim == 1 else rule.shape[1]
     seed = hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
     bound = 1 / math.sqrt(columns)  # Kaiming uniform with a = sqrt(5), as PEFT initialises it
+    adapters = len({part.hf_name for part in adapted_parts(rule, config.targets)}) if config.canonical else 1
     whole = torch.rand(adapters * config.rank, columns, generator=generator) * (2 * bound) - bound
     if rule.dim == 0:
         return whole

@@ -61,9 +61,9 @@ def expand(inner: Tensor, factor_b: Tensor, rows: FusedRows) -> Tensor:
     Returns:
         `[..., rows]`, zero in parts without an adapter.
     """
-    if rows.is_whole:
-        return F.linear(inner, factor_b)
     rank = factor_b.shape[1]
+    if inner.shape[-1] == rank and rows.is_complete:  # one `A` for all
+        return F.linear(inner, factor_b)
     by_group = factor_b.view(rows.groups, -1, rank)
     pieces, start = [], 0
     for size, which in rows.parts:
