@@ -49,14 +49,15 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any]) -> list[
     from mbridge_rl.sync.vllm.compatibility import config_summary
     from mbridge_rl.sync.vllm.engine import InProcessEngine
 
-    limits = {"max_model_len": 64, "max_num_seqs": 8, **options}
+    limits = {"max_model_len": 64, "max_num_seqs": 8, "dtype": "float32", **options}
+    dtype = getattr(torch, limits["dtype"])
     with InProcessEngine(directory / "A", **limits) as engine:
         initialize_parallel(ParallelLayout())
         try:
             bridge = AutoBridge.from_pretrained(directory / "B")
-            model = bridge.build_model()
+            model = bridge.build_model(dtype=dtype)
             bridge.load_weights(model)
-            engine.prepare(bridge.metadata(torch.float32), config_summary(bridge.hf_config))
+            engine.prepare(bridge.metadata(dtype), config_summary(bridge.hf_config))
             before = _greedy(engine)
             engine.refit(bridge.export_weights(model), version=1)
         finally:

@@ -14,6 +14,7 @@ from mbridge_rl.bridges.llama import llama
 from mbridge_rl.bridges.nemotron_h import nemotron_h
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
+from mbridge_rl.bridges.qwen3_5 import qwen3_5
 from mbridge_rl.bridges.qwen3_moe import qwen3_moe
 from mbridge_rl.bridges.unsupported import UNSUPPORTED
 from mbridge_rl.core.errors import UnsupportedModelError
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "Qwen3MoeForCausalLM": qwen3_moe,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "NemotronHForCausalLM": nemotron_h,
+    "Qwen3_5ForCausalLM": qwen3_5,
 }
 
 

@@ -41,6 +41,7 @@ class Block:
     rules: tuple[Rule, ...]
     num_experts: int | None = field(default=None)
     rotates: bool = False
+    extras: tuple[Extra, ...] = ()
 
     def only_in(self, layers: tuple[int, ...]) -> Block:
         """The same block, present in `layers` only."""
@@ -104,7 +105,7 @@ def decoder(hf: Any, *blocks: Block, extras: tuple[Extra, ...] = ()) -> ModelSpe
         rules=rules,
         num_experts=next((block.num_experts for block in blocks if block.num_experts), None),
         rope_inv_freq=None if any(block.rotates for block in blocks) else rope_inv_freq(hf),
-        extras=extras,
+        extras=(*extras, *(extra for block in blocks for extra in block.extras)),
         ignored_hf_names=("lm_head.weight",) if tied else (),
     )
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from mbridge_rl.bridges.blocks import Block
-from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, row_parallel
+from mbridge_rl.core.rules import Rule, column_parallel, row_parallel, stacked
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,6 @@ def mamba(hidden: int, sizes: MambaSizes, ours: str, theirs: str) -> Block:
     return Block(config, rules)
 
 
-def _rows(megatron_name: str, hf_name: str, sizes: dict[str, int], inner: Sequence[int] = ()) -> Rule:
+def _rows(megatron_name: str, hf_name: str, sizes: dict[str, int], inner: tuple[int, ...] = ()) -> Rule:
     """Rows of one HF tensor that are cut separately."""
-    total, starts = sum(sizes.values()), accumulate(sizes.values(), initial=0)
-    rest = tuple(Axis(extent, along=dim) for dim, extent in enumerate(inner, start=1))
-    parts = tuple(
-        Part(hf_name, (Axis(total, 0, start, size), *rest)) for start, size in zip(starts, sizes.values(), strict=False)
-    )
-    return Rule(megatron_name, parts, (0, *inner), axis="tp")
+    return Rule(megatron_name, stacked(hf_name, tuple(sizes.values()), inner), (0, *inner), axis="tp")

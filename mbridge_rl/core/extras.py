@@ -30,4 +30,15 @@ class LogitSoftcap:
     cap: float
 
 
-Extra = EmbeddingScale | LogitScale | LogitSoftcap
+@dataclass(frozen=True, slots=True)
+class PlainNorm:
+    """A norm whose weight is plain in a model whose other norms' are zero-centred.
+
+    Attributes:
+        module: its name inside of a layer, such as `self_attention.out_norm`.
+    """
+
+    module: str
+
+
+Extra = EmbeddingScale | LogitScale | LogitSoftcap | PlainNorm

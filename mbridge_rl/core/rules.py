@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import prod
 from typing import Literal
 
@@ -235,6 +235,14 @@ def renamed_hf_name(hf_name: str, prefixes: Mapping[str, str]) -> str:
 def whole(hf_name: str, shape: Sequence[int]) -> Part:
     """A whole HF tensor whose dimensions are the Megatron tensor's."""
     return Part(hf_name, tuple(Axis(extent, along=dim) for dim, extent in enumerate(shape)))
+
+
+def stacked(hf_name: str, sizes: Sequence[int], inner: Sequence[int] = ()) -> tuple[Part, ...]:
+    """The parts of one HF tensor that has `sizes` rows of each, one below the other."""
+    starts, rest = accumulate(sizes, initial=0), tuple(Axis(extent, along=dim) for dim, extent in enumerate(inner, start=1))
+    return tuple(
+        Part(hf_name, (Axis(sum(sizes), 0, start, size), *rest)) for start, size in zip(starts, sizes, strict=False)
+    )
 
 
 def _fused(sizes: dict[str, int], inner: Sequence[int]) -> tuple[Part, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.extras import EmbeddingScale, Extra, LogitScale, LogitSoftcap
+from mbridge_rl.core.extras import EmbeddingScale, Extra, LogitScale, LogitSoftcap, PlainNorm
 
 
 def add_extras(model: nn.Module, extras: Sequence[Extra]) -> None:
@@ -48,8 +48,17 @@ def _change_logits(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None
         model.output_layer.register_forward_hook(changed)
 
 
+def _make_norm_plain(model: nn.Module, extra: PlainNorm) -> None:
+    """Its weight starts at one, as plain norms' do."""
+    for name, module in model.named_modules():
+        if name.endswith(f".{extra.module}"):
+            module.zero_centered_gamma = False
+            nn.init.ones_(module.weight)
+
+
 _ADD: dict[type, Callable[[nn.Module, Any], None]] = {
     EmbeddingScale: _scale_embeddings,
     LogitScale: _scale_logits,
     LogitSoftcap: _cap_logits,
+    PlainNorm: _make_norm_plain,
 }

@@ -18,7 +18,29 @@ MAMBA = {
 NO_PREFIX_CACHE = {"enable_prefix_caching": False}
 MAMBA_LINEARS = ("in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
+# Three layers of linear attention, then one of attention.
+GATED_DELTA_NET = {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}
+# vLLM's kernel for a CPU has heads of 128 and bfloat16.
+GATED_DELTA_NET_ENGINE = {**NO_PREFIX_CACHE, "dtype": "bfloat16"}
+
 FAMILIES = [
+    Family(
+        "Qwen3.5",
+        "qwen3.5",
+        "qwen3_5_text",
+        "Qwen3_5ForCausalLM",
+        {**GATED_DELTA_NET, "tie_word_embeddings": True},
+        layout=ParallelLayout(tp=2, pp=2, stage_layers=(3, 1)),
+        engine="vLLM's module for it imports torchvision, of which no build fits a CPU build of torch",
+        lora=MAMBA_LINEARS,
+    ),
     Family(
         "Nemotron-H, Nemotron Nano v2",
         "nemotron-h",
