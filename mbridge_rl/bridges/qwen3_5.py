@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from mbridge_rl.bridges.blocks import decoder, gated_mlp

@@ -240,9 +240,7 @@ def whole(hf_name: str, shape: Sequence[int]) -> Part:
 def stacked(hf_name: str, sizes: Sequence[int], inner: Sequence[int] = ()) -> tuple[Part, ...]:
     """The parts of one HF tensor that has `sizes` rows of each, one below the other."""
     starts, rest = accumulate(sizes, initial=0), tuple(Axis(extent, along=dim) for dim, extent in enumerate(inner, start=1))
-    return tuple(
-        Part(hf_name, (Axis(sum(sizes), 0, start, size), *rest)) for start, size in zip(starts, sizes, strict=False)
-    )
+    return tuple(Part(hf_name, (Axis(sum(sizes), 0, start, size), *rest)) for start, size in zip(starts, sizes, strict=False))
 
 
 def _fused(sizes: dict[str, int], inner: Sequence[int]) -> tuple[Part, ...]:

@@ -8,7 +8,6 @@ from itertools import pairwise
 from math import prod
 
 from mbridge_rl.core.digest import contiguous_strides
-from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Instance, Part
@@ -174,11 +173,13 @@ class _Places:
 
 
 def _shard(instance: Instance, local_shape: Shape, shards: int, shard: int, ranks: tuple[int, ...]) -> Iterator[Segment]:
-    """One segment per part and group of the shard, clipped where padding begins."""
+    """Segments of each part and group of the shard, clipped where padding begins."""
     dim, strides = instance.rule.dim, contiguous_strides(local_shape)
     for hf_name, part, first, size, local_start in _pieces(instance, shards, shard, local_shape[dim]):
-        box, hf_strides = _slice_of_part(part, instance, first, size, strides)
-        yield Segment(hf_name, box, instance.megatron_name, local_start * strides[dim], hf_strides, ranks)
+        for start, count in _boxes([axis.count for axis in part.axes if axis.along == dim], first, size):
+            box, hf_strides = _slice_of_part(part, instance, start, count, strides)
+            offset = (local_start + start - first) * strides[dim]
+            yield Segment(hf_name, box, instance.megatron_name, offset, hf_strides, ranks)
 
 
 def _pieces(instance: Instance, shards: int, shard: int, local_extent: int) -> Iterator[tuple[str, Part, int, int, int]]:
@@ -203,6 +204,22 @@ def _pieces(instance: Instance, shards: int, shard: int, local_extent: int) -> I
             at += size
 
 
+def _boxes(digits: list[int], first: int, size: int) -> Iterator[tuple[int, int]]:
+    """`[first, first + size)` of numbers with so many values per digit, slowest first, as ranges `(start, count)` that are a
+    box of digits each: the rest of a slowest digit that has begun, whole ones, and the beginning of another."""
+    faster = prod(digits[1:])
+    rest = min(-first % faster, size)
+    over = (size - rest) % faster
+    whole = first + rest
+    if rest:
+        yield from ((first // faster * faster + start, count) for start, count in _boxes(digits[1:], first % faster, rest))
+    if size > rest + over:
+        yield whole, size - rest - over
+    if over:
+        begin = first + size - over
+        yield from ((begin + start, count) for start, count in _boxes(digits[1:], 0, over))
+
+
 def _slice_of_part(part: Part, instance: Instance, first: int, size: int, local_strides: Shape) -> tuple[Box, Shape]:
     """The box of entries `[first, first + size)` along the rule's dim of `part`, and the local stride of each of its axes."""
     starts, sizes, strides = [], [], []
@@ -212,13 +229,9 @@ def _slice_of_part(part: Part, instance: Instance, first: int, size: int, local_
         else:
             faster = prod(other.count for other in part.axes[position + 1 :] if other.along == axis.along)
             start, count, stride = axis.start, axis.count, local_strides[axis.along] * faster
-            if axis.along == instance.rule.dim and all(other.along != axis.along for other in part.axes[:position]):
-                if first % faster or size % faster:
-                    raise LayoutError(
-                        f"{instance.megatron_name}: entries {first}..{first + size} of {part.hf_name} cut an axis of {faster}: "
-                        f"choose a smaller {instance.rule.axis}"
-                    )
-                start, count = axis.start + first // faster, size // faster
+            if axis.along == instance.rule.dim:
+                start, count = axis.start + first // faster, max(1, size // faster)
+                first, size = first % faster, min(size, faster)
         starts.append(start)
         sizes.append(count)
         strides.append(stride)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def decoder_model(arguments: Mapping[str, Any], vp_stage: int | None) -> nn.Module:
@@ -22,7 +22,28 @@ def decoder_model(arguments: Mapping[str, Any], vp_stage: int | None) -> nn.Modu
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     else:
         layers = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
-    return GPTModel(transformer_layer_spec=layers, vp_stage=vp_stage, **arguments)
+    model = GPTModel(transformer_layer_spec=layers, vp_stage=vp_stage, **arguments)
+    if config.attention_output_gate and config.num_query_groups < config.tensor_model_parallel_size:
+        _deal_gates(model)
+    return model
+
+
+def _deal_gates(model: nn.Module) -> None:
+    """Ranks that share a KV head compute all gates of its group. Megatron gives each its own queries, but no rank its gates."""
+    from megatron.core.transformer.attention import SelfAttention
+
+    def dealing(original: Callable[..., tuple[Tensor, ...]], attention: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
+        def with_own_gates(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+            query, key, value, gate = original(*args, **options)
+            heads, group = query.shape[2], attention.pg_collection.tp
+            first = group.rank() * heads % gate.shape[2]
+            return query, key, value, gate[:, :, first : first + heads]
+
+        return with_own_gates
+
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.get_query_key_value_tensors = dealing(module.get_query_key_value_tensors, module)
 
 
 def hybrid_model(arguments: Mapping[str, Any], pattern: str) -> nn.Module:

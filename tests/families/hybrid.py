@@ -36,7 +36,8 @@ FAMILIES = [
         "qwen3.5",
         "qwen3_5_text",
         "Qwen3_5ForCausalLM",
-        {**GATED_DELTA_NET, "tie_word_embeddings": True},
+        # Fewer KV heads than ranks: these share its queries and gates.
+        {**GATED_DELTA_NET, "num_key_value_heads": 1, "tie_word_embeddings": True},
         layout=ParallelLayout(tp=2, pp=2, stage_layers=(3, 1)),
         engine="vLLM's module for it imports torchvision, of which no build fits a CPU build of torch",
         lora=MAMBA_LINEARS,
