@@ -30,12 +30,10 @@ SAID = math.log(1 / 4)
 class FourAnswers:
     """Says 7, 8, 12 and 3 in turn, each with the same probability."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int = 1, **options: Any) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
         answers = [toy.tokenizer().encode(f"{answer}<eos>") for answer in (7, 8, 12, 3)]
         return [
-            Completion(index, answers[sample % 4], [SAID] * len(answers[sample % 4]), "stop", 3)
-            for index in range(len(prompts))
-            for sample in range(n)
+            Completion(index, answers[index % 4], [SAID] * len(answers[index % 4]), "stop", 3) for index in range(len(prompts))
         ]
 
 

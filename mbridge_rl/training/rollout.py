@@ -1,52 +1,36 @@
 """Rollouts: what the engine answers, as batches that every trainer rank holds.
 
-Rank 0 talks to the engine, computes rewards and shares the result as tensors; the other ranks have `engine=None`.
+Rank 0 talks to the engine, computes rewards and shares the result; the other ranks have `engine=None`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.vllm.engine import Completion
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.rewards import Problem, RewardFunction
+from mbridge_rl.training.episodes import (
+    NOT_SAMPLED,
+    Engine,
+    Environment,
+    Episode,
+    EpisodeRunner,
+    SamplingConfig,
+    Tokenizer,
+)
+from mbridge_rl.training.rewards import InProcessJudge, Judge, Problem, RewardFunction, Verdict
 
+T = TypeVar("T")
 
-class Engine(Protocol):
-    """What a rollout asks of an engine: `InProcessEngine` and `EngineProcess` have it."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]: ...
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that rollouts use."""
-
-    pad_token_id: int
-    eos_token_id: int
-
-    def encode(self, text: str, **options: Any) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int], **options: Any) -> str: ...
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """Attributes:
-    max_tokens: of a completion, with its stop token.
-    length: every batch is padded to so many tokens; `None` pads to its longest row.
-    temperature: 1 samples from the policy itself; give `TrainerConfig` the same.
-    seed: of sampling; call `c` uses `seed + c`.
-    """
-
-    max_tokens: int = 16
-    length: int | None = None
-    temperature: float = 1.0
-    seed: int = 0
+FailedRewards = Literal["mask", "zero", "raise"]
+KEPT_ERRORS = 3
 
 
 @dataclass(frozen=True)
@@ -54,115 +38,171 @@ class RolloutBatch:
     """Sampled completions, rewarded.
 
     Attributes:
-        batch: with `rollout_log_probs`; the rows of a group side by side.
-        rewards: `[batch]` fp32.
-        versions: `[batch]` int64, of the weights that sampled each row.
-        samples: `(prompt, completion)` texts on rank 0, empty elsewhere.
+        batch: with `rollout_log_probs`; the rows of a group side by side. Only tokens that the policy wrote are in its mask.
+        rewards: `[batch]` fp32; not a number where the reward raised, timed out or is none.
+        token_versions: `[batch, seq]` int64, of the weights that sampled the token that a position predicts; -1 outside of the
+            mask.
+        truncated: `[batch]` bool, the completion was cut off.
+        counts: of the step: groups thrown away and the like.
+        errors: the first few reasons of missing rewards.
+        samples: `(prompt, completion)` texts.
     """
 
     batch: Batch
     rewards: Tensor
-    versions: Tensor
-    samples: list[tuple[str, str]]
+    token_versions: Tensor
+    truncated: Tensor
+    counts: dict[str, int] = field(default_factory=dict)
+    errors: tuple[str, ...] = ()
+    samples: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def versions(self) -> Tensor:
+        """`[batch]` int64, of the oldest token of each row that counts; that of the weights that began it."""
+        unsampled = self.token_versions == NOT_SAMPLED
+        return torch.where(unsampled, torch.iinfo(torch.int64).max, self.token_versions).amin(dim=1)
+
+
+class RewardFailed(ValueError):
+    """A reward function failed, and the configuration says that this ends the run."""
+
+
+def assemble(
+    episodes: Sequence[Episode],
+    verdicts: Sequence[Verdict],
+    *,
+    pad_token_id: int,
+    length: int | None = None,
+    failed_rewards: FailedRewards = "mask",
+) -> RolloutBatch:
+    """Rewarded episodes, the groups' side by side, as one padded batch.
+
+    Args:
+        failed_rewards: see `RewardConfig.failed`.
+
+    Raises:
+        RewardFailed: a reward is missing and `failed_rewards` is `raise`.
+        ValueError: an episode is longer than `length`.
+    """
+    errors = [verdict.error for verdict in verdicts if verdict.error is not None]
+    if errors and failed_rewards == "raise":
+        raise RewardFailed(f"{len(errors)} of {len(verdicts)} rewards failed: {errors[0]}")
+    batch = Batch.from_completions(
+        [episode.prompt for episode in episodes],
+        [episode.tokens for episode in episodes],
+        pad_token_id=pad_token_id,
+        length=length,
+        log_probs=[episode.log_probs for episode in episodes],
+    )
+    versions = torch.full_like(batch.tokens, NOT_SAMPLED)
+    for row, episode in enumerate(episodes):
+        first = len(episode.prompt) - 1
+        versions[row, first : first + len(episode.tokens)] = torch.tensor(episode.versions, dtype=torch.int64)
+    missing = math.nan if failed_rewards == "mask" else 0.0
+    rewards = [verdict.reward if verdict.error is None else missing for verdict in verdicts]
+    return RolloutBatch(
+        batch.with_tensors(mask=versions != NOT_SAMPLED),
+        torch.tensor(rewards, dtype=torch.float32),
+        versions,
+        torch.tensor([episode.truncated for episode in episodes]),
+        {"rewards_failed": len(errors)},
+        tuple(dict.fromkeys(errors))[:KEPT_ERRORS],
+    )
+
+
+def share(group: RankGroup, value: T | None) -> T:
+    """Rank 0's `value` on every rank, in two messages."""
+    payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8) if group.rank == 0 else torch.zeros(0)
+    size = torch.tensor([len(payload)], device=group.device)
+    group.wait([group.broadcast(size.view(torch.uint8), 0)])
+    buffer = (payload if group.rank == 0 else torch.zeros(int(size), dtype=torch.uint8)).to(group.device)
+    group.wait([group.broadcast(buffer, 0)])
+    return value if group.rank == 0 else pickle.loads(buffer.cpu().numpy().tobytes())  # type: ignore[return-value]
+
+
+def on_first_rank(group: RankGroup, function: Callable[[], T]) -> T:
+    """What `function` returned on rank 0, on every rank; what it raised there is raised on every rank."""
+    results: list[T] = []
+    group.first_rank_does(lambda: results.append(function()))
+    return share(group, results[0] if results else None)
 
 
 class Rollout:
-    """Samples from an engine. Made and called by all ranks together.
+    """Samples from an engine while the trainer waits. Made and called by all ranks together.
 
     Args:
         engine: on rank 0; `None` elsewhere.
         tokenizer: for prompts and completions.
-        reward: of a completion.
+        reward: of a completion, or a judge.
+        environment: makes the environment of a problem's episode; `None` for single turns.
+        failed_rewards: see `RewardConfig.failed`.
     """
 
     def __init__(
-        self, engine: Engine | None, tokenizer: Tokenizer, reward: RewardFunction, config: SamplingConfig | None = None
+        self,
+        engine: Engine | None,
+        tokenizer: Tokenizer,
+        reward: RewardFunction | Judge,
+        config: SamplingConfig | None = None,
+        *,
+        environment: Callable[[Problem], Environment] | None = None,
+        failed_rewards: FailedRewards = "mask",
     ) -> None:
-        self._engine, self._tokenizer, self._reward = engine, tokenizer, reward
-        self._config = config or SamplingConfig()
+        self._tokenizer, self._config, self._failed_rewards = tokenizer, config or SamplingConfig(), failed_rewards
+        self._judge: Judge = reward if hasattr(reward, "judge") else InProcessJudge(reward)  # type: ignore[assignment,arg-type]
         self._group = RankGroup()
         self._calls = 0
         if engine is None and self._group.rank == 0:
             raise ValueError("rank 0 has no engine: give Rollout(engine=...) one there")
+        self._runner = None if engine is None else EpisodeRunner(engine, tokenizer, self._config, environment)
 
     def collect(self, problems: Sequence[Problem], group_size: int) -> RolloutBatch:
         """`group_size` completions of every problem."""
         self._calls += 1
-        tensors: dict[str, Tensor] = {}
-        samples: list[tuple[str, str]] = []
-        if self._engine is not None:
-            completions = self._engine.generate(
-                [self._encode(problem) for problem in problems],
-                n=group_size,
-                temperature=self._config.temperature,
-                max_tokens=self._config.max_tokens,
-                seed=self._config.seed + self._calls,
-                stop_token_ids=[self._tokenizer.eos_token_id],
-            )
-            texts = [self._text(completion) for completion in completions]
-            asked = [problems[completion.prompt_index] for completion in completions]
-            samples = [(problem.prompt, text) for problem, text in zip(asked, texts, strict=True)]
-            batch = Batch.from_completions(
-                [self._encode(problem) for problem in asked],
-                [completion.tokens for completion in completions],
-                pad_token_id=self._tokenizer.pad_token_id,
-                length=self._config.length,
-                log_probs=[completion.logprobs for completion in completions],
-            )
-            rewards = [self._reward(problem, text) for problem, text in zip(asked, texts, strict=True)]
-            tensors = {
-                "tokens": batch.tokens,
-                "mask": batch.mask,
-                "rollout_log_probs": batch.need("rollout_log_probs"),
-                "rewards": torch.tensor(rewards, dtype=torch.float32),
-                "versions": torch.tensor([completion.weight_version for completion in completions]),
-            }
-        tensors = self._shared(tensors)
-        rewards, versions = tensors.pop("rewards"), tensors.pop("versions")
-        return RolloutBatch(Batch(**tensors), rewards, versions, samples)
+        return on_first_rank(self._group, lambda: self._collect(problems, group_size))
 
     def accuracy(self, problems: Sequence[Problem]) -> float:
-        """Mean reward of the engine's greedy completions, on every rank."""
-        mean = torch.zeros(1, dtype=torch.float64)
-        if self._engine is not None:
-            texts = [self._text(completion) for completion in self.greedy(problems)]
-            rewards = [self._reward(problem, text) for problem, text in zip(problems, texts, strict=True)]
-            mean = torch.tensor([sum(rewards) / len(rewards)], dtype=torch.float64)
-        return self._from_first_rank(mean).item()
+        """Mean reward of the engine's greedy completions, on every rank. A reward that fails counts as 0."""
 
-    def greedy(self, problems: Sequence[Problem]) -> list[Completion]:
-        """The engine's greedy completions. Rank 0 only."""
-        if self._engine is None:
+        def mean() -> float:
+            verdicts = self._verdicts(self._finished(problems, 1, greedy=True))
+            return sum(verdict.reward for verdict in verdicts) / max(len(verdicts), 1)
+
+        return on_first_rank(self._group, mean)
+
+    def greedy(self, problems: Sequence[Problem]) -> list[Episode]:
+        """The engine's greedy episodes. Rank 0 only."""
+        if self._runner is None:
             raise ValueError(f"rank {self._group.rank} has no engine; ask rank 0")
-        return self._engine.generate(
-            [self._encode(problem) for problem in problems],
-            temperature=0.0,
-            max_tokens=self._config.max_tokens,
-            stop_token_ids=[self._tokenizer.eos_token_id],
+        return self._finished(problems, 1, greedy=True)
+
+    def _collect(self, problems: Sequence[Problem], group_size: int) -> RolloutBatch:
+        episodes = self._finished(problems, group_size)
+        found = assemble(
+            episodes,
+            self._verdicts(episodes),
+            pad_token_id=self._tokenizer.pad_token_id,
+            length=self._config.length,
+            failed_rewards=self._failed_rewards,
         )
+        found.samples.extend((episode.problem.prompt, self._text(episode)) for episode in episodes)
+        return found
 
-    def _encode(self, problem: Problem) -> list[int]:
-        return self._tokenizer.encode(problem.prompt)
+    def _finished(self, problems: Sequence[Problem], group_size: int, *, greedy: bool = False) -> list[Episode]:
+        assert self._runner is not None
+        episodes = [
+            self._runner.start(problem, self._calls, index, sample)
+            for index, problem in enumerate(problems)
+            for sample in range(group_size)
+        ]
+        self._runner.run(episodes, greedy=greedy)
+        return episodes
 
-    def _text(self, completion: Completion) -> str:
-        tokens = completion.tokens
-        if tokens and tokens[-1] == self._tokenizer.eos_token_id:
-            tokens = tokens[:-1]
-        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+    def _verdicts(self, episodes: Sequence[Episode]) -> list[Verdict]:
+        asked = [episode for episode in episodes if episode.verdict is None]
+        said = iter(self._judge.judge([(episode.problem, self._text(episode)) for episode in asked]) if asked else ())
+        return [episode.verdict or next(said) for episode in episodes]
 
-    def _shared(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rank 0's tensors on every rank: two numbers say their shapes, then one message each."""
-        shape = torch.tensor(tensors["tokens"].shape if tensors else (0, 0))
-        rows, length = self._from_first_rank(shape).tolist()
-        per_token = {"tokens": torch.int64, "mask": torch.bool, "rollout_log_probs": torch.float32}
-        expected = {name: torch.zeros(rows, length, dtype=dtype) for name, dtype in per_token.items()}
-        expected["rewards"] = torch.zeros(rows)
-        expected["versions"] = torch.zeros(rows, dtype=torch.int64)
-        return {name: self._from_first_rank(tensors.get(name, tensor)) for name, tensor in expected.items()}
-
-    def _from_first_rank(self, tensor: Tensor) -> Tensor:
-        payload = tensor.contiguous().to(self._group.device)
-        work = self._group.broadcast(payload.view(-1).view(torch.uint8), 0)
-        if work is not None:
-            work.wait()
-        return payload.cpu()
+    def _text(self, episode: Episode) -> str:
+        assert self._runner is not None
+        return self._runner.text(episode)

@@ -1,0 +1,105 @@
+"""Configuration files: what is wrong is named by its path, all at once, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mbridge_rl.training.config import RunConfig, load_run_config
+from mbridge_rl.training.config_file import ConfigError, as_mapping, parse_config, read_config, with_overrides
+
+BASE: dict[str, Any] = {"model": {"path": "toy:qwen3"}, "run_dir": "runs/x"}
+
+
+def _parse(**sections: Any) -> RunConfig:
+    return parse_config(RunConfig, BASE | sections)
+
+
+def test_defaults_fill_what_is_left_out_and_the_whole_comes_back() -> None:
+    config = _parse(trainer={"learning_rate": "1e-4"}, lora={"rank": 8, "targets": ["linear_qkv"]}, layout={"tp": 2})
+    assert config.trainer.learning_rate == 1e-4  # which YAML reads as text
+    assert config.lora is not None
+    assert config.lora.targets == ("linear_qkv",)
+    assert config.run_dir == Path("runs/x")
+    assert config.layout.etp == 2
+    assert parse_config(RunConfig, yaml.safe_load(yaml.safe_dump(as_mapping(config)))) == config
+
+
+def test_overrides_are_yaml_and_make_their_sections(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(BASE | {"layout": {"tp": 2}}))
+    overrides = ["layout.tp=4", "rollout.stop=[a, b]", "lora.rank=4", "model.toy={num_layers: 3}", "stop_at_accuracy=null"]
+    config = load_run_config(path, overrides)
+    assert config.layout.tp == 4
+    assert config.rollout.stop == ("a", "b")
+    assert config.lora is not None
+    assert config.lora.rank == 4
+    assert config.model.toy == {"num_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollot": {}}, r"rollot: there is no such field; .*did you mean rollout\?"),
+        ({"trainer": {"learnin_rate": 1}}, r"trainer\.learnin_rate: .*did you mean learning_rate\?"),
+        ({"trainer": {"micro_batch_size": "many"}}, r"trainer\.micro_batch_size: a whole number is needed, found 'many'"),
+        ({"steps": True}, r"steps: a whole number is needed, found True"),
+        ({"model": {}}, r"model\.path: is missing; text is needed"),
+        ({"rollout": {"mode": "asink"}}, r"rollout\.mode: 'asink' is none of sync, .*did you mean async\?"),
+        ({"rollout": {"stop": "x"}}, r"rollout\.stop: a list \(text each\) is needed, found 'x'"),
+        ({"rollout": {"stop": ["x", 3]}}, r"rollout\.stop\[1\]: text is needed, found 3"),
+        ({"layout": {"tp": 2, "ep": 3}}, r"layout: ep\*etp = 3\*2 must divide"),
+        ({"layout": [1]}, r"layout: a section with fields is needed, found a list"),
+    ],
+)
+def test_a_wrong_field_is_named_by_its_path(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _parse(**sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"mode": "async", "max_staleness": 0}}, "is rollout.mode=sync"),
+        ({"rollout": {"max_tokens": 2048}}, "leaves no room for a prompt in engine.max_model_len=1024"),
+        ({"rollout": {"max_tokens": 512, "max_prompt_tokens": 513}}, "are more than engine.max_model_len=1024"),
+        ({"rollout": {"temperature": 0}}, "rollout.temperature must be positive"),
+        ({"rollout": {"max_turns": 3}}, "needs rollout.environment"),
+        ({"rollout": {"prompts_per_step": 0}}, "rollout.prompts_per_step must be at least 1, found 0"),
+        ({"task": {"kind": "jsonl"}}, "task.kind=jsonl needs task.dataset"),
+        ({"stop_at_accuracy": 0.9}, "needs task.evaluate_every"),
+        ({"runner": {"restarts": 1}}, "needs checkpoint.every"),
+        ({"reward": {"function": "http://x", "workers": 2}}, "reward.workers must be 0"),
+        ({"trainer": {"temperature": 0.5}}, "is not rollout.temperature=1"),
+        ({"model": {"path": "some/dir", "toy": {"num_layers": 1}}}, "model.toy is for models named toy"),
+    ],
+)
+def test_contradictions_are_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _parse(**sections)
+
+
+def test_all_errors_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        _parse(steps="x", trainer={"nope": 1}, layout={"tp": 0})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("override", ["trainer.learning_rate", "=3", "a..b=1", "run_dir.x=1", "steps=[1"])
+def test_malformed_overrides_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"override|not a section|no YAML"):
+        with_overrides(BASE, [override])
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing.yaml: No such file"):
+        read_config(RunConfig, tmp_path / "nothing.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match=r"must hold a mapping of fields, found a list"):
+        read_config(RunConfig, tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match=r"broken.yaml is no YAML"):
+        read_config(RunConfig, tmp_path / "broken.yaml")

@@ -1,0 +1,173 @@
+"""Rewards that fail in every way: each is named and costs its own completion only."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from mbridge_rl.training.config import RewardConfig, TaskConfig
+from mbridge_rl.training.config_file import ConfigError
+from mbridge_rl.training.reward_pool import PoolJudge
+from mbridge_rl.training.rewards import (
+    HTTPJudge,
+    InProcessJudge,
+    Problem,
+    RewardFunction,
+    Verdict,
+    exact_match,
+    math_verify,
+)
+from mbridge_rl.training.tasks import make_judge, make_task, reward_function
+
+
+def treacherous(problem: Problem, completion: str) -> float:
+    if completion == "raise":
+        raise KeyError("no such thing")
+    if completion == "hang":
+        time.sleep(60)
+    if completion == "die":
+        os._exit(3)
+    return {"nan": float("nan"), "inf": float("inf")}.get(completion, float(completion == problem.answer))
+
+
+def make_treacherous() -> RewardFunction:
+    return treacherous
+
+
+def _ask(judge: Any, *completions: str) -> list[Verdict]:
+    return judge.judge([(Problem("1+1=", "2"), completion) for completion in completions])
+
+
+def test_what_fails_in_this_process_is_named() -> None:
+    right, wrong, raised, nan, infinite = _ask(InProcessJudge(treacherous), "2", "3", "raise", "nan", "inf")
+    assert (right, wrong) == (Verdict(1.0), Verdict(0.0))
+    assert raised == Verdict(0.0, "reward treacherous raised KeyError: 'no such thing'")
+    assert nan.error == "reward treacherous is nan, which is no finite number"
+    assert infinite.error is not None
+
+
+def test_a_pool_survives_rewards_that_hang_or_die() -> None:
+    judge = PoolJudge(partial(make_treacherous), workers=2, timeout=2)
+    try:
+        assert _ask(judge, "2", "3") == [Verdict(1.0), Verdict(0.0)]  # both workers are up
+        found = _ask(judge, "2", "hang", "raise", "die", "nan", "3", "2")
+        assert [verdict.reward for verdict in found] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+        errors = [verdict.error for verdict in found]
+        assert errors[0] is errors[5] is errors[6] is None
+        assert errors[1] == "the reward took longer than 2 s; its worker was ended"
+        assert "KeyError" in str(errors[2])
+        assert errors[3] == "the reward's worker died (exit status 3)"
+        assert "nan" in str(errors[4])
+        workers = [worker._process for worker in judge._workers]
+    finally:
+        judge.close()
+    assert all(worker.poll() is not None for worker in workers)
+
+
+def test_a_pool_whose_function_cannot_be_made_says_so() -> None:
+    judge = PoolJudge(partial(reward_function, TaskConfig(), RewardConfig("no.such:thing")), workers=1, timeout=2)
+    try:
+        (verdict,) = _ask(judge, "2")
+    finally:
+        judge.close()
+    assert verdict.error is not None
+    assert "reward.function: 'no.such:thing' cannot be imported" in verdict.error
+
+
+@pytest.fixture
+def service() -> Iterator[HTTPServer]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            items = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["items"]
+            rewards = [None if item["completion"] == "?" else float(item["completion"] == item["answer"]) for item in items]
+            if items[0]["completion"] == "short":
+                rewards = rewards[1:]
+            body = json.dumps({"rewards": rewards}).encode()
+            self.send_response(500 if items[0]["completion"] == "broken" else 200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_service_rewards_and_its_failures_are_named(service: HTTPServer) -> None:
+    judge = make_judge(TaskConfig(), RewardConfig(f"http://127.0.0.1:{service.server_port}"))
+    assert isinstance(judge, HTTPJudge)
+    assert _ask(judge, "2", "3") == [Verdict(1.0), Verdict(0.0)]
+    assert [verdict.error is None for verdict in _ask(judge, "2", "?")] == [True, False]
+    assert all("1 rewards for 2 completions" in (verdict.error or "") for verdict in _ask(judge, "short", "2"))
+    assert all("HTTP Error 500" in (verdict.error or "") for verdict in _ask(judge, "broken", "2"))
+    service.shutdown()
+    service.server_close()
+    assert all("refused" in (verdict.error or "") for verdict in _ask(judge, "2"))
+
+
+def test_math_verify_knows_equal_expressions() -> None:
+    pytest.importorskip("math_verify")
+    problem = Problem("How much is a half?", r"\frac{1}{2}")
+    assert math_verify(problem, "It is $0.5$.") == 1.0
+    assert math_verify(problem, r"The answer is \boxed{\frac{2}{4}}") == 1.0
+    assert math_verify(problem, "It is $0.6$.") == 0.0
+    assert InProcessJudge(math_verify).judge([(Problem("?", ""), "1")])[0].error is not None
+
+
+def test_reasoning_gym_brings_problems_and_their_reward() -> None:
+    pytest.importorskip("reasoning_gym")
+    config = TaskConfig(
+        "reasoning-gym",
+        "chain_sum",
+        size=20,
+        options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        prompt="{metadata[expression]}=",
+    )
+    task = make_task(config)
+    assert len(task.problems) == 20
+    assert all(eval(problem.prompt[:-1]) == int(problem.answer) for problem in task.problems)
+    reward = reward_function(config, RewardConfig())
+    assert [reward(problem, f" {problem.answer}") for problem in task.problems] == [1.0] * 20
+    assert reward(task.problems[0], "x") < 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TaskConfig("reasoning-gym", "chain_sums"), "reasoning-gym has no 'chain_sums'"),
+        (TaskConfig("reasoning-gym", "chain_sum", options={"no_such": 1}), "task.options: .*refuses them"),
+        (TaskConfig("jsonl", "/nowhere.jsonl"), "task.dataset: /nowhere.jsonl: No such file"),
+        (TaskConfig("python", "json"), "write module:name"),
+        (TaskConfig(prompt="{metadata[level]}"), "task.prompt: .*does not fit a problem: KeyError: 'level'"),
+    ],
+)
+def test_tasks_that_do_not_exist_are_refused(config: TaskConfig, message: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ConfigError, match=message):
+        make_task(config)
+
+
+def test_tasks_from_files_and_functions(tmp_path: Any) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"question": "a", "answer": 1}\n\n{"question": "b"}\n')
+    assert make_task(TaskConfig("jsonl", str(path), prompt="Q {question}\n")).problems == [
+        Problem("Q a\n", "1"),
+        Problem("Q b\n", ""),
+    ]
+    assert make_task(TaskConfig("python", "mbridge_rl.training.toy:sums", size=3)).problems[2] == Problem("0+2=", "2")
+    assert reward_function(TaskConfig(), RewardConfig("mbridge_rl.training.rewards:exact_match")) is exact_match
+    path.write_text('{"question": "a"}\n{"answer": 1}\n')
+    with pytest.raises(ConfigError, match="line 2"):
+        make_task(TaskConfig("jsonl", str(path)))
