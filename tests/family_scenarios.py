@@ -49,6 +49,7 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any]) -> list[
     from mbridge_rl.sync.vllm.compatibility import config_summary
     from mbridge_rl.sync.vllm.engine import InProcessEngine
 
+    _know_in_process(AutoBridge.from_pretrained(directory / "A").hf_config.architectures[0])
     limits = {"max_model_len": 64, "max_num_seqs": 8, "dtype": "float32", **options}
     dtype = getattr(torch, limits["dtype"])
     with InProcessEngine(directory / "A", **limits) as engine:
@@ -70,6 +71,13 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any]) -> list[
         assert ours.tokens == theirs.tokens
         assert ours.logprobs == theirs.logprobs  # the same bits in the same kernels
     return found
+
+
+def _know_in_process(architecture: str) -> None:
+    """vLLM asks each model class what it can in a process of its own, which takes seconds; here it may be imported."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 def _greedy(engine: Any) -> list[Any]:
