@@ -8,17 +8,14 @@ import pytest
 import torch
 
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.grpo import (
-    GRPOConfig,
-    group_advantages,
-    grpo_loss,
-    kl_penalty,
-    masked_mean,
-    mismatch_metrics,
-    policy_loss,
-    policy_metrics,
-)
+from mbridge_rl.training.grpo import grpo_loss, policy_metrics
 from mbridge_rl.training.logprobs import TokenStatistics
+from mbridge_rl.training.objectives.advantages import group_advantages
+from mbridge_rl.training.objectives.aggregation import masked_mean
+from mbridge_rl.training.objectives.config import GRPOConfig
+from mbridge_rl.training.objectives.kl import kl_penalty
+from mbridge_rl.training.objectives.metrics import mismatch_metrics
+from mbridge_rl.training.objectives.surrogates import policy_loss
 
 
 def test_advantages_compare_within_a_group() -> None:
@@ -26,13 +23,13 @@ def test_advantages_compare_within_a_group() -> None:
     std = math.sqrt(1 / 3)
     expected = torch.tensor([2 / 3 / std, -1 / 3 / std, -1 / 3 / std, 1.0, 0.0, -1.0])
     torch.testing.assert_close(group_advantages(rewards, 3), expected, atol=1e-5, rtol=1e-5)
-    without_std = group_advantages(rewards, 3, normalize_std=False)
+    without_std = group_advantages(rewards, 3, normalize_std="none")
     torch.testing.assert_close(without_std, torch.tensor([2 / 3, -1 / 3, -1 / 3, 2.0, 0.0, -2.0]))
 
 
 def test_groups_without_variance_give_exact_zeros() -> None:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.7, 0.7])  # whose fp32 mean is not the reward
-    for normalize_std in (True, False):
+    for normalize_std in ("group", "batch", "none"):
         assert torch.equal(group_advantages(rewards, 3, normalize_std=normalize_std), torch.zeros(6))
 
 
@@ -88,7 +85,7 @@ def test_mismatch_estimates_the_kl_from_the_trainer_to_the_engine() -> None:
     train = torch.tensor([0.25, 0.25, 0.25, 0.25]).log()
     drawn = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3])
     mask = torch.tensor([True] * 8 + [False])
-    found = mismatch_metrics(train[drawn], engine[drawn], mask)
+    found = mismatch_metrics(train[drawn][None], engine[drawn][None], mask[None])
     assert found["kl_train_rollout"] == pytest.approx((train.exp() * (train - engine)).sum().item(), rel=1e-6)
     assert found["mismatch_max"] == pytest.approx(math.log(2), rel=1e-6)
     assert found["mismatch_mean"] == pytest.approx(math.log(2) * 6 / 8, rel=1e-6)
@@ -110,22 +107,6 @@ def test_batches_align_with_the_prediction() -> None:
     assert batch.num_tokens == 3
 
 
-def test_parts_of_a_batch_keep_their_targets_and_positions() -> None:
-    part = _batch().rows(slice(1, 2)).positions(torch.tensor([2, 0]))
-    assert part.tokens.tolist() == [[9, 7]]
-    assert part.need("targets").tolist() == [[12, 8]]
-    assert part.need("position_ids").tolist() == [[2, 0]]
-    assert part.mask.tolist() == [[True, False]]
-
-
-def test_padding_of_a_batch_counts_for_nothing() -> None:
-    padded = _batch().padded(5, 8)
-    assert padded.tokens.shape == (5, 8)
-    assert padded.num_tokens == 3
-    assert padded.need("targets")[padded.mask].tolist() == [10, 11, 12]
-    assert padded.need("position_ids")[4].tolist() == list(range(8))
-
-
 def test_a_completion_that_ends_the_row_is_predicted_from_before_it() -> None:
     batch = Batch.from_completions([[3]], [[4, 5]], pad_token_id=0)
     assert batch.mask.tolist() == [[True, True, False]]
@@ -140,7 +121,7 @@ def test_bad_batches_say_what_is_wrong() -> None:
         Batch.from_completions([[]], [[3, 4]], pad_token_id=0)
     with pytest.raises(ValueError, match="advantages has shape"):
         _batch().with_tensors(advantages=torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="no old_log_probs"):
+    with pytest.raises(ValueError, match="has no advantages"):
         grpo_loss(GRPOConfig())(TokenStatistics(*torch.zeros(3, 2, 6)), _batch())
 
 
@@ -153,13 +134,14 @@ def test_the_loss_adds_kl_and_subtracts_entropy() -> None:
 
 
 def test_metrics_look_at_the_mask_only() -> None:
-    batch = _batch().with_tensors(old_log_probs=torch.full((2, 6), -1.0))
+    batch = _batch().with_tensors(old_log_probs=torch.full((2, 6), -1.0), advantages=torch.ones(2, 6))
     log_probs = torch.where(batch.mask, -1.0, 50.0)
-    assert policy_metrics(log_probs, batch, GRPOConfig()) == {
-        "ratio_max_deviation": 0.0,
-        "clip_fraction": 0.0,
-        "policy_kl": 0.0,
-    }
+    metrics = policy_metrics(log_probs, batch, GRPOConfig())
+    assert metrics.pop("ratio_mean") == 1.0
+    assert set(metrics.values()) == {0.0}
     log_probs[0, 1] = -1.0 + math.log(1.5)
-    assert policy_metrics(log_probs, batch, GRPOConfig())["clip_fraction"] == pytest.approx(1 / 3)
+    metrics = policy_metrics(log_probs, batch, GRPOConfig())
+    assert metrics["clip_fraction"] == metrics["clip_fraction_high"] == pytest.approx(1 / 3)
+    assert metrics["clip_fraction_low"] == 0.0  # the ratio is too high, not too low
+    assert metrics["ppo_kl"] == pytest.approx(-math.log(1.5) / 3)
     assert masked_mean(log_probs, torch.zeros_like(batch.mask)) == 0.0

@@ -29,16 +29,20 @@ def _scale_embeddings(model: nn.Module, extra: EmbeddingScale) -> None:
         model.embedding.register_forward_hook(scaled)
 
 
-def _scale_logits(model: nn.Module, extra: LogitScale) -> None:
-    _change_logits(model, lambda logits: logits * extra.factor)
+def logit_changes(extras: Sequence[Extra]) -> list[Callable[[Tensor], Tensor]]:
+    """What the extras do to logits, in order; each acts element by element, so that it does not matter how the vocabulary or
+    the tokens are cut."""
+    return [_LOGIT_CHANGES[type(extra)](extra) for extra in extras if type(extra) in _LOGIT_CHANGES]
 
 
-def _cap_logits(model: nn.Module, extra: LogitSoftcap) -> None:
-    _change_logits(model, lambda logits: extra.cap * torch.tanh(logits / extra.cap))
+_LOGIT_CHANGES: dict[type, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    LogitScale: lambda extra: lambda logits: logits * extra.factor,
+    LogitSoftcap: lambda extra: lambda logits: extra.cap * torch.tanh(logits / extra.cap),
+}
 
 
-def _change_logits(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """`change` acts element by element, so that it does not matter how the vocabulary is cut."""
+def _change_logits(model: nn.Module, extra: LogitScale | LogitSoftcap) -> None:
+    change = _LOGIT_CHANGES[type(extra)](extra)
 
     def changed(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         logits, bias = output
@@ -58,7 +62,7 @@ def _make_norm_plain(model: nn.Module, extra: PlainNorm) -> None:
 
 _ADD: dict[type, Callable[[nn.Module, Any], None]] = {
     EmbeddingScale: _scale_embeddings,
-    LogitScale: _scale_logits,
-    LogitSoftcap: _cap_logits,
+    LogitScale: _change_logits,
+    LogitSoftcap: _change_logits,
     PlainNorm: _make_norm_plain,
 }

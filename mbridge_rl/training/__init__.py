@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mbridge_rl.training.batch import Batch
-    from mbridge_rl.training.grpo import GRPOConfig, group_advantages, grpo_loss, mismatch_metrics, supervised_loss
+    from mbridge_rl.training.grpo import grpo_loss, policy_metrics, supervised_loss
     from mbridge_rl.training.launcher import launch
     from mbridge_rl.training.loop import GRPO, ProblemSampler
     from mbridge_rl.training.lora import LoRAConfig, add_lora
+    from mbridge_rl.training.objectives.advantages import group_advantages
+    from mbridge_rl.training.objectives.config import GRPOConfig, objective
+    from mbridge_rl.training.objectives.correction import ImportanceCorrection
+    from mbridge_rl.training.objectives.metrics import mismatch_metrics
+    from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
     from mbridge_rl.training.rewards import Problem, exact_match
     from mbridge_rl.training.rollout import Rollout, SamplingConfig
     from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
@@ -18,6 +23,7 @@ __all__ = [
     "GRPO",
     "Batch",
     "GRPOConfig",
+    "ImportanceCorrection",
     "LoRAConfig",
     "MegatronTrainer",
     "Problem",
@@ -31,13 +37,18 @@ __all__ = [
     "grpo_loss",
     "launch",
     "mismatch_metrics",
+    "objective",
+    "policy_metrics",
+    "prepare_batch",
+    "select_rows",
     "supervised_loss",
 ]
 
 _HOMES = {
     "GRPO": "loop",
     "Batch": "batch",
-    "GRPOConfig": "grpo",
+    "GRPOConfig": "objectives.config",
+    "ImportanceCorrection": "objectives.correction",
     "LoRAConfig": "lora",
     "MegatronTrainer": "trainer",
     "Problem": "rewards",
@@ -47,10 +58,14 @@ _HOMES = {
     "TrainerConfig": "trainer",
     "add_lora": "lora",
     "exact_match": "rewards",
-    "group_advantages": "grpo",
+    "group_advantages": "objectives.advantages",
     "grpo_loss": "grpo",
     "launch": "launcher",
-    "mismatch_metrics": "grpo",
+    "mismatch_metrics": "objectives.metrics",
+    "objective": "objectives.config",
+    "policy_metrics": "grpo",
+    "prepare_batch": "objectives.prepare",
+    "select_rows": "objectives.prepare",
     "supervised_loss": "grpo",
 }
 

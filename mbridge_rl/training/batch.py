@@ -1,4 +1,4 @@
-"""Padded batches of token sequences, and how they are cut for micro-batches and ranks."""
+"""Padded batches of token sequences."""
 
 from __future__ import annotations
 
@@ -6,8 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each position of a part of a batch belongs to, where it is not simply its row.
+
+    Attributes:
+        ids: `[rows, seq]` int64 in `0..count`.
+        count: of the sequences, the same on all ranks of `group`.
+        group: of the ranks among which the sequences' positions are spread; `None` where this one has them all.
+    """
+
+    ids: Tensor
+    count: int
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over sequences, at every position of theirs, `[rows, seq]` float64; all ranks of the group call it together."""
+        sums = values.new_zeros(self.count, dtype=torch.float64).index_add_(0, self.ids.flatten(), values.double().flatten())
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        return sums[self.ids]
 
 
 @dataclass(frozen=True)
@@ -23,6 +45,9 @@ class Batch:
         position_ids: int64; `None` means 0, 1, 2, ... in every row.
         targets: int64, what is predicted; `None` means the tokens shifted by one.
         advantages, old_log_probs, rollout_log_probs, reference_log_probs: fp32, zero outside of the mask.
+        importance_weights: fp32, factors of the tokens' policy loss (`objectives.correction`).
+        loss_weights: fp32, how the tokens' losses are added up; the trainer sets them.
+        sequences: of a part of a batch; `None` means that every row is one.
     """
 
     tokens: Tensor
@@ -33,6 +58,9 @@ class Batch:
     old_log_probs: Tensor | None = None
     rollout_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    importance_weights: Tensor | None = None
+    loss_weights: Tensor | None = None
+    sequences: Sequences | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
@@ -97,7 +125,7 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
     def need(self, name: str) -> Tensor:
         """The tensor `name`.
@@ -118,19 +146,52 @@ class Batch:
         """`per_row [batch]` fp32 at every token of its row that counts, zero elsewhere: `[batch, seq]`."""
         return torch.where(self.mask, per_row.float()[:, None], 0.0)
 
-    def rows(self, rows: slice) -> Batch:
-        """Some of the rows."""
+    def rows(self, rows: slice | Tensor) -> Batch:
+        """Some of the rows: a slice, indices, or a mask `[batch]`."""
         return Batch(**{name: tensor[rows] for name, tensor in self.tensors().items()})
 
-    def positions(self, positions: Tensor) -> Batch:
-        """Some of the positions, in the order of `positions [part]`: the share of a context-parallel rank."""
-        return Batch(**{name: tensor[:, positions] for name, tensor in self.tensors().items()})
+    def without_rows(self, rows: Tensor) -> Batch:
+        """The same batch, where no token of the rows in `rows [batch]` (bool) counts any more."""
+        return self.with_tensors(mask=self.mask & ~rows[:, None])
 
-    def padded(self, rows: int, length: int) -> Batch:
-        """The batch in the upper left corner of `[rows, length]`; what is added has no mask."""
-        add = (0, length - self.tokens.shape[1], 0, rows - len(self))
-        padded = {name: F.pad(tensor, add) for name, tensor in self.tensors().items() if name != "position_ids"}
-        return Batch(**padded)
+    def lengths(self) -> Tensor:
+        """`[batch]` int64: how many tokens of each row have to be read to predict all that count; 0 where none does."""
+        positions = torch.arange(1, self.tokens.shape[1] + 1, device=self.mask.device)
+        return (self.mask * positions).amax(dim=1) if len(self) else self.mask.new_zeros(0, dtype=torch.int64)
+
+    def take(self, source: Tensor, sequences: Sequences) -> Batch:
+        """The positions `source [rows, seq]`, which count through the flattened batch; -1 is padding, which has no mask."""
+        real, index = source >= 0, source.clamp(min=0)
+        taken = {name: torch.where(real, tensor.flatten()[index], 0) for name, tensor in self.tensors().items()}
+        taken["mask"] = taken["mask"].bool()
+        return Batch(**taken, sequences=sequences)
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """At every token, the sum of `values [rows, seq]` over all tokens of its sequence that count, whichever ranks hold
+        them; float64."""
+        values = torch.where(self.mask, values, 0.0)
+        if self.sequences is not None:
+            return self.sequences.sum(values)
+        return values.double().sum(dim=1, keepdim=True).expand_as(values)
+
+    def check_finite(self) -> None:
+        """
+        Raises:
+            ValueError: a token that counts has a number that is none (NaN) or infinite; names the tensor, how many, and the
+                first row.
+        """
+        for name, tensor in self.tensors().items():
+            if tensor.is_floating_point():
+                bad = self.mask & ~tensor.isfinite()
+                if bad.any():
+                    row = int(bad.any(dim=1).nonzero()[0])
+                    raise ValueError(
+                        f"{name} of {int(bad.sum())} tokens are not finite, first in row {row}: leave such rows out "
+                        f"(Batch.without_rows) or find where they come from"
+                    )
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        """The batch on `device`."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        sequences = self.sequences and replace(self.sequences, ids=self.sequences.ids.to(device))
+        return Batch(**moved, sequences=sequences)

@@ -30,10 +30,11 @@ from mbridge_rl.sync.vllm.process import EngineProcess
 from mbridge_rl.training import toy
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.demo_display import DemoDisplay, plot_rewards
-from mbridge_rl.training.grpo import GRPOConfig, supervised_loss
+from mbridge_rl.training.grpo import supervised_loss
 from mbridge_rl.training.launcher import launch
 from mbridge_rl.training.loop import GRPO, Metrics, ProblemSampler
 from mbridge_rl.training.lora import ATTENTION_TARGETS, DENSE_TARGETS, LoRAConfig, add_lora
+from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.rewards import exact_match
 from mbridge_rl.training.rollout import Rollout, SamplingConfig
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig

@@ -1,142 +1,96 @@
-"""Group relative policy optimization as pure functions of tensors: no model, no process group.
+"""The loss of a policy-gradient step, put together from `mbridge_rl.training.objectives` as a frozen config says.
 
-Sources: GRPO, Shao et al., DeepSeekMath (arXiv:2402.03300); the clipped ratio, Schulman et al., PPO (arXiv:1707.06347); the
-wider upper clip and token-level aggregation, Yu et al., DAPO (arXiv:2503.14476); advantages without the standard deviation, Liu
-et al., Dr. GRPO (arXiv:2503.20783); KL estimators, Schulman, http://joschu.net/blog/kl-approx.html.
-
-Per-token tensors are `[batch, seq]` fp32; `mask [batch, seq]` bool marks the tokens that count.
+config = objective("dapo", group_size=16)
+selection = select_rows(config, batch, rewards)
+batch = ...with old log-probabilities...
+prepared = prepare_batch(config, batch, selection.rewards)
+trainer.step(prepared.batch, grpo_loss(config))
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.logprobs import TokenStatistics
+from mbridge_rl.training.objectives.aggregation import masked_mean, token_weights
+from mbridge_rl.training.objectives.config import GRPOConfig
+from mbridge_rl.training.objectives.kl import kl_penalty
+from mbridge_rl.training.objectives.metrics import ratio_metrics
+from mbridge_rl.training.objectives.surrogates import (
+    clipped_surrogate,
+    clipped_weight_loss,
+    policy_ratio,
+    sequence_ratio,
+)
 
-KLEstimator = Literal["k1", "k2", "k3"]
 TokenLoss = Callable[[TokenStatistics, Batch], Tensor]
-"""Loss of every token of a micro-batch, `[rows, seq]`; the trainer takes its mean over all tokens of the whole batch."""
+"""Loss of every token of a micro-batch, `[rows, seq]`. The trainer takes its mean over all tokens of the whole batch or, of a
+`WeightedLoss`, the sum with its weights."""
 
-_MAX_LOG_RATIO = 20.0
-_MAX_K3 = 10.0
+
+@runtime_checkable
+class WeightedLoss(Protocol):
+    """A `TokenLoss` that says how its tokens are added up."""
+
+    def __call__(self, policy: TokenStatistics, batch: Batch) -> Tensor: ...
+
+    def token_weights(self, mask: Tensor) -> Tensor:
+        """Weights `[batch, seq]` of the tokens of the whole batch, zero outside of its `mask`."""
+        ...
 
 
 @dataclass(frozen=True)
-class GRPOConfig:
-    """What the GRPO step is made of.
+class GRPOLoss:
+    """`importance weight * surrogate + kl_coefficient * KL - entropy_coefficient * entropy` of every token."""
 
-    Attributes:
-        group_size: completions per prompt; advantages compare them with each other.
-        normalize_std: divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO).
-        clip_low, clip_high: the ratio is clipped to `[1 - clip_low, 1 + clip_high]`.
-        kl_coefficient: weight of the KL to the reference policy; 0 needs none.
-        kl_estimator: of that KL.
-        entropy_coefficient: weight of an entropy bonus, which keeps the policy trying other answers.
-        old_log_probs: the denominator of the ratio: `"rollout"` takes the engine's, `"recompute"` the trainer's own before
-            the step (exactly 1 on the first step, whatever the engine's arithmetic).
-    """
+    config: GRPOConfig
 
-    group_size: int = 8
-    normalize_std: bool = True
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    kl_coefficient: float = 0.0
-    kl_estimator: KLEstimator = "k3"
-    entropy_coefficient: float = 0.0
-    old_log_probs: Literal["recompute", "rollout"] = "recompute"
-
-
-def group_advantages(rewards: Tensor, group_size: int, *, normalize_std: bool = True, epsilon: float = 1e-6) -> Tensor:
-    """`(reward - mean of its group) / std of its group`; exactly zero where all rewards of a group are equal.
-
-    Args:
-        rewards: `[groups * group_size]`, a group's rewards side by side.
-
-    Returns:
-        `[groups * group_size]` fp32.
-
-    Raises:
-        ValueError: the rewards are not whole groups.
-    """
-    if rewards.dim() != 1 or group_size < 1 or len(rewards) % group_size:
-        raise ValueError(f"rewards of shape {list(rewards.shape)} are not whole groups of {group_size}")
-    groups = rewards.float().view(-1, group_size)
-    advantages = groups - groups.mean(dim=1, keepdim=True)
-    varies = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
-    if normalize_std and group_size > 1:
-        advantages = advantages / (groups.std(dim=1, keepdim=True) + epsilon)
-    return torch.where(varies, advantages, 0.0).view(-1)
-
-
-def policy_ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
-    """`exp(log_probs - old_log_probs)`, the log-ratio clamped to +-20 so that no token overflows."""
-    return (log_probs - old_log_probs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-
-
-def policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
-) -> Tensor:
-    """PPO's clipped surrogate per token, `-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)`.
-
-    All arguments are `[batch, seq]`; only `log_probs` takes part in the gradient.
-    """
-    ratio = policy_ratio(log_probs, old_log_probs)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
-
-
-def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator = "k3") -> Tensor:
-    """Schulman's estimators of KL(policy || reference) per token, for tokens sampled from the policy.
-
-    With `d = log p_reference - log p`: k1 = -d (unbiased), k2 = d^2 / 2, k3 = exp(d) - d - 1 (unbiased, never negative).
-
-    Raises:
-        ValueError: an unknown estimator.
-    """
-    difference = reference_log_probs - log_probs
-    if estimator == "k1":
-        return -difference
-    if estimator == "k2":
-        return difference.square() / 2
-    if estimator == "k3":
-        difference = difference.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        return (difference.exp() - difference - 1).clamp(-_MAX_K3, _MAX_K3)
-    raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> float:
-    """Mean of `values` where `mask` is set: every token of the batch weighs the same."""
-    return (torch.where(mask, values.double(), 0.0).sum() / mask.sum().clamp(min=1)).item()
-
-
-def grpo_loss(config: GRPOConfig) -> TokenLoss:
-    """The loss of a GRPO step: the clipped surrogate, plus the KL to the reference, minus the entropy bonus.
-
-    The batch must hold `advantages`, `old_log_probs` and, with a KL coefficient, `reference_log_probs`.
-    """
-
-    def loss(policy: TokenStatistics, batch: Batch) -> Tensor:
-        total = policy_loss(
-            policy.log_probs,
-            batch.need("old_log_probs"),
-            batch.need("advantages"),
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-        )
-        if config.kl_coefficient:
-            kl = kl_penalty(policy.log_probs, batch.need("reference_log_probs"), config.kl_estimator)
+    def __call__(self, policy: TokenStatistics, batch: Batch) -> Tensor:
+        """
+        Raises:
+            ValueError: the batch lacks a tensor that the config needs.
+        """
+        config = self.config
+        total = self._surrogate(policy.log_probs, batch)
+        if config.correction is not None:
+            total = total * batch.need("importance_weights")
+        if config.kl_coefficient and config.kl_in == "loss":
+            reference = batch.need("reference_log_probs")
+            kl = kl_penalty(policy.log_probs, reference, config.kl_estimator, straight_through=config.kl_straight_through)
             total = total + config.kl_coefficient * kl
         if config.entropy_coefficient:
             total = total - config.entropy_coefficient * policy.entropy
         return total
 
-    return loss
+    def token_weights(self, mask: Tensor) -> Tensor:
+        return token_weights(mask, self.config.aggregation, length=self.config.aggregation_length)
+
+    def _surrogate(self, log_probs: Tensor, batch: Batch) -> Tensor:
+        config, advantages = self.config, batch.need("advantages")
+        if config.surrogate == "policy_gradient":
+            return -advantages * log_probs
+        ratio = step_ratio(config, log_probs, batch)
+        bounds = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+        if config.surrogate == "cispo":
+            return clipped_weight_loss(log_probs, ratio, advantages, **bounds)
+        return clipped_surrogate(ratio, advantages, **bounds, dual_clip=config.dual_clip)
+
+
+def grpo_loss(config: GRPOConfig) -> GRPOLoss:
+    """The loss of a step. The batch must hold `advantages`, `old_log_probs` and, where the config asks for them,
+    `reference_log_probs` and `importance_weights`."""
+    return GRPOLoss(config)
+
+
+def step_ratio(config: GRPOConfig, log_probs: Tensor, batch: Batch) -> Tensor:
+    """The ratio of the policy to the one before the step, of tokens or of sequences as the config says."""
+    old = batch.need("old_log_probs")
+    return sequence_ratio(log_probs, old, batch) if config.ratio == "sequence" else policy_ratio(log_probs, old)
 
 
 def supervised_loss(policy: TokenStatistics, batch: Batch) -> Tensor:
@@ -145,35 +99,13 @@ def supervised_loss(policy: TokenStatistics, batch: Batch) -> Tensor:
 
 
 def policy_metrics(log_probs: Tensor, batch: Batch, config: GRPOConfig) -> dict[str, float]:
-    """How far the policy of the step is from the one that the ratio divides by.
-
-    Returns:
-        `ratio_max_deviation` (largest |ratio - 1|), `clip_fraction`, and `policy_kl` (k3).
-    """
-    mask, old = batch.mask, batch.need("old_log_probs")
-    ratio = policy_ratio(log_probs, old)
-    clipped = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
-    return {
-        "ratio_max_deviation": torch.where(mask, (ratio - 1).abs(), 0.0).max().item(),
-        "clip_fraction": masked_mean(clipped, mask),
-        "policy_kl": masked_mean(kl_penalty(log_probs, old), mask),
-    }
-
-
-def mismatch_metrics(train_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the trainer's policy is from the engine's on the tokens that the engine sampled.
-
-    With `r = p_train / p_rollout` at those tokens, `r log r - (r - 1)` estimates KL(train || rollout) without bias and is never
-    negative, as Schulman's k3 is for the opposite direction.
-
-    Returns:
-        `mismatch_mean` and `mismatch_max` of |difference of log-probabilities|, and `kl_train_rollout` in nats.
-    """
-    log_ratio = torch.where(mask, train_log_probs - rollout_log_probs, 0.0).double()
-    clamped = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    divergence = clamped.exp() * clamped - torch.expm1(clamped)
-    return {
-        "mismatch_mean": masked_mean(log_ratio.abs(), mask),
-        "mismatch_max": log_ratio.abs().max().item(),
-        "kl_train_rollout": masked_mean(divergence, mask),
-    }
+    """`objectives.metrics.ratio_metrics` of a step on the whole batch, with the config's ratio and bounds, and
+    `dual_clip_fraction`."""
+    ratio, advantages = step_ratio(config, log_probs, batch), batch.need("advantages")
+    metrics = ratio_metrics(
+        ratio, log_probs, batch.need("old_log_probs"), advantages, batch.mask, config.clip_low, config.clip_high
+    )
+    if config.dual_clip is not None:
+        bounded = (advantages < 0) & (ratio > config.dual_clip)
+        metrics["dual_clip_fraction"] = masked_mean(bounded, batch.mask)
+    return metrics

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.sync.refit import SyncReport
-from mbridge_rl.training.grpo import (
-    GRPOConfig,
-    group_advantages,
-    grpo_loss,
-    kl_penalty,
-    masked_mean,
-    mismatch_metrics,
-    policy_metrics,
-)
+from mbridge_rl.training.grpo import grpo_loss, policy_metrics
+from mbridge_rl.training.objectives.aggregation import masked_mean
+from mbridge_rl.training.objectives.config import GRPOConfig
+from mbridge_rl.training.objectives.kl import kl_penalty
+from mbridge_rl.training.objectives.metrics import mismatch_metrics
+from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
 from mbridge_rl.training.rewards import Problem
 from mbridge_rl.training.rollout import Rollout
 from mbridge_rl.training.trainer import MegatronTrainer
@@ -60,14 +57,16 @@ class GRPO:
         rollouts = self.rollout.collect(problems, config.group_size)
         clock.lap("rollout_seconds")
 
-        advantages = group_advantages(rollouts.rewards, config.group_size, normalize_std=config.normalize_std)
-        batch = rollouts.batch.with_tensors(advantages=rollouts.batch.spread(advantages))
+        selection = select_rows(config, rollouts.batch, rollouts.rewards)
+        batch = selection.batch
 
         recompute = config.old_log_probs == "recompute"
         old = trainer.compute_log_probs(batch).log_probs if recompute else batch.need("rollout_log_probs")
         batch = batch.with_tensors(old_log_probs=old)
         if config.kl_coefficient:
             batch = batch.with_tensors(reference_log_probs=trainer.reference_log_probs(batch))
+        prepared = prepare_batch(config, batch, selection.rewards)
+        batch = prepared.batch
 
         report = trainer.step(batch, self._loss)
         clock.lap("train_seconds")
@@ -89,6 +88,8 @@ class GRPO:
             "refit_ms": synced.seconds * 1e3,
             "digest": synced.digest,
             "verified": synced.verified,
+            **selection.metrics,
+            **prepared.metrics,
             **clock.laps,
         }
         if config.kl_coefficient:

@@ -1,0 +1,148 @@
+"""How a batch is cut for ranks and micro-batches: rows by data parallelism, positions by context parallelism.
+
+A micro-batch is a table of positions of the batch. So rows that are padded, sequences that are packed one behind the other, and
+the halves that context-parallel ranks hold are read and written back in the same way. All micro-batches of a step have the same
+shape on all ranks, as pipelines want them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.context_parallel import context_parallel_positions
+from mbridge_rl.training.batch import Batch, Sequences
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Attributes:
+    source: `[rows, seq / cp]`, this rank's positions, counted through the flattened batch; -1 is padding.
+    sequences: `[rows, seq / cp]`, the sequence of each, counted within the micro-batch.
+    count: of its sequences.
+    offsets: of packed sequences, over all context-parallel ranks, padding included; `None` where each row is a sequence.
+    """
+
+    source: Tensor
+    sequences: Tensor
+    count: int
+    offsets: tuple[int, ...] | None = None
+
+    def of(self, batch: Batch, context_group: dist.ProcessGroup | None) -> Batch:
+        """What this rank computes of it."""
+        return batch.take(self.source, Sequences(self.sequences, self.count, context_group))
+
+    def write(self, results: Tensor, values: Tensor) -> None:
+        """Puts `values [kinds, rows, seq / cp]` into their places of `results [kinds, batch, seq]`."""
+        real = self.source >= 0
+        results.flatten(1)[:, self.source[real].to(results.device)] = values[:, real.to(values.device)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Attributes:
+    micro_batches: of this rank.
+    rows, length: of each, the length over all context-parallel ranks.
+    loads: `[dp][micro-batches]`, tokens in each without the padding.
+    """
+
+    micro_batches: list[MicroBatch]
+    rows: int
+    length: int
+    loads: list[list[int]]
+
+
+def split_rows(batch: Batch, layout: ParallelLayout, rank: int, micro_batch_size: int) -> Split:
+    """`micro_batch_size` padded rows at a time, rows side by side on the same data-parallel rank."""
+    at, (batch_rows, batch_length) = layout.coordinates(rank), batch.tokens.shape
+    length = batch_length + -batch_length % _length_multiple(layout)
+    per_rank = math.ceil(batch_rows / (micro_batch_size * layout.dp))
+    per_rank = max(1, per_rank) + -max(1, per_rank) % _round(layout)
+    columns = _columns([0, length], at.cp, layout.cp)
+    micro_batches = []
+    for index in range(per_rank):
+        rows = torch.arange(micro_batch_size) + (at.dp * per_rank + index) * micro_batch_size
+        real = (rows < batch_rows)[:, None] & (columns < batch_length)
+        source = torch.where(real, rows[:, None] * batch_length + columns, -1)
+        sequences = torch.arange(micro_batch_size)[:, None].expand_as(source)
+        micro_batches.append(MicroBatch(source, sequences, micro_batch_size))
+    tokens = [*batch.lengths().tolist(), *[0] * (per_rank * layout.dp * micro_batch_size - batch_rows)]
+    sums = [sum(tokens[start : start + micro_batch_size]) for start in range(0, len(tokens), micro_batch_size)]
+    loads = [sums[dp * per_rank : (dp + 1) * per_rank] for dp in range(layout.dp)]
+    return Split(micro_batches, micro_batch_size, length, loads)
+
+
+def pack_rows(batch: Batch, layout: ParallelLayout, rank: int, max_tokens: int) -> Split:
+    """Whole sequences one behind the other, without their padding, at most `max_tokens` in a micro-batch.
+
+    Rows without a token that counts are left out; of the others, what comes behind the last prediction is. The longest sequence
+    goes first to where there are fewest tokens (longest processing time first): every rank finds the same, and data-parallel
+    ranks get about the same.
+
+    Raises:
+        ValueError: a sequence is longer than `max_tokens`.
+    """
+    at, batch_length = layout.coordinates(rank), batch.tokens.shape[1]
+    multiple = 2 * layout.cp if layout.cp > 1 else 1
+    needed = [length + -length % multiple for length in batch.lengths().tolist()]
+    for row, tokens in enumerate(needed):
+        if tokens > max_tokens:
+            raise ValueError(f"row {row} has {tokens} tokens, a micro-batch holds {max_tokens}: raise micro_batch_tokens")
+    bins = _balanced_bins(needed, layout.dp, _round(layout), max_tokens)
+    fullest = max(1, *(sum(needed[row] for row in rows) for rows in bins))
+    length = fullest + -fullest % _length_multiple(layout)
+    micro_batches = [_packed(rows, needed, length, batch_length, at.cp, layout.cp) for rows in bins[at.dp :: layout.dp]]
+    loads = [[sum(needed[row] for row in rows) for rows in bins[dp :: layout.dp]] for dp in range(layout.dp)]
+    return Split(micro_batches, 1, length, loads)
+
+
+def _packed(rows: list[int], needed: list[int], length: int, batch_length: int, cp_rank: int, cp: int) -> MicroBatch:
+    offsets = [0, *accumulate(needed[row] for row in rows)]
+    source = torch.full((length,), -1)
+    for row, (start, end) in zip(rows, pairwise(offsets), strict=True):
+        real = min(end - start, batch_length)  # lengths are rounded up for context parallelism
+        source[start : start + real] = torch.arange(real) + row * batch_length
+    if offsets[-1] < length:
+        offsets.append(length)  # padding is one more sequence
+    sequences = torch.repeat_interleave(torch.tensor(offsets).diff())
+    columns = _columns(offsets, cp_rank, cp)
+    return MicroBatch(source[columns][None], sequences[columns][None], len(offsets) - 1, tuple(offsets))
+
+
+def _balanced_bins(sizes: list[int], dp: int, micro_batches_multiple: int, limit: int) -> list[list[int]]:
+    """Indices of nonzero `sizes` in the fewest bins that hold them, about equally full; bins come in multiples of
+    `dp * micro_batches_multiple`."""
+    order = sorted((index for index, size in enumerate(sizes) if size), key=lambda index: (-sizes[index], index))
+    step = dp * micro_batches_multiple
+    count = max(step, -(-sum(sizes) // (limit * step)) * step)
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        fill = [(0, index) for index in range(count)]
+        for index in order:
+            tokens, emptiest = fill[0]
+            heapq.heapreplace(fill, (tokens + sizes[index], emptiest))
+            bins[emptiest].append(index)
+        if max(tokens for tokens, _ in fill) <= limit:
+            return [sorted(rows) for rows in bins]
+        count += step
+
+
+def _columns(offsets: list[int], cp_rank: int, cp: int) -> Tensor:
+    return context_parallel_positions(offsets, cp_rank, cp) if cp > 1 else torch.arange(offsets[-1])
+
+
+def _length_multiple(layout: ParallelLayout) -> int:
+    """Sequence parallelism cuts a context-parallel rank's tokens by tp, context parallelism cuts a sequence into 2 cp."""
+    return math.lcm(layout.cp * layout.tp, 2 * layout.cp if layout.cp > 1 else 1)
+
+
+def _round(layout: ParallelLayout) -> int:
+    """Interleaved stages need whole rounds of pp micro-batches."""
+    return layout.pp if layout.vpp > 1 else 1

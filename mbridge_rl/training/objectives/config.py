@@ -1,0 +1,149 @@
+"""The choice of an objective's components, and the published combinations of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from mbridge_rl.training.objectives.advantages import Baseline, Normalization
+from mbridge_rl.training.objectives.aggregation import Aggregation
+from mbridge_rl.training.objectives.correction import ImportanceCorrection
+from mbridge_rl.training.objectives.kl import KLEstimator
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """What a policy-gradient step is made of; `objective` has the published combinations.
+
+    Attributes:
+        group_size: completions per prompt; advantages compare them with each other.
+        baseline, normalize_std: of the advantages (`objectives.advantages`).
+        surrogate: `"clip"` (PPO's), `"cispo"`, or `"policy_gradient"`, `-A log p` without a ratio (REINFORCE, RLOO).
+        ratio: of each token, or GSPO's of the sequence.
+        clip_low, clip_high: the ratio is clipped to `[1 - clip_low, 1 + clip_high]`.
+        dual_clip: bounds the loss of bad tokens by so many times their advantage; `None` does not.
+        aggregation, aggregation_length: from tokens to the batch (`objectives.aggregation`).
+        kl_coefficient: weight of the KL to the reference policy; 0 needs none.
+        kl_estimator, kl_straight_through: of that KL (`objectives.kl`).
+        kl_in: the loss, or the rewards before they are compared.
+        entropy_coefficient: weight of an entropy bonus, which keeps the policy trying other answers.
+        old_log_probs: the denominator of the ratio: `"rollout"` takes the engine's, `"recompute"` the trainer's own before
+            the step (exactly 1 on the first step, whatever the engine's arithmetic).
+        correction: for the difference between engine and trainer; needs recomputed log-probabilities. `None` corrects nothing.
+        dynamic_sampling: leave out groups whose rewards are all equal (DAPO).
+        overlong_length, overlong_buffer: longest completion, and the tokens before it in which DAPO's soft penalty grows; a
+            buffer of 0 punishes nothing.
+        overlong_penalty: factor of that penalty.
+        mask_truncated: no gradient from completions that were cut off (DAPO's overlong filtering); their rewards count.
+
+    Raises:
+        ValueError: values that contradict each other, naming both.
+    """
+
+    group_size: int = 8
+    baseline: Baseline = "group_mean"
+    normalize_std: Normalization = "group"
+    surrogate: Literal["clip", "cispo", "policy_gradient"] = "clip"
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float | None = None
+    aggregation: Aggregation = "token-mean"
+    aggregation_length: int | None = None
+    kl_coefficient: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    kl_straight_through: bool = False
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy_coefficient: float = 0.0
+    old_log_probs: Literal["recompute", "rollout"] = "recompute"
+    correction: ImportanceCorrection | None = None
+    dynamic_sampling: bool = False
+    overlong_length: int | None = None
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    mask_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, choices))}")
+        for contradiction, says in _contradictions(self):
+            if contradiction:
+                raise ValueError(f"contradictory objective: {says}")
+
+
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "baseline": get_args(Baseline),
+    "normalize_std": get_args(Normalization),
+    "surrogate": ("clip", "cispo", "policy_gradient"),
+    "ratio": ("token", "sequence"),
+    "aggregation": get_args(Aggregation),
+    "kl_estimator": get_args(KLEstimator),
+    "kl_in": ("loss", "reward"),
+    "old_log_probs": ("recompute", "rollout"),
+}
+
+
+def _contradictions(c: GRPOConfig) -> list[tuple[bool, str]]:
+    norm, buffer = c.aggregation == "seq-mean-token-sum-norm", c.overlong_buffer
+    lowest = 1.0 if c.surrogate != "cispo" else float("inf")
+    return [
+        (c.group_size < 1, f"group_size={c.group_size} must be at least 1"),
+        (
+            c.group_size == 1 and (c.baseline != "none" or c.normalize_std == "group"),
+            f"group_size=1 has nothing to compare: baseline={c.baseline!r} and normalize_std={c.normalize_std!r} make every "
+            "advantage zero; use baseline='none' with normalize_std='batch' or 'none'",
+        ),
+        (c.group_size == 1 and c.dynamic_sampling, "dynamic_sampling leaves out every group of group_size=1"),
+        (not 0 <= c.clip_low <= lowest or c.clip_high < 0, f"clip_low={c.clip_low} or clip_high={c.clip_high} is out of range"),
+        (c.dual_clip is not None and c.surrogate != "clip", f"dual_clip belongs to surrogate='clip', not {c.surrogate!r}"),
+        (c.dual_clip is not None and c.dual_clip <= 1 + c.clip_high, f"dual_clip={c.dual_clip} must exceed 1 + clip_high"),
+        (c.ratio == "sequence" and c.surrogate != "clip", f"ratio='sequence' needs surrogate='clip', not {c.surrogate!r}"),
+        (
+            norm != (c.aggregation_length is not None),
+            f"aggregation={c.aggregation!r} with aggregation_length={c.aggregation_length}",
+        ),
+        (c.aggregation_length is not None and c.aggregation_length < 1, f"aggregation_length={c.aggregation_length} < 1"),
+        (c.kl_coefficient < 0 or c.entropy_coefficient < 0, "kl_coefficient and entropy_coefficient must not be negative"),
+        (c.kl_in == "reward" and not c.kl_coefficient, "kl_in='reward' with kl_coefficient=0"),
+        (c.kl_straight_through and c.kl_in == "reward", "kl_straight_through is about gradients, kl_in='reward' has none"),
+        (
+            c.correction is not None and c.old_log_probs == "rollout",
+            "correction with old_log_probs='rollout' would count twice",
+        ),
+        (buffer < 0 or (buffer > 0) != (c.overlong_length is not None), f"overlong_buffer={buffer} needs overlong_length"),
+        (buffer > (c.overlong_length or 0), f"overlong_buffer={buffer} is longer than overlong_length={c.overlong_length}"),
+        (c.overlong_penalty <= 0, f"overlong_penalty={c.overlong_penalty} must be positive; overlong_buffer=0 turns it off"),
+    ]
+
+
+OBJECTIVES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "grpo": {"clip_high": 0.2, "aggregation": "seq-mean-token-mean", "kl_coefficient": 0.04},
+        "dr_grpo": {"clip_high": 0.2, "normalize_std": "none", "aggregation": "seq-mean-token-sum-norm"},
+        "dapo": {"clip_high": 0.28, "aggregation": "token-mean", "dynamic_sampling": True},
+        "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq-mean-token-mean"},
+        "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "aggregation": "token-mean"},
+        "rloo": {
+            "surrogate": "policy_gradient",
+            "baseline": "leave_one_out",
+            "normalize_std": "none",
+            "aggregation": "seq-mean-token-sum",
+        },
+        "reinforce++": {"baseline": "group_mean", "normalize_std": "batch", "clip_high": 0.2, "aggregation": "token-mean"},
+    }
+)
+"""What the published objectives say of `GRPOConfig`; `docs/training.md` has formulas and sources."""
+
+
+def objective(name: str, **changes: Any) -> GRPOConfig:
+    """The published objective `name` with some fields changed; `dr_grpo` needs `aggregation_length`.
+
+    Raises:
+        ValueError: an unknown name, or fields that contradict each other.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}: choose {', '.join(OBJECTIVES)}")
+    return GRPOConfig(**{**OBJECTIVES[name], **changes})

@@ -1,0 +1,117 @@
+"""From rewarded rollouts to a batch that the loss can be computed of.
+
+What compares completions is computed here, on the whole batch, which every rank holds, before it is split: no split changes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.objectives.advantages import group_advantages, informative_groups
+from mbridge_rl.training.objectives.config import GRPOConfig
+from mbridge_rl.training.objectives.correction import importance_weights
+from mbridge_rl.training.objectives.shaping import kl_rewards, overlong_penalty
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Attributes:
+    batch: the rows to train on; empty where every group was left out.
+    rewards: `[rows]` fp32, shaped; not finite where unknown.
+    metrics: counts of what was left out and why.
+    """
+
+    batch: Batch
+    rewards: Tensor
+    metrics: dict[str, float]
+
+
+def select_rows(config: GRPOConfig, batch: Batch, rewards: Tensor, *, truncated: Tensor | None = None) -> Selection:
+    """Leaves out what can not be trained on, and shapes the rewards.
+
+    A completion whose reward is not finite counts for nothing: it loses its mask, its group is compared without it.
+
+    Args:
+        batch: whole groups, side by side.
+        rewards: `[batch]`.
+        truncated: `[batch]` bool, completions that were cut off.
+
+    Returns:
+        Metrics `rewards_not_finite`, `constant_groups` (whose rewards are all equal), `dropped_groups`, `truncated_rows`,
+        `overlong_rows` (with a penalty).
+
+    Raises:
+        ValueError: rewards that are not one per row, not whole groups, or all not finite; `mask_truncated` without `truncated`.
+    """
+    if len(rewards) != len(batch):
+        raise ValueError(f"{len(rewards)} rewards for {len(batch)} rows")
+    if config.mask_truncated and truncated is None:
+        raise ValueError("mask_truncated needs to know which completions were truncated")
+    rewards = rewards.float()
+    unknown = ~rewards.isfinite()
+    if len(batch) and unknown.all():
+        raise ValueError(f"none of the {len(rewards)} rewards is finite: the reward function is broken")
+    informative = informative_groups(rewards, config.group_size)
+    metrics = {
+        "rewards_not_finite": float(unknown.sum()),
+        "constant_groups": float((~informative).sum()),
+        "truncated_rows": 0.0 if truncated is None else float(truncated.sum()),
+        "overlong_rows": 0.0,
+        "dropped_groups": 0.0,
+    }
+    if config.overlong_length is not None:
+        penalty = overlong_penalty(batch.mask.sum(dim=1), config.overlong_length, config.overlong_buffer)
+        rewards = rewards + config.overlong_penalty * penalty
+        metrics["overlong_rows"] = float((penalty < 0).sum())
+    batch = batch.without_rows(unknown)
+    if config.mask_truncated and truncated is not None:
+        batch = batch.without_rows(truncated)
+    if config.dynamic_sampling:
+        metrics["dropped_groups"] = metrics["constant_groups"]
+        kept = informative.repeat_interleave(config.group_size)
+        batch, rewards = batch.rows(kept), rewards[kept]
+    return Selection(batch, rewards, metrics)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Attributes:
+    batch: with all that `grpo_loss` needs.
+    metrics: of the advantages and the importance correction.
+    """
+
+    batch: Batch
+    metrics: dict[str, float]
+
+
+def prepare_batch(config: GRPOConfig, batch: Batch, rewards: Tensor) -> Prepared:
+    """Adds advantages and, where the config has a correction, importance weights.
+
+    Args:
+        batch: with `old_log_probs`, and with `rollout_log_probs` and `reference_log_probs` where the config needs them.
+        rewards: `[batch]`, as `select_rows` returned them.
+
+    Raises:
+        ValueError: a tensor is missing, or not finite where it counts.
+    """
+    batch.check_finite()
+    metrics: dict[str, float] = {}
+    if config.kl_in == "reward":
+        old, reference = batch.need("old_log_probs"), batch.need("reference_log_probs")
+        rewards = kl_rewards(rewards, old, reference, batch.mask, config.kl_coefficient, config.kl_estimator)
+    advantages = group_advantages(rewards, config.group_size, baseline=config.baseline, normalize_std=config.normalize_std)
+    if config.correction is not None:
+        weights, metrics = importance_weights(
+            config.correction, batch.need("old_log_probs"), batch.need("rollout_log_probs"), batch.mask
+        )
+        batch = batch.with_tensors(importance_weights=weights)
+    some = len(advantages) > 0
+    metrics = {
+        **metrics,
+        "advantage_mean": advantages.mean().item() if some else 0.0,
+        "advantage_max": advantages.abs().max().item() if some else 0.0,
+    }
+    return Prepared(batch.with_tensors(advantages=batch.spread(advantages)), metrics)

@@ -1,0 +1,30 @@
+"""What is done to rewards before they are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mbridge_rl.training.objectives.kl import KLEstimator, kl_penalty
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    """DAPO's soft punishment of length (arXiv:2503.14476, eq. 13): 0 up to `max_length - buffer` tokens, then falling linearly
+    to -1 at `max_length`, and -1 beyond.
+
+    Args:
+        lengths: `[batch]`, tokens of the completions.
+        buffer: tokens before the limit in which the penalty grows.
+
+    Returns:
+        `[batch]` fp32, to be added to the rewards.
+    """
+    return ((max_length - buffer - lengths.float()) / buffer).clamp(-1.0, 0.0)
+
+
+def kl_rewards(
+    rewards: Tensor, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor, coefficient: float, estimator: KLEstimator
+) -> Tensor:
+    """`reward - coefficient * sum of the KL estimates of the completion's tokens` (RLHF; RLOO, arXiv:2402.14740), `[batch]`."""
+    kl = torch.where(mask, kl_penalty(log_probs, reference_log_probs, estimator), 0.0).sum(dim=1)
+    return rewards - coefficient * kl
