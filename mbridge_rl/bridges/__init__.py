@@ -16,6 +16,7 @@ from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
 from mbridge_rl.bridges.qwen3_5 import qwen3_5
 from mbridge_rl.bridges.qwen3_moe import qwen3_moe
+from mbridge_rl.bridges.qwen_vl import qwen2_5_vl, qwen3_5_vl, qwen3_vl
 from mbridge_rl.bridges.unsupported import UNSUPPORTED
 from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.model import ModelSpec
@@ -28,6 +29,9 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "DeepseekV3ForCausalLM": deepseek_v3,
     "NemotronHForCausalLM": nemotron_h,
     "Qwen3_5ForCausalLM": qwen3_5,
+    "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
+    "Qwen3VLForConditionalGeneration": qwen3_vl,
+    "Qwen3_5ForConditionalGeneration": qwen3_5_vl,
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.extras import Extra
@@ -64,6 +65,8 @@ class ModelSpec:
             `E` experts.
         rules: the mapping table.
         extras: what the model computes beyond Megatron's config (`core.extras`).
+        carried: modules of Transformers' own that the first stage holds, whole and frozen: `{name in the Megatron model:
+            function that builds it}`. Their tensors are in `rules` like all others.
         ignored_hf_names: tensors that a checkpoint may hold though the model has no use for them (a tied model's
             `lm_head.weight`, rotary buffers of old exports).
     """
@@ -79,6 +82,7 @@ class ModelSpec:
     rope_inv_freq: tuple[float, ...] | None = None
     hybrid_pattern: str | None = None
     extras: tuple[Extra, ...] = ()
+    carried: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
     ignored_hf_names: tuple[str, ...] = field(default=())
 
     @cached_property

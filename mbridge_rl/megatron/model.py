@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -202,12 +202,20 @@ def _build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: in
         model = hybrid_model(arguments, spec.hybrid_pattern)
     if spec.rope_inv_freq is not None:
         _replace_rope(model, spec.rope_inv_freq)
+    if model.pre_process:
+        _carry(model, spec.carried, config.params_dtype)
     add_extras(model, spec.extras)
     model.model_spec, model.parallel_layout = spec, layout
     _mark_experts(model, layout)
     if torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model
+
+
+def _carry(model: nn.Module, carried: Mapping[str, Callable[[], nn.Module]], dtype: torch.dtype) -> None:
+    """Frozen: DDP would wait for gradients that a batch of text does not give."""
+    for name, build in carried.items():
+        setattr(model, name, build().to(dtype).requires_grad_(False))
 
 
 def _mark_experts(model: nn.Module, layout: ParallelLayout) -> None:

@@ -40,7 +40,8 @@ class Family:
         variant: this model's name in test ids.
         model_type: Transformers' name of the config class.
         architecture: Transformers' model class, and what config.json says.
-        config: fields of the config beside `DENSE`'s.
+        config: fields of the config beside `base`'s.
+        base: fields that many families share.
         layout: real processes for `test_sharded`: TP x PP x EP or the nearest that the model admits.
         engine: further options of vLLM's engine; a string says why vLLM cannot run the family on this CPU.
         lora: targets of adapters (Megatron linears); a string says why there are none.
@@ -53,6 +54,7 @@ class Family:
     model_type: str
     architecture: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=lambda: DENSE)
     layout: ParallelLayout = ParallelLayout(tp=2, pp=2, stage_layers=(2, 1))  # noqa: RUF009 (immutable)
     engine: Mapping[str, Any] | str = field(default_factory=dict)
     lora: tuple[str, ...] | str = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -62,7 +64,7 @@ class Family:
     def hf_config(self) -> Any:
         from transformers import CONFIG_MAPPING
 
-        config = CONFIG_MAPPING[self.model_type](**{**DENSE, **self.config})
+        config = CONFIG_MAPPING[self.model_type](**{**self.base, **self.config})
         config.architectures = [self.architecture]
         return config
 

@@ -1,5 +1,61 @@
 """Language towers in Megatron, vision towers carried along."""
 
-from families.family import Family
+from families.family import DENSE, Family
+from families.hybrid import GATED_DELTA_NET, MAMBA_LINEARS
+from mbridge_rl.core.layout import ParallelLayout
 
-FAMILIES: list[Family] = []
+QWEN_TOWER = {
+    "depth": 2,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 72,
+    "out_hidden_size": 96,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+SQUARE = {**QWEN_TOWER, "num_position_embeddings": 64}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}
+NO_TORCHVISION = "vLLM's module for it imports torchvision, of which no build fits a CPU build of torch"
+
+FAMILIES = [
+    Family(
+        "Qwen2.5-VL",
+        "qwen2.5-vl",
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {
+                **DENSE,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]},
+            },
+            "vision_config": {**QWEN_TOWER, "window_size": 16, "fullatt_block_indexes": [1]},
+            "tie_word_embeddings": True,
+        },
+        base={},
+        engine=NO_TORCHVISION,
+    ),
+    Family(
+        "Qwen3-VL",
+        "qwen3-vl",
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": {**DENSE, "head_dim": 32},
+            "vision_config": {**SQUARE, "deepstack_visual_indexes": [0, 1]},
+        },
+        base={},
+        engine=NO_TORCHVISION,
+    ),
+    Family(
+        "Qwen3.5",
+        "qwen3.5-vl",
+        "qwen3_5",
+        "Qwen3_5ForConditionalGeneration",
+        {"text_config": {**DENSE, **GATED_DELTA_NET}, "vision_config": SQUARE},
+        base={},
+        layout=ParallelLayout(tp=2, pp=2, stage_layers=(1, 3)),
+        engine=NO_TORCHVISION,
+        lora=MAMBA_LINEARS,
+    ),
+]

@@ -1,0 +1,77 @@
+"""Vision-language models: the language model in Megatron, all that makes features of pixels carried along as Transformers built
+it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.rules import Rule, renamed, renamed_hf_name, replicated
+
+MEGATRON_NAME = "vision"
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A module of Transformers' model, by its path there.
+
+    Attributes:
+        build: makes it from the config; on the meta device when only shapes are asked for.
+        hf_name: how its tensors' names begin in a checkpoint.
+    """
+
+    build: Callable[[Any], nn.Module]
+    hf_name: str
+
+
+def with_vision(
+    hf: Any, family: Callable[[Any], ModelSpec], prefixes: Mapping[str, str], towers: Mapping[str, Tower]
+) -> ModelSpec:
+    """The spec of a vision-language model.
+
+    Args:
+        family: of the language model, which `hf.text_config` describes.
+        prefixes: beginnings of the language model's names on its own, and in these checkpoints.
+        towers: by their name in the Megatron model.
+    """
+    spec = family(language_config(hf))
+    rules = tuple(rule for name, tower in towers.items() for rule in _tower_rules(hf, name, tower))
+    return replace(
+        spec,
+        rules=(*rules, *renamed(spec.rules, prefixes)),
+        carried={name: _Build(hf, tower) for name, tower in towers.items()},
+        ignored_hf_names=tuple(renamed_hf_name(hf_name, prefixes) for hf_name in spec.ignored_hf_names),
+    )
+
+
+def language_config(hf: Any) -> Any:
+    """The language model's config as if it stood alone, but for the architecture."""
+    text = copy.copy(hf.text_config)
+    text.architectures = hf.architectures
+    text.tie_word_embeddings = hf.tie_word_embeddings
+    return text
+
+
+@dataclass(frozen=True)
+class _Build:
+    hf: Any
+    tower: Tower
+
+    def __call__(self) -> nn.Module:
+        return self.tower.build(self.hf)
+
+
+def _tower_rules(hf: Any, name: str, tower: Tower) -> list[Rule]:
+    """One per tensor that a checkpoint holds."""
+    with torch.device("meta"):
+        tensors = tower.build(hf).state_dict(keep_vars=True)
+    return [
+        replicated(f"{name}.{tensor}", f"{tower.hf_name}.{tensor}", tuple(values.shape), placement="first_stage")
+        for tensor, values in tensors.items()
+    ]
