@@ -1,0 +1,285 @@
+"""Routes: what each engine worker receives in one sync, as bytes.
+
+A worker's *image* is everything that it keeps, packed in checkpoint order and cut into aligned buckets; inside a bucket, what
+one trainer rank contributes is one contiguous *part*. The last bucket holds the trainer ranks' digests. Every transport carries
+these buckets, and the weight store keeps the image whole. Pure arithmetic, done once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from mbridge_rl.core.buckets import aligned
+from mbridge_rl.core.plan import Copy, Plan, View
+from mbridge_rl.core.segments import Shape
+
+_LINE = 512  # elements: where a rectangle's rows are cut, so that no digest word is
+_DIGEST_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle `[*shape]` on its way from a trainer rank to a worker.
+
+    Attributes:
+        dtype: of the parameter that it goes to, and so on the wire.
+        offset: bytes into the image.
+        words: elements in a digest word.
+        counted: no other piece holds the same elements of the HF tensor; such pieces together are the tensor.
+    """
+
+    hf_name: str
+    shape: Shape
+    dtype: torch.dtype
+    source: View
+    target: View
+    hf: View
+    columns: int
+    offset: int
+    words: int
+    counted: bool
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes `[start, start + nbytes)` of the image, packed by one trainer rank; without pieces it is its digests."""
+
+    source_rank: int
+    start: int
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Bytes `[start, start + nbytes)` of the image."""
+
+    start: int
+    nbytes: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class WorkerRoute:
+    """The image of one worker.
+
+    Attributes:
+        hf_names: that have pieces in it; a digest part holds 8 bytes for each, in this order.
+        nbytes: of the image.
+    """
+
+    rank: int
+    hf_names: tuple[str, ...]
+    buckets: tuple[Bucket, ...]
+    nbytes: int
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        return (piece for bucket in self.buckets for part in bucket.parts for piece in part.pieces)
+
+    @property
+    def digest_parts(self) -> tuple[Part, ...]:
+        return self.buckets[-1].parts
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the largest bucket."""
+        return max(bucket.nbytes for bucket in self.buckets)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Weights alone, without alignment and digests."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that the worker needs, and a later reader of its image. Where the trainer read each piece stays out."""
+        index = {hf_name: position for position, hf_name in enumerate(self.hf_names)}
+        return {
+            "rank": self.rank,
+            "hf_names": self.hf_names,
+            "nbytes": self.nbytes,
+            "buckets": [
+                [bucket.start, bucket.nbytes, [
+                    [part.source_rank, part.start, part.nbytes, [
+                        [index[piece.hf_name], piece.shape, str(piece.dtype).removeprefix("torch."), piece.target.name,
+                         piece.target.offset, piece.target.strides, piece.hf.offset, piece.hf.strides, piece.columns,
+                         piece.offset, piece.words, piece.counted]
+                        for piece in part.pieces
+                    ]]
+                    for part in bucket.parts
+                ]]
+                for bucket in self.buckets
+            ],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> WorkerRoute:
+        names = tuple(said["hf_names"])
+        buckets = tuple(
+            Bucket(
+                start,
+                nbytes,
+                tuple(
+                    Part(rank, at, size, tuple(_piece_from_json(names, piece) for piece in pieces))
+                    for rank, at, size, pieces in parts
+                ),
+            )
+            for start, nbytes, parts in said["buckets"]
+        )
+        return cls(said["rank"], names, buckets, said["nbytes"])
+
+
+@dataclass(frozen=True)
+class Route:
+    """The images of all workers of an engine."""
+
+    workers: tuple[WorkerRoute, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of what the workers are told; both ends compare it before the first byte."""
+        return fingerprint_of([worker.to_json() for worker in self.workers])
+
+    def parts_of(self, source_rank: int) -> Iterator[tuple[WorkerRoute, int, Part]]:
+        """`(worker, bucket index, part)` of everything that one trainer rank packs, in the order in which workers load it."""
+        for index in range(max(len(worker.buckets) for worker in self.workers)):
+            for worker in self.workers:
+                if index < len(worker.buckets):
+                    for part in worker.buckets[index].parts:
+                        if part.source_rank == source_rank:
+                            yield worker, index, part
+
+
+def fingerprint_of(workers: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.blake2b(json.dumps(list(workers)).encode(), digest_size=8).hexdigest()
+
+
+def plan_route(plan: Plan, workers: Sequence[int], dtypes: Mapping[str, torch.dtype], bucket_bytes: int) -> Route:
+    """Cuts what `plan` moves to each of `workers` into buckets of `bucket_bytes` (and alignment).
+
+    Args:
+        dtypes: of every local tensor of the target side.
+    """
+    by_worker: dict[int, list[Copy]] = {worker: [] for worker in workers}
+    counted = _counted(plan)
+    words = {
+        hf_name: plan.word_elements(hf_name, dtypes[copies[0].target.name].itemsize)
+        for hf_name, copies in plan.by_hf_name.items()
+        if copies
+    }
+    for copy in plan.copies:
+        by_worker[copy.target_rank].append(copy)
+    return Route(
+        tuple(
+            _worker_route(worker, copies, counted, words, dtypes, plan.hf_shapes, bucket_bytes)
+            for worker, copies in by_worker.items()
+        )
+    )
+
+
+def _counted(plan: Plan) -> set[int]:
+    """`id`s of copies that together hold every element of their HF tensor once: of equal rectangles the first."""
+    seen: set[tuple[str, Shape, int, Shape]] = set()
+    first = set()
+    for copy in plan.copies:
+        rectangle = (copy.hf_name, copy.shape, copy.hf.offset, copy.hf.strides)
+        if rectangle not in seen:
+            seen.add(rectangle)
+            first.add(id(copy))
+    return first
+
+
+def _worker_route(
+    worker: int,
+    copies: Sequence[Copy],
+    counted: set[int],
+    words: Mapping[str, int],
+    dtypes: Mapping[str, torch.dtype],
+    hf_shapes: Mapping[str, Shape],
+    bucket_bytes: int,
+) -> WorkerRoute:
+    filling: list[tuple[int, Piece]] = []
+    buckets: list[Bucket] = []
+    held = end = 0
+    for copy in copies:
+        dtype = dtypes[copy.target.name]
+        columns = hf_shapes[copy.hf_name][-1] if hf_shapes[copy.hf_name] else 1
+        for chunk in chunks_of(copy, max(_LINE, bucket_bytes // dtype.itemsize)):
+            piece = Piece(copy.hf_name, chunk.shape, dtype, chunk.source, chunk.target, chunk.hf, columns, 0,
+                          words[copy.hf_name], id(copy) in counted)  # fmt: skip
+            if filling and held + piece.nbytes > bucket_bytes:
+                buckets.append(_bucket(filling, end))
+                end += buckets[-1].nbytes
+                filling, held = [], 0
+            filling.append((copy.source_rank, piece))
+            held = aligned(held + piece.nbytes)
+    if filling:
+        buckets.append(_bucket(filling, end))
+        end += buckets[-1].nbytes
+    names = tuple(dict.fromkeys(copy.hf_name for copy in copies))
+    buckets.append(_digests(sorted({copy.source_rank for copy in copies}), len(names), end))
+    return WorkerRoute(worker, names, tuple(buckets), end + buckets[-1].nbytes)
+
+
+def _bucket(filling: Sequence[tuple[int, Piece]], start: int) -> Bucket:
+    parts, end = [], start
+    for rank in sorted({rank for rank, _ in filling}):
+        part_start, pieces = end, []
+        for source_rank, piece in filling:
+            if source_rank == rank:
+                pieces.append(replace(piece, offset=end))
+                end = aligned(end + piece.nbytes)
+        parts.append(Part(rank, part_start, end - part_start, tuple(pieces)))
+    return Bucket(start, end - start, tuple(parts))
+
+
+def _digests(source_ranks: Sequence[int], names: int, start: int) -> Bucket:
+    size = aligned(names * _DIGEST_BYTES)
+    parts = tuple(Part(rank, start + index * size, size, ()) for index, rank in enumerate(source_ranks))
+    return Bucket(start, len(parts) * size, parts)
+
+
+def chunks_of(copy: Copy, elements: int) -> Iterator[Copy]:
+    """The copy in rectangles of at most `elements` (at least 512), cut along its slowest dimensions first."""
+    if copy.numel <= elements:
+        yield copy
+        return
+    dim = next(dim for dim, size in enumerate(copy.shape) if size > 1)
+    inner = copy.numel // copy.shape[dim]
+    step = max(1, elements // inner)
+    if dim == len(copy.shape) - 1:
+        step = step // _LINE * _LINE
+    for first in range(0, copy.shape[dim], step):
+        count = min(step, copy.shape[dim] - first)
+        cut = replace(
+            copy,
+            shape=(*copy.shape[:dim], count, *copy.shape[dim + 1 :]),
+            source=_moved(copy.source, dim, first),
+            target=_moved(copy.target, dim, first),
+            hf=_moved(copy.hf, dim, first),
+        )
+        yield from chunks_of(cut, elements)
+
+
+def _moved(view: View, dim: int, steps: int) -> View:
+    return replace(view, offset=view.offset + steps * view.strides[dim])
+
+
+def _piece_from_json(names: Sequence[str], said: Sequence[Any]) -> Piece:
+    name, shape, dtype, local, to, to_strides, offset, strides, columns, at, words, counted = said
+    target = View(local, to, tuple(to_strides))
+    hf = View(names[name], offset, tuple(strides))
+    nowhere = View("", 0, tuple(strides))
+    return Piece(names[name], tuple(shape), getattr(torch, dtype), nowhere, target, hf, columns, at, words, counted)
