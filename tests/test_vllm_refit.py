@@ -210,7 +210,8 @@ def test_a_slow_answer_is_an_error_and_does_not_confuse_the_next(process: Engine
             process.generate([[1, 2, 3]], temperature=0.0, max_tokens=30)
     finally:
         process._call_timeout = kept
-    assert refit_engines.greedy(process) == expected
+    found = refit_engines.greedy(process)  # beside the request that nobody waits for: sums of another batch may round otherwise
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
 
 
 @pytest.mark.slow

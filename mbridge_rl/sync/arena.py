@@ -26,7 +26,7 @@ from mbridge_rl.sync.errors import ArenaError
 
 logger = logging.getLogger(__name__)
 
-_DIRECTORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 _NAME = re.compile(r"mbridge_rl-(?P<pid>\d+)-[0-9a-f]+\.arena")
 _PAGE = 4096
 
@@ -44,7 +44,7 @@ class Arena:
         self._finalizer = weakref.finalize(self, _release, self.path, lock, os.getpid())
 
     @classmethod
-    def create(cls, nbytes: int, directory: Path = _DIRECTORY) -> Arena:
+    def create(cls, nbytes: int, directory: Path = SHARED_MEMORY) -> Arena:
         """A new arena that this process owns: it is unlinked at `close`, when dropped, and at exit.
 
         Arenas that killed processes left behind in `directory` are removed first.
@@ -56,20 +56,8 @@ class Arena:
             raise ArenaError(f"an arena needs a positive size, found {nbytes} bytes")
         remove_stale(directory)
         path = directory / f"mbridge_rl-{os.getpid()}-{secrets.token_hex(8)}.arena"
-        lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            os.posix_fallocate(lock, 0, nbytes)  # fails here and now; a write to a full /dev/shm would be a bus error
-            return cls(path, nbytes, writable=True, lock=lock)
-        except OSError as error:
-            _release(str(path), lock, os.getpid())
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-                raise
-            free = os.statvfs(directory)
-            raise ArenaError(
-                f"{directory} has no room for an arena of {nbytes} bytes ({free.f_bavail * free.f_frsize} are free); "
-                "enlarge it (docker run --shm-size, mount -o remount,size=) or sync with smaller buckets"
-            ) from error
+        lock = allocate(path, nbytes)
+        return cls(path, nbytes, writable=True, lock=lock)
 
     @classmethod
     def attach(cls, path: str | Path, nbytes: int, *, writable: bool = False) -> Arena:
@@ -116,7 +104,29 @@ class Arena:
         self.close()
 
 
-def remove_stale(directory: Path = _DIRECTORY) -> list[Path]:
+def allocate(path: Path, nbytes: int) -> int:
+    """Makes a file of `nbytes` and returns its descriptor, locked for as long as it stays open.
+
+    Raises:
+        ArenaError: its directory has no room for it.
+    """
+    lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.posix_fallocate(lock, 0, nbytes)  # fails here and now; a write to a full /dev/shm would be a bus error
+    except OSError as error:
+        _release(str(path), lock, os.getpid())
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+            raise
+        free = os.statvfs(path.parent)
+        raise ArenaError(
+            f"{path.parent} has no room for {nbytes} bytes ({free.f_bavail * free.f_frsize} are free); enlarge it (docker run "
+            "--shm-size, mount -o remount,size=), sync with smaller buckets, or in mode 'streaming', which needs the least"
+        ) from error
+    return lock
+
+
+def remove_stale(directory: Path = SHARED_MEMORY) -> list[Path]:
     """Unlink arenas in `directory` whose owner is gone, and return their paths.
 
     Gone means both: no process has the pid in the file's name, and nobody holds its lock (a pid alone lies where two

@@ -35,3 +35,15 @@ class EngineProcessError(SyncError):
 
 class ArenaError(SyncError):
     """Shared memory that cannot be created, mapped, or does not hold what is asked of it."""
+
+
+class StoreError(SyncError):
+    """A weight store that does not hold what is asked of it."""
+
+
+class TransferTimeout(SyncError):
+    """The other end of a transfer did not come within the time-out."""
+
+
+class NonFiniteWeights(SyncError):
+    """The policy holds NaN or infinite weights; nothing was sent."""

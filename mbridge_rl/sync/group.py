@@ -6,12 +6,9 @@ Ranks fail together: what one of them raises reaches all of them, in the same ca
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.errors import RanksUnreachable, SyncError
+from mbridge_rl.sync.host import machine_id
 
 Failure = tuple[type[BridgeError], str] | None
 _TELL_SECONDS = 3.0  # for ranks that time out a little later
@@ -52,7 +50,7 @@ class RankGroup:
             return True
         group = self._group or dist.group.WORLD
         if group not in _ON_ONE_MACHINE:
-            _ON_ONE_MACHINE[group] = len(set(self.gather_object(_machine()))) == 1
+            _ON_ONE_MACHINE[group] = len(set(self.gather_object(machine_id()))) == 1
         return _ON_ONE_MACHINE[group]
 
     def broadcast(self, payload: Tensor, source_rank: int) -> dist.Work | None:
@@ -189,14 +187,3 @@ def _told(failure: Exception | None) -> Failure:
         return None
     error_class = type(failure) if isinstance(failure, BridgeError) else SyncError
     return error_class, f"{type(failure).__name__}: {failure}"
-
-
-def _machine() -> tuple[str, str, int]:
-    """What processes have in common that can share memory: the kernel's boot, and the `/dev/shm` of their container."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    shared_memory = Path("/dev/shm")
-    return (
-        socket.gethostname(),
-        boot.read_text().strip() if boot.exists() else "",
-        os.stat(shared_memory).st_dev if shared_memory.exists() else -1,
-    )

@@ -8,20 +8,27 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.digest import add, digest_strided, signed, unsigned
+from mbridge_rl.core.errors import listed
 from mbridge_rl.core.plan import View
 from mbridge_rl.core.segments import Shape
+from mbridge_rl.sync.errors import DigestMismatch
 from mbridge_rl.sync.route import Part, Piece, WorkerRoute
 
 Digests = dict[str, int]
 
 
-def pack(part: Part, into: Tensor, read: Callable[[Piece], Tensor], digests: Digests | None) -> None:
-    """Writes the pieces of `part` to `into` (uint8 `[part.nbytes]`) and adds their digests, by HF name, to `digests`."""
+def pack(part: Part, into: Tensor, read: Callable[[Piece], Tensor], digests: Digests | None) -> list[tuple[Piece, int]]:
+    """Writes the pieces of `part` to `into` (uint8 `[part.nbytes]`); if `digests` are wanted adds each piece's, by HF name, to
+    them, and returns the pieces with theirs."""
+    found = []
     for piece in part.pieces:
         values = rectangle(piece, into, part.start)
         values.copy_(read(piece))
         if digests is not None:
-            digests[piece.hf_name] = add(digests.get(piece.hf_name, 0), piece_digest(piece, values))
+            share = piece_digest(piece, values)
+            digests[piece.hf_name] = add(digests.get(piece.hf_name, 0), share)
+            found.append((piece, share))
+    return found
 
 
 def rectangle(piece: Piece, data: Tensor, start: int = 0) -> Tensor:
@@ -63,6 +70,13 @@ def image_digests(worker: WorkerRoute, image: Tensor) -> Digests:
 def expected_digests(worker: WorkerRoute, image: Tensor) -> Digests:
     """The trainer's own, out of the image."""
     return read_digests(worker, (image[part.start : part.start + part.nbytes] for part in worker.digest_parts))
+
+
+def require_expected(worker: WorkerRoute, image: Tensor) -> None:
+    """Raises DigestMismatch, with the tensors, where an image is not what the trainer ranks say that they packed."""
+    expected, found = expected_digests(worker, image), image_digests(worker, image)
+    if wrong := [hf_name for hf_name, value in expected.items() if found.get(hf_name, 0) != value]:
+        raise DigestMismatch(f"{len(wrong)} tensors arrived with other bytes for worker {worker.rank}: {listed(wrong)}")
 
 
 def live_digests(pieces: Iterable[Piece], parameters: Mapping[str, Tensor]) -> Digests:

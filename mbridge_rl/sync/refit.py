@@ -1,46 +1,84 @@
-"""Refit: the trainer's weights into a running engine, as one versioned transaction per sync.
+"""Refit: the trainer's weights into running engines, as one versioned transaction per sync.
 
-Every trainer rank writes the rectangles that it holds straight into shared memory, already in HF layout, so nothing is gathered
-and no collective carries weights. Two halves of the arena alternate: while the engine loads one, the ranks fill the other.
-The one small all-reduce per bucket sums the ranks' digests and is the barrier that says the half is full.
+    begin(version) -> transfer -> verify -> commit | abort
+
+One static plan says which rectangle of which trainer rank each engine worker keeps; every worker receives those bytes and no
+others. Staged, they arrive beside the weights that are served, are verified there, and replace them in one short pause;
+streaming, they replace them as they arrive.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
+import os
+import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.buckets import Bucket, pack
 from mbridge_rl.core.digest import add, combine, signed, unsigned
-from mbridge_rl.core.plan import Plan, copy_digest
-from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
-from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.core.errors import listed
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.segments import megatron_side
+from mbridge_rl.megatron.parameters import LiveParameters, layout_of, live_side, model_dtype
+from mbridge_rl.sync import packing
+from mbridge_rl.sync.arena import SHARED_MEMORY
+from mbridge_rl.sync.engine_side import WorkerDescription, engine_side, local_dtypes
+from mbridge_rl.sync.engines import Engine, Engines
+from mbridge_rl.sync.errors import DigestMismatch, NonFiniteWeights, SyncError, TransferTimeout
 from mbridge_rl.sync.group import RankGroup
+from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.route import Piece, Route, plan_route
+from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import init_info
+from mbridge_rl.sync.vllm.requests import InFlight
+from mbridge_rl.sync.waiting import Patience
+from mbridge_rl.sync.worker import Mode
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_BUCKET_BYTES = 64 << 20
-LOAD_TIMEOUT_SECONDS = 600.0
+DEFAULT_BUCKET_BYTES = 32 << 20
+_TRANSIENT = (TransferTimeout, DigestMismatch)  # worth another attempt; whatever else fails would fail again
+
+Transport = Literal["auto", "shared_memory", "process_group", "files", "cuda_ipc"]
 
 
-class EngineClient(Protocol):
-    """What a sync asks of an engine: vLLM's weight-transfer calls (`sync.vllm.engine` has two implementations)."""
+@dataclass(frozen=True)
+class SyncOptions:
+    """How a sync goes about it.
 
-    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None: ...
-    def start_weight_update(self) -> None: ...
-    def update_weights(self, update_info: Mapping[str, Any]) -> None: ...
-    def finish_weight_update(self, weight_version: str) -> Mapping[str, Any]: ...
+    Attributes:
+        mode: `staged` keeps the old version serving until the commit and needs memory for two more versions per host;
+            `streaming` needs a few buckets, holds generation for the whole transfer, and loses the old version if it fails.
+        transport: `auto` takes shared memory where trainer and engines share a host, else a process group.
+        bucket_bytes: of one bucket; larger tensors travel in chunks.
+        verify: digests on both ends, compared before the commit.
+        nonfinite: whether NaN and infinite weights are refused before anything is sent, or passed on.
+        requests: what becomes of requests in flight at the commit (`sync.vllm.requests.RequestRunner.hold`).
+        retries: attempts after one that timed out or arrived with other bytes.
+        timeout: seconds, for every single wait.
+        store: name of the weight store; named ones outlive the trainer. `None` makes one that ends with it.
+        url: where the transport `files` puts them.
+    """
+
+    mode: Mode = "staged"
+    transport: Transport = "auto"
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    verify: bool = True
+    nonfinite: Literal["refuse", "pass"] = "refuse"
+    requests: InFlight = "keep"
+    retries: int = 1
+    timeout: float = 120.0
+    store: str | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +86,13 @@ class SyncReport:
     """What one sync did, and the proof of it.
 
     Attributes:
-        digest: of the whole HF state that the trainer meant; the engine's equals it, or the sync had raised.
-        verified: the engine proved its live weights against the trainer's digests.
+        nbytes: that all workers of one engine received, weights alone.
+        digest: of all weights that the trainer meant; every engine's equals it, or the sync had raised.
+        verified: the engines proved their live weights against the trainer's digests.
         seconds: wall time, all of it.
-        engine: the engine's own report.
+        phases: seconds of each: `check`, `begin`, `transfer`, `verify`, `commit` (in which generation pauses).
+        attempts: how many it took.
+        engines: every engine's own report, on rank 0.
     """
 
     version: int
@@ -61,7 +102,16 @@ class SyncReport:
     digest: str | None
     verified: bool
     seconds: float
-    engine: Mapping[str, Any]
+    mode: str
+    transport: str
+    phases: Mapping[str, float]
+    attempts: int
+    engines: Sequence[Mapping[str, Any]] = field(default=())
+
+    @property
+    def engine(self) -> Mapping[str, Any]:
+        """The first engine's report, on rank 0."""
+        return self.engines[0] if self.engines else {}
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -69,166 +119,268 @@ class SyncReport:
 
 
 class WeightSync:
-    """Keeps one engine's weights those of a live Megatron model. Made once by all trainer ranks together; `sync` is collective.
+    """Keeps engines' weights those of a live Megatron model. Made once by all trainer ranks together; `sync` is collective.
 
     Args:
         bridge: of the model.
         model: this rank's chunks (`AutoBridge.build_model`); adapters are merged on the way.
-        client: the engine, on rank 0; `None` on the other ranks.
-        dtype: that the engine holds and the wire carries; `None` means the model's.
-        bucket_bytes: size of one half of the arena; a larger tensor enlarges it.
-        verify: sum digests on both ends and compare them before the commit.
+        client: the engine, or replicas of equal layout, on rank 0; `None` on the other ranks.
+        dtype: of the policy as engines see it; `None` means the model's.
+        options: or fields of `SyncOptions` by keyword.
 
     Raises:
-        SyncError: not all ranks are on the engine's machine, or no engine was given; EngineMismatch: the engine's model is not
-            the bridge's. No weight is changed.
+        SyncError: no engine was given; EngineMismatch: an engine's model is not the bridge's; PlanError. No weight is changed.
     """
 
     def __init__(
         self,
         bridge: Any,
         model: Sequence[nn.Module],
-        client: EngineClient | None,
+        client: Engine | Sequence[Engine] | None,
         *,
         dtype: torch.dtype | None = None,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-        verify: bool = True,
+        options: SyncOptions | None = None,
+        **fields: Any,
     ) -> None:
-        self._spec, self._model, self._client = bridge.spec, model, client
+        self.options = options or SyncOptions(**fields)
+        self._spec, self._model = bridge.spec, model
         self._group = RankGroup()
         self._layout = layout_of(model, bridge.spec)
         self._dtype = dtype or model_dtype(model)
-        self._verify = verify
-        self._plan: Plan = bridge.export_plan(self._layout)
-        self._tensors = [
-            replace(tensor, word_elements=self._plan.word_elements(tensor.hf_name, tensor.dtype.itemsize))
-            for tensor in self._spec.hf_tensors(self._dtype)
-        ]
-        self._buckets = pack(self._tensors, bucket_bytes)
-        self._half_bytes = max(bucket.nbytes for bucket in self._buckets)
-        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refit")
-        self._handshake()
-        self._arena = self._shared_arena()
-        self._fingerprint = ""
-        self._group.first_rank_does(lambda: self._introduce(bridge.hf_config))
+        self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])
+        self._patience = Patience(self.options.timeout)
+        self._require_same((self._spec.fingerprint, self._layout, str(self._dtype), self.options))
+        self._info = init_info(self._spec.hf_tensors(self._dtype), config_summary(bridge.hf_config))
+        workers, self._replicas, hosts = self._introduction()
+        self._route = self._planned(workers)
+        route = {"workers": [worker.to_json() for worker in self._route.workers], "fingerprint": self._route.fingerprint}
+        route["verify"] = self.options.verify
+        self._group.first_rank_does(lambda: self._engines.adopt(route))
+        self._store = self._make_store(workers, route)
+        self._transport, self._way = self._choose_way(hosts)
+        self._slot = 0  # of the two that workers on other hosts fill in turn
 
     def sync(self, version: int) -> SyncReport:
-        """Moves the live weights into the engine and commits them as `version`.
+        """Moves the live weights into the engines and commits them as `version`.
 
         Returns:
-            The same report on every rank (`engine` only on rank 0).
+            The same report on every rank (`engines` only on rank 0).
 
         Raises:
-            SyncError: on every rank, if any part failed on any; the engine then serves the old version, or refuses to generate
-                and says which version it lost.
+            NonFiniteWeights, StateMismatchError: before anything was sent.
+            SyncError: on every rank, if any part failed on any; the engines then serve the old version or, where live weights
+                were written already, refuse to generate and say which version they lost.
         """
         started = time.perf_counter()
-        live, _ = live_side(self._model, self._spec, self._layout, self._group.rank)
-        self._on_engine(lambda client: client.start_weight_update())
-        digests: dict[str, int] = {}
-        loading: Future[None] | None = None
-        for index, bucket in enumerate(self._buckets):
-            half = (index % 2) * self._half_bytes
-            sums = self._fill(bucket, half, live)
-            failure = _failure_of(loading)
-            sums = self._agree(sums, failure, version)
-            of_bucket = {slot.tensor.hf_name: unsigned(value) for slot, value in zip(bucket.slots, sums.tolist(), strict=True)}
-            digests.update(of_bucket)
-            if self._client is not None:
-                loading = self._loading.submit(self._client.update_weights, self._update_info(bucket, half, of_bucket, version))
-        self._agree(torch.zeros(0, dtype=torch.int64), _failure_of(loading), version)
-        engine_report: dict[str, Any] = {}
-        self._on_engine(lambda client: engine_report.update(client.finish_weight_update(str(version))))
-        report = SyncReport(
-            version=version,
-            tensors=len(self._tensors),
-            nbytes=sum(tensor.nbytes for tensor in self._tensors),
-            buckets=len(self._buckets),
-            digest=combine(digests) if self._verify else None,
-            verified=self._verify,
-            seconds=time.perf_counter() - started,
-            engine=engine_report,
-        )
-        _log.info("version %d: %d bytes in %.3f s, digest %s", version, report.nbytes, report.seconds, report.digest)
-        return report
+        for attempt in range(1, self.options.retries + 2):
+            try:
+                report = self._attempt(version, attempt, started)
+            except _TRANSIENT as error:
+                if attempt > self.options.retries:
+                    raise
+                _log.warning("version %d, attempt %d failed, trying again: %s", version, attempt, error)
+            else:
+                _log.info("version %d: %d bytes in %.3f s, digest %s", version, report.nbytes, report.seconds, report.digest)
+                return report
+        raise AssertionError("unreachable")
+
+    @property
+    def route(self) -> Route:
+        """What each engine worker receives."""
+        return self._route
+
+    @property
+    def store(self) -> WeightStore:
+        """Where engines catch up from (with the transport `shared_memory` in mode `staged`)."""
+        return self._store
 
     def close(self) -> None:
-        """Frees the shared memory. The engine keeps its weights."""
-        self._loading.shutdown()
-        self._arena.close()
+        """Frees shared memory; a store that was given a name stays. The engines keep their weights."""
+        self._way.close()
+        self._engines.close()
+        if self._group.rank == 0:
+            self._store.close() if self.options.store else self._store.remove()
 
-    def _handshake(self) -> None:
-        """Once: everybody has the same plan, and shares a machine."""
-        said = self._group.gather_object((socket.gethostname(), self._plan.fingerprint, str(self._dtype)))
-        hosts = sorted({host for host, _, _ in said})
-        if len(hosts) > 1:
-            raise SyncError(f"refit through shared memory needs all trainer ranks on the engine's machine, found {hosts}")
-        for rank, (_, fingerprint, dtype) in enumerate(said):
-            if (fingerprint, dtype) != said[0][1:]:
+    def _attempt(self, version: int, attempt: int, started: float) -> SyncReport:
+        phases: dict[str, float] = {}
+        with _phase(phases, "check"), self._group.together():
+            live, _ = live_side(self._model, self._spec, self._layout, self._group.rank)
+            if self.options.nonfinite == "refuse":
+                require_finite(live, self._group.rank)
+        began = False
+        try:
+            with _phase(phases, "begin"):
+                wire, outlet = self._way.open(version)
+                began = True
+                self._group.first_rank_does(lambda: self._begin(version, wire))
+            with _phase(phases, "transfer"), self._group.together():
+                digests = self._send(outlet, live)
+            with _phase(phases, "verify"):
+                digest = self._verify(digests)
+            self._group.first_rank_does(lambda: self._way.commit(version, digest))
+        except BaseException as error:
+            if began:
+                self._abort(version, error)
+            raise
+        reports: list[dict[str, Any]] = []
+        with _phase(phases, "commit"):
+            self._group.first_rank_does(lambda: reports.extend(self._commit(version)))
+        self._slot = 1 - self._slot
+        return SyncReport(
+            version=version,
+            tensors=len(self._spec.hf_shapes),
+            nbytes=sum(worker.payload_bytes for worker in self._route.workers),
+            buckets=sum(len(worker.buckets) for worker in self._route.workers),
+            digest=digest,
+            verified=self.options.verify,
+            seconds=time.perf_counter() - started,
+            mode=self.options.mode,
+            transport=self._transport,
+            phases=phases,
+            attempts=attempt,
+            engines=reports,
+        )
+
+    def _begin(self, version: int, wire: Wire) -> None:
+        landing = {
+            "store": self._store.name,
+            "directory": str(self._store.directory),
+            "token": f"{os.getpid()}x{self._slot}",
+            "version": version,
+            "fingerprint": self._route.fingerprint,
+            "sizes": [worker.nbytes for worker in self._route.workers],
+        }
+        if wire["kind"] == "store":
+            landing = {}
+        self._engines.begin(
+            {
+                "version": version,
+                "fingerprint": self._route.fingerprint,
+                "mode": self.options.mode,
+                "wire": {**landing, **wire},
+                "timeout": self.options.timeout,
+                "requests": self.options.requests,
+            }
+        )
+
+    def _send(self, outlet: Outlet, live: LiveParameters) -> packing.Digests:
+        """Packs and sends this rank's parts; returns its share of every HF tensor's digest."""
+        digests: list[packing.Digests] = [{} for _ in self._route.workers]
+        counted: packing.Digests = {}
+
+        def read(piece: Piece) -> Tensor:
+            return packing.placed(piece.source, piece.shape, live).to(self._hf_dtypes[piece.hf_name])
+
+        for worker, index, part in self._route.parts_of(self._group.rank):
+            into = outlet.place(worker.rank, index, part)
+            if part.pieces:
+                shares = digests[worker.rank] if self.options.verify else None
+                for piece, share in packing.pack(part, into, read, shares):
+                    if piece.counted:
+                        counted[piece.hf_name] = add(counted.get(piece.hf_name, 0), share)
+            else:
+                packing.write_digests(worker, digests[worker.rank], into)
+            outlet.send(worker.rank, index, part)
+        outlet.finish()
+        return counted
+
+    def _verify(self, counted: packing.Digests) -> str | None:
+        """What arrived is what was packed; returns the digest of all weights."""
+        with self._group.together():
+            self._way.verify(self.options.verify)
+        self._group.first_rank_does(lambda: self._engines.wait_for_arrival(self._patience))
+        if not self.options.verify:
+            return None
+        shares = torch.tensor([signed(counted.get(hf_name, 0)) for hf_name in self._spec.hf_shapes], dtype=torch.int64)
+        sums = self._group.sum(shares).tolist()
+        return combine({hf_name: unsigned(value) for hf_name, value in zip(self._spec.hf_shapes, sums, strict=True)})
+
+    def _commit(self, version: int) -> list[dict[str, Any]]:
+        return self._engines.commit(version, self.options.requests, self.options.timeout)
+
+    def _abort(self, version: int, error: BaseException) -> None:
+        self._way.abandon()
+        if self._group.rank == 0:
+            self._engines.abort(f"version {version} was given up: {type(error).__name__}: {error}")
+
+    def _introduction(self) -> tuple[list[WorkerDescription], int, set[str]]:
+        """The workers of one engine, the number of engines, and the hosts of all of them."""
+        said: list[list[list[dict[str, Any]]]] = []
+
+        def introduce() -> None:
+            if not self._engines.all:
+                raise SyncError("rank 0 has no engine client: give WeightSync(client=...) an engine there")
+            said.append(self._engines.describe(self._info))
+
+        self._group.first_rank_does(introduce)
+        engines = self._group.gather_object(said[0] if said else None)[0]
+        workers = [WorkerDescription.from_json(worker) for worker in engines[0]]
+        for hf_name, reason in {name: why for worker in workers for name, why in worker.whole.items()}.items():
+            _log.warning("%s goes whole to every worker that keeps some of it: %s", hf_name, reason)
+        return workers, len(engines), {worker["host"] for engine in engines for worker in engine}
+
+    def _planned(self, workers: Sequence[WorkerDescription]) -> Route:
+        self._hf_dtypes = self._spec.hf_dtypes(self._dtype)
+        with self._group.together():
+            target = engine_side(self._spec, workers, self._hf_dtypes)
+            plan = compile_plan(self._spec, megatron_side(self._spec, self._layout), target)
+            dtypes = local_dtypes(workers, self._hf_dtypes)
+            route = plan_route(plan, [worker.rank for worker in workers], dtypes, self.options.bucket_bytes)
+        if not self._group.all_same(zlib.crc32((route.fingerprint + plan.fingerprint).encode()) % (1 << 20)):
+            raise SyncError("trainer ranks compiled different plans: do they run the same version of mbridge_rl?")
+        return route
+
+    def _make_store(self, workers: Sequence[WorkerDescription], route: Mapping[str, Any]) -> WeightStore:
+        name = self.options.store or self._group.gather_object(f"sync.{os.getpid()}.{secrets.token_hex(4)}")[0]
+        store = WeightStore(name, SHARED_MEMORY)
+        described = {
+            "workers": [worker.to_json() for worker in workers],
+            "route": dict(route),
+            "init_info": self._info,
+            "model": self._spec.fingerprint,
+        }
+        self._group.first_rank_does(lambda: store.describe(self._route.fingerprint, described))
+        return store
+
+    def _choose_way(self, engine_hosts: set[str]) -> tuple[str, Way]:
+        hosts = set(self._group.gather_object(machine_id()))
+        kind = self.options.transport
+        if kind == "auto":
+            kind = "shared_memory" if len(hosts | engine_hosts) == 1 else "process_group"
+        if kind in ("shared_memory", "cuda_ipc") and len(hosts | engine_hosts) > 1:
+            raise SyncError(f"the transport {kind!r} needs one host, found {sorted(hosts | engine_hosts)}; use 'process_group'")
+        device = next(iter(LiveParameters(self._model, 0).values())).device
+        context = Context(self._group, self._route, self._replicas, self._store, self._patience, self.options.url, device)
+        staged_here = kind == "shared_memory" and self.options.mode == "staged"
+        return kind, open_way("store" if staged_here else kind, context)
+
+    def _require_same(self, mine: tuple[Any, ...]) -> None:
+        said = self._group.gather_object(mine)
+        for rank, theirs in enumerate(said):
+            if theirs != said[0]:
                 raise SyncError(
-                    f"rank {rank} has plan {fingerprint} in {dtype}, rank 0 has {said[0][1]} in {said[0][2]}: "
-                    f"give every rank the same model, layout and dtype"
+                    f"rank {rank} brings {theirs}, rank 0 {said[0]}: give every rank the same model, layout, dtype and options"
                 )
 
-    def _shared_arena(self) -> Arena:
-        nbytes = 2 * self._half_bytes
-        created: list[Arena] = []
-        self._group.first_rank_does(lambda: created.append(Arena.create(nbytes)))
-        path = self._group.gather_object(created[0].path if created else None)[0]
-        return created[0] if created else Arena.attach(path, nbytes, writable=True)
 
-    def _introduce(self, hf_config: Any) -> None:
-        if self._client is None:
-            raise SyncError("rank 0 has no engine client: give WeightSync(client=...) an engine there")
-        info = init_info(self._tensors, config_summary(hf_config))
-        arena = {"arena_path": self._arena.path, "arena_nbytes": self._arena.nbytes, "verify": self._verify}
-        self._fingerprint = info["fingerprint"]
-        self._client.init_weight_transfer_engine(info | arena)
-
-    def _fill(self, bucket: Bucket, half: int, live: Mapping[str, Tensor]) -> Tensor:
-        """Writes this rank's rectangles of `bucket`; returns its share of every slot's digest, int64 `[slots]`."""
-        sums = torch.zeros(len(bucket.slots), dtype=torch.int64)
-        for index, slot in enumerate(bucket.slots):
-            tensor = slot.tensor
-            target = self._arena.view(half + slot.offset, tensor.shape, tensor.dtype)
-            share = 0
-            for copy in self._plan.by_hf_name[tensor.hf_name]:
-                if copy.source_rank != self._group.rank:
-                    continue
-                part = copy.source.of(live[copy.source.name], copy.shape).to(tensor.dtype)
-                copy.target.of(target, copy.shape).copy_(part)
-                if self._verify:
-                    share = add(share, copy_digest(copy, part, tensor))
-            sums[index] = signed(share)
-        return sums
-
-    def _agree(self, sums: Tensor, failure: BaseException | None, version: int) -> Tensor:
-        """Sums digests over the ranks; also the barrier, and where all ranks learn that the engine failed."""
-        summed = self._group.sum(torch.cat([sums, torch.tensor([int(failure is not None)])]))
-        if failure is not None:
-            self._group.gather_object(f"{type(failure).__name__}: {failure}")
-            raise failure
-        if summed[-1].item():
-            raise SyncError(f"version {version} was not committed: {self._group.gather_object(None)[0]}")
-        return summed[:-1]
-
-    def _on_engine(self, call: Callable[[EngineClient], Any]) -> None:
-        def action() -> None:
-            if self._client is not None:
-                call(self._client)
-
-        self._group.first_rank_does(action)
-
-    def _update_info(self, bucket: Bucket, half: int, digests: Mapping[str, int], version: int) -> dict[str, Any]:
-        return {
-            "version": version,
-            "names": [slot.tensor.hf_name for slot in bucket.slots],
-            "offsets": [half + slot.offset for slot in bucket.slots],
-            "digests": [f"{digests[slot.tensor.hf_name]:016x}" for slot in bucket.slots] if self._verify else [],
-            "fingerprint": self._fingerprint,
-        }
+def require_finite(tensors: Mapping[str, Tensor], rank: int) -> None:
+    """Raises NonFiniteWeights, naming the parameters that hold NaN or infinity."""
+    wrong = []
+    for name, tensor in tensors.items():
+        # A sum is the fastest pass that keeps every NaN and infinity; it may overflow by itself, so the verdict is exact.
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
+            wrong.append(name)
+    if wrong:
+        raise NonFiniteWeights(
+            f"rank {rank}: {len(wrong)} parameters hold NaN or infinity: {listed(wrong)}. Nothing was sent, the engines serve "
+            "the old version; WeightSync(nonfinite='pass') sends them all the same"
+        )
 
 
-def _failure_of(loading: Future[None] | None) -> BaseException | None:
-    """Waits for the engine to have loaded the bucket before; its half may then be overwritten."""
-    return None if loading is None else loading.exception(timeout=LOAD_TIMEOUT_SECONDS)
+@contextmanager
+def _phase(phases: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        phases[name] = time.perf_counter() - started

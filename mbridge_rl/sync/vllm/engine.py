@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.errors import listed
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.errors import EngineUnusable, SyncError
+from mbridge_rl.sync.arena import SHARED_MEMORY
+from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, StoreError, SyncError
+from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.vllm import worker_calls
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
 from mbridge_rl.sync.vllm.plugin import register
+from mbridge_rl.sync.vllm.requests import InFlight, RequestRunner
+from mbridge_rl.sync.worker import merged_report
 
 if TYPE_CHECKING:
     from mbridge_rl.sync.vllm.receiver import Receiver
@@ -42,8 +46,9 @@ class Completion:
         prompt_index: which of the prompts it answers.
         tokens: the generated token ids, with the stop token if one ended it.
         logprobs: of each token, under the distribution it was sampled from (after temperature); empty if not asked for.
-        finish_reason: "stop" or "length".
-        weight_version: the version of the weights that generated it.
+        finish_reason: "stop", "length", or "abort" where a commit ended it.
+        weight_version: the version of the weights that generated it; of its last token, if a commit came in between.
+        token_versions: of each token.
     """
 
     prompt_index: int
@@ -51,13 +56,15 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
     weight_version: int
+    token_versions: tuple[int, ...] = ()
 
 
 class InProcessEngine:
     """A vLLM `LLM` whose weights a trainer replaces, version by version.
 
-    It has the methods of vLLM's weight-sync client, so a trainer can drive it as it would drive a remote one; `refit` takes
-    tensors directly.
+    It has the methods that `sync.refit.WeightSync` asks of an engine, and those of vLLM's weight-sync client; `refit` takes
+    tensors directly. Several threads may call it: requests of all of them share the engine's steps, and an update comes between
+    two steps.
 
     Args:
         model_dir: a Hugging Face checkpoint; its weights are version `weight_version`.
@@ -119,6 +126,7 @@ class InProcessEngine:
         self._core = client.engine_core
         self._tensor_parallel_size = tensor_parallel_size
         self._updating: int | None = None
+        self._requests = RequestRunner(self.llm.llm_engine)
         self.llm.update_weight_version(str(weight_version))
         if tensor_parallel_size > 1:
             self._unlink_shared_memory()
@@ -162,8 +170,10 @@ class InProcessEngine:
             EngineUnusable: a sync failed half-way; the message names the version that was lost.
         """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        reasons = worker_calls.in_workers(self.llm, worker_calls.unusable)
+        with self._requests.between_steps():
+            reasons = worker_calls.in_workers(self.llm, worker_calls.unusable)
         if refused := [reason for reason in reasons if reason]:
             raise EngineUnusable(refused[0])
         parameters = [
@@ -176,11 +186,11 @@ class InProcessEngine:
                 logprobs=0 if logprobs else None,  # 0: of the sampled token alone
                 ignore_eos=ignore_eos,
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for index in range(len(prompts))
         ]
-        with self._dropping_requests():
-            outputs = self.llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False)
+        outputs = self._requests.run([{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters)
         version = self.weight_version
         return [
             _completion(index, sample, version)
@@ -244,14 +254,103 @@ class InProcessEngine:
             raise SyncError(f"version {weight_version} cannot be committed: the open update is to {self._updating}")
         reports = self._in_workers(worker_calls.finish)
         self._updating = None
-        self.llm.update_weight_version(str(reports[0]["version"]))
-        self.reset_prefix_cache()
+        self._serve(reports[0]["version"])
         return reports[0] | {"workers": len(reports)}
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached keys and values; a commit does it by itself."""
-        if not self.llm.reset_prefix_cache():
-            raise SyncError("the prefix cache could not be dropped: requests are still running in this engine")
+        """Forget cached keys and values, also of requests in flight, which compute them anew; a commit does it by itself."""
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
+            raise SyncError("the prefix cache could not be dropped")
+
+    # What `sync.refit.WeightSync` asks of an engine; all arguments and results are plain JSON types.
+
+    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        """Learn where the announced tensors (`init_info`) land in each worker; see `Receiver.prepare` for what is raised."""
+        self._in_workers(worker_calls.initialize, info)
+        return self._in_workers(worker_calls.describe)
+
+    def adopt_route(self, route: dict[str, Any]) -> None:
+        """What every later update brings to each worker; see `ShardReceiver.adopt`."""
+        self._in_workers(worker_calls.adopt, route)
+
+    def begin_update(self, update: dict[str, Any]) -> None:
+        """Start to receive; a staged update leaves the engine generating, a streaming one holds it until it ends.
+
+        Args:
+            update: `version`, `fingerprint`, `mode`, `wire`, `timeout` (seconds).
+        """
+        if update["mode"] == "streaming":
+            self._requests.hold(update.get("requests", "keep"), update["timeout"])
+        try:
+            self._in_workers(worker_calls.receive_shards, update)
+        except BaseException:
+            self._requests.resume()
+            raise
+
+    def update_status(self) -> list[dict[str, Any]]:
+        """See `ShardReceiver.status`, of every worker."""
+        return self._in_workers(worker_calls.status)
+
+    def commit_update(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> dict[str, Any]:
+        """Serve what arrived, as `version`; generation pauses for it. Caches are dropped afterwards.
+
+        Args:
+            requests: see `RequestRunner.hold`.
+
+        Returns:
+            `sync.worker.merged_report`, with `seconds["pause"]`.
+        """
+        started = time.perf_counter()
+        self._requests.hold(requests, timeout)
+        try:
+            report = merged_report(self._in_workers(worker_calls.commit_shards, version))
+            self._serve(version)
+        finally:
+            self._requests.resume()
+        report["seconds"]["pause"] = time.perf_counter() - started
+        return report
+
+    def abort_update(self, reason: str) -> None:
+        """Drop an open update. If live weights were written, the engine refuses to generate until the next one."""
+        with self._requests.between_steps():
+            worker_calls.in_workers(self.llm, worker_calls.abandon, reason)
+        self._requests.resume()
+
+    def publish_weights(self, paths: Sequence[str]) -> list[str]:
+        """Every worker writes its image, with digests, to its own of `paths`; returns the workers' route fingerprints."""
+        return self._in_workers(worker_calls.publish, list(paths))
+
+    def catch_up(self, name: str, directory: str | None = None) -> dict[str, Any]:
+        """Serve the live version of a weight store, without the trainer.
+
+        Raises:
+            SyncError: nothing was committed there; EngineMismatch: it is the store of another engine layout or model.
+        """
+        store = WeightStore(name, directory or SHARED_MEMORY)
+        head = store.head()
+        if head is None:
+            raise StoreError(f"nothing was committed to the weight store {name!r} in {store.directory}")
+        kept = store.description(head.fingerprint)
+        self.describe_workers(kept["init_info"])
+        mine = self._in_workers(worker_calls.describe)
+        if [{**worker, "host": None} for worker in mine] != [{**worker, "host": None} for worker in kept["workers"]]:
+            raise EngineMismatch(
+                f"the weight store {name!r} is of an engine whose {len(kept['workers'])} workers keep other weights than these "
+                f"{len(mine)}: start the engine with the same parallel sizes and dtype"
+            )
+        self.adopt_route(kept["route"])
+        self._requests.hold("keep")
+        try:
+            report = merged_report(self._in_workers(worker_calls.catch_up, name, str(store.directory), head.token))
+            self._serve(head.version)
+        finally:
+            self._requests.resume()
+        return report
+
+    def _serve(self, version: int) -> None:
+        with self._requests.between_steps():
+            self.llm.update_weight_version(str(version))
+            self.reset_prefix_cache()
 
     def close(self) -> None:
         """Free the engine. Idempotent."""
@@ -271,27 +370,18 @@ class InProcessEngine:
 
     def _in_workers(self, call: Any, *args: Any) -> list[Any]:
         """As `in_workers`; if one worker fails, the others drop the update too, so that none serves it alone."""
-        try:
-            return worker_calls.in_workers(self.llm, call, *args)
-        except Exception as error:
-            worker_calls.in_workers(self.llm, worker_calls.abandon, str(error))
-            raise
+        with self._requests.between_steps():
+            try:
+                return worker_calls.in_workers(self.llm, call, *args)
+            except Exception as error:
+                worker_calls.in_workers(self.llm, worker_calls.abandon, str(error))
+                raise
 
     def _unlink_shared_memory(self) -> None:
         """vLLM's CPU workers never unlink what they reduce through. All have mapped it by now, so its name can go."""
         for ident in worker_calls.in_workers(self.llm, worker_calls.shared_memory_ident):
             for path in Path("/dev/shm").glob(f"{ident}-*") if ident else ():
                 path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _dropping_requests(self) -> Iterator[None]:
-        """If a step fails, take its requests out of the scheduler: the next call must not meet them again."""
-        try:
-            yield
-        except BaseException:
-            engine = self.llm.llm_engine
-            engine.abort_request(list(engine.output_processor.request_states), internal=True)
-            raise
 
 
 def _stream(seed: int | Sequence[int] | None, index: int, n: int) -> int | None:
@@ -316,11 +406,16 @@ def init_info(metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = N
 
 def _completion(prompt_index: int, sample: Any, version: int) -> Completion:
     spans = sample.weight_versions or []
-    versions = {int(span.version) for span in spans} or {version}
-    if len(versions) > 1:
-        raise SyncError(f"a completion mixes weight versions {listed(versions)}")
+    versions = tuple(int(span.version) for span in spans for _ in range(span.start, span.end))
     logprobs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs or [], strict=False)]
-    return Completion(prompt_index, list(sample.token_ids), logprobs, str(sample.finish_reason), versions.pop())
+    return Completion(
+        prompt_index,
+        list(sample.token_ids),
+        logprobs,
+        str(sample.finish_reason),
+        versions[-1] if versions else version,
+        versions,
+    )
 
 
 def _batches(stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:

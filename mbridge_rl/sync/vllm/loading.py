@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mbridge_rl.sync.errors import EngineMismatch
 from mbridge_rl.sync.vllm import cpu_weights
+from mbridge_rl.sync.vllm.tracer import parameters_and_buffers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,6 +23,9 @@ class Loader(Protocol):
     keeps_references: bool  # whether `load` may hold on to the tensors after it returned
 
     def begin(self) -> None: ...
+
+    def begin_in_place(self) -> dict[str, Tensor]:
+        """`begin`, for writes past `load`: the tensors by parameter name that the kernels will read, to be written directly."""
 
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None: ...
 
@@ -64,6 +68,10 @@ class _PlainLoader:
     def begin(self) -> None:
         cpu_weights.restore_plain(self._model)
 
+    def begin_in_place(self) -> dict[str, Tensor]:
+        self.begin()
+        return {name: tensor.data for name, tensor in parameters_and_buffers(self._model).items()}
+
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         self._model.load_weights(tensors)
 
@@ -95,6 +103,12 @@ class _LayerwiseLoader:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self._model)
+
+    def begin_in_place(self) -> dict[str, Tensor]:
+        """vLLM puts the tensors that it had before back into every layer that nothing was loaded into."""
+        kept = {name: tensor.data for name, tensor in parameters_and_buffers(self._model).items()}
+        self.begin()
+        return kept
 
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         self._model.load_weights(tensors)

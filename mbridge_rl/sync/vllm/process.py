@@ -18,18 +18,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from mbridge_rl.sync.errors import EngineProcessError
 from mbridge_rl.sync.vllm.engine import Completion
+from mbridge_rl.sync.vllm.requests import InFlight
 from mbridge_rl.sync.vllm.worker_calls import described, rebuilt
 
 logger = logging.getLogger(__name__)
 
 _READY = -1  # the reply id under which a child reports that its engine is up
 _LOG_LINES = 30
+_CALLS_AT_ONCE = 8
 
 
 class EngineProcess:
@@ -64,7 +67,10 @@ class EngineProcess:
         self._connection: Connection | None = None
         self._ready = False
         self._calls = 0
-        self._lock = threading.Lock()
+        self._replies: dict[int, tuple[bool, Any]] = {}
+        self._awaited: set[int] = set()
+        self._reading = False
+        self._lock = threading.Condition()
 
     def start(self) -> EngineProcess:
         """Launch the child and return at once."""
@@ -117,6 +123,30 @@ class EngineProcess:
     def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
         return self._call("finish_weight_update", weight_version)
 
+    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        return self._call("describe_workers", info)
+
+    def adopt_route(self, route: dict[str, Any]) -> None:
+        self._call("adopt_route", route)
+
+    def begin_update(self, update: dict[str, Any]) -> None:
+        self._call("begin_update", update)
+
+    def update_status(self) -> list[dict[str, Any]]:
+        return self._call("update_status")
+
+    def commit_update(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> dict[str, Any]:
+        return self._call("commit_update", version, requests, timeout)
+
+    def abort_update(self, reason: str) -> None:
+        self._call("abort_update", reason)
+
+    def publish_weights(self, paths: Sequence[str]) -> list[str]:
+        return self._call("publish_weights", list(paths))
+
+    def catch_up(self, name: str, directory: str | None = None) -> dict[str, Any]:
+        return self._call("catch_up", name, directory)
+
     def reset_prefix_cache(self) -> None:
         self._call("reset_prefix_cache")
 
@@ -142,12 +172,14 @@ class EngineProcess:
         self.close()
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """From any thread; calls of several threads run side by side in the child."""
         self.start()
         with self._lock:
             self._wait_ready(None)
             self._calls += 1
             call = self._calls
             assert self._connection is not None
+            self._awaited.add(call)
             try:
                 self._connection.send((call, method, args, kwargs))
             except OSError as error:
@@ -156,25 +188,46 @@ class EngineProcess:
 
     def _wait_ready(self, timeout: float | None) -> None:
         if not self._ready:
+            self._awaited.add(_READY)
             self._reply(_READY, self._start_timeout if timeout is None else timeout, "was not up")
             self._ready = True
 
     def _reply(self, call: int, timeout: float, complaint: str) -> Any:
-        """The answer to `call`; late answers to calls that had timed out are passed over."""
-        assert self._connection is not None
+        """The answer to `call`. One of the waiting threads reads for all; late answers to calls that timed out are dropped."""
         deadline = time.monotonic() + timeout
-        while True:
-            try:
-                if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+        try:
+            while call not in self._replies:
+                remaining = max(0.0, deadline - time.monotonic())
+                if self._reading:
+                    self._lock.wait(remaining)
+                else:
+                    self._read(remaining)
+                if call not in self._replies and time.monotonic() >= deadline:
                     raise self._failed(f"{complaint} within {timeout:g} s")
-                answered, succeeded, result = self._connection.recv()
-            except (EOFError, OSError) as error:
-                raise self._failed("died") from error
-            if answered != call:
-                continue
-            if not succeeded:
-                raise rebuilt(result)
-            return result
+        finally:
+            self._awaited.discard(call)
+        succeeded, result = self._replies.pop(call)
+        if not succeeded:
+            raise rebuilt(result)
+        return result
+
+    def _read(self, seconds: float) -> None:
+        """Reads one answer, without the lock meanwhile."""
+        assert self._connection is not None
+        self._reading = True
+        self._lock.release()
+        answer = None
+        try:
+            if self._connection.poll(seconds):
+                answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._failed("died") from error
+        finally:
+            self._lock.acquire()
+            self._reading = False
+            if answer is not None and answer[0] in self._awaited:
+                self._replies[answer[0]] = answer[1:]
+            self._lock.notify_all()
 
     def _failed(self, what: str) -> EngineProcessError:
         code = None if self._process is None else self._process.poll()
@@ -193,18 +246,24 @@ def _serve(connection: Connection, settings: dict[str, Any]) -> None:
         connection.send((_READY, False, described(error)))
         raise
     connection.send((_READY, True, None))
-    while True:
-        try:
-            call, method, args, kwargs = connection.recv()
-        except EOFError:
-            break
+    sending = threading.Lock()
+
+    def answer(call: int, method: str, args: Any, kwargs: Any) -> None:
         try:
             member = getattr(engine, method)
             reply = (call, True, member(*args, **kwargs) if callable(member) else member)
         except Exception as error:
             logger.exception("%s failed", method)
             reply = (call, False, described(error))
-        connection.send(reply)
+        with sending:
+            connection.send(reply)
+
+    with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+        while True:
+            try:
+                pool.submit(answer, *connection.recv())
+            except EOFError:
+                break
     engine.close()
 
 

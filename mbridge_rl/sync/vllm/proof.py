@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mbridge_rl.core.digest import add
 from mbridge_rl.core.errors import listed
 from mbridge_rl.core.model import HFTensor
+from mbridge_rl.sync.engine_side import WorkerDescription
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch
 from mbridge_rl.sync.vllm.landing import times_covered
 from mbridge_rl.sync.vllm.tracer import Trace, parameters_and_buffers, trace_load_weights
@@ -66,6 +67,15 @@ class LandingMap:
         if not all(landing.has_whole_words(tensor) for landing in landings):
             return False
         return times_covered((landing.source for landing in landings), tensor.shape).exactly_once
+
+    def description(
+        self, rank: int, size: int, host: str, parameters: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> WorkerDescription:
+        """What a plan needs to know of this worker."""
+        landings = {hf_name: parts for hf_name, parts in self.landings.items() if parts and hf_name not in self.untraceable}
+        written = {part.parameter_name for parts in landings.values() for part in parts}
+        kept = {name: found for name, found in parameters.items() if name in written}
+        return WorkerDescription(rank, size, host, kept, landings, self.untraceable)
 
     def unused(self) -> list[str]:
         """Regions of tensors that land nowhere: loaders cut what is too large without a word."""

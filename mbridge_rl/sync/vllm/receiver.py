@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from mbridge_rl.core.digest import combine, digest
 from mbridge_rl.core.errors import listed
 from mbridge_rl.core.model import HFTensor
+from mbridge_rl.sync.engine_side import WorkerDescription
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, IncompleteSync, SyncError
+from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.vllm.compatibility import require_same_config
 from mbridge_rl.sync.vllm.guard import Guard
 from mbridge_rl.sync.vllm.loading import loader_for
 from mbridge_rl.sync.vllm.proof import LandingMap
+from mbridge_rl.sync.vllm.tracer import parameters_and_buffers
+from mbridge_rl.sync.worker import ShardReceiver
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,18 +47,22 @@ class Receiver:
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         self.model = model
         self.vllm_config = vllm_config
-        self.version: int | None = None  # the last one committed
-        self.updating: int | None = None  # the one whose update is open
         self._device = next(model.parameters()).device
         self._loader = loader_for(model, vllm_config, self._device)
         self._guard = Guard(model)
+        self.serving = Serving(self._guard)
+        self.shards = ShardReceiver(self, self.serving)
         self._landings: LandingMap | None = None
         self._verify = True
-        self._written = False
-        self._lost: str | None = None
+        self._targets: dict[str, Tensor] | None = None
         self._expected: dict[str, int] = {}
         self._received: set[str] = set()
         self._seconds: dict[str, float] = {}
+
+    @property
+    def updating(self) -> int | None:
+        """The version whose update is open."""
+        return self.serving.updating
 
     @property
     def unusable(self) -> str | None:
@@ -87,10 +95,9 @@ class Receiver:
             raise SyncError("prepare(metadata) has to come before begin(version)")
         if self.updating is not None:
             self.abort(f"the update to version {version} began before it was committed")
-        self.updating, self._written = version, False
+        self.serving.begin(version)
         self._expected, self._received = {}, set()
         self._seconds = {"load": 0.0, "verify": 0.0, "derive": 0.0}
-        self._guard.block(f"an update from {self._serving} to version {version} is under way")
         with self._failing(f"the update to version {version} could not begin"), self._scope():
             self._loader.begin()
 
@@ -114,7 +121,7 @@ class Receiver:
                 self._require_digests(batch, digests)
             self._received.update(hf_name for hf_name, _ in batch)
             verified = time.perf_counter()
-            self._written = True
+            self.serving.written = True
             with self._scope():
                 self._loader.load(self._as_loaded(batch))
             self._seconds["verify"] += verified - started
@@ -144,10 +151,9 @@ class Receiver:
             self._loader.derive()
             self._seconds["verify"] += verified - started
             self._seconds["derive"] += time.perf_counter() - verified
-        self.version, self.updating, self._lost = self.updating, None, None
-        self._guard.release()
+        self.serving.commit()
         return {
-            "version": self.version,
+            "version": self.serving.version,
             "tensors": len(self._received),
             "bytes": sum(tensor.nbytes for tensor in self._landings.tensors.values()),
             "digest": combine(self._expected) if self._verify else None,
@@ -160,20 +166,56 @@ class Receiver:
         """Close an open update. If nothing was written, the old version serves on; else the engine is unusable."""
         if self.updating is None:
             return
-        version, self.updating = self.updating, None
+        if self.shards.is_open:
+            self.shards.abort(reason)
+            return
         with self._scope():
             self._loader.settle()
             self._loader.derive()
-        if self._written:
-            self._lost = f"version {version} was lost (before it: {self._serving}), and a complete sync has to come: {reason}"
-        if self._lost is None:
-            self._guard.release()
-        else:
-            self._guard.block(self._lost)
+        self.serving.abort(reason)
 
-    @property
-    def _serving(self) -> str:
-        return "the initial weights" if self.version is None else f"version {self.version}"
+    def describe(self, rank: int, size: int, host: str) -> WorkerDescription:
+        """This worker as a part of an engine's side, from the last `prepare`.
+
+        Raises:
+            SyncError: there was none.
+        """
+        if self._landings is None:
+            raise SyncError("prepare(metadata) has to come before describe")
+        with self.plain():
+            parameters = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.parameters().items()}
+        return self._landings.description(rank, size, host, parameters)
+
+    # What `sync.worker.ShardReceiver` asks of an engine's model.
+
+    def parameters(self) -> dict[str, Tensor]:
+        if self._targets is not None:
+            return self._targets
+        return {name: tensor.data for name, tensor in parameters_and_buffers(self.model).items()}
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        with self._scope(), self._loader.plain():
+            yield
+
+    def open(self) -> None:
+        with self._scope():
+            self._targets = self._loader.begin_in_place()
+
+    def load_whole(self, hf_name: str, tensor: Tensor) -> None:
+        assert self._landings is not None
+        with self._scope():
+            whole = tensor.view(self._landings.tensors[hf_name].shape).to(self._device)
+            self._loader.load(iter([(hf_name, whole)]))
+
+    def settle(self) -> None:
+        with self._scope():
+            self._loader.settle()
+
+    def derive(self) -> None:
+        self._targets = None
+        with self._scope():
+            self._loader.derive()
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mbridge_rl.core import errors as core_errors
 from mbridge_rl.sync import errors as sync_errors
-from mbridge_rl.sync.errors import EngineProcessError, SyncError
+from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, SyncError
+from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.route import WorkerRoute, fingerprint_of
+from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.worker import load_from_store
 
 if TYPE_CHECKING:
     from mbridge_rl.sync.vllm.backend import SharedMemoryEngine
@@ -116,6 +120,45 @@ def receive(worker: Any, version: int, batch: list[tuple[str, Tensor]], digests:
     except BaseException:
         _inner(worker)._weight_update_active = False
         raise
+
+
+def describe(worker: Any) -> dict[str, Any]:
+    inner = _inner(worker)
+    size = inner.vllm_config.parallel_config.world_size
+    return backend_of(worker).receiver.describe(inner.rank % size, size, machine_id()).to_json()
+
+
+def adopt(worker: Any, route: Mapping[str, Any]) -> None:
+    """The route of all workers comes to each; a fingerprint over all says that it came whole."""
+    found = fingerprint_of(route["workers"])
+    if found != route["fingerprint"]:
+        raise EngineMismatch(f"the trainer's plan has fingerprint {found} as it arrived, {route['fingerprint']} as it was sent")
+    mine = WorkerRoute.from_json(route["workers"][_inner(worker).rank % len(route["workers"])])
+    backend_of(worker).receiver.shards.adopt(mine, found, verify=route["verify"])
+
+
+def receive_shards(worker: Any, update: Mapping[str, Any]) -> None:
+    receiver = backend_of(worker).receiver
+    receiver.abort("another update started")
+    receiver.shards.receive(update["version"], update["fingerprint"], update["mode"], update["wire"], update["timeout"])
+
+
+def status(worker: Any) -> dict[str, Any]:
+    return backend_of(worker).receiver.shards.status()
+
+
+def commit_shards(worker: Any, version: int) -> dict[str, Any]:
+    return backend_of(worker).receiver.shards.commit(version)
+
+
+def publish(worker: Any, paths: Sequence[str]) -> str:
+    shards = backend_of(worker).receiver.shards
+    shards.publish_to(paths[shards.route.rank])
+    return shards.fingerprint
+
+
+def catch_up(worker: Any, name: str, directory: str, token: str) -> dict[str, Any]:
+    return load_from_store(backend_of(worker).receiver.shards, WeightStore(name, directory), token)
 
 
 def _inner(worker: Any) -> Any:

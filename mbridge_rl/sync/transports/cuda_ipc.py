@@ -1,0 +1,101 @@
+"""CUDA IPC, where a trainer rank and an engine worker share a GPU: the worker reads the trainer's buckets where they lie.
+
+Follows PyTorch's contract for sharing CUDA storage between processes (`torch.multiprocessing.reductions`): a handle is opened
+once and stays valid while its owner keeps the memory. Counters in shared memory say what is full and what is empty, as for
+the ring; both ends synchronize the device before they count. Untested: the machine this was written on has no GPU.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbridge_rl.core.buckets import aligned
+from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.route import Part, Route, WorkerRoute
+from mbridge_rl.sync.transports import Context, Outlet, Wire
+from mbridge_rl.sync.transports.shared_memory import RING_BUCKETS, Ring, RingInlet, RingOutlet, RingWay
+from mbridge_rl.sync.waiting import Patience
+
+
+def handle_of(tensor: Tensor) -> list[Any]:
+    """What another process needs to open the tensor's storage, in JSON types."""
+    fields = tensor.untyped_storage()._share_cuda_()
+    return [base64.b64encode(field).decode() if isinstance(field, bytes) else field for field in fields]
+
+
+def opened(handle: Sequence[Any]) -> Tensor:
+    """The tensor (uint8) behind a handle of another process on the same GPU."""
+    fields = [base64.b64decode(field) if isinstance(field, str) else field for field in handle]
+    torch.cuda._lazy_init()
+    storage = torch.UntypedStorage._new_shared_cuda(*fields)
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class IpcOutlet(RingOutlet):
+    """Packs on the GPU; `cells[worker]` is `[RING_BUCKETS, largest part]`."""
+
+    def __init__(self, rings: Sequence[Ring], cells: dict[int, Tensor], route: Route, rank: int, patience: Patience) -> None:
+        super().__init__(rings, route, rank, patience)
+        self._cells = cells
+
+    def place(self, worker: int, index: int, part: Part) -> Tensor:
+        self.wait_for_room(worker, index)
+        return self._cells[worker][index % RING_BUCKETS, : part.nbytes]
+
+    def send(self, worker: int, index: int, part: Part) -> None:
+        torch.cuda.synchronize()
+        super().send(worker, index, part)
+
+
+class IpcInlet(RingInlet):
+    def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
+        super().__init__(wire, route, patience)
+        self._cells = {int(rank): opened(handle).view(RING_BUCKETS, -1) for rank, handle in wire["handles"][route.rank].items()}
+
+    def take(self, index: int) -> Sequence[Tensor]:
+        self.wait_for_parts(index)
+        parts = self._route.buckets[index].parts
+        return [self._cells[part.source_rank][index % RING_BUCKETS, : part.nbytes] for part in parts]
+
+    def give_back(self, index: int) -> None:
+        torch.cuda.synchronize()
+        super().give_back(index)
+
+    def close(self) -> None:
+        self._cells.clear()
+        super().close()
+
+
+class IpcWay(RingWay):
+    """The trainer's end: counters in shared memory, buckets on the GPU."""
+
+    def __init__(self, context: Context) -> None:
+        if context.device.type != "cuda":
+            raise SyncError("the transport 'cuda_ipc' needs parameters on a GPU; use 'store' or 'shared_memory' on a CPU")
+        super().__init__(context)
+        self._cell_bytes = [0] * len(context.route.workers)
+        largest: dict[int, int] = {}
+        for worker, _, part in context.route.parts_of(context.group.rank):
+            largest[worker.rank] = max(largest.get(worker.rank, 0), aligned(part.nbytes))
+        self._cells = {
+            worker: torch.empty(RING_BUCKETS, nbytes, dtype=torch.uint8, device=context.device)
+            for worker, nbytes in largest.items()
+        }
+        mine = {worker: handle_of(cells) for worker, cells in self._cells.items()}
+        said = context.group.gather_object(mine)
+        self._handles = [
+            {str(rank): handles[worker.rank] for rank, handles in enumerate(said) if worker.rank in handles}
+            for worker in context.route.workers
+        ]
+
+    def open(self, version: int) -> tuple[Wire, Outlet]:
+        wire, _ = super().open(version)
+        context = self._context
+        rings = [Ring(arena, context.group.size, context.replicas, 0) for arena in self._arenas]
+        outlet = IpcOutlet(rings, self._cells, context.route, context.group.rank, context.patience)
+        return {**wire, "kind": "cuda_ipc", "handles": self._handles}, outlet

@@ -1,0 +1,155 @@
+"""Through files, by fsspec: a directory that both ends mount, or an object store. For ends without a common network.
+
+A part is one file. Readers take a file when it has its full size; what it holds is proven by digest like everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.route import Part, WorkerRoute
+from mbridge_rl.sync.transports import Context, Outlet, Wire
+from mbridge_rl.sync.waiting import Patience
+
+_DEPTH = 3  # files under way per process
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
+
+
+def _name(worker: int, index: int, part: Part) -> str:
+    return f"{worker}.{index}.{part.source_rank}"
+
+
+class FilesOutlet:
+    """Writes one file while the next part is packed."""
+
+    def __init__(self, wire: Wire, largest: int, patience: Patience) -> None:
+        self._files, self._root = _file_system(wire["url"])
+        self._buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(_DEPTH)]
+        self._writing: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(_DEPTH, thread_name_prefix="mbridge-files")
+        self._sent, self._patience = 0, patience
+
+    def place(self, worker: int, index: int, part: Part) -> Tensor:
+        while len(self._writing) >= _DEPTH:
+            self._writing.popleft().result(self._patience.seconds)
+        return self._buffers[self._sent % _DEPTH][: part.nbytes]
+
+    def send(self, worker: int, index: int, part: Part) -> None:
+        data = self._buffers[self._sent % _DEPTH][: part.nbytes]
+        self._writing.append(self._pool.submit(self._write, f"{self._root}/{_name(worker, index, part)}", data))
+        self._sent += 1
+
+    def finish(self) -> None:
+        while self._writing:
+            self._writing.popleft().result(self._patience.seconds)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _write(self, path: str, data: Tensor) -> None:
+        with self._files.open(path, "wb") as file:
+            file.write(memoryview(data.numpy()))
+
+
+class FilesInlet:
+    """Reads the next bucket while one is used."""
+
+    def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
+        self._files, self._root = _file_system(wire["url"])
+        self._route, self._patience = route, patience
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mbridge-files")
+        self._ahead: dict[int, Future[list[Tensor]]] = {}
+
+    def take(self, index: int) -> Sequence[Tensor]:
+        reading = self._ahead.pop(index, None) or self._pool.submit(self._read, index)
+        if index + 1 < len(self._route.buckets):
+            self._ahead[index + 1] = self._pool.submit(self._read, index + 1)
+        return reading.result()
+
+    def give_back(self, index: int) -> None:
+        """Each bucket has memory of its own."""
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, index: int) -> list[Tensor]:
+        found = []
+        for part in self._route.buckets[index].parts:
+            path = f"{self._root}/{_name(self._route.rank, index, part)}"
+            self._patience.wait_for(
+                lambda path=path, part=part: self._size(path) == part.nbytes,
+                f"trainer rank {part.source_rank} did not write {path}",
+            )
+            data = torch.frombuffer(bytearray(self._files.cat_file(path)), dtype=torch.uint8)
+            found.append(data)
+        return found
+
+    def _size(self, path: str) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            self._files.invalidate_cache()
+            return int(self._files.size(path))
+        return -1
+
+
+class FilesWay:
+    """The trainer's end: a folder per version, removed when the next but one begins."""
+
+    def __init__(self, context: Context) -> None:
+        if context.url is None:
+            raise SyncError(
+                "the transport 'files' needs WeightSync(url=...), a directory or an object store that both ends reach"
+            )
+        self._context = context
+        self._folders: list[str] = []
+
+    def open(self, version: int) -> tuple[Wire, Outlet]:
+        """All ranks together."""
+        context = self._context
+        url = context.from_first_rank(f"{context.url}/{version}-{secrets.token_hex(4)}")
+        self._folders.append(url)
+
+        def make() -> None:
+            while len(self._folders) > 2:
+                self._remove(self._folders[0])
+                del self._folders[0]
+            files, root = _file_system(url)
+            files.makedirs(root, exist_ok=True)
+
+        context.group.first_rank_does(make)
+        largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
+        wire = {"kind": "files", "url": url}
+        return wire, FilesOutlet(wire, largest, context.patience)
+
+    def verify(self, with_digests: bool) -> None:
+        """The workers do."""
+
+    def commit(self, version: int, digest: str | None) -> None:
+        """The workers do."""
+
+    def abandon(self) -> None:
+        """The next version has another folder."""
+
+    def close(self) -> None:
+        if self._context.group.rank == 0:
+            for url in self._folders:
+                self._remove(url)
+        self._folders = []
+
+    def _remove(self, url: str) -> None:
+        files, root = _file_system(url)
+        with contextlib.suppress(FileNotFoundError):
+            files.rm(root, recursive=True)

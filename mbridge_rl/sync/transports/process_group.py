@@ -1,0 +1,194 @@
+"""Point to point over torch.distributed, gloo or NCCL: a process group of its own spans trainer ranks and engine workers.
+
+Ranks of the group: the trainer's, then the workers of the first replica, of the second, ... A trainer rank sends each part
+once, to the first replica; every replica passes on what it gets to the next one while it uses it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mbridge_rl.core.buckets import aligned
+from mbridge_rl.sync.errors import TransferTimeout
+from mbridge_rl.sync.route import Part, WorkerRoute
+from mbridge_rl.sync.transports import Context, Outlet, Wire
+from mbridge_rl.sync.waiting import Patience
+
+_DEPTH = 3  # messages under way per process
+_joined: dict[str, Any] = {}  # this process's process groups, by id; an engine keeps them between two versions
+
+
+def _join(wire: Wire, rank: int, seconds: float) -> Any:
+    """The process group of `wire`; all its members come within `seconds`."""
+    if wire["group"] in _joined:
+        return _joined[wire["group"]]
+    timeout = timedelta(seconds=seconds)
+    with _explained("cannot meet the trainer and the other workers"):
+        store = dist.TCPStore(wire["host"], wire["port"], is_master=False, timeout=timeout)
+        store = dist.PrefixStore(wire["group"], store)
+        if wire["backend"] == "nccl":
+            group = dist.ProcessGroupNCCL(store, rank, wire["size"], timeout)
+        else:
+            group = dist.ProcessGroupGloo(store, rank, wire["size"], timeout)
+    _joined.clear()  # one that failed is of no more use
+    _joined[wire["group"]] = group
+    return group
+
+
+def _device(wire: Wire) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if wire["backend"] == "nccl" else torch.device("cpu")
+
+
+class GroupOutlet:
+    """A trainer rank; it joins the group when it sends for the first time, and the workers do meanwhile."""
+
+    def __init__(self, wire: Wire, rank: int, largest: int, patience: Patience) -> None:
+        self._wire, self._rank, self._patience = wire, rank, patience
+        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=_device(wire)) for _ in range(_DEPTH)]
+        self._works: deque[Any] = deque()
+        self._sent = 0
+
+    def place(self, worker: int, index: int, part: Part) -> Tensor:
+        while len(self._works) >= _DEPTH:
+            _wait(self._works.popleft(), self._patience, f"worker {worker} did not take an earlier part")
+        return self._buffers[self._sent % _DEPTH][: part.nbytes]
+
+    def send(self, worker: int, index: int, part: Part) -> None:
+        group = _join(self._wire, self._rank, self._patience.seconds)
+        message = self._buffers[self._sent % _DEPTH][: part.nbytes]
+        with _explained(f"cannot send to worker {worker}"):
+            self._works.append(group.send([message], self._wire["trainers"] + worker, index))
+        self._sent += 1
+
+    def finish(self) -> None:
+        while self._works:
+            _wait(self._works.popleft(), self._patience, "a worker did not take a part")
+
+    def close(self) -> None:
+        self._works.clear()
+
+
+class GroupInlet:
+    """A worker; from trainer ranks, or from the replica before its own."""
+
+    def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
+        self._wire, self._route, self._patience = wire, route, patience
+        first = wire["trainers"] + wire["replica"] * wire["workers"]
+        self._before = first - wire["workers"] + route.rank if wire["replica"] else None
+        self._after = first + wire["workers"] + route.rank if wire["replica"] + 1 < wire["replicas"] else None
+        self._group = _join(wire, first + route.rank, patience.seconds)
+        size = aligned(route.bucket_bytes)
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=_device(wire)) for _ in range(_DEPTH)]
+        self._posted: deque[list[Any]] = deque()
+        self._forwarded: dict[int, list[Any]] = {}
+        self._next = 0
+
+    def take(self, index: int) -> Sequence[Tensor]:
+        while self._next < min(index + _DEPTH, len(self._route.buckets)):
+            self._posted.append([self._receive(self._next, part, data) for part, data in self._parts(self._next)])
+            self._next += 1
+        for work, part in zip(self._posted.popleft(), self._route.buckets[index].parts, strict=True):
+            _wait(work, self._patience, f"trainer rank {part.source_rank} did not send bucket {index}")
+        if self._after is not None:
+            self._forwarded[index] = [self._group.send([data], self._after, index) for _, data in self._parts(index)]
+        return [data for _, data in self._parts(index)]
+
+    def give_back(self, index: int) -> None:
+        for work in self._forwarded.pop(index, ()):
+            _wait(work, self._patience, f"the next replica did not take bucket {index}")
+
+    def close(self) -> None:
+        self._posted.clear()
+
+    def _receive(self, index: int, part: Part, data: Tensor) -> Any:
+        with _explained(f"cannot receive bucket {index}"):
+            return self._group.recv([data], part.source_rank if self._before is None else self._before, index)
+
+    def _parts(self, index: int) -> list[tuple[Part, Tensor]]:
+        bucket, buffer = self._route.buckets[index], self._buffers[index % _DEPTH]
+        return [(part, buffer[part.start - bucket.start :][: part.nbytes]) for part in bucket.parts]
+
+
+class GroupWay:
+    """The trainer's end. A group that failed is replaced by another one at the next version."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._server: dist.TCPStore | None = None
+        self._wire: dict[str, Any] | None = None
+
+    def open(self, version: int) -> tuple[Wire, Outlet]:
+        """All ranks together."""
+        context = self._context
+        if self._wire is None:
+            if context.group.rank == 0 and self._server is None:
+                self._server = dist.TCPStore(_address(), 0, is_master=True, wait_for_workers=False)
+            self._wire = context.from_first_rank(self._described() if self._server is not None else None)
+        assert self._wire is not None
+        largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
+        return self._wire, GroupOutlet(self._wire, context.group.rank, largest, context.patience)
+
+    def _described(self) -> dict[str, Any]:
+        context, workers = self._context, len(self._context.route.workers)
+        assert self._server is not None
+        return {
+            "kind": "process_group",
+            "host": self._server.host,
+            "port": self._server.port,
+            "group": secrets.token_hex(8),
+            "backend": "nccl" if context.device.type == "cuda" else "gloo",
+            "trainers": context.group.size,
+            "workers": workers,
+            "replicas": context.replicas,
+            "size": context.group.size + workers * context.replicas,
+        }
+
+    def verify(self, with_digests: bool) -> None:
+        """The workers do."""
+
+    def commit(self, version: int, digest: str | None) -> None:
+        """The workers do."""
+
+    def abandon(self) -> None:
+        self._wire = None
+        _joined.clear()
+
+    def close(self) -> None:
+        self.abandon()
+        self._server = None
+
+
+def _wait(work: Any, patience: Patience, complaint: str) -> None:
+    with _explained(complaint):
+        work.wait(timedelta(seconds=patience.seconds))
+
+
+class _explained:
+    """Turns a backend's error into ours, with who did not come."""
+
+    def __init__(self, complaint: str) -> None:
+        self._complaint = complaint
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, TransferTimeout):
+            raise TransferTimeout(f"{self._complaint} (the backend: {str(error).splitlines()[0]})") from error
+
+
+def _address() -> str:
+    """This host's address, as other hosts reach it; the loopback where it has no other."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"

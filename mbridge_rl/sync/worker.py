@@ -1,0 +1,457 @@
+"""An engine worker's end of a planned sync: the bytes of its image arrive, are proven, and become its parameters.
+
+Staged: the image is completed and verified beside the live weights, and `commit` copies it over. Streaming: every bucket goes
+straight into the parameters as it arrives, which needs least memory; a failure then loses the version that was served.
+Nothing here knows the engine: it is reached through `Model`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from math import prod
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mbridge_rl.core.digest import add, combine, digest
+from mbridge_rl.core.errors import listed
+from mbridge_rl.sync import packing
+from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.engine_side import WHOLE_TENSOR
+from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
+from mbridge_rl.sync.packing import Digests
+from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute
+from mbridge_rl.sync.serving import Serving
+from mbridge_rl.sync.store import StorePart, WeightStore
+from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
+from mbridge_rl.sync.waiting import Patience
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["staged", "streaming"]
+
+
+class Model(Protocol):
+    """The engine's model, as a worker changes it."""
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The live parameters by name."""
+        ...
+
+    def plain(self) -> AbstractContextManager[object]:
+        """A scope in which the parameters may be read as a loader fills them, between updates."""
+        ...
+
+    def open(self) -> None:
+        """Called once before the first write of an update."""
+
+    def load_whole(self, hf_name: str, tensor: Tensor) -> None:
+        """Hands a whole HF tensor to the engine's own loader; the tensor is the loader's to keep."""
+
+    def settle(self) -> None:
+        """Called once after the last write: whatever the engine's own loader deferred is done."""
+
+    def derive(self) -> None:
+        """Called once after `settle`: the engine computes what it derives from its parameters."""
+
+
+class ShardReceiver:
+    """Receives what one worker keeps.
+
+    Args:
+        model: to be written.
+        serving: the state of the worker.
+    """
+
+    def __init__(self, model: Model, serving: Serving) -> None:
+        self._model, self.serving = model, serving
+        self._route: WorkerRoute | None = None
+        self._fingerprint = ""
+        self._verify = True
+        self._update: _Update | None = None
+
+    @property
+    def route(self) -> WorkerRoute:
+        if self._route is None:
+            raise SyncError("this worker was given no route: the trainer has to introduce itself first")
+        return self._route
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def is_open(self) -> bool:
+        """A planned update is under way."""
+        return self._update is not None
+
+    def adopt(self, route: WorkerRoute, fingerprint: str, *, verify: bool = True) -> None:
+        """What every later sync brings. No weight is changed.
+
+        Raises:
+            EngineMismatch: a piece does not fit the parameter that it is meant for.
+        """
+        with self._model.plain():
+            parameters = self._model.parameters()
+            for piece in route.pieces:
+                _require_place(piece, parameters)
+        self.abort("another trainer introduced itself")
+        self._route, self._fingerprint, self._verify = route, fingerprint, verify
+
+    def receive(self, version: int, fingerprint: str, mode: Mode, wire: Wire, timeout: float) -> None:
+        """Starts to receive `version` and returns; `status` says how far it is.
+
+        Raises:
+            EngineMismatch: the sender has another route.
+        """
+        if self.serving.updating is not None:
+            self.abort(f"the update to version {version} began before it was committed")
+        route = self.route
+        if fingerprint != self._fingerprint:
+            raise EngineMismatch(
+                f"the sender's plan has fingerprint {fingerprint!r}, this worker was given {self._fingerprint!r}: "
+                "make a new WeightSync for this engine"
+            )
+        self.serving.begin(version, serves_on=mode == "staged")
+        with self.serving.failing(self.abort, f"the update to version {version} could not begin"):
+            self._update = _Update(self._model, self.serving, route, mode, wire, timeout, self._verify)
+            self._update.start()
+
+    def status(self) -> dict[str, Any]:
+        """`{"arrived": whether everything is there and, if staged, verified, "error": what went wrong}`."""
+        if self._update is None:
+            return {"arrived": False, "error": None}
+        error = self._update.error
+        return {"arrived": self._update.finished, "error": None if error is None else [type(error).__name__, str(error)]}
+
+    def commit(self, version: int) -> dict[str, Any]:
+        """Makes the live weights those that arrived, proves it, and serves them.
+
+        Returns:
+            A report in plain JSON types: `version`, `tensors`, `bytes` (received), `digests` (of what this worker holds, by HF
+            name, in hex, where no other worker counts it), `proven_live`, `proven_received`, `seconds` by phase.
+
+        Raises:
+            SyncError: as it arose while receiving; DigestMismatch: live weights are not bit for bit the trainer's.
+        """
+        update = self._update
+        if update is None or self.serving.updating is None:
+            raise SyncError("receive(version) has to come before commit(version)")
+        if version != self.serving.updating:
+            raise SyncError(f"version {version} cannot be committed: the open update is to version {self.serving.updating}")
+        with self.serving.failing(self.abort, f"the update to version {version} failed at commit"):
+            update.join()
+            if update.mode == "staged":
+                self.serving.block()
+                update.load_staged()
+            self._model.settle()
+            report = update.prove()
+            started = time.perf_counter()
+            self._model.derive()
+            update.opened = False
+            update.seconds["derive"] = time.perf_counter() - started
+            update.keep()
+        self._update = None
+        update.close()
+        self.serving.commit()
+        return report | {"version": version, "rank": self.route.rank}
+
+    def abort(self, reason: str) -> None:
+        """Drops an open update."""
+        update, self._update = self._update, None
+        if update is not None:
+            update.stop()
+            if update.opened:
+                self._model.settle()
+                self._model.derive()
+            update.close()
+        if self.serving.updating is not None:
+            self.serving.abort(reason)
+
+    def publish(self, into: Tensor) -> None:
+        """The way back: packs the live parameters as an image (uint8 `[route.nbytes]`), with their digests.
+
+        Raises:
+            SyncError: the worker holds weights of no version, or tensors that only its own loader can place.
+        """
+        if self.serving.guard.reason is not None:
+            raise SyncError(f"this worker has no weights to give: {self.serving.guard.reason}")
+        if whole := {piece.hf_name for piece in self.route.pieces if _is_whole(piece)}:
+            raise SyncError(f"where this worker keeps {listed(whole)} only its own loader knows: they cannot be read back")
+        found: Digests = {}
+        with self._model.plain():
+            parameters = self._model.parameters()
+            for bucket in self.route.buckets:
+                for part in bucket.parts:
+                    target = into[part.start : part.start + part.nbytes]
+                    packing.pack(part, target, lambda piece: packing.placed(piece.target, piece.shape, parameters), found)
+        for position, part in enumerate(self.route.digest_parts):
+            into_part = into[part.start : part.start + part.nbytes]
+            packing.write_digests(self.route, found if position == 0 else {}, into_part)
+
+    def publish_to(self, path: str) -> None:
+        """`publish` into a file of shared memory that exists already."""
+        arena = Arena.attach(path, self.route.nbytes, writable=True)
+        try:
+            self.publish(arena.view(0, (self.route.nbytes,), torch.uint8))
+        finally:
+            arena.close()
+
+    def live_digests(self) -> Digests:
+        """What the parameters hold now, by HF name, of the pieces that this worker counts."""
+        counted = (piece for piece in self.route.pieces if piece.counted and not _is_whole(piece))
+        with self._model.plain():
+            return packing.live_digests(counted, self._model.parameters())
+
+
+class _Update:
+    """One version on its way in."""
+
+    def __init__(
+        self, model: Model, serving: Serving, route: WorkerRoute, mode: Mode, wire: Wire, timeout: float, verify: bool
+    ) -> None:
+        self._model, self._serving, self._route, self.mode, self._verify = model, serving, route, mode, verify
+        self._wire, self._timeout = wire, timeout
+        self.error: BaseException | None = None
+        self.finished = False
+        self.opened = False
+        self.seconds: dict[str, float] = {}
+        self._stopping = threading.Event()
+        self._tables: list[Tensor] = []
+        self._whole: dict[str, tuple[Tensor, int]] = {}
+        self._proven_received: Digests = {}
+        self._part: StorePart | None = None
+        self._thread: threading.Thread | None = None
+        self._patience = Patience(timeout, self._stopping)
+
+    def start(self) -> None:
+        if self.mode == "staged" and self._wire["kind"] == "store":
+            self.finished = True  # trainer ranks fill and verify the slot; it is read at commit
+            return
+        if self.mode == "staged":
+            store = WeightStore(self._wire["store"], self._wire["directory"])
+            self._part = store.part(self._wire["token"], self._route.rank, self._route.nbytes)
+        else:
+            self._open()
+        action = self._stage if self.mode == "staged" else self._write_all
+        self._thread = threading.Thread(target=self._guarded, args=(action,), name="mbridge-receive", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits until everything has arrived; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join(self._timeout)
+            if self._thread.is_alive():
+                raise SyncError(f"not everything arrived within {self._timeout:g} s")
+        if self.error is not None:
+            raise self.error
+
+    def load_staged(self) -> None:
+        """From the image into the parameters."""
+        started = time.perf_counter()
+        inlet = open_inlet(self._wire, self._route, self._patience) if self._part is None else self._arrived()
+        try:
+            self._open()
+            with torch.no_grad():
+                self._write_all(inlet)
+        finally:
+            inlet.close()
+        self.seconds["load"] = time.perf_counter() - started
+
+    def _arrived(self) -> Inlet:
+        assert self._part is not None
+        return _ImageInlet(self._part.image, self._route)
+
+    def _open(self) -> None:
+        self.opened = True
+        self._model.open()
+
+    def prove(self) -> dict[str, Any]:
+        """Live weights against the trainer's digests."""
+        started = time.perf_counter()
+        expected = packing.read_digests(self._route, self._tables)
+        whole = {piece.hf_name for piece in self._route.pieces if _is_whole(piece)}
+        counted: Digests = {}
+        if self._verify:
+            parameters = self._model.parameters()
+            traced = [piece for piece in self._route.pieces if not _is_whole(piece)]
+            rest = packing.live_digests((piece for piece in traced if not piece.counted), parameters)
+            counted = packing.live_digests((piece for piece in traced if piece.counted), parameters)
+            found = self._proven_received | {
+                name: add(counted.get(name, 0), rest.get(name, 0)) for name in counted.keys() | rest.keys()
+            }
+            wrong = [hf_name for hf_name, value in expected.items() if found.get(hf_name) != value]
+            if wrong:
+                raise DigestMismatch(
+                    f"{len(wrong)} tensors of worker {self._route.rank} are not in the live weights as they were sent: "
+                    f"{listed(f'{name} (in {listed(self._places(name))})' for name in wrong)}"
+                )
+            first = {piece.hf_name for piece in self._route.pieces if _is_whole(piece) and piece.counted}
+            counted |= {name: self._proven_received[name] for name in first}
+        self.seconds["verify"] = self.seconds.get("verify", 0.0) + time.perf_counter() - started
+        return {
+            "tensors": len(self._route.hf_names),
+            "bytes": self._route.payload_bytes,
+            "digests": {hf_name: f"{value:016x}" for hf_name, value in counted.items()},
+            "whole": sorted(whole),
+            "seconds": self.seconds,
+        }
+
+    def keep(self) -> None:
+        """The image of this host's weight store becomes live, if this update brought one."""
+        if self._part is not None:
+            self._part.commit(self._wire["version"], self._wire["fingerprint"], self._wire["sizes"])
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._timeout)
+
+    def close(self) -> None:
+        if self._part is not None:
+            self._part.close()
+
+    def _guarded(self, action: Callable[[Inlet], None]) -> None:
+        started = time.perf_counter()
+        try:
+            inlet = open_inlet(self._wire, self._route, self._patience)
+            try:
+                with torch.no_grad():
+                    action(inlet)
+            finally:
+                inlet.close()
+        except BaseException as error:  # it is raised where the update is joined
+            self.error = error
+        self.seconds["receive"] = time.perf_counter() - started
+        self.finished = True
+
+    def _stage(self, inlet: Inlet) -> None:
+        assert self._part is not None
+        image = self._part.image
+        for index, bucket in enumerate(self._route.buckets):
+            for part, data in zip(bucket.parts, self._taken(inlet, index), strict=True):
+                image[part.start : part.start + part.nbytes].copy_(data)
+            inlet.give_back(index)
+        if self._verify:
+            packing.require_expected(self._route, image)
+
+    def _write_all(self, inlet: Inlet) -> None:
+        parameters = self._model.parameters()
+        self._tables, self._whole = [], {}
+        for index, bucket in enumerate(self._route.buckets):
+            data = self._taken(inlet, index)
+            self._serving.written = True
+            self._write(bucket, data, parameters)
+            inlet.give_back(index)
+
+    def _taken(self, inlet: Inlet, index: int) -> Sequence[Tensor]:
+        if self._stopping.is_set():
+            raise SyncError("the update was given up")
+        return inlet.take(index)
+
+    def _write(self, bucket: Bucket, data: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
+        for part, of_part in zip(bucket.parts, data, strict=True):
+            if not part.pieces:
+                self._tables.append(of_part.cpu().clone())
+            for piece in part.pieces:
+                values = packing.rectangle(piece, of_part, part.start)
+                if _is_whole(piece):
+                    self._collect(piece, values)
+                else:
+                    packing.placed(piece.target, piece.shape, parameters).copy_(values)
+
+    def _collect(self, piece: Piece, values: Tensor) -> None:
+        """Part of a tensor that the engine's loader takes whole; the last part hands it over."""
+        hf_name = piece.hf_name
+        if hf_name not in self._whole:
+            total = sum(prod(other.shape) for other in self._route.pieces if other.target.name == piece.target.name)
+            self._whole[hf_name] = torch.empty(total, dtype=piece.dtype), total
+        tensor, missing = self._whole[hf_name]
+        piece.target.of(tensor, piece.shape).copy_(values)
+        self._whole[hf_name] = tensor, missing - prod(piece.shape)
+        if missing == prod(piece.shape):
+            del self._whole[hf_name]
+            shape = (tensor.numel() // piece.columns, piece.columns)
+            self._proven_received[hf_name] = digest(tensor.view(shape), piece.words)
+            self._model.load_whole(hf_name, tensor)
+
+    def _places(self, hf_name: str) -> set[str]:
+        return {piece.target.name for piece in self._route.pieces if piece.hf_name == hf_name}
+
+
+class _ImageInlet:
+    """What has arrived already."""
+
+    def __init__(self, image: Tensor, route: WorkerRoute) -> None:
+        self._image, self._route = image, route
+
+    def take(self, index: int) -> Sequence[Tensor]:
+        return [self._image[part.start : part.start + part.nbytes] for part in self._route.buckets[index].parts]
+
+    def give_back(self, index: int) -> None:
+        """It stays."""
+
+    def close(self) -> None:
+        """The image is the update's."""
+
+
+def merged_report(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What an engine says of a commit, from its workers' reports: with the digest of all weights together."""
+    digests: Digests = {}
+    for report in reports:
+        for hf_name, value in report["digests"].items():
+            digests[hf_name] = add(digests.get(hf_name, 0), int(value, 16))
+    whole = {hf_name for report in reports for hf_name in report["whole"]}
+    phases = {phase for report in reports for phase in report["seconds"]}
+    return {
+        "version": reports[0]["version"],
+        "workers": len(reports),
+        "bytes": sum(report["bytes"] for report in reports),
+        "bytes_per_worker": [report["bytes"] for report in reports],
+        "digest": combine(digests) if digests else None,
+        "proven_live": len(digests.keys() - whole),
+        "proven_received": len(digests.keys() & whole),
+        "seconds": {phase: max(report["seconds"].get(phase, 0.0) for report in reports) for phase in sorted(phases)},
+    }
+
+
+def _is_whole(piece: Piece) -> bool:
+    return piece.target.name.startswith(WHOLE_TENSOR)
+
+
+def _require_place(piece: Piece, parameters: Mapping[str, Tensor]) -> None:
+    if _is_whole(piece):
+        return
+    name, parameter = piece.target.name, parameters.get(piece.target.name)
+    if parameter is None:
+        raise EngineMismatch(f"{piece.hf_name}: the plan writes to {name}, which this worker has not")
+    if parameter.dtype != piece.dtype:
+        raise EngineMismatch(f"{piece.hf_name}: the plan brings {piece.dtype}, {name} is {parameter.dtype}")
+    last = piece.target.offset + sum((size - 1) * step for size, step in zip(piece.shape, piece.target.strides, strict=True))
+    extent = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+    if last > extent:
+        raise EngineMismatch(f"{piece.hf_name}: the plan writes past the end of {name} {list(parameter.shape)}")
+
+
+def load_from_store(receiver: ShardReceiver, store: WeightStore, token: str) -> dict[str, Any]:
+    """Brings one worker to the live version of a store, as a sync would: a restarted or late engine catches up.
+
+    Raises:
+        SyncError: see `WeightStore.read` and `ShardReceiver.commit`.
+    """
+    head = store.head()
+    if head is None:
+        raise SyncError(f"nothing was committed to the weight store {store.name!r}")
+    wire = {"kind": "store", "name": store.name, "directory": str(store.directory), "token": token}
+    receiver.receive(head.version, head.fingerprint, "staged", wire, timeout=60.0)
+    return receiver.commit(head.version)
+
+
+def parameters_of(model: Any) -> dict[str, Tensor]:
+    """Parameters and buffers by name, as plain tensors that may be written."""
+    return {name: tensor.data for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
