@@ -62,6 +62,7 @@ class AutoBridge:
         self.spec: ModelSpec = model_spec(hf_config)
         self.directory = directory
         self._export_plans: dict[ParallelLayout, Plan] = {}
+        self._sides: dict[tuple[ParallelLayout, int], Side] = {}
         self._import_plans: dict[tuple[ParallelLayout, int], Plan] = {}
         self._streams: dict[tuple[object, ...], TensorStream] = {}
 
@@ -156,7 +157,7 @@ class AutoBridge:
             CheckpointError, StateMismatchError: on all ranks: the source or the model does not match; checked before anything
                 is written. A file that becomes unreadable while it is read leaves an incomplete model; the error says so.
         """
-        from mbridge_rl.megatron.parameters import layout_of, live_side
+        from mbridge_rl.megatron.parameters import layout_of
 
         if source is not None and not isinstance(source, str | Path | Mapping | nn.Module):
             return self.import_weights(model, source, layout=layout)
@@ -164,7 +165,7 @@ class AutoBridge:
         with group.together():
             hf_state = self._opened(source)
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
-            live, side = live_side(model, self.spec, layout, group.rank)
+            live, side = self._live(model, layout, group.rank)
             if isinstance(hf_state, HFModule):
                 plan = compile_plan(self.spec, hf_state.side, side)
             else:
@@ -199,12 +200,12 @@ class AutoBridge:
             StateMismatchError: on all ranks: an unknown or repeated tensor, one of another shape or not floating point, or an
                 end before all have arrived. Whatever the stream itself raises comes out, too.
         """
-        from mbridge_rl.megatron.parameters import layout_of, live_side
+        from mbridge_rl.megatron.parameters import layout_of
 
         group = RankGroup()
         with group.together():
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
-            live, side = live_side(model, self.spec, layout, group.rank)
+            live, side = self._live(model, layout, group.rank)
             plan = self._import_plan(layout, group.rank, side)
         import_stream(self.spec, plan, {name: live.base(name) for name in live}, stream, group, in_place=in_place)
 
@@ -236,12 +237,12 @@ class AutoBridge:
             StateMismatchError, SyncError: on all ranks, before anything travels: the model is not the one of the mapping, or
                 ranks disagree about the plan or the arguments; SyncError: a rank failed, left, or is missing.
         """
-        from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
+        from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
         group = RankGroup()
         with group.together():
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
-            live, _ = live_side(model, self.spec, layout, group.rank)
+            live, _ = self._live(model, layout, group.rank)
             plan = self.export_plan(layout)
         arguments = (dtype or model_dtype(model), bucket_bytes, None if ranks is None else tuple(ranks), transport)
         yield from self._stream(layout, plan, group, live, arguments).run(live)
@@ -373,12 +374,12 @@ class AutoBridge:
         Raises:
             CheckpointError: on all ranks: the disk is full, or the place cannot be written. An older checkpoint is untouched.
         """
-        from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
+        from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
         group = RankGroup()
         with group.together():
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
-            live, _ = live_side(model, self.spec, layout, group.rank)
+            live, _ = self._live(model, layout, group.rank)
             plan = self.export_plan(layout)
             dtype = dtype or model_dtype(model)
             files = plan_files(self.metadata(dtype), shard_bytes)
@@ -438,6 +439,14 @@ class AutoBridge:
             self._export_plans[layout] = compile_plan(self.spec, megatron_side(self.spec, layout), hf_side(self.spec))
         return self._export_plans[layout]
 
+    def _live(self, model: Sequence[nn.Module], layout: ParallelLayout, rank: int) -> tuple[LiveParameters, Side]:
+        """This rank's live parameters, checked against what the mapping says; that is worked out once."""
+        from mbridge_rl.megatron.parameters import live_side
+
+        if (layout, rank) not in self._sides:
+            self._sides[layout, rank] = megatron_side(self.spec, layout, rank)
+        return live_side(model, self.spec, layout, rank, self._sides[layout, rank])
+
     def _import_plan(self, layout: ParallelLayout, rank: int, side: Side) -> Plan:
         """From whole HF tensors to what this rank holds."""
         if (layout, rank) not in self._import_plans:
@@ -462,7 +471,7 @@ class AutoBridge:
             directory = local_directory(source)
             source, where = Checkpoint(directory), str(directory)
         hf_state = self._plain(source)
-        check_hf_state(self.spec, hf_state.tensors if isinstance(hf_state, Checkpoint) else hf_state, where)
+        check_hf_state(self.spec, hf_state.entries if isinstance(hf_state, Checkpoint) else hf_state, where)
         return hf_state if isinstance(hf_state, Checkpoint) else _Contiguous(hf_state)
 
     def _plain(self, tensors: HfState) -> HfState:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mbridge_rl.core.errors import StateMismatchError, UnsupportedModelError, listed
-from mbridge_rl.core.model import HFTensor, ModelSpec
+from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.segments import Box, Segment, Side
 from mbridge_rl.hf.state import check_hf_state
 
@@ -38,8 +38,7 @@ class HFModule(Mapping[str, Tensor]):
         if without := [name for name, tensor in self._tensors.items() if tensor.is_meta]:
             raise StateMismatchError(f"{type(module).__name__} holds no data yet (meta device): {listed(without)}")
         self._saved = saved_views(module, self._tensors)
-        announced = {hf_name: HFTensor(hf_name, view.dtype, tuple(view.shape)) for hf_name, view in self._saved.items()}
-        check_hf_state(spec, announced, f"the module {type(module).__name__}")
+        check_hf_state(spec, self._saved, f"the module {type(module).__name__}")
         self.side = self._side(spec, tuple(ranks))
         self._check_ties(type(module).__name__)
 

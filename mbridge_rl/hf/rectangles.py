@@ -6,9 +6,10 @@ pass through a small staging buffer, which also casts. No page beside the rectan
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -21,6 +22,9 @@ from mbridge_rl.core.segments import Shape
 STAGING_BYTES = 8 << 20
 # Blocks with smaller gaps are read as one: storage is read by pages, so that stepping over less saves nothing.
 _PAGE = 4096
+# Of one call: the kernel takes 1,024 pieces of memory, and fewer than 2 GiB.
+_MOST_NEIGHBOURS = 1024
+_MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +61,58 @@ def read_into(descriptor: int, rectangle: Rectangle, target: Tensor) -> None:
         EOFError: the file ends inside of the rectangle; OSError: it cannot be read.
     """
     direct = _direct_blocks(rectangle, target)
-    if direct is not None:
+    if direct is None:
+        _read_staged(descriptor, rectangle, target)
+    else:
         for memory, position in direct:
             _read_exactly(descriptor, memory, position)
-        return
+
+
+def read_many(descriptor: int, requests: Iterable[tuple[str, Rectangle, Tensor]]) -> None:
+    """Fills every target from its rectangle as `read_into` does, in the order of the file, and what lies side by side there
+    in one call. Requests are `(name for the error, rectangle, target)`.
+
+    Raises:
+        EOFError, OSError: as `read_into`, naming the request; targets that come later in the file are not filled.
+    """
+    neighbours: list[tuple[memoryview, int, str]] = []
+    end, nbytes = -1, 0
+    for name, rectangle, target in sorted(requests, key=lambda request: request[1].start):
+        direct = _direct_blocks(rectangle, target)
+        if direct is None:
+            with _named(name):
+                _read_staged(descriptor, rectangle, target)
+            continue
+        for memory, position in direct:
+            if position != end or len(neighbours) == _MOST_NEIGHBOURS or nbytes >= _MOST_BYTES:
+                _read_neighbours(descriptor, neighbours)
+                neighbours, nbytes = [], 0
+            neighbours.append((memory, position, name))
+            end, nbytes = position + len(memory), nbytes + len(memory)
+    _read_neighbours(descriptor, neighbours)
+
+
+def _read_neighbours(descriptor: int, blocks: Sequence[tuple[memoryview, int, str]]) -> None:
+    """Reads blocks that follow each other in the file: at once or, if that gives less than all, one by one."""
+    if len(blocks) > 1:
+        with contextlib.suppress(OSError):
+            got = os.preadv(descriptor, [memory for memory, _, _ in blocks], blocks[0][1])
+            if got == sum(len(memory) for memory, _, _ in blocks):
+                return
+    for memory, position, name in blocks:
+        with _named(name):
+            _read_exactly(descriptor, memory, position)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _read_staged(descriptor: int, rectangle: Rectangle, target: Tensor) -> None:
     for part, narrowed in _bounded(rectangle, target, _PAGE):
         blocks = _blocks(part, _PAGE)
         staging, memory = _staging(blocks, part.dtype)
@@ -134,10 +186,12 @@ def _bounded(rectangle: Rectangle, tensor: Tensor, gap_bytes: int) -> Iterator[t
         yield from _bounded(replace(rectangle, start=start, shape=shape), tensor.narrow(dim, first, count), gap_bytes)
 
 
-def _direct_blocks(rectangle: Rectangle, tensor: Tensor) -> Iterator[tuple[memoryview, int]] | None:
+def _direct_blocks(rectangle: Rectangle, tensor: Tensor) -> Iterable[tuple[memoryview, int]] | None:
     """Blocks as `(memory of the tensor, position in the file)`; `None` where they are scattered in memory, or not worth it."""
     if not tensor.is_cpu or tensor.dtype != rectangle.dtype or tensor.numel() == 0:
         return None
+    if _is_one_block(rectangle) and tensor.is_contiguous():
+        return [(_memory(tensor, tensor.numel()), rectangle.start)]
     order = sorted((dim for dim, size in enumerate(rectangle.shape) if size > 1), key=lambda dim: rectangle.strides[dim])
     extent, inner = 1, 0
     while inner < len(order) and rectangle.strides[order[inner]] == tensor.stride(order[inner]) == extent:
@@ -148,20 +202,29 @@ def _direct_blocks(rectangle: Rectangle, tensor: Tensor) -> Iterator[tuple[memor
         return None
     in_file = _positions(rectangle, outer)
     in_memory = _positions(Rectangle(rectangle.dtype, 0, rectangle.shape, tensor.stride()), outer)
-    memory = _memory(tensor)
+    memory = _memory(tensor, 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)))
     nbytes = extent * itemsize
     return ((memory[begin : begin + nbytes], position) for begin, position in zip(in_memory, in_file, strict=True))
 
 
-def _memory(tensor: Tensor) -> memoryview:
-    """All bytes between the first and the last element of a CPU tensor, which must outlive the view."""
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def _is_one_block(rectangle: Rectangle) -> bool:
+    step = 1
+    for size, stride in zip(reversed(rectangle.shape), reversed(rectangle.strides), strict=True):
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def _memory(tensor: Tensor, elements: int) -> memoryview:
+    """The bytes of `elements` from the first one of a CPU tensor, which must outlive the view."""
     return memoryview((ctypes.c_char * (elements * tensor.element_size())).from_address(tensor.data_ptr())).cast("B")
 
 
 def _staging(blocks: _Blocks, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
     staging = torch.empty(blocks.packed_elements(), dtype=dtype)
-    return staging, _memory(staging)
+    return staging, _memory(staging, len(staging))
 
 
 def _read_exactly(descriptor: int, memory: memoryview, position: int) -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from torch import Tensor
+import torch
 
 from mbridge_rl.core.errors import StateMismatchError, listed
-from mbridge_rl.core.model import HFTensor, ModelSpec
+from mbridge_rl.core.model import ModelSpec
 
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
-def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Tensor | HFTensor], where: str) -> None:
+class Described(Protocol):
+    """A tensor, or what its file says of it."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Described], where: str) -> None:
     """Checks names, shapes and dtypes of `hf_state` against the mapping.
 
     Args:
@@ -38,7 +48,7 @@ def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Tensor | HFTensor], w
             raise StateMismatchError(f"{error}. Nothing was changed") from error
 
 
-def check_hf_tensor(spec: ModelSpec, hf_name: str, tensor: Tensor | HFTensor, where: str) -> None:
+def check_hf_tensor(spec: ModelSpec, hf_name: str, tensor: Described, where: str) -> None:
     """Checks shape and dtype of one tensor that the model has.
 
     Raises:

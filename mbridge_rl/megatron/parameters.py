@@ -101,14 +101,17 @@ def check_held(tensors: Mapping[str, Tensor], side: Side, rank: int) -> None:
             )
 
 
-def live_side(model: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, rank: int) -> tuple[LiveParameters, Side]:
-    """This rank's live parameters and segments, compared with each other.
+def live_side(
+    model: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, rank: int, side: Side | None = None
+) -> tuple[LiveParameters, Side]:
+    """This rank's live parameters and segments, compared with each other. `side` is `megatron_side(spec, layout, rank)`, where
+    that is known already.
 
     Raises:
         StateMismatchError: the model does not hold what the mapping says.
     """
     at = layout.coordinates(rank)
-    side = megatron_side(spec, layout, rank)
+    side = megatron_side(spec, layout, rank) if side is None else side
     live = LiveParameters(model, at.ep * (spec.num_experts or 0) // layout.ep, buffer_names=side.shapes.keys())
     live.check(side, rank)
     return live, side
