@@ -40,9 +40,8 @@ def test_a_module_of_every_family_is_its_checkpoint(variant: str, tmp_path: Path
     module.save_pretrained(tmp_path)
     bridge = AutoBridge.from_pretrained(tmp_path)
     assert bridge.verify(module, tmp_path) == []
-    layout = ParallelLayout(pp=3)
-    from_module, from_files = bridge.shard(module, layout), bridge.shard(dict(bridge._opened(tmp_path)), layout)
-    for rank in range(3):
+    from_module, from_files = (bridge.shard(source, family.layout) for source in (module, dict(bridge._opened(tmp_path))))
+    for rank in range(family.layout.world_size):
         assert_same_state(from_module[rank], from_files[rank])
 
 
