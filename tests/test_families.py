@@ -14,7 +14,7 @@ import family_scenarios as scenarios
 import pytest
 import torch
 from families import FAMILIES
-from families.family import VOCABULARY
+from families.family import REFERENCE, VOCABULARY
 from interpreter import Interpreter
 from ranks import run_ranks
 from tiny import assert_same_state, hf_state
@@ -106,7 +106,7 @@ def test_lora(variant: str, tmp_path: Path) -> None:
     family.checkpoint(tmp_path)
     (adapted, base), *_ = run_ranks(scenarios.adapted_logits, 1, tmp_path, family.lora, TOKENS)
     assert (adapted - base).abs().max() > 10 * family.tolerance
-    reference = type(family.model()).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    reference = type(family.model()).from_pretrained(tmp_path / "merged", **REFERENCE).eval()
     assert_close_logits(adapted, reference, family.tolerance)
 
 

@@ -18,6 +18,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.extras import RotaryFrequencies
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.megatron.forward import forward_logits
@@ -340,7 +341,7 @@ def _refusals(rank: int) -> dict[str, str]:
     refuse("layers", LayoutError, lambda: current_layout(spec_num_layers=3, stage_layers=(2,)))
     refuse("misspelt", ValueError, lambda: build_model(spec, layout, overrides={"recompute_granularty": "full"}))
     refuse("contradiction", ValueError, lambda: build_model(spec, layout, overrides={"sequence_parallel": True}))
-    wrong_rope = dataclasses.replace(spec, rope_inv_freq=(1.0, 0.5))
+    wrong_rope = dataclasses.replace(spec, extras=(RotaryFrequencies((1.0, 0.5)),))
     refuse("rope", ValueError, lambda: build_model(wrong_rope, layout))
     return found
 
@@ -357,13 +358,14 @@ def test_impossible_requests_say_what_is_wrong() -> None:
         assert "must sum up to the model's 3 layers" in found["layers"]
         assert "did you mean 'recompute_granularity'" in found["misspelt"]
         assert "build_model's sequence_parallel" in found["contradiction"]
-        assert "has 2 frequencies, the Megatron model has 6" in found["rope"]
+        assert "2 rotary frequencies are given, the Megatron model has 6" in found["rope"]
 
 
 def _rope(rank: int, inv_freq: tuple[float, ...] | None) -> Tensor | None:
     initialize_parallel(ParallelLayout())
     with megatron_runtime():
-        model = build_model(dataclasses.replace(_spec(), rope_inv_freq=inv_freq))
+        extras = () if inv_freq is None else (RotaryFrequencies(inv_freq),)
+        model = build_model(dataclasses.replace(_spec(), extras=extras))
         _initialize(model)
     return forward_logits(model, torch.arange(9)[None])
 

@@ -10,19 +10,40 @@ from collections.abc import Callable
 from typing import Any
 
 from mbridge_rl.bridges.deepseek_v3 import deepseek_v3
+from mbridge_rl.bridges.ernie4_5 import ernie4_5
+from mbridge_rl.bridges.exaone4 import exaone4
+from mbridge_rl.bridges.gemma import gemma, gemma2, gemma3
+from mbridge_rl.bridges.granite import granite
 from mbridge_rl.bridges.llama import llama
+from mbridge_rl.bridges.ministral3 import ministral3
+from mbridge_rl.bridges.mistral import mistral
+from mbridge_rl.bridges.nemotron import nemotron
 from mbridge_rl.bridges.nemotron_h import nemotron_h
+from mbridge_rl.bridges.phi3 import phi3
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
 from mbridge_rl.bridges.qwen3_5 import qwen3_5
 from mbridge_rl.bridges.qwen3_moe import qwen3_moe
 from mbridge_rl.bridges.qwen_vl import qwen2_5_vl, qwen3_5_vl, qwen3_vl
+from mbridge_rl.bridges.seed_oss import seed_oss
 from mbridge_rl.bridges.unsupported import UNSUPPORTED
 from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.model import ModelSpec
 
 FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "MinistralForCausalLM": mistral,
+    "Ministral3ForCausalLM": ministral3,
+    "Phi3ForCausalLM": phi3,
+    "SeedOssForCausalLM": seed_oss,
+    "GraniteForCausalLM": granite,
+    "Ernie4_5ForCausalLM": ernie4_5,
+    "NemotronForCausalLM": nemotron,
+    "GemmaForCausalLM": gemma,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "Exaone4ForCausalLM": exaone4,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,

@@ -3,6 +3,7 @@ whose output is gated in the others."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, attention, head_dim, kv_heads_of
@@ -77,7 +78,9 @@ def gated_attention(hf: Any) -> Block:
     parts = (query, gate, *(whole(hf_name, (groups * dim, h)) for hf_name in keys))
     fused = Rule(f"{_OURS}.linear_qkv.weight", parts, (0, h), axis="tp", groups=groups)
     rules = tuple(fused if rule.megatron_name == fused.megatron_name else rule for rule in plain.rules)
-    return Block({**plain.config, "attention_output_gate": True}, rules).only_in(_layers(hf, "full_attention"))
+    return replace(plain, config={**plain.config, "attention_output_gate": True}, rules=rules).only_in(
+        _layers(hf, "full_attention")
+    )
 
 
 def _layers(hf: Any, kind: str) -> tuple[int, ...]:

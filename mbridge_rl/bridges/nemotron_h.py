@@ -18,7 +18,13 @@ _NORM, _MIXER = f"{_LAYER}.norm.weight", f"{_LAYER}.mixer"
 
 
 def nemotron_h(hf: Any) -> ModelSpec:
-    for name, expected in {"use_bias": False, "mlp_bias": False, "residual_in_fp32": False, "sliding_window": None}.items():
+    for name, expected in {
+        "use_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "residual_in_fp32": False,
+        "sliding_window": None,
+    }.items():
         require(hf, name, expected)
     h, pattern = hf.hidden_size, hf.hybrid_override_pattern
     kinds = {"M": _mamba, "*": _attention, "-": _mlp}

@@ -1,7 +1,8 @@
 """What some models compute that Megatron's config has no field for, as data.
 
-A family lists its extras in `ModelSpec.extras`; `megatron/extras.py` adds each to the modules that Megatron built, by one
-function per kind. Parameters that an extra brings along are named here and mapped by rules like any other.
+A family lists its extras in `ModelSpec.extras`, or its blocks bring them. `megatron/extras.py` adds each to the modules that
+Megatron built, by one function per kind; those of `LayerExtra` change what is built (`megatron/layer_specs.py`). Parameters
+that an extra brings along are named here and mapped by rules like any other.
 """
 
 from __future__ import annotations
@@ -41,4 +42,93 @@ class PlainNorm:
     module: str
 
 
-Extra = EmbeddingScale | LogitScale | LogitSoftcap | PlainNorm
+@dataclass(frozen=True, slots=True)
+class ResidualScale:
+    """What attention and MLP add to the residual stream, biases included, times `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class OutputNorms:
+    """What attention and MLP add to the residual stream, biases included, is normalised first: with
+    `decoder.layers.{layer}.post_self_attn_layernorm` and `...post_mlp_layernorm`, `weight [hidden]` each."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSoftcap:
+    """`cap * tanh(scores / cap)` before the softmax of attention (Gemma 2, arXiv 2408.00118)."""
+
+    cap: float
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryFrequencies:
+    """Inverse frequencies `[rotary_dim / 2]` that replace Megatron's own."""
+
+    inv_freq: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryFrequenciesByLength:
+    """LongRoPE (arXiv 2402.13753): `long` replaces `short` where a batch's sequences are longer than `original_length`."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryFrequenciesByLayer:
+    """Layer `i` of the model rotates with `inv_freqs[kinds[i]]`."""
+
+    inv_freqs: tuple[tuple[float, ...], ...]
+    kinds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryScale:
+    """Rotated queries times `factor`: their first `channels`, in layers that rotate. Transformers scales cosine and sine, of
+    queries and keys alike, by the square root."""
+
+    factor: float
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueryScaleByPosition:
+    """Rotated queries times `1 + beta * log(1 + floor(position / original_length))` (Llama 4, Ministral 3)."""
+
+    beta: float
+    original_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearBiases:
+    """Linears of every layer that have biases though the config's `add_bias_linear` is off: `linear_proj`, `linear_fc1`,
+    `linear_fc2`."""
+
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NoInputNorms:
+    """Attention and MLP take the residual stream as it is."""
+
+
+LayerExtra = LinearBiases | NoInputNorms
+Extra = (
+    EmbeddingScale
+    | LogitScale
+    | LogitSoftcap
+    | PlainNorm
+    | ResidualScale
+    | OutputNorms
+    | AttentionSoftcap
+    | RotaryFrequencies
+    | RotaryFrequenciesByLength
+    | RotaryFrequenciesByLayer
+    | RotaryScale
+    | QueryScaleByPosition
+    | LayerExtra
+)

@@ -60,7 +60,6 @@ class ModelSpec:
         tied_embeddings: the output layer is the embedding; the checkpoint holds it once.
         transformer_config: arguments of Megatron's `TransformerConfig`, without parallel sizes and dtypes.
         gpt_model: arguments of Megatron's `GPTModel` (or `MambaModel`), without vocabulary size and stages.
-        rope_inv_freq: rotary inverse frequencies `[rotary_dim / 2]` that replace Megatron's own; `None` keeps them.
         hybrid_pattern: a letter per layer, which makes the model Megatron's `MambaModel`: `M` Mamba, `*` attention, `-` MLP,
             `E` experts.
         rules: the mapping table.
@@ -79,7 +78,6 @@ class ModelSpec:
     gpt_model: Mapping[str, Any]
     rules: tuple[Rule, ...]
     num_experts: int | None = None
-    rope_inv_freq: tuple[float, ...] | None = None
     hybrid_pattern: str | None = None
     extras: tuple[Extra, ...] = ()
     carried: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)

@@ -85,6 +85,10 @@ class Part:
         return prod(axis.count for axis in self.axes if axis.along == dim)
 
 
+# What is fused: whole HF tensors by name and size along the fused dimension, or any parts.
+Parts = Mapping[str, int] | Sequence[Part]
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """How `megatron_name` (a pattern) is made of `parts`.
@@ -197,10 +201,10 @@ def replicated(
     return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), placement=placement, dtype=dtype)
 
 
-def column_parallel(megatron_name: str, parts: dict[str, int], inner: Sequence[int] = (), *, axis: ShardAxis = "tp") -> Rule:
+def column_parallel(megatron_name: str, parts: Parts, inner: Sequence[int] = (), *, axis: ShardAxis = "tp") -> Rule:
     """Output features dealt to ranks. `parts` maps HF names to output sizes; each part is cut separately, so
     `{gate: ffn, up: ffn}` is the gated MLP `[gate | up]` of every rank. `inner` is `(input size,)`, or `()` for biases."""
-    return Rule(megatron_name, _fused(parts, inner), (0, *inner), axis=axis)
+    return Rule(megatron_name, _parts(parts, inner), (0, *inner), axis=axis)
 
 
 def row_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, axis: ShardAxis = "tp") -> Rule:
@@ -208,9 +212,9 @@ def row_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, axis
     return Rule(megatron_name, (whole(hf_name, shape),), (shape[0], 0), dim=1, axis=axis)
 
 
-def grouped_parallel(megatron_name: str, parts: dict[str, int], groups: int, inner: Sequence[int] = ()) -> Rule:
+def grouped_parallel(megatron_name: str, parts: Parts, groups: int, inner: Sequence[int] = ()) -> Rule:
     """Fused tensors whose groups the model fixes: QKV by KV head."""
-    return Rule(megatron_name, _fused(parts, inner), (0, *inner), axis="tp", groups=groups)
+    return Rule(megatron_name, _parts(parts, inner), (0, *inner), axis="tp", groups=groups)
 
 
 def vocabulary_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement) -> Rule:
@@ -243,5 +247,7 @@ def stacked(hf_name: str, sizes: Sequence[int], inner: Sequence[int] = ()) -> tu
     return tuple(Part(hf_name, (Axis(sum(sizes), 0, start, size), *rest)) for start, size in zip(starts, sizes, strict=False))
 
 
-def _fused(sizes: dict[str, int], inner: Sequence[int]) -> tuple[Part, ...]:
-    return tuple(whole(hf_name, (size, *inner)) for hf_name, size in sizes.items())
+def _parts(parts: Parts, inner: Sequence[int]) -> tuple[Part, ...]:
+    if not isinstance(parts, Mapping):
+        return tuple(parts)
+    return tuple(whole(hf_name, (size, *inner)) for hf_name, size in parts.items())

@@ -1,11 +1,13 @@
-"""Which tokens a context-parallel rank holds. Arithmetic only."""
+"""Which tokens a context-parallel rank holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -25,3 +27,19 @@ def context_parallel_positions(offsets: Sequence[int], rank: int, size: int) -> 
         for chunk in (rank, 2 * size - 1 - rank):
             pieces.append(torch.arange(start + chunk * length, start + (chunk + 1) * length))
     return torch.cat(pieces)
+
+
+def token_positions(tokens: int, packed_seq_params: Any, group: dist.ProcessGroup | None) -> Tensor:
+    """Positions `[tokens]` in their own sequences of the tokens that a rank of `group` attends from.
+
+    Args:
+        tokens: of this rank, per row of the batch.
+        packed_seq_params: Megatron's, `None` where nothing is packed.
+    """
+    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    if packed_seq_params is None:
+        return context_parallel_positions([0, tokens * size], rank, size) if size > 1 else torch.arange(tokens)
+    padded = packed_seq_params.cu_seqlens_q_padded
+    offsets = (packed_seq_params.cu_seqlens_q if padded is None else padded).cpu()
+    positions = context_parallel_positions(offsets.tolist(), rank, size) if size > 1 else torch.arange(tokens)
+    return positions - offsets[torch.bucketize(positions, offsets[1:], right=True)]

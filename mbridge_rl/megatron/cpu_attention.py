@@ -19,7 +19,8 @@ class DotProductAttention(TransformerEngineModule):
 
     Under context parallelism keys and values are gathered over the group (TE's `all_gather` form; the result is the same
     as its ring's). Softmax is in fp32. `softmax_offset [heads]` is the sink of softmax_type "learnable" (a parameter) or
-    "off-by-one" (zeros): one more logit that takes part in the softmax and whose probability is dropped.
+    "off-by-one" (zeros): one more logit that takes part in the softmax and whose probability is dropped. `softcap`, which TE
+    lacks, bends scores to `cap * tanh(scores / cap)`.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class DotProductAttention(TransformerEngineModule):
         softmax_scale: float | None = None,
         softmax_type: str = "vanilla",
         window_size: tuple[int, int] | None = None,
+        softcap: float | None = None,
         tp_size: int = 1,
         get_rng_state_tracker: Callable[[], Any] | None = None,
         cp_group: torch.distributed.ProcessGroup | None = None,
@@ -39,7 +41,7 @@ class DotProductAttention(TransformerEngineModule):
         super().__init__(get_rng_state_tracker=get_rng_state_tracker)
         key_channels = kv_channels[0] if isinstance(kv_channels, tuple) else kv_channels
         self.softmax_scale = softmax_scale or key_channels**-0.5
-        self.attention_dropout, self.window_size = attention_dropout, window_size
+        self.attention_dropout, self.window_size, self.softcap = attention_dropout, window_size, softcap
         self.cp_group, self.cp_comm_type = cp_group, cp_comm_type
         self.softmax_offset: Tensor | None = None
         if softmax_type != "vanilla":
@@ -83,6 +85,7 @@ class DotProductAttention(TransformerEngineModule):
         else:
             offsets = None
         query_positions, key_positions, key, value = self._positions(query, key, value, offsets)
+        query_positions, key_positions = query_positions.to(query.device), key_positions.to(query.device)
         forbidden = self._forbidden(query_positions, key_positions, attn_mask_type)
         if packed:
             forbidden = forbidden | _different_sequence(query_positions, key_positions, offsets)
@@ -125,6 +128,8 @@ class DotProductAttention(TransformerEngineModule):
         copies = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(copies, dim=2), value.repeat_interleave(copies, dim=2)
         scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if bias is not None:
             scores = scores + bias
         scores = scores.masked_fill(forbidden, torch.finfo(torch.float32).min)
@@ -138,9 +143,60 @@ class DotProductAttention(TransformerEngineModule):
         return torch.einsum("bhqk,kbhd->qbhd", probabilities, value).flatten(2)
 
 
+class CoreAttention(DotProductAttention):
+    """Megatron's core attention of self-attention layer `layer_number`, with soft-capped scores, on any device: Transformer
+    Engine's kernels know no such cap. Memory grows with the square of the sequence."""
+
+    def __init__(self, config: Any, layer_number: int, softcap: float) -> None:
+        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core.transformer.utils import is_layer_window_attention
+
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        super().__init__(
+            config.num_attention_heads,
+            config.kv_channels,
+            config.attention_dropout,
+            config.softmax_scale,
+            window_size=config.window_size if windowed else None,
+            softcap=softcap,
+            tp_size=config.tensor_model_parallel_size,
+            get_rng_state_tracker=tensor_parallel.get_cuda_rng_tracker,
+            cp_group=parallel_state.get_context_parallel_group(),
+        )
+        self.config = config
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: Any,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Arguments as Megatron's attention passes them; returns what `DotProductAttention` does."""
+        packed = {} if packed_seq_params is None else vars(packed_seq_params)
+        names = ("qkv_format", "cu_seqlens_q", "cu_seqlens_q_padded")
+        return super().forward(
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type=attn_mask_type.name,
+            core_attention_bias=attention_bias,
+            **{name: packed[name] for name in names if name in packed},
+        )
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """It has no parameters."""
+        return {}
+
+
 def _different_sequence(query_positions: Tensor, key_positions: Tensor, offsets: Sequence[int] | None) -> Tensor:
     """`[q, k]`, True where query and key belong to different packed sequences."""
-    ends = torch.tensor(list(offsets or [0])[1:])
+    ends = torch.tensor(list(offsets or [0])[1:], device=query_positions.device)
     return torch.bucketize(query_positions, ends, right=True)[:, None] != torch.bucketize(key_positions, ends, right=True)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from mbridge_rl.core.extras import Extra
+from mbridge_rl.megatron.layer_specs import change_layer_specs
 
-def decoder_model(arguments: Mapping[str, Any], vp_stage: int | None) -> nn.Module:
-    """A `GPTModel`: attention (or, layer by layer, linear attention) and an MLP or experts in every layer."""
+
+def decoder_model(arguments: Mapping[str, Any], extras: Sequence[Extra], vp_stage: int | None) -> nn.Module:
+    """A `GPTModel`: attention (or, layer by layer, linear attention) and an MLP or experts in every layer, changed by those of
+    `extras` that say what to build."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
         get_transformer_block_with_experimental_attention_variant_spec,
@@ -22,6 +26,7 @@ def decoder_model(arguments: Mapping[str, Any], vp_stage: int | None) -> nn.Modu
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     else:
         layers = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
+    change_layer_specs(layers.layer_specs, extras)
     model = GPTModel(transformer_layer_spec=layers, vp_stage=vp_stage, **arguments)
     if config.attention_output_gate and config.num_query_groups < config.tensor_model_parallel_size:
         _deal_gates(model)

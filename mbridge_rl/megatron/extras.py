@@ -11,14 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.extras import EmbeddingScale, Extra, LogitScale, LogitSoftcap, PlainNorm
+from mbridge_rl.core.extras import (
+    AttentionSoftcap,
+    EmbeddingScale,
+    Extra,
+    LogitScale,
+    LogitSoftcap,
+    OutputNorms,
+    PlainNorm,
+    QueryScaleByPosition,
+    ResidualScale,
+    RotaryFrequencies,
+    RotaryFrequenciesByLayer,
+    RotaryFrequenciesByLength,
+    RotaryScale,
+)
+from mbridge_rl.megatron.context_parallel import token_positions
+from mbridge_rl.megatron.rotary import RotaryByLayer, RotaryByLength, with_frequencies
 
 
 def add_extras(model: nn.Module, extras: Sequence[Extra]) -> None:
     """Changes one chunk as built, before it is wrapped and before weights are loaded. What it lacks (an intermediate
-    pipeline stage has no embedding) is passed over."""
+    pipeline stage has no embedding) is passed over, and so are extras that changed what was built."""
     for extra in extras:
-        _ADD[type(extra)](model, extra)
+        if add := _ADD.get(type(extra)):
+            add(model, extra)
 
 
 def _scale_embeddings(model: nn.Module, extra: EmbeddingScale) -> None:
@@ -60,9 +77,97 @@ def _make_norm_plain(model: nn.Module, extra: PlainNorm) -> None:
             nn.init.ones_(module.weight)
 
 
+def _scale_residuals(model: nn.Module, extra: ResidualScale) -> None:
+    for layer in model.decoder.layers:
+        for module in (layer.self_attention, layer.mlp):
+            _change_output(module, lambda output: output * extra.factor)
+
+
+def _add_output_norms(model: nn.Module, _: OutputNorms) -> None:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    config = model.config
+    for layer in model.decoder.layers:
+        for name, module in (("post_self_attn_layernorm", layer.self_attention), ("post_mlp_layernorm", layer.mlp)):
+            norm = TENorm(config, config.hidden_size, config.layernorm_epsilon)
+            setattr(layer, name, norm)
+            _change_output(module, norm)
+
+
+def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Attention and MLP leave their last bias to whoever adds them to the residual stream; what acts on the sum adds it."""
+
+    def changed(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
+        result, bias = output
+        return change(result if bias is None else result + bias), None
+
+    module.register_forward_hook(changed)
+
+
+def _cap_attention(model: nn.Module, extra: AttentionSoftcap) -> None:
+    from mbridge_rl.megatron.cpu_attention import CoreAttention
+
+    for layer in model.decoder.layers:
+        attention = layer.self_attention
+        attention.core_attention = CoreAttention(attention.core_attention.config, layer.layer_number, extra.cap)
+
+
+def _set_rotary(model: nn.Module, extra: RotaryFrequencies) -> None:
+    model.rotary_pos_emb = with_frequencies(model.rotary_pos_emb, extra.inv_freq)
+
+
+def _set_rotary_by_length(model: nn.Module, extra: RotaryFrequenciesByLength) -> None:
+    variants = [with_frequencies(model.rotary_pos_emb, inv_freq) for inv_freq in (extra.short, extra.long)]
+    model.rotary_pos_emb = RotaryByLength(variants, extra.original_length)
+
+
+def _set_rotary_by_layer(model: nn.Module, extra: RotaryFrequenciesByLayer) -> None:
+    model.rotary_pos_emb = RotaryByLayer([with_frequencies(model.rotary_pos_emb, inv_freq) for inv_freq in extra.inv_freqs])
+    for layer in model.decoder.layers:
+        RotaryByLayer.choose(layer.self_attention, extra.kinds[layer.layer_number - 1])
+
+
+def _scale_rotated(model: nn.Module, extra: RotaryScale) -> None:
+    def scaled(query: Tensor, _: Any) -> Tensor:
+        rotated, rest = query.split([extra.channels, query.shape[-1] - extra.channels], dim=-1)
+        return torch.cat([rotated * extra.factor, rest], dim=-1)
+
+    unrotated = model.config.no_rope_freq or [0] * model.config.num_layers
+    for layer in model.decoder.layers:
+        if not unrotated[layer.layer_number - 1]:
+            _change_query(layer.self_attention.core_attention, scaled)
+
+
+def _scale_by_position(model: nn.Module, extra: QueryScaleByPosition) -> None:
+    def scaled(query: Tensor, packed_seq_params: Any) -> Tensor:
+        positions = token_positions(len(query), packed_seq_params, model.pg_collection.cp).to(query.device)
+        scale = 1 + extra.beta * torch.log(1 + positions.div(extra.original_length, rounding_mode="floor"))
+        return query * scale.to(query.dtype).view(-1, *[1] * (query.dim() - 1))
+
+    for layer in model.decoder.layers:
+        _change_query(layer.self_attention.core_attention, scaled)
+
+
+def _change_query(core_attention: nn.Module, change: Callable[[Tensor, Any], Tensor]) -> None:
+    """`change` gets the query `[seq, batch, heads, dim]` or, packed, `[tokens, heads, dim]`, and the packed sequences."""
+
+    def changed(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (change(arguments[0], options.get("packed_seq_params")), *arguments[1:]), options
+
+    core_attention.register_forward_pre_hook(changed, with_kwargs=True)
+
+
 _ADD: dict[type, Callable[[nn.Module, Any], None]] = {
     EmbeddingScale: _scale_embeddings,
     LogitScale: _change_logits,
     LogitSoftcap: _change_logits,
     PlainNorm: _make_norm_plain,
+    ResidualScale: _scale_residuals,
+    OutputNorms: _add_output_norms,
+    AttentionSoftcap: _cap_attention,
+    RotaryFrequencies: _set_rotary,
+    RotaryFrequenciesByLength: _set_rotary_by_length,
+    RotaryFrequenciesByLayer: _set_rotary_by_layer,
+    RotaryScale: _scale_rotated,
+    QueryScaleByPosition: _scale_by_position,
 }

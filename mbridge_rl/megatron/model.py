@@ -197,11 +197,9 @@ def _build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: in
         **spec.gpt_model,
     }
     if spec.hybrid_pattern is None:
-        model = decoder_model(arguments, vp_stage=chunk if layout.vpp > 1 else None)
+        model = decoder_model(arguments, spec.extras, vp_stage=chunk if layout.vpp > 1 else None)
     else:
         model = hybrid_model(arguments, spec.hybrid_pattern)
-    if spec.rope_inv_freq is not None:
-        _replace_rope(model, spec.rope_inv_freq)
     if model.pre_process:
         _carry(model, spec.carried, config.params_dtype)
     add_extras(model, spec.extras)
@@ -229,15 +227,6 @@ def _mark_experts(model: nn.Module, layout: ParallelLayout) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
-
-
-def _replace_rope(model: nn.Module, inv_freq: tuple[float, ...]) -> None:
-    """Set the rotary inverse frequencies `[rotary_dim / 2]`, fp32; Megatron knows only some of HF's scalings."""
-    rotary = getattr(model, "rotary_pos_emb", None)
-    if rotary is None or len(rotary.inv_freq) != len(inv_freq):
-        expected = "no rotary embedding" if rotary is None else f"{len(rotary.inv_freq)} frequencies"
-        raise ValueError(f"rope_inv_freq has {len(inv_freq)} frequencies, the Megatron model has {expected}")
-    rotary.inv_freq = torch.tensor(inv_freq, dtype=torch.float32, device=rotary.inv_freq.device)
 
 
 def _wrap(chunks: list[nn.Module], config: Any, dtype: torch.dtype, ddp: bool | Mapping[str, Any]) -> list[nn.Module]:

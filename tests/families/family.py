@@ -31,6 +31,10 @@ DENSE: dict[str, Any] = {
 }
 
 
+# How Transformers' models are loaded: its other attentions leave out what it passes them, such as Gemma 2's cap of scores.
+REFERENCE: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+
+
 @dataclass(frozen=True)
 class Family:
     """One tiny model of a family.
@@ -47,6 +51,7 @@ class Family:
         lora: targets of adapters (Megatron linears); a string says why there are none.
         tolerance: of fp32 logits, largest absolute difference from Transformers'; more than 1e-3 needs a comment.
         ignored: beginnings of names in the checkpoint that the bridge leaves alone.
+        embedding: standard deviation of token embeddings; models that scale them need less, or they repeat themselves.
     """
 
     title: str
@@ -60,6 +65,7 @@ class Family:
     lora: tuple[str, ...] | str = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     tolerance: float = 1e-3
     ignored: tuple[str, ...] = ()
+    embedding: float = 0.5
 
     def hf_config(self) -> Any:
         from transformers import CONFIG_MAPPING
@@ -72,8 +78,8 @@ class Family:
         """A Transformers model in fp32, random in every tensor: norms, biases and buffers that decide routing included."""
         import transformers
 
-        model = getattr(transformers, self.architecture)._from_config(self.hf_config(), dtype=torch.float32).eval()
-        _randomize(model, seed)
+        model = getattr(transformers, self.architecture)._from_config(self.hf_config(), **REFERENCE).eval()
+        _randomize(model, seed, self.embedding)
         return model
 
     def checkpoint(self, directory: Path, seed: int = 0) -> nn.Module:
@@ -83,18 +89,19 @@ class Family:
         return model
 
 
-def _randomize(model: nn.Module, seed: int) -> None:
+def _randomize(model: nn.Module, seed: int, embedding: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        saved = model.state_dict().keys()  # buffers that are not are constants, such as rotary frequencies
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-            if tensor.is_floating_point() and "inv_freq" not in name:
-                tensor.copy_(_random(name, tensor, generator))
+            if tensor.is_floating_point() and name in saved:
+                tensor.copy_(_random(name, tensor, generator, embedding))
 
 
-def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _random(name: str, tensor: Tensor, generator: torch.Generator, embedding: float) -> Tensor:
     """Logits of order 1 that depend on every tensor; norms around their neutral value, whichever that is."""
     noise = torch.randn(tensor.shape, generator=generator)
     if tensor.dim() < 2:
         neutral = tensor.float().mean().round() if "norm" in name else 0.0
         return neutral + 0.2 * noise
-    return noise * (0.5 if "embed" in name else 0.8 * tensor.shape[-1] ** -0.5)
+    return noise * (embedding if "embed" in name else 0.8 * tensor.shape[-1] ** -0.5)

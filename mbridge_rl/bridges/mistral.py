@@ -1,0 +1,10 @@
+"""Mistral 7B and Ministral 8B: Llama whose attention sees a window, in all layers or in some."""
+
+from typing import Any
+
+from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
+from mbridge_rl.core.model import ModelSpec
+
+
+def mistral(hf: Any) -> ModelSpec:
+    return decoder(hf, attention(hf), gated_mlp(hf))

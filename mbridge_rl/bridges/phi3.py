@@ -1,0 +1,10 @@
+"""Phi-3, Phi-3.5 and Phi-4: Llama with q, k, v in one tensor and gate, up in another; LongRoPE, partial in Phi-4 mini."""
+
+from typing import Any
+
+from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
+from mbridge_rl.core.model import ModelSpec
+
+
+def phi3(hf: Any) -> ModelSpec:
+    return decoder(hf, attention(hf, fused="qkv_proj"), gated_mlp(hf, fused="gate_up_proj"))

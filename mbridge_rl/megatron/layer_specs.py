@@ -1,0 +1,52 @@
+"""Extras that change what Megatron builds: which linears have biases, and which norms exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from mbridge_rl.core.extras import Extra, LinearBiases, NoInputNorms
+
+
+def change_layer_specs(layer_specs: Sequence[Any], extras: Sequence[Extra]) -> None:
+    """Changes Megatron's specs of the layers of one chunk, in place; extras of other kinds are passed over."""
+    distinct = list({id(layer_spec): layer_spec.submodules for layer_spec in layer_specs}.values())
+    for extra in extras:
+        if change := _CHANGE.get(type(extra)):
+            for layer in distinct:
+                change(layer, extra)
+
+
+def _add_biases(layer: Any, extra: LinearBiases) -> None:
+    for module in (layer.self_attention.submodules, layer.mlp.submodules):
+        for linear in extra.linears:
+            if hasattr(module, linear):
+                setattr(module, linear, _with_bias(getattr(module, linear)))
+
+
+def _drop_input_norms(layer: Any, _: NoInputNorms) -> None:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+    for module, linear in ((layer.self_attention.submodules, "linear_qkv"), (layer.mlp.submodules, "linear_fc1")):
+        if hasattr(module, linear):
+            setattr(module, linear, TEColumnParallelLinear)
+
+
+@cache
+def _with_bias(linear: type) -> type:
+    """The same module, with a bias whatever Megatron asks for."""
+
+    class WithBias(linear):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "bias": True})
+
+    return WithBias
+
+
+_CHANGE: dict[type, Callable[[Any, Any], None]] = {
+    LinearBiases: _add_biases,
+    NoInputNorms: _drop_input_norms,
+}
