@@ -73,22 +73,14 @@ SP = {"sequence_parallel": True}
 SHARDED = {"distributed_optimizer": True, "overlap_grad_reduce": True}
 LAYOUTS: list[tuple[str, Layout, dict[str, Any], dict[str, Any]]] = [
     (DENSE, Layout(), {}, {"micro_batch_size": 2}),
-    (DENSE, Layout(tp=2), {}, {}),
     (DENSE, Layout(tp=2), SP, {"micro_batch_size": 3}),
-    (DENSE, Layout(dp=2), {}, {"micro_batch_size": 1}),
     (DENSE, Layout(dp=2), {}, {"micro_batch_size": 2, **SHARDED}),
-    (DENSE, Layout(cp=2), {}, {"micro_batch_size": 2}),
     (DENSE, Layout(dp=2, cp=2), {"overrides": {"calculate_per_token_loss": True}}, {"micro_batch_size": 2}),
-    (DENSE, Layout(pp=2), {}, {"micro_batch_size": 3}),
     (DENSE, Layout(pp=2, vpp=2), {}, {"micro_batch_size": 2}),
-    (DENSE, Layout(tp=2, cp=2), SP, {"micro_batch_size": 2}),
-    (DENSE, Layout(dp=2, cp=2), {}, {"micro_batch_size": 2}),
     (DENSE, Layout(dp=2, pp=2), {}, {"micro_batch_size": 2, **SHARDED}),
     (MOE, Layout(tp=2, ep=2, etp=1), {}, {"micro_batch_size": 2}),
     (MOE, Layout(tp=2, etp=1), {}, {"micro_batch_size": 2}),  # experts replicated over tensor parallel ranks
     (MOE, Layout(dp=2, etp=2), {}, {"micro_batch_size": 2}),  # experts cut over data parallel ranks
-    (MOE, Layout(tp=2), {}, {"micro_batch_size": 2}),
-    (MOE, Layout(dp=2, ep=2), {}, {"micro_batch_size": 1}),
     (MOE, Layout(tp=2, pp=2, etp=1), {}, {"micro_batch_size": 2}),
 ]
 
