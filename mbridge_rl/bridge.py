@@ -16,7 +16,7 @@ from mbridge_rl.adapter_bridge import LiveAdapterBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
 from mbridge_rl.core.adapters import LoRAConfig
-from mbridge_rl.core.errors import LayoutError, StateMismatchError, listed
+from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError, listed
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
@@ -59,7 +59,7 @@ class AutoBridge:
         if quantization := getattr(hf_config, "quantization_config", None):
             require_supported(quantization)
         self.hf_config = hf_config
-        self.spec: ModelSpec = model_spec(hf_config)
+        self.spec: ModelSpec = _spelled_as_in(model_spec(hf_config), directory)
         self.directory = directory
         self._export_plans: dict[ParallelLayout, Plan] = {}
         self._sides: dict[tuple[ParallelLayout, int], Side] = {}
@@ -482,6 +482,17 @@ class AutoBridge:
 
 def _is_megatron(side: HfSource | Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Module]]:
     return not isinstance(side, str | Path | Mapping | nn.Module)
+
+
+def _spelled_as_in(spec: ModelSpec, directory: Path | None) -> ModelSpec:
+    """The alternative of `spec` that a checkpoint follows; an export then has the same names and shapes."""
+    if directory is None or not spec.alternatives:
+        return spec
+    try:
+        tensors = Checkpoint(directory).tensors
+    except CheckpointError:  # no weights, or broken ones: whoever asks for them will hear of it
+        return spec
+    return spec.for_checkpoint({hf_name: tuple(tensor.shape) for hf_name, tensor in tensors.items()})
 
 
 def _checked_layout(layout: ParallelLayout, group: RankGroup) -> ParallelLayout:

@@ -66,6 +66,7 @@ class ModelSpec:
         extras: what the model computes beyond Megatron's config (`core.extras`).
         carried: modules of Transformers' own that the first stage holds, whole and frozen: `{name in the Megatron model:
             function that builds it}`. Their tensors are in `rules` like all others.
+        alternatives: the same model for checkpoints that name or stack its tensors otherwise, likelier ones first.
         ignored_hf_names: tensors that a checkpoint may hold though the model has no use for them (a tied model's
             `lm_head.weight`, rotary buffers of old exports).
     """
@@ -81,6 +82,7 @@ class ModelSpec:
     hybrid_pattern: str | None = None
     extras: tuple[Extra, ...] = ()
     carried: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    alternatives: tuple[ModelSpec, ...] = ()
     ignored_hf_names: tuple[str, ...] = field(default=())
 
     @cached_property
@@ -113,6 +115,11 @@ class ModelSpec:
     def hf_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Dtype of every HF tensor of a checkpoint in `dtype`: its own where the table fixes one."""
         return {hf_name: instance.rule.dtype or dtype for instance in self.instances for hf_name in instance.hf_names}
+
+    def for_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
+        """Of this spec and its alternatives the one whose tensors are among `shapes` (by `hf_name`); this one if none is."""
+        candidates = (self, *self.alternatives)
+        return next((spec for spec in candidates if spec.hf_shapes.items() <= shapes.items()), self)
 
     @cached_property
     def fingerprint(self) -> str:
