@@ -12,7 +12,9 @@ from typing import Any
 from mbridge_rl.bridges.deepseek_v3 import deepseek_v3
 from mbridge_rl.bridges.ernie4_5 import ernie4_5
 from mbridge_rl.bridges.exaone4 import exaone4
+from mbridge_rl.bridges.falcon_h1 import falcon_h1
 from mbridge_rl.bridges.gemma import gemma, gemma2, gemma3
+from mbridge_rl.bridges.gemma3_vl import gemma3_vl
 from mbridge_rl.bridges.granite import granite
 from mbridge_rl.bridges.llama import llama
 from mbridge_rl.bridges.ministral3 import ministral3
@@ -52,7 +54,9 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "Qwen3_5ForCausalLM": qwen3_5,
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
     "Qwen3VLForConditionalGeneration": qwen3_vl,
+    "FalconH1ForCausalLM": falcon_h1,
     "Qwen3_5ForConditionalGeneration": qwen3_5_vl,
+    "Gemma3ForConditionalGeneration": gemma3_vl,
 }
 
 

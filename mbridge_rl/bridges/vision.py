@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import Rule, renamed, renamed_hf_name, replicated
-
-MEGATRON_NAME = "vision"
+from mbridge_rl.core.rules import Rule, replicated
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,10 @@ def with_vision(
         prefixes: beginnings of the language model's names on its own, and in these checkpoints.
         towers: by their name in the Megatron model.
     """
-    spec = family(language_config(hf))
+    spec = family(language_config(hf)).renamed(prefixes)
     rules = tuple(rule for name, tower in towers.items() for rule in _tower_rules(hf, name, tower))
-    return replace(
-        spec,
-        rules=(*rules, *renamed(spec.rules, prefixes)),
-        carried={name: _Build(hf, tower) for name, tower in towers.items()},
-        ignored_hf_names=tuple(renamed_hf_name(hf_name, prefixes) for hf_name in spec.ignored_hf_names),
-    )
+    carried = {name: _Build(hf, tower) for name, tower in towers.items()}
+    return replace(spec, rules=(*rules, *spec.rules), carried=carried)
 
 
 def language_config(hf: Any) -> Any:

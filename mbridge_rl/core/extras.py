@@ -116,7 +116,33 @@ class NoInputNorms:
     """Attention and MLP take the residual stream as it is."""
 
 
-LayerExtra = LinearBiases | NoInputNorms
+@dataclass(frozen=True, slots=True)
+class MambaBesideAttention:
+    """A Mamba mixer beside the attention of every layer: both see the layer's normalised input, their outputs are added.
+
+    Its parameters are `self_attention.mamba`'s, named as those of Megatron's mixer; the norm is `input_layernorm.weight`
+    instead of `linear_qkv`'s own.
+
+    Attributes:
+        normalized: the mixer has a norm behind its gate.
+        attention_factor, mamba_factor: of the outputs.
+        projected: `(rows, factor)` of the mixer's input projection, part by part (gate, input, B, C, time step).
+    """
+
+    normalized: bool
+    attention_factor: float
+    mamba_factor: float
+    projected: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MlpScale:
+    """What the MLP adds to the residual stream times `factor`."""
+
+    factor: float
+
+
+LayerExtra = LinearBiases | NoInputNorms | MambaBesideAttention
 Extra = (
     EmbeddingScale
     | LogitScale
@@ -130,5 +156,6 @@ Extra = (
     | RotaryFrequenciesByLayer
     | RotaryScale
     | QueryScaleByPosition
+    | MlpScale
     | LayerExtra
 )

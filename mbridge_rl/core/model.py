@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.extras import Extra
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.core.rules import Instance, Part, Rule, instantiate
+from mbridge_rl.core.rules import Instance, Part, Rule, instantiate, renamed, renamed_hf_name
 
 # What every tensor-parallel rank holds whole numbers of.
 _HEADS = {
@@ -115,6 +115,11 @@ class ModelSpec:
     def hf_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Dtype of every HF tensor of a checkpoint in `dtype`: its own where the table fixes one."""
         return {hf_name: instance.rule.dtype or dtype for instance in self.instances for hf_name in instance.hf_names}
+
+    def renamed(self, prefixes: Mapping[str, str]) -> ModelSpec:
+        """The same model for checkpoints with other names (`core.rules.renamed`)."""
+        ignored = tuple(renamed_hf_name(hf_name, prefixes) for hf_name in self.ignored_hf_names)
+        return replace(self, rules=renamed(self.rules, prefixes), ignored_hf_names=ignored)
 
     def for_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
         """Of this spec and its alternatives the one whose tensors are among `shapes` (by `hf_name`); this one if none is."""

@@ -17,6 +17,7 @@ from mbridge_rl.core.extras import (
     Extra,
     LogitScale,
     LogitSoftcap,
+    MlpScale,
     OutputNorms,
     PlainNorm,
     QueryScaleByPosition,
@@ -104,6 +105,11 @@ def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Non
     module.register_forward_hook(changed)
 
 
+def _scale_mlps(model: nn.Module, extra: MlpScale) -> None:
+    for layer in model.decoder.layers:
+        _change_output(layer.mlp, lambda output: output * extra.factor)
+
+
 def _cap_attention(model: nn.Module, extra: AttentionSoftcap) -> None:
     from mbridge_rl.megatron.cpu_attention import CoreAttention
 
@@ -164,6 +170,7 @@ _ADD: dict[type, Callable[[nn.Module, Any], None]] = {
     PlainNorm: _make_norm_plain,
     ResidualScale: _scale_residuals,
     OutputNorms: _add_output_norms,
+    MlpScale: _scale_mlps,
     AttentionSoftcap: _cap_attention,
     RotaryFrequencies: _set_rotary,
     RotaryFrequenciesByLength: _set_rotary_by_length,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from mbridge_rl.core.extras import Extra, LinearBiases, NoInputNorms
+from mbridge_rl.core.extras import Extra, LinearBiases, MambaBesideAttention, NoInputNorms
 
 
 def change_layer_specs(layer_specs: Sequence[Any], extras: Sequence[Extra]) -> None:
@@ -35,6 +35,16 @@ def _drop_input_norms(layer: Any, _: NoInputNorms) -> None:
             setattr(module, linear, TEColumnParallelLinear)
 
 
+def _put_mamba_beside(layer: Any, extra: MambaBesideAttention) -> None:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    from mbridge_rl.megatron.parallel_mixers import attention_beside_mamba
+
+    layer.input_layernorm = TENorm
+    layer.self_attention.module = attention_beside_mamba(extra)
+    layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+
+
 @cache
 def _with_bias(linear: type) -> type:
     """The same module, with a bias whatever Megatron asks for."""
@@ -49,4 +59,5 @@ def _with_bias(linear: type) -> type:
 _CHANGE: dict[type, Callable[[Any, Any], None]] = {
     LinearBiases: _add_biases,
     NoInputNorms: _drop_input_norms,
+    MambaBesideAttention: _put_mamba_beside,
 }

@@ -58,4 +58,25 @@ FAMILIES = [
         engine=NO_TORCHVISION,
         lora=MAMBA_LINEARS,
     ),
+    Family(
+        "Gemma 3-VL",
+        "gemma3-vl",
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {**DENSE, "head_dim": 32, "sliding_window": 5, "query_pre_attn_scalar": 20},
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 72,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+                "vision_use_head": False,
+            },
+        },
+        base={},
+        engine=NO_TORCHVISION,
+        embedding=0.1,
+    ),
 ]

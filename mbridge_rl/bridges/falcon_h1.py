@@ -1,0 +1,77 @@
+"""Falcon-H1: attention and a Mamba-2 mixer side by side in every layer, and a fixed factor at nearly every projection (muP)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder, gated_mlp, head_dim, require
+from mbridge_rl.bridges.mamba import MambaSizes, mamba
+from mbridge_rl.core.extras import EmbeddingScale, LogitScale, MambaBesideAttention, MlpScale
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.rules import column_parallel
+
+_NAMES = {
+    "model.norm.": "model.final_layernorm.",
+    f"{HF_LAYER}.mlp.": f"{HF_LAYER}.feed_forward.",
+    f"{HF_LAYER}.post_attention_layernorm.": f"{HF_LAYER}.pre_ff_layernorm.",
+}
+
+
+def falcon_h1(hf: Any) -> ModelSpec:
+    gate_factor, output_factor = hf.mlp_multipliers
+    gate = Block({"activation_func": ScaledSilu(gate_factor), "bias_activation_fusion": False})
+    extras = (EmbeddingScale(hf.embedding_multiplier), LogitScale(hf.lm_head_multiplier), MlpScale(output_factor))
+    return decoder(hf, *_mixers(hf), gated_mlp(hf), gate, extras=extras).renamed(_NAMES)
+
+
+@dataclass(frozen=True)
+class ScaledSilu:
+    """`silu(factor * x)`."""
+
+    factor: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.silu(x * self.factor)
+
+
+def _mixers(hf: Any) -> tuple[Block, Block]:
+    sizes = _sizes(hf)
+    ours, theirs, inner = f"{MEGATRON_LAYER}.self_attention.mamba", f"{HF_LAYER}.mamba", sizes.convolved["x"]
+    mixer = mamba(hf.hidden_size, sizes, ours, theirs)
+    if hf.mamba_rms_norm:
+        # Megatron's mixer has these built in.
+        require(hf, "mamba_norm_before_gate", False)
+        require(hf, "rms_norm_eps", 1e-5)
+        norm = column_parallel(f"{ours}.norm.weight", {f"{theirs}.norm.weight": inner})
+        mixer = replace(mixer, rules=(*mixer.rules, norm))
+    factors = [hf.ssm_in_multiplier * factor for factor in hf.ssm_multipliers]
+    beside = MambaBesideAttention(
+        normalized=hf.mamba_rms_norm,
+        attention_factor=hf.attention_in_multiplier * hf.attention_out_multiplier,
+        mamba_factor=hf.ssm_out_multiplier,
+        projected=tuple(zip(sizes.projected.values(), factors, strict=True)),
+    )
+    return _attention(hf), replace(mixer, extras=(beside,))
+
+
+def _attention(hf: Any) -> Block:
+    """What is linear in them carries the factors of queries, keys and values on: scores, and the output."""
+    norm = f"{MEGATRON_LAYER}.input_layernorm.weight"
+    block = attention(hf)
+    rules = tuple(
+        replace(rule, megatron_name=norm) if rule.megatron_name.endswith(".layer_norm_weight") else rule for rule in block.rules
+    )
+    scale = head_dim(hf) ** -0.5 * hf.attention_in_multiplier**2 * hf.key_multiplier
+    return replace(block, rules=rules, config={**block.config, "softmax_scale": scale})
+
+
+def _sizes(hf: Any) -> MambaSizes:
+    for name, expected in {"mamba_d_conv": 4, "mamba_conv_bias": True, "mamba_proj_bias": False, "hidden_act": "silu"}.items():
+        require(hf, name, expected)
+    require(hf, "projectors_bias", False)
+    require(hf, "time_step_limit", (0.0, float("inf")))
+    return MambaSizes(hf.mamba_n_heads, hf.mamba_d_head, hf.mamba_n_groups, hf.mamba_d_state, hf.mamba_d_conv)

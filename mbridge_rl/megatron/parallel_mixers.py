@@ -1,0 +1,52 @@
+"""Attention with a Mamba mixer beside it, made of Megatron's own two modules."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_rl.core.extras import MambaBesideAttention
+
+
+@cache
+def attention_beside_mamba(extra: MambaBesideAttention) -> type[nn.Module]:
+    """A module that takes the place of Megatron's `SelfAttention`, input norm aside."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+    from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+    from megatron.core.transformer.attention import SelfAttention
+
+    class AttentionBesideMamba(SelfAttention):
+        def __init__(self, config: Any, *args: Any, **options: Any) -> None:
+            super().__init__(config, *args, **options)
+            self.mamba = MambaMixer(
+                config,
+                MambaMixerSubmodules(in_proj=TEColumnParallelLinear, out_proj=TERowParallelLinear),
+                d_model=config.hidden_size,
+                rmsnorm=extra.normalized,
+                layer_number=self.layer_number,
+                pg_collection=self.pg_collection,
+            )
+            _scale_projection(self.mamba, extra, self.pg_collection.tp.size())
+
+        def forward(
+            self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **options: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            attended, bias = super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **options)
+            mixed, _ = self.mamba(hidden_states, packed_seq_params=packed_seq_params)
+            return attended * extra.attention_factor + mixed * extra.mamba_factor, bias
+
+    return AttentionBesideMamba
+
+
+def _scale_projection(mixer: nn.Module, extra: MambaBesideAttention, ranks: int) -> None:
+    """On what follows the projection, so that adapters are scaled too. Every rank has an equal share of each part's rows."""
+    factors = torch.cat([torch.full((rows // ranks,), factor) for rows, factor in extra.projected])
+    following = mixer.cp.pre_conv_ssm
+
+    def scaled(projected: Tensor, packed_seq_params: Any) -> Tensor:
+        return following(projected * factors.to(projected), packed_seq_params)
+
+    mixer.cp.pre_conv_ssm = scaled
