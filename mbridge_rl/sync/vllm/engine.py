@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from mbridge_rl.sync.arena import SHARED_MEMORY
 from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, StoreError, SyncError
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.vllm import worker_calls
+from mbridge_rl.sync.vllm.adapter_slots import AdapterSlots
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
 from mbridge_rl.sync.vllm.plugin import register
 from mbridge_rl.sync.vllm.requests import InFlight, RequestRunner
@@ -49,6 +50,7 @@ class Completion:
         finish_reason: "stop", "length", or "abort" where a commit ended it.
         weight_version: the version of the weights that generated it; of its last token, if a commit came in between.
         token_versions: of each token.
+        adapter: name and version of the adapter that it was asked of, such as "policy@7"; `None` in an engine without adapters.
     """
 
     prompt_index: int
@@ -57,6 +59,7 @@ class Completion:
     finish_reason: str
     weight_version: int
     token_versions: tuple[int, ...] = ()
+    adapter: str | None = None
 
 
 class InProcessEngine:
@@ -127,6 +130,7 @@ class InProcessEngine:
         self._tensor_parallel_size = tensor_parallel_size
         self._updating: int | None = None
         self._requests = RequestRunner(self.llm.llm_engine)
+        self._adapters = AdapterSlots(lambda call, *args: worker_calls.in_workers(self.llm, call, *args))
         self.llm.update_weight_version(str(weight_version))
         if tensor_parallel_size > 1:
             self._unlink_shared_memory()
@@ -158,6 +162,7 @@ class InProcessEngine:
         stop_token_ids: Sequence[int] = (),
         logprobs: bool = True,
         ignore_eos: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """`n` completions of each prompt (token ids), in the prompts' order.
 
@@ -165,6 +170,7 @@ class InProcessEngine:
             max_tokens: of every completion, or one number per prompt.
             seed: makes sampling reproducible whatever else is in the batch; each prompt and sample gets its own stream. One
                 number per prompt makes a prompt's stream independent of where it stands in the batch.
+            adapter: name of the adapter (`put_adapter`) that answers, or one per prompt; `None` is the base model.
 
         Raises:
             EngineUnusable: a sync failed half-way; the message names the version that was lost.
@@ -190,13 +196,45 @@ class InProcessEngine:
             )
             for index in range(len(prompts))
         ]
-        outputs = self._requests.run([{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters)
+        outputs = self._requests.run(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            parameters,
+            self._adapters.requests(adapter, len(prompts)),
+        )
         version = self.weight_version
         return [
-            _completion(index, sample, version)
+            replace(_completion(index, sample, version), adapter=output.lora_request and output.lora_request.name)
             for index, output in enumerate(outputs)
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
+
+    def adapter_info(self) -> dict[str, Any]:
+        """Dtype and number of the LoRA slots, and the largest rank; see `adapter_slots.WorkerAdapters.info`."""
+        with self._requests.between_steps():
+            return self._adapters.info()
+
+    def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
+        """Install an adapter, or replace one in place; see `AdapterSlots.put`, and `sync.adapters` for `update`. Requests in
+        flight go on with it, and compute their keys and values anew."""
+        with self._requests.between_steps():
+            report = self._adapters.put(update)
+            if self._requests.in_flight:
+                self.reset_prefix_cache()
+        return report
+
+    def remove_adapter(self, adapter: str) -> None:
+        """Free an adapter's slot."""
+        with self._requests.between_steps():
+            self._adapters.remove(adapter)
+
+    def adapter_versions(self) -> dict[str, int]:
+        """The adapters that are served, and their versions."""
+        return dict(self._adapters.versions)
+
+    def adapter_digests(self, adapter: str) -> dict[str, str]:
+        """Digest of every factor of an adapter as its slot holds it now."""
+        with self._requests.between_steps():
+            return self._adapters.digests(adapter)
 
     def prepare(self, metadata: Iterable[HFTensor], config: Mapping[str, Any] | None = None) -> None:
         """Announce the tensors of every later `refit`, once; see `Receiver.prepare`."""

@@ -150,6 +150,21 @@ class EngineProcess:
     def reset_prefix_cache(self) -> None:
         self._call("reset_prefix_cache")
 
+    def adapter_info(self) -> dict[str, Any]:
+        return self._call("adapter_info")
+
+    def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
+        return self._call("put_adapter", update)
+
+    def remove_adapter(self, adapter: str) -> None:
+        self._call("remove_adapter", adapter)
+
+    def adapter_versions(self) -> dict[str, int]:
+        return self._call("adapter_versions")
+
+    def adapter_digests(self, adapter: str) -> dict[str, str]:
+        return self._call("adapter_digests", adapter)
+
     def close(self, timeout: float = 20.0) -> None:
         """End the child, by force if it does not go within `timeout` seconds. Idempotent."""
         process, self._process = self._process, None

@@ -33,17 +33,19 @@ class RequestRunner:
         self._held = False  # no steps
         self._visitors = 0  # threads that want to come between two steps
 
-    def run(self, prompts: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
-        """The `RequestOutput` of every prompt, in order. If a step fails, its requests leave the engine: the next call must
-        not meet them again."""
+    def run(self, prompts: Sequence[Any], parameters: Sequence[Any], adapters: Sequence[Any] | None = None) -> list[Any]:
+        """The `RequestOutput` of every prompt, in order; `adapters` are vLLM's `LoRARequest` of each. If a step fails, its requests
+        leave the engine: the next call must not meet them again."""
         with self._lock:
             self._lock.wait_for(lambda: not self._closed)
             names = [f"mbridge-{next(self._numbers)}" for _ in prompts]
             self._open.update(names)
         try:
             with self._lock:
-                for name, prompt, parameter in zip(names, prompts, parameters, strict=True):
-                    self._engine.add_request(name, prompt, parameter)
+                for name, prompt, parameter, adapter in zip(
+                    names, prompts, parameters, adapters or [None] * len(names), strict=True
+                ):
+                    self._engine.add_request(name, prompt, parameter, lora_request=adapter)
             while not self._done(names):
                 self._step(names)
             return [self._finished.pop(name) for name in names]

@@ -1,0 +1,187 @@
+"""Adapters from Megatron ranks into the LoRA slots of a live vLLM engine: proven, in place, and apart from each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import tiny_checkpoint
+
+pytest.importorskip("vllm")
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.sync.adapters import AdapterReport, AdapterSync
+from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
+from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.training.lora import LoRAConfig, adapted_modules, add_lora
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [[5, 9, 33, 100, 514], [1, 2, 3]]
+SIZES = {"hidden_size": 256, "head_dim": 32}  # heads of 32: the smallest that vLLM computes on a CPU
+ENGINE = {"max_model_len": 64, "max_num_seqs": 8, "enable_lora": True, "max_loras": 4, "max_lora_rank": 8}
+
+# fp32: W x + B A x in vLLM against (W + B A) x in Transformers, over four layers of width 256. Seen here: below 1e-5.
+LOGPROB_TOLERANCE = 1e-4
+
+Answers = list[tuple[list[int], list[float]]]
+
+
+def greedy(engine: EngineProcess, adapter: Any, prompts: list[list[int]] = PROMPTS) -> Answers:
+    answers = engine.generate(prompts, temperature=0.0, max_tokens=4, adapter=adapter)
+    return [(answer.tokens, answer.logprobs) for answer in answers]
+
+
+def greedy_of_transformers(start: Path, state: dict[str, torch.Tensor]) -> Answers:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
+    model.load_state_dict(state, strict=False)
+    answers: Answers = []
+    for prompt in PROMPTS:
+        tokens, logprobs = list(prompt), []
+        for _ in range(4):
+            with torch.no_grad():
+                step = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+            tokens.append(int(step.argmax()))
+            logprobs.append(float(step.max()))
+        answers.append((tokens[len(prompt) :], logprobs))
+    return answers
+
+
+def assert_close(found: Answers, expected: Answers) -> None:
+    for (tokens, logprobs), (wanted, wanted_logprobs) in zip(found, expected, strict=True):
+        assert tokens == wanted
+        assert max(abs(a - b) for a, b in zip(logprobs, wanted_logprobs, strict=True)) < LOGPROB_TOLERANCE
+
+
+def fill(model: list[torch.nn.Module], seed: int) -> None:
+    """Random factors; what ranks hold alike stays alike, and each row of `B` is its own through its sign."""
+    rank = torch.distributed.get_rank()
+    for index, (_, module) in enumerate(adapted_modules(model)):
+        for name in module.adapter_parameter_names:
+            factor = getattr(module, name)
+            sharded = factor.tensor_model_parallel
+            generator = torch.Generator().manual_seed(1000 * seed + 10 * index + (rank + 1 if sharded else 0))
+            factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.15)
+
+
+class TearsABit:
+    """An engine behind a wire that flips a bit of the adapter."""
+
+    def __init__(self, engine: EngineProcess, sync: AdapterSync) -> None:
+        self._engine, self._sync = engine, sync
+
+    def put_adapter(self, update: dict[str, Any]) -> Any:
+        self._sync._arena.view(update["offsets"][3], (1,), torch.uint8).bitwise_xor_(1)
+        return self._engine.put_adapter(update)
+
+
+def three_adapters_in_turn(
+    rank: int, start: Path, layout: ParallelLayout, config: LoRAConfig, engine_options: dict[str, Any]
+) -> dict[str, Any]:
+    initialize_parallel(layout)
+    bridge = AutoBridge.from_pretrained(start)
+    model = bridge.build_model()
+    bridge.load_weights(model)
+    add_lora(model, config)
+    engine = EngineProcess(start, **ENGINE, **engine_options).start() if rank == 0 else None
+    base = greedy(engine, None) if engine else None
+    syncs = {name: AdapterSync(bridge, model, engine, name) for name in "abc"}
+    found: dict[str, Any] = {"reports": [], "checks": 0}
+    for version, (name, seed) in enumerate([("a", 1), ("b", 2), ("c", 3), ("a", 4), ("c", 5), ("b", 6)], start=1):
+        others = [other for other in "abc" if engine and other != name and other in engine.adapter_versions()]
+        before = {other: (engine.adapter_digests(other), greedy(engine, other)) for other in others} if engine else {}
+        fill(model, seed)
+        report = syncs[name].sync(version)
+        merged = dict(bridge.export_weights(model))
+        found["reports"].append(report)
+        if engine is None:
+            continue
+        assert_close(greedy(engine, name), greedy_of_transformers(start, merged))
+        assert greedy(engine, name) != base
+        for other, (digests, answers) in before.items():
+            assert engine.adapter_digests(other) == digests
+            assert greedy(engine, other) == answers
+            found["checks"] += 1
+        assert engine.adapter_versions()[name] == version
+        (answer, *_) = engine.generate(PROMPTS[:1], max_tokens=1, adapter=name)
+        assert answer.adapter == f"{name}@{version}"
+    if engine is not None:
+        mixed = greedy(engine, ["a", None, "c", "b", None], [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1]])
+        a, b, c = (greedy(engine, name) for name in "abc")
+        assert_close(mixed, [a[0], base[0], c[1], b[0], base[1]])
+        found["versions"] = engine.adapter_versions()
+
+    # A bit that flips on the way: the version before serves on.
+    served = (engine.adapter_digests("a"), greedy(engine, "a")) if engine else None
+    if engine is not None:
+        syncs["a"]._client = TearsABit(engine, syncs["a"])
+    fill(model, 9)
+    with pytest.raises(DigestMismatch, match=r"1 of \d+ factors arrived with other bytes"):
+        syncs["a"].sync(20)
+    if engine is not None:
+        assert (engine.adapter_digests("a"), greedy(engine, "a")) == served
+        assert engine.adapter_versions() == found["versions"]
+        syncs["a"]._client = engine
+    with pytest.raises(EngineMismatch, match="has 4 LoRA slots, one of them for base rows, and holds a, b, c"):
+        AdapterSync(bridge, model, engine, "d").sync(1)
+    if engine is not None:
+        engine.remove_adapter("c")
+        with pytest.raises(SyncError, match="holds no adapter 'c'; found a, b"):
+            greedy(engine, "c")
+    AdapterSync(bridge, model, engine, "d").sync(1)
+    if engine is not None:
+        assert_close(greedy(engine, None), base)
+        engine.close()
+    for sync in syncs.values():
+        sync.close()
+    found["model_bytes"] = sum(tensor.nbytes for tensor in bridge.metadata(torch.float32))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout", "config", "engine_options"),
+    [
+        pytest.param("qwen3", ParallelLayout(tp=2), LoRAConfig(rank=4, alpha=10.0), {}, id="qwen3-tp2"),
+        pytest.param(
+            "qwen2",
+            ParallelLayout(tp=2),
+            LoRAConfig(
+                rank=3, alpha=5.0, targets=("q_proj", "v_proj", "linear_proj", "linear_fc2"), canonical=True, rslora=True
+            ),
+            {"tensor_parallel_size": 2},
+            id="qwen2-tp2-some-parts-engine-tp2",
+        ),
+    ],
+)
+def test_three_adapters_updated_in_turn_do_not_disturb_each_other(
+    variant: str, layout: ParallelLayout, config: LoRAConfig, engine_options: dict[str, Any], tmp_path: Path
+) -> None:
+    start, _ = tiny_checkpoint(tmp_path / "start", variant, seed=0, **SIZES)
+    first, *others = run_ranks(three_adapters_in_turn, layout.world_size, start, layout, config, engine_options, timeout=240)
+    assert first["checks"] == 9
+    assert first["versions"] == {"a": 4, "b": 6, "c": 5}
+    for report in first["reports"]:
+        assert isinstance(report, AdapterReport)
+        assert report.engine["digest"] == report.digest
+        assert report.engine["proven"] == report.tensors
+        assert report.engine["bytes"] == report.nbytes
+        assert report.nbytes < 0.2 * first["model_bytes"]  # tiny models: rank 4 of width 256
+    assert len({report.digest for report in first["reports"]}) == 6
+    for other in others:
+        assert [report.digest for report in other["reports"]] == [report.digest for report in first["reports"]]
+
+
+def test_experts_beside_adapters_are_refused_where_vllm_needs_triton(tmp_path: Path) -> None:
+    start, _ = tiny_checkpoint(tmp_path, "qwen3-moe", seed=0, **SIZES)
+    with (
+        EngineProcess(start, **ENGINE, lora_target_modules=["qkv_proj", "o_proj"]) as engine,
+        pytest.raises(EngineMismatch, match=r"experts beside LoRA with Triton.*WeightSync"),
+    ):
+        engine.adapter_info()
