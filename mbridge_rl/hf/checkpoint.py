@@ -60,6 +60,9 @@ class Checkpoint(Mapping[str, Tensor]):
     `load` and `read_into` read rectangles of them; indexing gives a whole one, mapped, of which only touched pages are read.
     Files stay open, so that one that is replaced meanwhile is read as it was.
 
+    Args:
+        file: the only file to read, such as an adapter's; `None` takes what the index names, or the single file of weights.
+
     Attributes:
         entries: what the headers say of each tensor.
 
@@ -68,10 +71,10 @@ class Checkpoint(Mapping[str, Tensor]):
             StateMismatchError: the index names tensors that its files do not hold. Only headers have been read by then.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, file: str | None = None) -> None:
         self.directory = Path(directory)
-        weight_map = _weight_map(self.directory / INDEX_FILE)
-        files = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(self.directory)]
+        weight_map = None if file else _weight_map(self.directory / INDEX_FILE)
+        files = sorted(set(weight_map.values())) if weight_map is not None else [file or _single_file(self.directory)]
         self._files: dict[str, int] = {}
         weakref.finalize(self, _close, self._files)
         for file in files:
@@ -175,7 +178,7 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing, though the index names it; download the checkpoint again") from error
+        raise CheckpointError(f"{path} is missing; download or save it again") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

@@ -34,8 +34,8 @@ class RequestRunner:
         self._visitors = 0  # threads that want to come between two steps
 
     def run(self, prompts: Sequence[Any], parameters: Sequence[Any], adapters: Sequence[Any] | None = None) -> list[Any]:
-        """The `RequestOutput` of every prompt, in order; `adapters` are vLLM's `LoRARequest` of each. If a step fails, its requests
-        leave the engine: the next call must not meet them again."""
+        """The `RequestOutput` of every prompt, in order; `adapters` are vLLM's `LoRARequest` of each. If a step fails, its
+        requests leave the engine: the next call must not meet them again."""
         with self._lock:
             self._lock.wait_for(lambda: not self._closed)
             names = [f"mbridge-{next(self._numbers)}" for _ in prompts]
