@@ -14,6 +14,7 @@ from mbridge_rl.commands.convert import convert
 from mbridge_rl.commands.inspect import inspect
 from mbridge_rl.commands.models import models
 from mbridge_rl.commands.plan import plan
+from mbridge_rl.commands.train import print_summary, report, train
 from mbridge_rl.commands.verify import verify
 
 app = typer.Typer(
@@ -58,7 +59,6 @@ def demo(
     """
     from mbridge_rl.core.errors import BridgeError
     from mbridge_rl.training.demo import DemoOptions, run_demo
-    from mbridge_rl.training.demo_display import print_summary
 
     options = DemoOptions(run_dir, model.value, tp=tp, pp=pp, ep=ep, lora=lora, steps=steps, seed=seed)
     try:
@@ -69,6 +69,8 @@ def demo(
 
 
 app.command()(models)
+app.command()(train)
+app.command()(report)
 app.command()(plan)
 app.command()(inspect)
 app.command()(convert)

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mbridge_rl.training.batch import Batch
+    from mbridge_rl.training.config import RunConfig, load_run_config
+    from mbridge_rl.training.episodes import Environment, SamplingConfig
     from mbridge_rl.training.grpo import grpo_loss, policy_metrics, supervised_loss
     from mbridge_rl.training.launcher import launch
-    from mbridge_rl.training.loop import GRPO, ProblemSampler
+    from mbridge_rl.training.loop import GRPO
     from mbridge_rl.training.lora import LoRAConfig, add_lora
     from mbridge_rl.training.objectives.advantages import group_advantages
     from mbridge_rl.training.objectives.config import GRPOConfig, objective
@@ -16,19 +18,21 @@ if TYPE_CHECKING:
     from mbridge_rl.training.objectives.metrics import mismatch_metrics
     from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
     from mbridge_rl.training.rewards import Problem, exact_match
-    from mbridge_rl.training.rollout import Rollout, SamplingConfig
+    from mbridge_rl.training.rollout import Rollout
+    from mbridge_rl.training.run import run_training
     from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
 __all__ = [
     "GRPO",
     "Batch",
+    "Environment",
     "GRPOConfig",
     "ImportanceCorrection",
     "LoRAConfig",
     "MegatronTrainer",
     "Problem",
-    "ProblemSampler",
     "Rollout",
+    "RunConfig",
     "SamplingConfig",
     "TrainerConfig",
     "add_lora",
@@ -36,10 +40,12 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "launch",
+    "load_run_config",
     "mismatch_metrics",
     "objective",
     "policy_metrics",
     "prepare_batch",
+    "run_training",
     "select_rows",
     "supervised_loss",
 ]
@@ -47,24 +53,27 @@ __all__ = [
 _HOMES = {
     "GRPO": "loop",
     "Batch": "batch",
+    "Environment": "episodes",
     "GRPOConfig": "objectives.config",
     "ImportanceCorrection": "objectives.correction",
     "LoRAConfig": "lora",
     "MegatronTrainer": "trainer",
     "Problem": "rewards",
-    "ProblemSampler": "loop",
     "Rollout": "rollout",
-    "SamplingConfig": "rollout",
+    "RunConfig": "config",
+    "SamplingConfig": "episodes",
     "TrainerConfig": "trainer",
     "add_lora": "lora",
     "exact_match": "rewards",
     "group_advantages": "objectives.advantages",
     "grpo_loss": "grpo",
     "launch": "launcher",
+    "load_run_config": "config",
     "mismatch_metrics": "objectives.metrics",
     "objective": "objectives.config",
     "policy_metrics": "grpo",
     "prepare_batch": "objectives.prepare",
+    "run_training": "run",
     "select_rows": "objectives.prepare",
     "supervised_loss": "grpo",
 }

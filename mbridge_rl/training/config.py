@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.training.config_file import ConfigError, read_config
-from mbridge_rl.training.grpo import GRPOConfig
 from mbridge_rl.training.lora import LoRAConfig
+from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.trainer import TrainerConfig
 
 TOY = "toy:"
@@ -243,6 +245,11 @@ class RunConfig:
         return self.model.path.startswith(TOY)
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the trainer's parameters."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.model.dtype]
+
+    @property
     def max_staleness(self) -> int:
         """In steps, of the mode."""
         return {"sync": 0, "one-step-off": 1, "async": self.rollout.max_staleness}[self.rollout.mode]
@@ -284,7 +291,7 @@ _AT_LEAST = {
 
 def _contradictions(config: RunConfig) -> list[str]:
     """Everything about the sections together that cannot be meant."""
-    rollout, engine, task, reward, algorithm = config.rollout, config.engine, config.task, config.reward, config.algorithm
+    rollout, engine, task, reward = config.rollout, config.engine, config.task, config.reward
     problems = [
         f"{path} must be at least {least}, found {found}"
         for path, least in _AT_LEAST.items()
@@ -294,9 +301,6 @@ def _contradictions(config: RunConfig) -> list[str]:
         "rollout.temperature must be positive: the trainer divides by it": rollout.temperature <= 0,
         f"trainer.temperature={config.trainer.temperature:g} is not rollout.temperature={rollout.temperature:g}: set the "
         "rollout's only": config.trainer.temperature not in (1.0, rollout.temperature),
-        "algorithm.group_size=1 compares a completion with itself, so that every advantage is zero: take at least 2": (
-            algorithm.group_size == 1
-        ),
         f"rollout.max_tokens={rollout.max_tokens} leaves no room for a prompt in engine.max_model_len={engine.max_model_len}": (
             rollout.max_tokens >= engine.max_model_len
         ),

@@ -32,6 +32,12 @@ class Problems(Protocol):
 
     def draw(self, count: int) -> list[Problem]: ...
     def update(self, problem: Problem, mean_reward: float) -> None: ...
+    def verdicts(self, episodes: Sequence[Episode]) -> list[Verdict]:
+        """Of finished episodes: their environments', or the judge's."""
+        asked = [episode for episode in episodes if episode.verdict is None]
+        said = iter(self._judge.judge([(episode.problem, self._runner.text(episode)) for episode in asked]) if asked else ())
+        return [episode.verdict or next(said) for episode in episodes]
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -112,6 +118,8 @@ class Generator:
             Exception: as `take`.
         """
         with self._changed:
+            if self._paused:
+                return
             self._pause_wanted = self.config.segment_tokens is not None
             self._wait(lambda: not self._busy and (self._pause_wanted or not self._has_work()))
             self._paused, self._pause_wanted = True, False
@@ -135,6 +143,12 @@ class Generator:
             self._changed.notify_all()
         self._thread.join()
         self._judge.close()
+
+    def verdicts(self, episodes: Sequence[Episode]) -> list[Verdict]:
+        """Of finished episodes: their environments', or the judge's."""
+        asked = [episode for episode in episodes if episode.verdict is None]
+        said = iter(self._judge.judge([(episode.problem, self._runner.text(episode)) for episode in asked]) if asked else ())
+        return [episode.verdict or next(said) for episode in episodes]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on in another process, unfinished episodes included; while paused only."""
@@ -213,9 +227,8 @@ class Generator:
     def _judged(self) -> list[tuple[Group, list[Verdict]]]:
         """Groups that are finished now, with the verdicts of their episodes."""
         finished = [group for group in self._groups if not group.verdicts and all(episode.finish for episode in group.episodes)]
-        asked = [episode for group in finished for episode in group.episodes if episode.verdict is None]
-        said = iter(self._judge.judge([(episode.problem, self._runner.text(episode)) for episode in asked]) if asked else ())
-        return [(group, [episode.verdict or next(said) for episode in group.episodes]) for group in finished]
+        said = iter(self.verdicts([episode for group in finished for episode in group.episodes]))
+        return [(group, [next(said) for _ in group.episodes]) for group in finished]
 
     def _keep(self, judged: Sequence[tuple[Group, list[Verdict]]]) -> None:
         for group, verdicts in judged:

@@ -1,132 +1,168 @@
-"""The GRPO loop, top to bottom: rollout, rewards, advantages, log-probabilities, step, sync."""
+"""The training loop, top to bottom: rollouts, advantages, log-probabilities, optimizer step, sync; then evaluation, checkpoint.
+
+The loop is the same in every mode. Whether the next batch is sampled before, while or after this one is trained on is between
+the rollout source and the engines; what a step may rely on is that every token says which weights sampled it.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from mbridge_rl.sync.refit import SyncReport
+from mbridge_rl.training.fleet import EngineFleet
 from mbridge_rl.training.grpo import grpo_loss, policy_metrics
+from mbridge_rl.training.metrics import Clock, Metrics, memory_metrics, rollout_metrics
 from mbridge_rl.training.objectives.aggregation import masked_mean
 from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.objectives.kl import kl_penalty
 from mbridge_rl.training.objectives.metrics import mismatch_metrics
 from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
-from mbridge_rl.training.rewards import Problem
-from mbridge_rl.training.rollout import Rollout
+from mbridge_rl.training.rollout import RolloutBatch
+from mbridge_rl.training.source import RolloutSource
 from mbridge_rl.training.trainer import MegatronTrainer
 
 
-class Sync(Protocol):
-    """Makes the engine's weights those of the trainer: `sync.refit.WeightSync`."""
-
-    def sync(self, version: int) -> SyncReport: ...
-
-
-Metrics = dict[str, float | int | str | bool | None]
-
-
 class GRPO:
-    """One policy, trained and rolled out. Made and called by all trainer ranks together.
+    """The policy's update. Made and called by all trainer ranks together.
 
     Args:
-        trainer: of the policy.
-        rollout: around the engine that serves the policy.
-        sync: from the one to the other; the engine must hold the trainer's weights before the first step.
-        config: of the algorithm.
+        trainer: of the policy; its present weights become the reference where the config wants one.
+        config: of the objective.
     """
 
-    def __init__(self, trainer: MegatronTrainer, rollout: Rollout, sync: Sync, config: GRPOConfig) -> None:
-        self.trainer, self.rollout, self.weight_sync, self.config = trainer, rollout, sync, config
+    def __init__(self, trainer: MegatronTrainer, config: GRPOConfig) -> None:
+        self.trainer, self.config = trainer, config
         self._loss = grpo_loss(config)
         if config.kl_coefficient:
             trainer.snapshot_reference()
 
-    def step(self, problems: Sequence[Problem], version: int) -> tuple[Metrics, Tensor]:
-        """One step of GRPO on `problems`; afterwards the engine serves the new weights as `version`.
+    def update(self, rollouts: RolloutBatch) -> Metrics:
+        """One optimizer step on `rollouts`, unless there is nothing to learn from them.
 
         Returns:
-            Metrics, the same on every rank, and the mean reward of each problem, `[problems]`.
+            Metrics, the same on every rank; `skipped` says why there was no step, and is `None` if there was.
+
+        Raises:
+            ValueError: no reward is known; the message has the first reasons.
         """
-        trainer, config, clock = self.trainer, self.config, _Clock()
+        trainer, config = self.trainer, self.config
+        if not rollouts.rewards.isfinite().any():
+            raise ValueError(f"none of the {len(rollouts.rewards)} rewards is known: {'; '.join(rollouts.errors)}")
 
-        rollouts = self.rollout.collect(problems, config.group_size)
-        clock.lap("rollout_seconds")
-
-        selection = select_rows(config, rollouts.batch, rollouts.rewards)
+        # Rows that count, and rewards as the objective shapes them.
+        selection = select_rows(config, rollouts.batch, rollouts.rewards, truncated=rollouts.truncated)
         batch = selection.batch
+        if reason := self._nothing_to_learn(rollouts, batch.num_tokens, selection.metrics):
+            return {**selection.metrics, "skipped": reason}
 
+        # What the ratio divides by: the trainer's own log-probabilities, or the engine's.
         recompute = config.old_log_probs == "recompute"
         old = trainer.compute_log_probs(batch).log_probs if recompute else batch.need("rollout_log_probs")
         batch = batch.with_tensors(old_log_probs=old)
         if config.kl_coefficient:
             batch = batch.with_tensors(reference_log_probs=trainer.reference_log_probs(batch))
+
+        # Advantages and importance weights, on the whole batch.
         prepared = prepare_batch(config, batch, selection.rewards)
         batch = prepared.batch
 
         report = trainer.step(batch, self._loss)
-        clock.lap("train_seconds")
-
-        synced = self.weight_sync.sync(version)
-        clock.lap("sync_seconds")
 
         policy = report.statistics
         metrics: Metrics = {
-            "version": version,
-            "reward": rollouts.rewards.mean().item(),
             "loss": report.loss,
             "grad_norm": report.grad_norm,
+            "updated": report.updated,
             "tokens": report.tokens,
             "entropy": masked_mean(policy.entropy, batch.mask),
-            "rollout_version": int(rollouts.versions.min()),
+            **selection.metrics,
+            **prepared.metrics,
             **policy_metrics(policy.log_probs, batch, config),
             **mismatch_metrics(policy.log_probs, batch.need("rollout_log_probs"), batch.mask),
+            "skipped": None,
+        }
+        if config.kl_coefficient:
+            kl = kl_penalty(policy.log_probs, batch.need("reference_log_probs"), config.kl_estimator)
+            metrics["reference_kl"] = masked_mean(kl, batch.mask)
+        return metrics
+
+    def _nothing_to_learn(self, rollouts: RolloutBatch, tokens: int, counts: dict[str, float]) -> str | None:
+        """A step without any gradient would still move weights by the optimizer's momentum."""
+        if tokens == 0:
+            return f"no token of the {len(rollouts.batch)} completions counts"
+        groups = len(rollouts.batch) // self.config.group_size
+        others = self.config.kl_coefficient or self.config.entropy_coefficient
+        compared = self.config.baseline != "none"
+        if compared and counts["constant_groups"] == groups and not others:
+            return f"all {groups} groups have constant rewards, so that every advantage is zero"
+        return None
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """What happens around the steps; all ranks call all of them.
+
+    Attributes:
+        evaluate: greedy accuracy of the engines as they are, after a step (0: before the first); `None` where it is not due.
+        save: a checkpoint after a step, if it is due.
+        log: metrics of a step, with its rollouts.
+        enough: whether the run has reached what it was for, by its last evaluation.
+    """
+
+    evaluate: Callable[[int], float | None]
+    save: Callable[[int], None]
+    log: Callable[[Metrics, RolloutBatch], None]
+    enough: Callable[[float], bool]
+
+
+class Trained(NamedTuple):
+    """The last step that was made, and the accuracy before the first, if it was evaluated."""
+
+    last_step: int
+    accuracy_before: float | None
+
+
+def train(
+    grpo: GRPO, source: RolloutSource, fleet: EngineFleet, hooks: LoopHooks, *, first_step: int, last_step: int
+) -> Trained:
+    """Steps `first_step..last_step`, counted from 1. The weights before step `s` are version `s`."""
+    source.publish(first_step)
+    accuracy = before = hooks.evaluate(first_step - 1)
+    source.resume(first_step - 1)
+    for step in range(first_step, last_step + 1):
+        if accuracy is not None and hooks.enough(accuracy):
+            return Trained(step - 1, before)
+        clock, lost = Clock(), fleet.lost
+
+        with clock("rollout"):
+            rollouts = source.next()
+
+        with clock("train"):
+            update = grpo.update(rollouts)
+
+        with clock("sync"):
+            synced = source.publish(step + 1)
+
+        with clock("evaluate"):
+            accuracy = hooks.evaluate(step)
+
+        with clock("checkpoint"):
+            hooks.save(step)
+        source.resume(step)
+
+        metrics: Metrics = {
+            "step": step,
+            "version": step + 1,
+            **rollout_metrics(rollouts, version=step),
+            **update,
+            "accuracy": accuracy,
             "refit_ms": synced.seconds * 1e3,
             "digest": synced.digest,
             "verified": synced.verified,
-            **selection.metrics,
-            **prepared.metrics,
-            **clock.laps,
+            "engines_lost": fleet.lost - lost,
+            **memory_metrics(),
+            **clock.metrics(rollouts.batch.num_tokens),
         }
-        if config.kl_coefficient:
-            reference = batch.need("reference_log_probs")
-            metrics["reference_kl"] = masked_mean(kl_penalty(policy.log_probs, reference, config.kl_estimator), batch.mask)
-        return metrics, rollouts.rewards.view(len(problems), -1).mean(dim=1)
-
-
-class ProblemSampler:
-    """Draws problems, those more often that the policy solved less of when it last met them.
-
-    Where all completions of a group get the same reward there is no gradient; DAPO (arXiv:2503.14476) throws such groups away
-    after sampling, this avoids most of them before. Every rank draws the same: the seed and the rewards are.
-    """
-
-    def __init__(self, problems: Sequence[Problem], *, seed: int = 0, floor: float = 0.05) -> None:
-        self._problems = list(problems)
-        self._weights = torch.ones(len(problems))
-        self._floor = floor
-        self._generator = torch.Generator().manual_seed(seed)
-        self._drawn = torch.zeros(0, dtype=torch.int64)
-
-    def draw(self, count: int) -> list[Problem]:
-        """`count` different problems."""
-        self._drawn = torch.multinomial(self._weights, count, generator=self._generator)
-        return [self._problems[index] for index in self._drawn.tolist()]
-
-    def update(self, mean_rewards: Tensor) -> None:
-        """How well the problems of the last draw were solved, `[count]` in 0..1."""
-        self._weights[self._drawn] = 1 - mean_rewards.clamp(0, 1) + self._floor
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+        hooks.log(metrics, rollouts)
+    return Trained(last_step, before)

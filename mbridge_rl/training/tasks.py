@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -156,3 +156,30 @@ def _with_prompt(problem: Problem, config: TaskConfig, tokenizer: Any) -> Proble
         messages.append({"role": "user", "content": prompt})
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return replace(problem, prompt=prompt)
+
+
+def usable_problems(
+    problems: Sequence[Problem], tokenizer: Any, limit: int, *, refuse: bool
+) -> tuple[list[Problem], dict[str, int]]:
+    """The problems whose prompts have at least one and at most `limit` tokens, and how many were left out for what.
+
+    Raises:
+        ConfigError: none is left, or one would be left out and `refuse` is set.
+    """
+    kept, left_out = [], {"empty": 0, f"longer than {limit} tokens": 0}
+    for problem in problems:
+        length = len(tokenizer.encode(problem.prompt))
+        if 1 <= length <= limit:
+            kept.append(problem)
+            continue
+        left_out[list(left_out)[length > 0]] += 1
+        if refuse:
+            raise ConfigError(
+                f"the prompt {problem.prompt[:60]!r} has {length} tokens, 1 to {limit} are allowed; rollout.long_prompts=drop "
+                "leaves such prompts out"
+            )
+    if not kept:
+        raise ConfigError(
+            f"none of {len(problems)} prompts has 1 to {limit} tokens: raise engine.max_model_len or rollout.max_prompt_tokens"
+        )
+    return kept, {reason: count for reason, count in left_out.items() if count}

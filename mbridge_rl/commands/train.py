@@ -1,0 +1,67 @@
+"""`mbridge-rl train` and `mbridge-rl report`: a run from its configuration, and what became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mbridge_rl.commands.arguments import readable_errors
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A recipe in YAML, such as those of examples/recipes/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields to set, as in trainer.learning_rate=1e-4 layout.tp=2.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint, or begin where there is none.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the configuration, the model, the layout and the task; start nothing.")
+    ] = False,
+) -> None:
+    """Train a policy by reinforcement: Megatron-core trains, vLLM samples, and every step's weights are proven to arrive.
+
+    Runs on this machine's devices or processors, on the ranks of torchrun, or on Ray (runner.kind=ray). docs/running.md
+    describes the fields of a recipe.
+    """
+    with readable_errors():
+        from mbridge_rl.training.config import load_run_config
+
+        run = load_run_config(config, overrides or [])
+        if check:
+            from mbridge_rl.training.run import prepare_run
+
+            prepare_run(run, resume=True)
+            typer.echo(f"{config} can be run: {run.model.path} on {run.layout.world_size} ranks, {run.layout}")
+            return
+        from mbridge_rl.training.report import write_report
+        from mbridge_rl.training.run import run_training
+
+        summary = run_training(run, resume=resume)
+        report = write_report(run.run_dir)
+    print_summary(summary, run.run_dir)
+    typer.echo(f"report: {report}")
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder; the run may still be going on.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write the page; RUN/report.html if not given.")] = None,
+) -> None:
+    """Write a run's metrics as one self-contained HTML page with plots."""
+    with readable_errors():
+        from mbridge_rl.training.report import write_report
+
+        typer.echo(str(write_report(run_dir, output)))
+
+
+def print_summary(summary: dict[str, object], run_dir: Path) -> None:
+    """The end of a run, on the terminal."""
+    table = Table(show_header=False, title=f"{run_dir}/summary.json")
+    for name, value in summary.items():
+        table.add_row(name, str(value))
+    Console().print(table)

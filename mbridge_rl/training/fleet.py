@@ -1,0 +1,137 @@
+"""All engines of a run, and the weight syncs that serve them. A lost engine is replaced and gets the weights it missed.
+
+Made and called by all ranks together; the engines themselves belong to rank 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mbridge_rl.sync.errors import EngineProcessError, SyncError
+from mbridge_rl.sync.group import RankGroup
+from mbridge_rl.sync.refit import SyncReport, WeightSync
+from mbridge_rl.sync.vllm.engine import Completion
+from mbridge_rl.training.rollout import on_first_rank
+
+_log = logging.getLogger(__name__)
+
+_PER_PROMPT = ("max_tokens", "seed")
+
+
+class ServedEngine(Protocol):
+    """An engine outside of this process: `EngineProcess`, `ray_runner.RayEngine`. Lost, it raises `EngineProcessError`."""
+
+    @property
+    def weight_version(self) -> int: ...
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]: ...
+    def close(self) -> None: ...
+
+
+class EngineFleet:
+    """Engines, from their start to their end.
+
+    Args:
+        make: starts engine number `index` on the run's first checkpoint, and returns before it is up; called on rank 0 only.
+        count: of engines.
+        restarts: how many lost engines are replaced before a loss is an error.
+    """
+
+    def __init__(self, make: Callable[[int], ServedEngine], count: int, *, restarts: int = 0) -> None:
+        self._make, self._restarts, self._group = make, restarts, RankGroup()
+        self._count, self.lost = count, 0
+        self._engines: list[ServedEngine] = []
+        self._syncs: list[WeightSync] = []
+        self._calls = ThreadPoolExecutor(max_workers=count, thread_name_prefix="engine")
+        self._group.first_rank_does(lambda: self._engines.extend(make(index) for index in range(count)))
+
+    def connect(self, bridge: Any, model: Sequence[nn.Module], *, dtype: torch.dtype | None, verify: bool) -> None:
+        """Prepares every engine for the weights of `model`."""
+        self._connect: Callable[[Any], WeightSync] = lambda engine: WeightSync(
+            bridge, model, engine, dtype=dtype, verify=verify
+        )
+        self._syncs = [self._connect(engine) for engine in self._engines_or_none()]
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        """Deals the prompts to the engines, as evenly as can be. Rank 0 only.
+
+        Raises:
+            EngineProcessError: an engine was lost.
+        """
+        each = max(1, -(-len(prompts) // len(self._engines)))
+        parts = [slice(start, start + each) for start in range(0, len(prompts), each)]
+
+        def ask(engine: ServedEngine, part: slice) -> list[Completion]:
+            own = {name: value[part] for name, value in options.items() if name in _PER_PROMPT and isinstance(value, list)}
+            found = engine.generate(prompts[part], **options | own)
+            return [replace(completion, prompt_index=part.start + completion.prompt_index) for completion in found]
+
+        asked = [self._calls.submit(ask, engine, part) for engine, part in zip(self._engines, parts, strict=False)]
+        return [completion for future in asked for completion in future.result()]
+
+    def sync(self, version: int) -> SyncReport:
+        """Every engine gets the trainer's weights as `version`; one that is lost meanwhile is replaced.
+
+        Returns:
+            The first engine's report; `seconds` is of all.
+        """
+        try:
+            reports = [sync.sync(version) for sync in self._syncs]
+        except SyncError as error:
+            self.replace_lost(version, error)
+            reports = [sync.sync(version) for sync in self._syncs]
+        return replace(reports[0], seconds=sum(report.seconds for report in reports))
+
+    def replace_lost(self, version: int, error: Exception) -> None:
+        """Starts lost engines anew and gives them the present weights as `version`, which the others have.
+
+        Raises:
+            Exception: `error`, where no engine is lost; EngineProcessError: too many were.
+        """
+        lost = on_first_rank(self._group, lambda: self._restart_lost(error))
+        if not lost:
+            raise error
+        engines = self._engines_or_none()
+        for index in lost:
+            self._syncs[index].close()
+            self._syncs[index] = self._connect(engines[index])
+            self._syncs[index].sync(version)
+        self.lost += len(lost)
+
+    def close(self) -> None:
+        """Ends engines and frees what the syncs hold. Idempotent."""
+        for sync in self._syncs:
+            sync.close()
+        for engine in self._engines:
+            engine.close()
+        self._calls.shutdown()
+        self._syncs, self._engines = [], []
+
+    def _engines_or_none(self) -> list[Any]:
+        return self._engines or [None] * self._count
+
+    def _restart_lost(self, error: Exception) -> list[int]:
+        lost = [index for index, engine in enumerate(self._engines) if not _is_alive(engine)]
+        if self.lost + len(lost) > self._restarts:
+            raise EngineProcessError(
+                f"{self.lost + len(lost)} engines were lost in this run (now {lost}) and engine.restarts={self._restarts} are "
+                f"allowed: {error}"
+            ) from error
+        for index in lost:
+            _log.warning("engine %d was lost and is started anew: %s", index, error)
+            self._engines[index].close()
+            self._engines[index] = self._make(index)
+        return lost
+
+
+def _is_alive(engine: ServedEngine) -> bool:
+    try:
+        return engine.weight_version >= 0
+    except EngineProcessError:
+        return False

@@ -1,0 +1,74 @@
+"""What a step is measured by, besides what the objective says of itself (`objectives.metrics`)."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mbridge_rl.training.rollout import RolloutBatch
+
+Metrics = dict[str, float | int | str | bool | None]
+
+
+def rollout_metrics(rollouts: RolloutBatch, version: int) -> Metrics:
+    """Of a batch that is trained on at weights of `version`.
+
+    Returns:
+        `reward` (mean of those that are known), `reward_std`, `reward_min`, `reward_max`; `length_mean` and `length_max` of
+        what the policy wrote, `prompt_length_mean`; `truncated` (share); `rollout_version` (of the oldest token),
+        `staleness_mean` and `staleness_max` (updates that tokens are behind); `partial` (share of completions that more than
+        one version wrote); and the batch's counts.
+    """
+    mask, versions = rollouts.batch.mask, rollouts.token_versions
+    rewards = rollouts.rewards[rollouts.rewards.isfinite()].double()
+    lengths = mask.sum(dim=1).double()
+    behind = (version - versions)[mask].double()
+    newest = versions.amax(dim=1)
+    return {
+        "reward": rewards.mean().item() if len(rewards) else None,
+        "reward_std": rewards.std(correction=0).item() if len(rewards) else None,
+        "reward_min": rewards.min().item() if len(rewards) else None,
+        "reward_max": rewards.max().item() if len(rewards) else None,
+        "length_mean": lengths.mean().item(),
+        "length_max": int(lengths.max()),
+        "prompt_length_mean": mask.int().argmax(dim=1).double().add(1).mean().item(),
+        "truncated": rollouts.truncated.double().mean().item(),
+        "rollout_version": int(rollouts.versions.min()),
+        "staleness_mean": behind.mean().item(),
+        "staleness_max": int(behind.max()),
+        "partial": (newest > rollouts.versions).double().mean().item(),
+        **rollouts.counts,
+    }
+
+
+def memory_metrics() -> Metrics:
+    """`memory_gib`: the most that this rank has held, of device memory with a GPU and resident without."""
+    if torch.cuda.is_available():
+        return {"memory_gib": torch.cuda.max_memory_allocated() / (1 << 30)}
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)}
+
+
+class Clock:
+    """Wall time by phase: `with clock("train"): ...` adds to `train_seconds`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            name = f"{phase}_seconds"
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def metrics(self, tokens: int) -> Metrics:
+        """The phases, the whole step, and its tokens per second."""
+        whole = time.perf_counter() - self._began
+        return {**self.seconds, "step_seconds": whole, "tokens_per_second": tokens / whole}

@@ -1,0 +1,311 @@
+"""A run from its configuration: `mbridge-rl train CONFIG` in this process, under torchrun, or on Ray.
+
+A run folder receives `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `events.jsonl` (what went wrong and was survived),
+`engine-N.log`, `checkpoints/`, `summary.json`, and at the end `final/`, a Hugging Face checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
+from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.training import checkpoints, toy
+from mbridge_rl.training.config import TOY, RunConfig
+from mbridge_rl.training.config_file import ConfigError, as_mapping
+from mbridge_rl.training.episodes import EpisodeRunner, SamplingConfig
+from mbridge_rl.training.fleet import EngineFleet
+from mbridge_rl.training.generator import Generator, GeneratorConfig
+from mbridge_rl.training.launcher import LaunchError, launch
+from mbridge_rl.training.loop import GRPO, LoopHooks, train
+from mbridge_rl.training.lora import add_lora
+from mbridge_rl.training.metrics import Metrics
+from mbridge_rl.training.rewards import Judge, Problem
+from mbridge_rl.training.rollout import RolloutBatch
+from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, RunLog, read_lines
+from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
+from mbridge_rl.training.source import RolloutSource
+from mbridge_rl.training.tasks import Task, imported, make_judge, make_task, usable_problems
+from mbridge_rl.training.trainer import MegatronTrainer
+from mbridge_rl.training.warm_up import warm_up
+
+_log = logging.getLogger(__name__)
+
+SUMMARY_FILE = "summary.json"
+
+
+class RunExists(ConfigError):
+    """The run folder holds a run already."""
+
+
+def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Trains as `config` says and returns what `summary.json` then holds.
+
+    Args:
+        resume: go on from the newest checkpoint of the run folder, or begin where there is none.
+
+    Raises:
+        ConfigError, LayoutError: the configuration cannot be run; nothing was started.
+        RunExists: the folder has a run in it and `resume` is not set.
+        LaunchError: a rank failed, and `runner.restarts` are used up.
+    """
+    started = time.perf_counter()
+    prepare_run(config, resume=resume)
+    for attempt in range(config.runner.restarts + 1):
+        try:
+            summary = _launch(config, resume=resume or attempt > 0)
+            break
+        except LaunchError as error:
+            if attempt == config.runner.restarts:
+                raise
+            _log.warning("the run was interrupted and goes on from its last checkpoint: %s", error)
+            event = {"step": checkpoints.newest_step(config.run_dir), "event": f"restarted after: {str(error).splitlines()[0]}"}
+            with (config.run_dir / EVENTS_FILE).open("a") as events:
+                events.write(json.dumps(event) + "\n")
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    (config.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def prepare_run(config: RunConfig, *, resume: bool) -> None:
+    """Checks everything that can be checked before a process is started, and makes the run folder."""
+    metrics = config.run_dir / METRICS_FILE
+    if metrics.exists() and not resume:
+        raise RunExists(f"{config.run_dir} holds a run already: go on with --resume, or choose another run_dir")
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    if config.is_toy and not (config.run_dir / "initial" / "config.json").exists():
+        toy.make_checkpoint(
+            config.run_dir / "initial", config.model.path.removeprefix(TOY), seed=config.seed, **config.model.toy
+        )
+    bridge = AutoBridge.from_pretrained(model_directory(config))
+    bridge.spec.validate(config.layout)
+    tokenizer = load_tokenizer(config)
+    problems_of(config, tokenizer)
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+
+
+def model_directory(config: RunConfig) -> Path:
+    return config.run_dir / "initial" if config.is_toy else Path(config.model.path)
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or model_directory(config))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id  # padding is never attended to and never in a mask
+    return tokenizer
+
+
+def problems_of(config: RunConfig, tokenizer: Any) -> tuple[Task, dict[str, int]]:
+    """The task with the problems that fit, and how many did not."""
+    task = make_task(config.task, tokenizer)
+    rollout = config.rollout
+    limit = config.engine.max_model_len - rollout.max_tokens if rollout.max_prompt_tokens is None else rollout.max_prompt_tokens
+    problems, dropped = usable_problems(task.problems, tokenizer, limit, refuse=rollout.long_prompts == "refuse")
+    return replace(task, problems=problems), dropped
+
+
+def _launch(config: RunConfig, *, resume: bool) -> dict[str, Any]:
+    if config.runner.kind == "ray":
+        from mbridge_rl.training.ray_runner import launch_on_ray
+
+        return launch_on_ray(config, resume=resume)
+    timeout = config.engine.call_timeout + config.engine.start_timeout
+    return launch(
+        train_rank, config.layout.world_size, config, resume, collective_timeout=timeout, threads=config.runner.threads
+    )
+
+
+def start_engine_process(config: RunConfig, index: int) -> EngineProcess:
+    """Engine `index` in a process of its own, on the run's first weights."""
+    engine = config.engine
+    environment = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(engine.threads)}
+    return EngineProcess(
+        model_directory(config),
+        environment=environment,
+        start_timeout=engine.start_timeout,
+        call_timeout=engine.call_timeout,
+        log_path=config.run_dir / f"engine-{index}.log",
+        **engine_arguments(config),
+    ).start()
+
+
+def engine_arguments(config: RunConfig) -> dict[str, Any]:
+    """Of an `InProcessEngine`."""
+    engine = config.engine
+    return {
+        "dtype": config.engine_dtype,
+        "seed": config.seed,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "kv_cache_bytes": engine.kv_cache_bytes,
+        **engine.options,
+    }
+
+
+def train_rank(
+    config: RunConfig, resume: bool, make_engine: Any = start_engine_process, make_reward_judge: Any = make_judge
+) -> dict[str, Any]:
+    """What every trainer rank does. Rank 0 has the engines, the rewards and the log."""
+    first = dist.get_rank() == 0
+    fleet = EngineFleet(lambda index: make_engine(config, index), config.engine.count, restarts=config.engine.restarts)
+    source: RolloutSource | None = None
+    log: RunLog | None = None
+    try:
+        initialize_parallel(config.layout, seed=config.seed)
+        step = checkpoints.newest_step(config.run_dir) if resume else 0
+        if first:
+            settings = config.logging
+            log = RunLog(config.run_dir, console=settings.console, tensorboard=settings.tensorboard, resumed_at=step)
+            log.say(f"mbridge-rl train: {config.model.path}, {config.layout}, {config.rollout.mode}, from step {step}")
+        tokenizer = load_tokenizer(config)
+        task, dropped = problems_of(config, tokenizer)
+        if log is not None and dropped:
+            log.warn(step, f"prompts left out: {dropped}")
+        warm_problems = task.problems[: config.warm_up.problems]
+        start_from, warm_steps = warm_up(config, model_directory(config), warm_problems, tokenizer, log.say if log else _silent)
+
+        bridge = AutoBridge.from_pretrained(start_from)
+        trainer = _policy(config, bridge)
+        grpo = GRPO(trainer, config.algorithm)  # before the checkpoint is loaded: its reference are the first weights
+        judge = make_reward_judge(config.task, config.reward) if first else None
+        source = _source(config, fleet, task, tokenizer, judge)
+        if resume and step:
+            checkpoints.load(config.run_dir, step, trainer, source)
+        fleet.connect(bridge, trainer.model, dtype=getattr(torch, config.engine_dtype), verify=config.sync.verify)
+        hooks = _hooks(config, trainer, source, task, log)
+        trained = train(grpo, source, fleet, hooks, first_step=step + 1, last_step=config.steps)
+        if config.checkpoint.export:
+            bridge.save_pretrained(trainer.model, config.run_dir / "final")
+        summary = {"warm_up_steps": warm_steps, **_summary(config, *trained)} if first else {}
+        destroy_parallel()
+        return summary
+    finally:
+        fleet.close()
+        if source is not None:
+            source.close()
+        if log is not None:
+            log.close()
+
+
+def _silent(text: str) -> None:
+    """What ranks say that have no log."""
+
+
+def _policy(config: RunConfig, bridge: AutoBridge) -> MegatronTrainer:
+    model = bridge.build_model(
+        config.layout,
+        dtype=config.torch_dtype,
+        sequence_parallel=config.model.sequence_parallel,
+        overrides=config.model.overrides,
+    )
+    bridge.load_weights(model)
+    if config.lora is not None:
+        add_lora(model, config.lora)
+    return MegatronTrainer(model, replace(config.trainer, temperature=config.rollout.temperature))
+
+
+def _source(config: RunConfig, fleet: EngineFleet, task: Task, tokenizer: Any, judge: Judge | None) -> RolloutSource:
+    rollout, algorithm = config.rollout, config.algorithm
+    settings = GeneratorConfig(
+        rollout.prompts_per_step,
+        algorithm.group_size,
+        config.steps,
+        max_staleness=config.max_staleness,
+        segment_tokens=rollout.segment_tokens if rollout.mode == "async" else None,
+        dynamic_sampling=algorithm.dynamic_sampling,
+        max_rejected=rollout.max_rejected,
+    )
+    runner = generator = None
+    if judge is not None:
+        sampling = SamplingConfig(
+            rollout.max_tokens,
+            temperature=rollout.temperature,
+            seed=config.seed,
+            stop=rollout.stop,
+            stop_token_ids=rollout.stop_token_ids,
+            max_turns=rollout.max_turns,
+            max_context=config.engine.max_model_len,
+        )
+        environment = imported(rollout.environment, "rollout.environment") if rollout.environment else None
+        runner = EpisodeRunner(fleet, tokenizer, sampling, environment)
+        sampler = EpochSampler if config.task.order == "shuffled" else UnsolvedFirstSampler
+        generator = Generator(runner, sampler(task.problems, seed=config.seed), judge, settings)
+    return RolloutSource(
+        fleet,
+        generator=generator,
+        runner=runner,
+        pad_token_id=tokenizer.pad_token_id,
+        failed_rewards=config.reward.failed,
+    )
+
+
+def _hooks(config: RunConfig, trainer: MegatronTrainer, source: RolloutSource, task: Task, log: RunLog | None) -> LoopHooks:
+    problems: list[Problem] = task.problems[: config.task.evaluate_problems]
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+
+    def evaluate(step: int) -> float | None:
+        due = config.task.evaluate_every and (step % config.task.evaluate_every == 0 or step == config.steps)
+        if not due:
+            return None
+        found = source.evaluate(problems)
+        if log is not None:
+            log.evaluation(step, [(problem.prompt, *said) for problem, said in zip(problems, found, strict=True)])
+        return sum(reward for _, reward in found) / len(found)
+
+    def save(step: int) -> None:
+        if every and (step % every == 0 or step == config.steps):
+            checkpoints.save(config.run_dir, step, trainer, source, keep=keep)
+
+    def record(metrics: Metrics, rollouts: RolloutBatch) -> None:
+        if log is None:
+            return
+        step = int(metrics["step"] or 0)
+        for event in _events(metrics, rollouts):
+            log.warn(step, event)
+        log.step(
+            metrics, [{"prompt": prompt, "completion": text} for prompt, text in rollouts.samples[: config.logging.samples]]
+        )
+
+    enough = config.stop_at_accuracy
+    return LoopHooks(evaluate, save, record, lambda accuracy: enough is not None and accuracy >= enough)
+
+
+def _events(metrics: Metrics, rollouts: RolloutBatch) -> list[str]:
+    """What was survived in a step."""
+    events = []
+    if metrics["rewards_failed"]:
+        events.append(f"{metrics['rewards_failed']} of {len(rollouts.batch)} rewards failed: {'; '.join(rollouts.errors)}")
+    if metrics["skipped"]:
+        events.append(f"no optimizer step: {metrics['skipped']}")
+    if metrics["engines_lost"]:
+        events.append(f"{metrics['engines_lost']} engines were lost and replaced")
+    return events
+
+
+def _summary(config: RunConfig, last_step: int, before: float | None) -> dict[str, Any]:
+    history = read_lines(config.run_dir / METRICS_FILE)
+    accuracies = [line["accuracy"] for line in history if line.get("accuracy") is not None]
+    return {
+        "steps": last_step,
+        "reward_first": history[0]["reward"] if history else None,
+        "reward_last": history[-1]["reward"] if history else None,
+        "accuracy_before": before,
+        "accuracy": accuracies[-1] if accuracies else before,
+        "digest": history[-1]["digest"] if history else None,
+        "unverified_syncs": sum(not line["verified"] for line in history),
+        "engines_lost": sum(line["engines_lost"] for line in history),
+        "rewards_failed": sum(line["rewards_failed"] for line in history),
+    }

@@ -1,0 +1,131 @@
+"""What a run leaves behind, as it goes: `metrics.jsonl`, `samples.jsonl`, the console, TensorBoard. On the first rank only.
+
+Every line is complete when it is written, so a run can be read (`mbridge-rl report RUN`) while it is going on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mbridge_rl.training.metrics import Metrics
+
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+EVENTS_FILE, EVALUATION_FILE = "events.jsonl", "evaluation.jsonl"
+
+_COLUMNS = (
+    "step",
+    "reward",
+    "accuracy",
+    "length",
+    "entropy",
+    "KL train-rollout",
+    "ratio-1",
+    "stale",
+    "tokens/s",
+    "refit",
+    "digest",
+)
+_WIDTHS = (5, 7, 8, 7, 7, 16, 8, 5, 8, 9, 16)
+
+
+class RunLog:
+    """Args:
+    resumed_at: the step that a resumed run goes on after; what an interrupted run wrote beyond it is dropped.
+    """
+
+    def __init__(self, run_dir: Path, *, console: bool, tensorboard: bool, resumed_at: int = 0) -> None:
+        self._run_dir = run_dir
+        self._console = Console(quiet=not console, highlight=False)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            _cut(run_dir / name, resumed_at)
+        self._board = _tensorboard(run_dir / "tensorboard", resumed_at) if tensorboard else None
+        self._lines = 0
+
+    def say(self, text: str) -> None:
+        """What happens now."""
+        self._console.print(f"[cyan]{text}[/]")
+
+    def warn(self, step: int, event: str) -> None:
+        """Something went wrong and was survived."""
+        self._console.print(f"[yellow]step {step}: {event}[/]")
+        _append(self._run_dir / EVENTS_FILE, {"step": step, "event": event})
+
+    def step(self, metrics: Metrics, samples: list[dict[str, Any]]) -> None:
+        """A step is done."""
+        _append(self._run_dir / METRICS_FILE, metrics)
+        for sample in samples:
+            _append(self._run_dir / SAMPLES_FILE, {"step": metrics["step"], **sample})
+        if self._lines % 40 == 0:
+            header = " ".join(f"{name:>{width}}" for name, width in zip(_COLUMNS, _WIDTHS, strict=True))
+            self._console.print(f"[dim]{header}[/]", soft_wrap=True)
+        self._lines += 1
+        self._console.print(_line(metrics), soft_wrap=True)
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._board.add_scalar(name, value, metrics["step"])
+            self._board.flush()
+
+    def evaluation(self, step: int, completions: list[tuple[str, str, float]]) -> None:
+        """What the policy said greedily, `(prompt, completion, reward)`: replaces the last evaluation."""
+        lines = [{"step": step, "prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in completions]
+        (self._run_dir / EVALUATION_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file that may still be written to; none if there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _line(metrics: Mapping[str, Any]) -> str:
+    proof = {True: "[green]equal[/]", False: "[red]unverified[/]"}.get(metrics.get("verified"), "")
+    cells = (
+        f"{metrics['step']}",
+        _number(metrics.get("reward"), ".3f"),
+        _number(metrics.get("accuracy"), ".0%"),
+        _number(metrics.get("length_mean"), ".1f"),
+        _number(metrics.get("entropy"), ".3f"),
+        _number(metrics.get("kl_train_rollout"), ".1e"),
+        _number(metrics.get("ratio_max_deviation"), ".0e"),
+        _number(metrics.get("staleness_max"), "d"),
+        _number(metrics.get("tokens_per_second"), ".0f"),
+        f"{_number(metrics.get('refit_ms'), '.1f')} ms",
+        f"{metrics.get('digest') or ''}",
+    )
+    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)) + f" {proof}"
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else format(value, form)
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drops lines of later steps, and one that was not finished."""
+    lines = [line for line in read_lines(path) if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _tensorboard(directory: Path, resumed_at: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("logging.tensorboard needs TensorBoard: pip install 'mbridge-rl[tensorboard]'") from error
+    return SummaryWriter(str(directory), purge_step=resumed_at + 1)
