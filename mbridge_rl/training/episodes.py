@@ -104,10 +104,10 @@ class Episode:
     def truncated(self) -> bool:
         return self.finish == "length"
 
-    def add(self, tokens: Sequence[int], log_probs: Sequence[float], version: int) -> None:
+    def add(self, tokens: Sequence[int], log_probs: Sequence[float], versions: Sequence[int]) -> None:
         self.tokens += tokens
         self.log_probs += log_probs
-        self.versions += [version] * len(tokens)
+        self.versions += versions
 
 
 class EpisodeRunner:
@@ -165,7 +165,8 @@ class EpisodeRunner:
         count = self._stop_text_at(episode, completion.tokens)
         stopped = count is not None or (bool(completion.tokens) and completion.tokens[-1] in self._ends)
         count = len(completion.tokens) if count is None else count
-        episode.add(completion.tokens[:count], completion.logprobs[:count], completion.weight_version)
+        versions = completion.token_versions or [completion.weight_version] * len(completion.tokens)
+        episode.add(completion.tokens[:count], completion.logprobs[:count], versions[:count])
         if stopped:
             self._end_turn(episode)
         elif self._room(episode) <= 0:
@@ -183,7 +184,7 @@ class EpisodeRunner:
             episode.finish = "turns"
         else:
             tokens = self._tokenizer.encode(said, add_special_tokens=False)
-            episode.add(tokens, [0.0] * len(tokens), NOT_SAMPLED)
+            episode.add(tokens, [0.0] * len(tokens), [NOT_SAMPLED] * len(tokens))
             episode.turn_start = len(episode.tokens)
             if self._room(episode) <= 0:
                 episode.finish = "length"

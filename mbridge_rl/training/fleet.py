@@ -45,18 +45,18 @@ class EngineFleet:
 
     def __init__(self, make: Callable[[int], ServedEngine], count: int, *, restarts: int = 0) -> None:
         self._make, self._restarts, self._group = make, restarts, RankGroup()
-        self._count, self.lost = count, 0
+        self.lost = 0
         self._engines: list[ServedEngine] = []
-        self._syncs: list[WeightSync] = []
+        self._sync: WeightSync | None = None
         self._calls = ThreadPoolExecutor(max_workers=count, thread_name_prefix="engine")
         self._group.first_rank_does(lambda: self._engines.extend(make(index) for index in range(count)))
 
     def connect(self, bridge: Any, model: Sequence[nn.Module], *, dtype: torch.dtype | None, verify: bool) -> None:
         """Prepares every engine for the weights of `model`."""
-        self._connect: Callable[[Any], WeightSync] = lambda engine: WeightSync(
-            bridge, model, engine, dtype=dtype, verify=verify
+        self._connected: Callable[[], WeightSync] = lambda: WeightSync(
+            bridge, model, self._engines or None, dtype=dtype, verify=verify
         )
-        self._syncs = [self._connect(engine) for engine in self._engines_or_none()]
+        self._sync = self._connected()
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
         """Deals the prompts to the engines, as evenly as can be. Rank 0 only.
@@ -76,20 +76,15 @@ class EngineFleet:
         return [completion for future in asked for completion in future.result()]
 
     def sync(self, version: int) -> SyncReport:
-        """Every engine gets the trainer's weights as `version`; one that is lost meanwhile is replaced.
-
-        Returns:
-            The first engine's report; `seconds` is of all.
-        """
+        """Every engine gets the trainer's weights as `version`; one that is lost meanwhile is replaced."""
+        assert self._sync is not None
         try:
-            reports = [sync.sync(version) for sync in self._syncs]
+            return self._sync.sync(version)
         except SyncError as error:
-            self.replace_lost(version, error)
-            reports = [sync.sync(version) for sync in self._syncs]
-        return replace(reports[0], seconds=sum(report.seconds for report in reports))
+            return self.replace_lost(version, error)
 
-    def replace_lost(self, version: int, error: Exception) -> None:
-        """Starts lost engines anew and gives them the present weights as `version`, which the others have.
+    def replace_lost(self, version: int, error: Exception) -> SyncReport:
+        """Starts lost engines anew, and gives all the present weights as `version`.
 
         Raises:
             Exception: `error`, where no engine is lost; EngineProcessError: too many were.
@@ -97,24 +92,20 @@ class EngineFleet:
         lost = on_first_rank(self._group, lambda: self._restart_lost(error))
         if not lost:
             raise error
-        engines = self._engines_or_none()
-        for index in lost:
-            self._syncs[index].close()
-            self._syncs[index] = self._connect(engines[index])
-            self._syncs[index].sync(version)
         self.lost += len(lost)
+        if self._sync is not None:
+            self._sync.close()
+        self._sync = self._connected()
+        return self._sync.sync(version)
 
     def close(self) -> None:
         """Ends engines and frees what the syncs hold. Idempotent."""
-        for sync in self._syncs:
-            sync.close()
+        if self._sync is not None:
+            self._sync.close()
         for engine in self._engines:
             engine.close()
         self._calls.shutdown()
-        self._syncs, self._engines = [], []
-
-    def _engines_or_none(self) -> list[Any]:
-        return self._engines or [None] * self._count
+        self._sync, self._engines = None, []
 
     def _restart_lost(self, error: Exception) -> list[int]:
         lost = [index for index, engine in enumerate(self._engines) if not _is_alive(engine)]
