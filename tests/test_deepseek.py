@@ -237,11 +237,8 @@ def test_kimis_config_needs_no_code_of_its_repository(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts_per_tok": 2}, "2 // 2 best"),
-        ({"norm_topk_prob": False}, "norm_topk_prob=False"),
         ({"rope_interleave": False}, "rope_interleave=False"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"n_shared_experts": 0}, "n_shared_experts"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ({"rope_parameters": {**YARN, "mscale": None}}, "mscale_all_dim but no mscale"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "rope type 'linear'"),

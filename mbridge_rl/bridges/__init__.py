@@ -9,20 +9,29 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from mbridge_rl.bridges.deepseek_v2 import deepseek_v2
 from mbridge_rl.bridges.deepseek_v3 import deepseek_v3
 from mbridge_rl.bridges.ernie4_5 import ernie4_5
+from mbridge_rl.bridges.ernie4_5_moe import ernie4_5_moe
 from mbridge_rl.bridges.exaone4 import exaone4
 from mbridge_rl.bridges.falcon_h1 import falcon_h1
 from mbridge_rl.bridges.gemma import gemma, gemma2, gemma3
 from mbridge_rl.bridges.gemma3_vl import gemma3_vl
+from mbridge_rl.bridges.glm4_moe import glm4_moe
+from mbridge_rl.bridges.glm4_moe_lite import glm4_moe_lite
+from mbridge_rl.bridges.gpt_oss import gpt_oss
 from mbridge_rl.bridges.granite import granite
 from mbridge_rl.bridges.llama import llama
+from mbridge_rl.bridges.minimax_m2 import minimax_m2
 from mbridge_rl.bridges.ministral3 import ministral3
 from mbridge_rl.bridges.mistral import mistral
+from mbridge_rl.bridges.mixtral import mixtral
 from mbridge_rl.bridges.nemotron import nemotron
 from mbridge_rl.bridges.nemotron_h import nemotron_h
+from mbridge_rl.bridges.olmoe import olmoe
 from mbridge_rl.bridges.phi3 import phi3
 from mbridge_rl.bridges.qwen2 import qwen2
+from mbridge_rl.bridges.qwen2_moe import qwen2_moe
 from mbridge_rl.bridges.qwen3 import qwen3
 from mbridge_rl.bridges.qwen3_5 import qwen3_5
 from mbridge_rl.bridges.qwen3_moe import qwen3_moe
@@ -57,6 +66,15 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "FalconH1ForCausalLM": falcon_h1,
     "Qwen3_5ForConditionalGeneration": qwen3_5_vl,
     "Gemma3ForConditionalGeneration": gemma3_vl,
+    "DeepseekV2ForCausalLM": deepseek_v2,
+    "Ernie4_5_MoeForCausalLM": ernie4_5_moe,
+    "Glm4MoeForCausalLM": glm4_moe,
+    "Glm4MoeLiteForCausalLM": glm4_moe_lite,
+    "GptOssForCausalLM": gpt_oss,
+    "MiniMaxM2ForCausalLM": minimax_m2,
+    "MixtralForCausalLM": mixtral,
+    "OlmoeForCausalLM": olmoe,
+    "Qwen2MoeForCausalLM": qwen2_moe,
 }
 
 

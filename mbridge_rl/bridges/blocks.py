@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mbridge_rl.bridges.rope import rope
 from mbridge_rl.core.errors import UnsupportedModelError
-from mbridge_rl.core.extras import Extra, LinearBiases, NoInputNorms, OutputNorms, RotaryScale
+from mbridge_rl.core.extras import Extra, LinearBiases, NoInputNorms, OutputNorms, ProjectionNorm, RotaryScale
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import (
     Parts,
@@ -105,7 +105,7 @@ def decoder(hf: Any, *blocks: Block, extras: tuple[Extra, ...] = ()) -> ModelSpe
         rules=rules,
         num_experts=next((block.num_experts for block in blocks if block.num_experts), None),
         extras=(*(extra for block in blocks for extra in block.extras), *rotary, *extras),
-        ignored_hf_names=("lm_head.weight",) if tied else (),
+        ignored_hf_prefixes=("lm_head.weight",) if tied else (),
     )
 
 
@@ -183,6 +183,16 @@ def attention(
     }
     extras = (LinearBiases(("linear_proj",)),) if output_bias else ()
     return Block(config, tuple(rules), extras=(*extras, *_no_norm(norm)))
+
+
+def projection_norms(hf: Any) -> Block:
+    """Queries and keys normalised over all heads together, beside `attention`."""
+    dim, ours, theirs = head_dim(hf), f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
+    rules = (
+        replicated(f"{ours}.q_layernorm.weight", f"{theirs}.q_norm.weight", (hf.num_attention_heads * dim,)),
+        replicated(f"{ours}.k_layernorm.weight", f"{theirs}.k_norm.weight", (kv_heads_of(hf) * dim,)),
+    )
+    return Block({"qk_layernorm": True}, rules, extras=(ProjectionNorm(hf.rms_norm_eps),))
 
 
 def sliding_windows(hf: Any) -> dict[str, Any]:

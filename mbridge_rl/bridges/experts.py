@@ -1,89 +1,153 @@
-"""Mixtures of experts: how tokens choose (Megatron's config) and where the experts' weights are (rules)."""
+"""Mixtures of experts: how tokens choose (Megatron's config, or a `Routing` beside it) and where the experts' weights are."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, require
-from mbridge_rl.core.errors import UnsupportedModelError
-from mbridge_rl.core.rules import column_parallel, replicated, row_parallel
+from mbridge_rl.core.extras import Routing
+from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, replicated, row_parallel
+
+ROUTER = f"{MEGATRON_LAYER}.mlp.router"
 
 
-def mixture_of_experts(hf: Any, layers: tuple[int, ...]) -> Block:
-    """Softmax top-k routing over gated experts in `layers`; other layers are dense."""
-    h, f = hf.hidden_size, hf.moe_intermediate_size
-    experts = getattr(hf, "num_experts", None) or hf.n_routed_experts
-    ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
-    one = f"{theirs}.experts.{{expert}}"
-    gate_up = {f"{one}.gate_proj.weight": f, f"{one}.up_proj.weight": f}
-    rules = (
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a family's checkpoints call the parts of a layer of experts."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    bias: str = "gate.e_score_correction_bias"
+    shared: str = "shared_experts"
+
+
+MIXTRAL_NAMES = ExpertNames("block_sparse_moe", "w1", "w3", "w2", bias="e_score_correction_bias")
+
+
+def gated_experts(
+    hf: Any,
+    layers: tuple[int, ...],
+    routing: Routing,
+    *,
+    experts: int,
+    ffn: int,
+    names: ExpertNames = ExpertNames(),
+    bias_shape: tuple[int, ...] | None = None,
+    fp32_router: bool = False,
+) -> Block:
+    """Experts that are gated MLPs of inner size `ffn`, in `layers`.
+
+    Args:
+        bias_shape: HF's shape of the bias that only choosing sees; `None` where the routers have none.
+        fp32_router: the family computes routers' logits in fp32 whatever the model's dtype.
+    """
+    h, theirs = hf.hidden_size, f"{HF_LAYER}.{names.block}"
+    ours, one = f"{MEGATRON_LAYER}.mlp.experts", f"{theirs}.experts.{{expert}}"
+    gate_up = {f"{one}.{names.gate}.weight": ffn, f"{one}.{names.up}.weight": ffn}
+    rules = [
         replicated(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight", (h,)),
-        replicated(f"{ours}.router.weight", f"{theirs}.gate.weight", (experts, h)),
-        column_parallel(f"{ours}.experts.linear_fc1.weight{{expert}}", gate_up, (h,), axis="etp"),
-        row_parallel(f"{ours}.experts.linear_fc2.weight{{expert}}", f"{one}.down_proj.weight", (h, f), axis="etp"),
-    )
+        replicated(f"{ROUTER}.weight", f"{theirs}.gate.weight", (experts, h)),
+        column_parallel(f"{ours}.linear_fc1.weight{{expert}}", gate_up, (h,), axis="etp"),
+        row_parallel(f"{ours}.linear_fc2.weight{{expert}}", f"{one}.{names.down}.weight", (h, ffn), axis="etp"),
+    ]
+    if bias_shape:
+        rules.append(_expert_bias(f"{theirs}.{names.bias}", bias_shape))
     config = {
+        **expert_config(hf, layers, experts=experts, ffn=ffn),
+        "moe_router_dtype": "fp32" if fp32_router else None,
+        **_routing_config(routing, hf.num_experts_per_tok, biased=bias_shape is not None),
+    }
+    extras = () if _is_megatrons(routing, hf.num_experts_per_tok, biased=bias_shape is not None) else (routing,)
+    return Block(config, tuple(rules), num_experts=experts, extras=extras).only_in(layers)
+
+
+def expert_config(hf: Any, layers: tuple[int, ...], *, experts: int, ffn: int) -> dict[str, Any]:
+    """What every layer of experts sets; balancing is for pretraining and off."""
+    return {
         "num_moe_experts": experts,
         "moe_router_topk": hf.num_experts_per_tok,
-        "moe_ffn_hidden_size": f,
+        "moe_ffn_hidden_size": ffn,
         "moe_layer_freq": [int(layer in layers) for layer in range(hf.num_hidden_layers)],
-        # Softmax over the chosen logits equals choosing from the softmax and renormalising; without renormalisation the
-        # softmax has to come first.
-        "moe_router_pre_softmax": not hf.norm_topk_prob,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
     }
-    return Block(config, rules, num_experts=experts).only_in(layers)
 
 
-def sigmoid_mixture_of_experts(hf: Any, layers: tuple[int, ...]) -> Block:
-    """Experts chosen by sigmoid scores plus a bias that only choosing sees (arXiv 2408.15664), normalised and scaled, beside
-    shared experts that see every token."""
+def sigmoid_experts(hf: Any, layers: tuple[int, ...]) -> tuple[Block, ...]:
+    """Experts as DeepSeek-V3 and GLM-4.5 have them: chosen by sigmoid scores plus a bias, beside shared ones."""
     require(hf, "scoring_func", "sigmoid")
     require(hf, "topk_method", "noaux_tc")
-    require(hf, "norm_topk_prob", True)
-    h, shared = hf.hidden_size, hf.moe_intermediate_size * (hf.n_shared_experts or 0)
-    ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
-    if not shared or hf.num_experts_per_tok < 2:
-        raise UnsupportedModelError(
-            f"{hf.architectures[0]} needs n_shared_experts of at least 1 and num_experts_per_tok of at least 2 (Megatron does "
-            f"not normalise a single score), found {hf.n_shared_experts} and {hf.num_experts_per_tok}"
-        )
-    gate_up = {f"{theirs}.shared_experts.gate_proj.weight": shared, f"{theirs}.shared_experts.up_proj.weight": shared}
-    rules = (
-        replicated(
-            f"{ours}.router.expert_bias", f"{theirs}.gate.e_score_correction_bias", (hf.n_routed_experts,), dtype=torch.float32
-        ),
-        column_parallel(f"{ours}.shared_experts.linear_fc1.weight", gate_up, (h,)),
-        row_parallel(f"{ours}.shared_experts.linear_fc2.weight", f"{theirs}.shared_experts.down_proj.weight", (h, shared)),
+    routing = Routing(
+        "sigmoid",
+        normalized=hf.norm_topk_prob,
+        scaling_factor=hf.routed_scaling_factor,
+        groups=hf.n_group or 1,
+        chosen_groups=hf.topk_group or 1,
     )
-    routed = mixture_of_experts(hf, layers)
-    config = {
-        **routed.config,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_pre_softmax": False,
-        "moe_router_enable_expert_bias": True,
+    experts, ffn = hf.n_routed_experts, hf.moe_intermediate_size
+    routed = gated_experts(hf, layers, routing, experts=experts, ffn=ffn, bias_shape=(experts,), fp32_router=True)
+    return (routed, shared_experts(hf, layers, ffn * hf.n_shared_experts)) if hf.n_shared_experts else (routed,)
+
+
+def shared_experts(
+    hf: Any,
+    layers: tuple[int, ...],
+    ffn: int,
+    *,
+    names: ExpertNames = ExpertNames(),
+    gate: str | None = None,
+) -> Block:
+    """A gated MLP beside the experts that sees every token; `gate` names the linear whose sigmoid weighs it."""
+    h, ours, theirs = hf.hidden_size, f"{MEGATRON_LAYER}.mlp.shared_experts", f"{HF_LAYER}.{names.block}"
+    mlp = f"{theirs}.{names.shared}"
+    rules = [
+        column_parallel(f"{ours}.linear_fc1.weight", {f"{mlp}.{name}.weight": ffn for name in (names.gate, names.up)}, (h,)),
+        row_parallel(f"{ours}.linear_fc2.weight", f"{mlp}.{names.down}.weight", (h, ffn)),
+    ]
+    if gate:
+        rules.append(replicated(f"{ours}.gate_weight", f"{theirs}.{gate}.weight", (1, h)))
+    config = {"moe_shared_expert_intermediate_size": ffn, "moe_shared_expert_gate": gate is not None}
+    return Block(config, tuple(rules)).only_in(layers)
+
+
+def dense_then_sparse(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The `first_k_dense_replace` dense layers, and the layers of experts after them."""
+    dense = min(hf.first_k_dense_replace, hf.num_hidden_layers)
+    return tuple(range(dense)), tuple(range(dense, hf.num_hidden_layers))
+
+
+def _expert_bias(hf_name: str, shape: tuple[int, ...]) -> Rule:
+    axes = (*(Axis(extent) for extent in shape[:-1]), Axis(shape[-1], along=0))
+    return Rule(f"{ROUTER}.expert_bias", (Part(hf_name, axes),), (0,), dtype=torch.float32)
+
+
+def _is_megatrons(routing: Routing, topk: int, *, biased: bool) -> bool:
+    """Whether Megatron's own function does the same; it ranks a group by its `topk // chosen_groups` best."""
+    grouped = routing.chosen_groups < routing.groups
+    if grouped and topk // routing.chosen_groups != routing.group_experts:
+        return False
+    if routing.normalized and topk == 1:  # Megatron leaves a single score as it is
+        return False
+    return routing.normalized if routing.score == "sigmoid" else not biased and not (grouped and routing.normalized)
+
+
+def _routing_config(routing: Routing, topk: int, *, biased: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        # Megatron has a bias with sigmoid scores only; where they are others, `Routing` computes them.
+        "moe_router_score_function": "sigmoid" if biased else routing.score,
+        # Softmax over the chosen logits equals choosing from the softmax and renormalising; without renormalisation the
+        # softmax has to come first.
+        "moe_router_pre_softmax": routing.score == "softmax" and not biased and not (routing.normalized and topk > 1),
+        "moe_router_enable_expert_bias": biased,
         # Balancing is for pretraining: here the bias moves only if it is asked to (an override of build_model).
         "moe_router_bias_update_rate": 0.0,
-        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
-        "moe_router_dtype": "fp32",
-        "moe_shared_expert_intermediate_size": shared,
-        **_groups(hf),
+        "moe_router_topk_scaling_factor": None if routing.scaling_factor == 1.0 else routing.scaling_factor,
     }
-    return replace(routed, config=config, rules=(*routed.rules, *(replace(rule, layers=layers) for rule in rules)))
-
-
-def _groups(hf: Any) -> dict[str, int]:
-    """Routing limited to the best `topk_group` of `n_group` groups of experts; nothing where that is all of them."""
-    groups, chosen = hf.n_group or 1, hf.topk_group or 1
-    if chosen >= groups:
-        return {}
-    if hf.num_experts_per_tok // chosen != 2:
-        raise UnsupportedModelError(
-            f"{hf.architectures[0]} ranks a group by its two best experts, Megatron by its num_experts_per_tok // topk_group = "
-            f"{hf.num_experts_per_tok} // {chosen} best; only configs where that is 2 are supported"
-        )
-    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+    if routing.chosen_groups < routing.groups and _is_megatrons(routing, topk, biased=biased):
+        config |= {"moe_router_num_groups": routing.groups, "moe_router_group_topk": routing.chosen_groups}
+    return config

@@ -3,12 +3,21 @@
 from typing import Any
 
 from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.experts import mixture_of_experts
+from mbridge_rl.bridges.experts import gated_experts
+from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 
 
 def qwen3_moe(hf: Any) -> ModelSpec:
+    sparse, dense = layers_with_experts(hf)
+    experts = gated_experts(
+        hf, sparse, Routing(normalized=hf.norm_topk_prob), experts=hf.num_experts, ffn=hf.moe_intermediate_size
+    )
+    return decoder(hf, attention(hf, qk_norm=True), gated_mlp(hf).only_in(dense), experts)
+
+
+def layers_with_experts(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The layers of experts, and the dense ones."""
     layers = range(hf.num_hidden_layers)
     sparse = tuple(layer for layer in layers if layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0)
-    dense = tuple(layer for layer in layers if layer not in sparse)
-    return decoder(hf, attention(hf, qk_norm=True), gated_mlp(hf).only_in(dense), mixture_of_experts(hf, sparse))
+    return sparse, tuple(layer for layer in layers if layer not in sparse)

@@ -95,7 +95,7 @@ def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
         if (parts := adapted_parts(rule, config.targets))
         for factor in (*_factors_a(rule, parts, config), _factor_b(rule, parts, config))
     )
-    return replace(spec, rules=rules, extras=(), ignored_hf_names=())
+    return replace(spec, rules=rules, extras=(), ignored_hf_prefixes=())
 
 
 def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[Part, ...]:

@@ -8,6 +8,7 @@ that an extra brings along are named here and mapped by rules like any other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,41 @@ class MlpScale:
     factor: float
 
 
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How routers score, choose and weigh experts, in place of Megatron's function.
+
+    Experts are chosen by score plus, where the router has one, a bias that only choosing sees (arXiv 2408.15664); they are
+    weighed by score alone.
+
+    Attributes:
+        score: of all experts, in fp32.
+        normalized: the weights of the chosen are divided by their sum (by `minimum` where that is larger).
+        scaling_factor: the weights are multiplied by it at last.
+        groups, chosen_groups: only experts of the best `chosen_groups` of `groups` equal groups can be chosen.
+        group_experts: a group is ranked by the sum of its so many best (1: DeepSeek-V2, 2: DeepSeek-V3).
+    """
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = True
+    scaling_factor: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    group_experts: int = 2
+    minimum: float = 1e-20
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionNorm:
+    """Queries and keys RMS-normalised over all heads together instead of head by head.
+
+    Its parameters, whole on every tensor-parallel rank, are `self_attention.q_layernorm.weight` `[query heads * head_dim]` and
+    `self_attention.k_layernorm.weight` `[kv heads * head_dim]`.
+    """
+
+    eps: float
+
+
 LayerExtra = LinearBiases | NoInputNorms | MambaBesideAttention
 Extra = (
     EmbeddingScale
@@ -157,5 +193,7 @@ Extra = (
     | RotaryScale
     | QueryScaleByPosition
     | MlpScale
+    | Routing
+    | ProjectionNorm
     | LayerExtra
 )

@@ -67,8 +67,8 @@ class ModelSpec:
         carried: modules of Transformers' own that the first stage holds, whole and frozen: `{name in the Megatron model:
             function that builds it}`. Their tensors are in `rules` like all others.
         alternatives: the same model for checkpoints that name or stack its tensors otherwise, likelier ones first.
-        ignored_hf_names: tensors that a checkpoint may hold though the model has no use for them (a tied model's
-            `lm_head.weight`, rotary buffers of old exports).
+        ignored_hf_prefixes: beginnings of names of tensors that a checkpoint may hold though the model has no use for them (a
+            tied model's `lm_head.weight`, layers that only pretraining uses).
     """
 
     architecture: str
@@ -83,7 +83,7 @@ class ModelSpec:
     extras: tuple[Extra, ...] = ()
     carried: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
     alternatives: tuple[ModelSpec, ...] = ()
-    ignored_hf_names: tuple[str, ...] = field(default=())
+    ignored_hf_prefixes: tuple[str, ...] = field(default=())
 
     @cached_property
     def instances(self) -> list[Instance]:
@@ -118,8 +118,8 @@ class ModelSpec:
 
     def renamed(self, prefixes: Mapping[str, str]) -> ModelSpec:
         """The same model for checkpoints with other names (`core.rules.renamed`)."""
-        ignored = tuple(renamed_hf_name(hf_name, prefixes) for hf_name in self.ignored_hf_names)
-        return replace(self, rules=renamed(self.rules, prefixes), ignored_hf_names=ignored)
+        ignored = tuple(renamed_hf_name(prefix, prefixes) for prefix in self.ignored_hf_prefixes)
+        return replace(self, rules=renamed(self.rules, prefixes), ignored_hf_prefixes=ignored)
 
     def for_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
         """Of this spec and its alternatives the one whose tensors are among `shapes` (by `hf_name`); this one if none is."""
@@ -150,6 +150,10 @@ class ModelSpec:
             raise LayoutError(f"{self.num_experts} experts do not divide by ep={layout.ep}; choose a divisor")
         if self.hybrid_pattern and layout.vpp > 1:
             raise LayoutError(f"vpp={layout.vpp}: Megatron's MambaModel has no virtual pipeline stages; use vpp=1")
+        if self.num_experts and self.transformer_config.get("add_bias_linear") and layout.expert_tp > 1:
+            raise LayoutError(
+                f"{self.architecture}: experts with biases cannot be cut, found etp={layout.expert_tp}; use etp=1"
+            )
         for heads in _HEADS:
             if (count := self.transformer_config.get(heads) or layout.tp) % layout.tp:
                 raise LayoutError(f"{count} {_HEADS[heads]} do not divide by tp={layout.tp}; choose a divisor")

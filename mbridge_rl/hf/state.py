@@ -67,4 +67,4 @@ def check_hf_tensor(spec: ModelSpec, hf_name: str, tensor: Described, where: str
 
 def is_ignored(spec: ModelSpec, hf_name: str) -> bool:
     """Whether a checkpoint may hold this tensor though the model has no use for it."""
-    return hf_name in spec.ignored_hf_names or hf_name.endswith(_IGNORED_SUFFIXES)
+    return hf_name.startswith(spec.ignored_hf_prefixes) or hf_name.endswith(_IGNORED_SUFFIXES)

@@ -20,15 +20,19 @@ from mbridge_rl.core.extras import (
     MlpScale,
     OutputNorms,
     PlainNorm,
+    ProjectionNorm,
     QueryScaleByPosition,
     ResidualScale,
     RotaryFrequencies,
     RotaryFrequenciesByLayer,
     RotaryFrequenciesByLength,
     RotaryScale,
+    Routing,
 )
 from mbridge_rl.megatron.context_parallel import token_positions
+from mbridge_rl.megatron.projection_norm import normalize_projections
 from mbridge_rl.megatron.rotary import RotaryByLayer, RotaryByLength, with_frequencies
+from mbridge_rl.megatron.routing import replace_routing
 
 
 def add_extras(model: nn.Module, extras: Sequence[Extra]) -> None:
@@ -177,4 +181,6 @@ _ADD: dict[type, Callable[[nn.Module, Any], None]] = {
     RotaryFrequenciesByLayer: _set_rotary_by_layer,
     RotaryScale: _scale_rotated,
     QueryScaleByPosition: _scale_by_position,
+    ProjectionNorm: normalize_projections,
+    Routing: replace_routing,
 }

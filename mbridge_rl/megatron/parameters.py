@@ -25,8 +25,8 @@ from mbridge_rl.megatron.parallel import current_layout
 from mbridge_rl.megatron.runtime import megatron_runtime
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|lora_a|lora_b))(\d+)$")
-_SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|lora_a|lora_b))$")
+_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias|lora_a|lora_b))(\d+)$")
+_SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias|lora_a|lora_b))$")
 
 
 class LiveParameters(Mapping[str, Tensor]):

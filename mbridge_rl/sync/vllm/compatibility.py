@@ -27,6 +27,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "norm_topk_prob": ("norm_topk_prob",),
 }
 _ROPE_FIELDS = ("rope_type", "rope_theta", "factor")
+_SAME_ROPE_TYPE = {"deepseek_yarn": "yarn"}  # vLLM renames it in the engine's config
 
 
 def config_summary(hf_config: Any) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def config_summary(hf_config: Any) -> dict[str, Any]:
     rope = getattr(text, "rope_parameters", None) or {}
     for name in _ROPE_FIELDS:
         value = rope.get(name) if isinstance(rope, Mapping) else None
-        summary[name] = getattr(text, name, None) if value is None else value
+        summary[name] = getattr(text, name, None) if value is None else _SAME_ROPE_TYPE.get(value, value)
     return {key: value for key, value in summary.items() if value is not None}
 
 

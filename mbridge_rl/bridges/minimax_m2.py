@@ -1,0 +1,30 @@
+"""MiniMax-M2: queries and keys are normalised over their whole projection, positions are half-rotary; sigmoid-routed experts in
+every layer, chosen with a bias."""
+
+from typing import Any
+
+from mbridge_rl.bridges.blocks import attention, decoder, projection_norms, require
+from mbridge_rl.bridges.experts import MIXTRAL_NAMES, gated_experts
+from mbridge_rl.core.extras import Routing
+from mbridge_rl.core.model import ModelSpec
+
+
+def minimax_m2(hf: Any) -> ModelSpec:
+    for name, expected in _FIXED.items():
+        require(hf, name, expected)
+    layers, experts = tuple(range(hf.num_hidden_layers)), hf.num_local_experts
+    routed = gated_experts(
+        hf,
+        layers,
+        Routing("sigmoid"),
+        experts=experts,
+        ffn=hf.intermediate_size,
+        names=MIXTRAL_NAMES,
+        bias_shape=(experts,),
+        fp32_router=True,
+    )
+    return decoder(hf, attention(hf), projection_norms(hf), routed)
+
+
+# Fields of the released config.json that Transformers takes for granted.
+_FIXED = {"use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid", "use_routing_bias": True}
