@@ -1,4 +1,9 @@
-"""Phi-3, Phi-3.5 and Phi-4: Llama with q, k, v in one tensor and gate, up in another; LongRoPE, partial in Phi-4 mini."""
+"""Phi-3, Phi-3.5 and Phi-4: Llama with q, k, v in one tensor and gate, up in another; LongRoPE, partial in Phi-4 mini.
+
+LongRoPE's long factors count where a micro-batch has a sequence beyond the original length, as in Transformers. vLLM takes them
+for all sequences if its `max_model_len` is beyond; a trainer of such an engine does too if the config's `short_factor` is its
+`long_factor`.
+"""
 
 from typing import Any
 

@@ -12,10 +12,11 @@ from mbridge_rl.core.extras import Extra, LinearBiases, MambaBesideAttention, No
 def change_layer_specs(layer_specs: Sequence[Any], extras: Sequence[Extra]) -> None:
     """Changes Megatron's specs of the layers of one chunk, in place; extras of other kinds are passed over."""
     distinct = list({id(layer_spec): layer_spec.submodules for layer_spec in layer_specs}.values())
-    for extra in extras:
-        if change := _CHANGE.get(type(extra)):
-            for layer in distinct:
-                change(layer, extra)
+    for kind, change in _CHANGE.items():
+        for extra in extras:
+            if isinstance(extra, kind):
+                for layer in distinct:
+                    change(layer, extra)
 
 
 def _add_biases(layer: Any, extra: LinearBiases) -> None:
@@ -56,8 +57,9 @@ def _with_bias(linear: type) -> type:
     return WithBias
 
 
+# In this order: what takes norms away names other linears, which may be biased then.
 _CHANGE: dict[type, Callable[[Any, Any], None]] = {
-    LinearBiases: _add_biases,
     NoInputNorms: _drop_input_norms,
     MambaBesideAttention: _put_mamba_beside,
+    LinearBiases: _add_biases,
 }

@@ -26,7 +26,7 @@ def with_frequencies(rotary: nn.Module, inv_freq: Sequence[float]) -> nn.Module:
 
 class RotaryByLength(nn.Module):
     """LongRoPE: the second of two embeddings where sequences are longer than `original_length`, padding included, as
-    Transformers does. An engine may decide once and for all instead: vLLM takes the second if `max_model_len` is longer."""
+    Transformers does."""
 
     def __init__(self, variants: Sequence[nn.Module], original_length: int) -> None:
         super().__init__()
