@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from mbridge_rl.cli import app
 from mbridge_rl.training.config import RunConfig, load_run_config
 from mbridge_rl.training.config_file import ConfigError, as_mapping, parse_config, read_config, with_overrides
 
@@ -37,7 +40,8 @@ def test_overrides_are_yaml_and_make_their_sections(tmp_path: Path) -> None:
     assert config.rollout.stop == ("a", "b")
     assert config.lora is not None
     assert config.lora.rank == 4
-    assert config.model.toy == {"num_layers": 3}
+    assert config.model.toy is not None
+    assert config.model.toy.num_layers == 3
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,7 @@ def test_a_wrong_field_is_named_by_its_path(sections: dict[str, Any], message: s
         ({"runner": {"restarts": 1}}, "needs checkpoint.every"),
         ({"reward": {"function": "http://x", "workers": 2}}, "reward.workers must be 0"),
         ({"trainer": {"temperature": 0.5}}, "is not rollout.temperature=1"),
+        ({"model": {"path": "toy:gpt"}}, "toy models are toy:qwen3, "),
         ({"model": {"path": "some/dir", "toy": {"num_layers": 1}}}, "model.toy is for models named toy"),
     ],
 )
@@ -103,3 +108,32 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ConfigError, match=r"broken.yaml is no YAML"):
         read_config(RunConfig, tmp_path / "broken.yaml")
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "examples" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_configuration(path: Path) -> None:
+    config = load_run_config(path)
+    assert config.run_dir == Path("runs") / path.stem
+    assert config.checkpoint.every > 0
+
+
+@pytest.mark.parametrize(("recipe", "ranks"), [("qwen3-30b-a3b", (16, 8)), ("deepseek-v3", (1024, 256))])
+def test_recipes_of_paper_size_can_be_planned(recipe: str, ranks: tuple[int, int]) -> None:
+    path = next(path for path in RECIPES if path.stem == recipe)
+    found = CliRunner().invoke(app, ["plan", str(path), "--json"])
+    assert found.exit_code == 0, found.output
+    facts = json.loads(found.stdout)
+    assert (facts["trainer_ranks"], facts["rollout_ranks"]) == ranks
+    assert facts["estimate"]["received"]["minimum"] > 0
+    assert facts["estimate"]["predicted_seconds"] > 0
+
+
+def test_a_recipe_without_weights_is_not_started(tmp_path: Path) -> None:
+    path = next(path for path in RECIPES if path.stem == "deepseek-v3")
+    found = CliRunner().invoke(app, ["train", str(path), f"run_dir={tmp_path / 'run'}"])
+    assert found.exit_code == 1
+    assert "bundled config without weights" in found.output
+    assert not (tmp_path / "run").exists()

@@ -38,19 +38,26 @@ _SHOWN_PEERS = 12
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A checkpoint directory, a config.json, or a bundled name such as kimi-k2.")],
-    trainer: Annotated[
+    model: Annotated[
         str,
+        typer.Argument(
+            help="A checkpoint directory, a config.json, a bundled name such as kimi-k2, or a recipe of `mbridge-rl train`, "
+            "which brings its layouts."
+        ),
+    ],
+    trainer: Annotated[
+        str | None,
         typer.Option(
             help="Megatron's layout: tp=8,pp=16,ep=64,etp=1,dp=8 and vpp, cp, order, vocab_multiple. stages=4x13+3x3 splits "
             "layers (thirteen stages of four, then three of three), stages=Et*3|(tt|)*29,m|L as in Megatron, and so do "
             "first_stage_layers=3, last_stage_layers=3, embedding_as_layer=1, loss_as_layer=1; without any the split is as "
-            "even as can be."
+            "even as can be. tp=1 if not given."
         ),
-    ] = "tp=1",
+    ] = None,
     rollout: Annotated[
-        str, typer.Option(help="An engine's layout and how many there are: tp=16,replicas=8 and pp, dp, ep (experts whole).")
-    ] = "tp=1",
+        str | None,
+        typer.Option(help="An engine's layout and how many there are: tp=16,replicas=8 and pp, dp, ep (experts whole)."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights as they travel.")] = Dtype.BF16,
     bucket: Annotated[
         str, typer.Option(help="What a rank sends or receives in one bucket at most; two are staged.")
@@ -75,8 +82,13 @@ def plan(
 
     with readable_errors():
         began = time.perf_counter()
+        of_recipe: ParallelLayout | None = None
+        if model.endswith((".yaml", ".yml")):
+            model, of_recipe, engines = _recipe(model)
+            rollout = rollout or engines
         spec = _spec(model)
-        ends = _trainer_layout(trainer, spec), *_rollout_layout(rollout, spec)
+        own = of_recipe if of_recipe is not None and trainer is None else _trainer_layout(trainer or "tp=1", spec)
+        ends = own, *_rollout_layout(rollout or "tp=1", spec)
         refit, facts = _refit(spec, *ends, dtype, size_in_bytes(bucket), exact=exact)
         links = Links(trainer_bandwidth * 1e9, rollout_bandwidth * 1e9, message_microseconds * 1e-6)
         estimate = refit.estimate(links)
@@ -91,6 +103,14 @@ def plan(
         _print_estimate(estimate, facts)
     else:
         _print_exchanges(exchanges, rank or 0, facts)
+
+
+def _recipe(path: str) -> tuple[str, ParallelLayout, str]:
+    """Model, trainer layout and engines of a training recipe."""
+    from mbridge_rl.training.config import load_run_config
+
+    run = load_run_config(path)
+    return run.model.path, run.layout, f"tp={run.engine.tensor_parallel_size},replicas={run.engine.count}"
 
 
 def _spec(model: str) -> ModelSpec:

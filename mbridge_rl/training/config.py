@@ -9,12 +9,23 @@ from typing import Any, Literal
 import torch
 
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.training import toy
 from mbridge_rl.training.config_file import ConfigError, read_config
 from mbridge_rl.training.lora import LoRAConfig
 from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.trainer import TrainerConfig
 
 TOY = "toy:"
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """Attributes:
+    characters: that the tokenizer knows.
+    """
+
+    num_layers: int = 2
+    characters: str = toy.CHARACTERS
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class ModelConfig:
     tokenizer: a directory; by default the checkpoint's own.
     dtype: of the trainer's parameters and, unless the engine section says otherwise, of the engine.
     sequence_parallel, overrides: see `AutoBridge.build_model`.
-    toy: for a toy model: `characters` of its tokenizer, `num_layers`.
+    toy: for a toy model.
     """
 
     path: str
@@ -33,7 +44,7 @@ class ModelConfig:
     dtype: Literal["fp32", "bf16"] = "bf16"
     sequence_parallel: bool | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
-    toy: dict[str, Any] = field(default_factory=dict)
+    toy: ToyConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -320,7 +331,10 @@ def _contradictions(config: RunConfig) -> list[str]:
         "runner.restarts needs checkpoint.every: a lost rank can only go on from a checkpoint": (
             config.runner.restarts > 0 and not config.checkpoint.every
         ),
-        "model.toy is for models named toy:...": bool(config.model.toy) and not config.is_toy,
+        f"model.path={config.model.path}: toy models are {', '.join(TOY + name for name in toy.MODELS)}": (
+            config.is_toy and config.model.path.removeprefix(TOY) not in toy.MODELS
+        ),
+        "model.toy is for models named toy:...": config.model.toy is not None and not config.is_toy,
         f"reward.function={reward.function}: a service computes its rewards itself, so reward.workers must be 0": (
             reward.function.startswith(("http://", "https://")) and reward.workers > 0
         ),

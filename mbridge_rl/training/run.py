@@ -18,10 +18,11 @@ import torch.distributed as dist
 import yaml
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.hf.bundled import bundled_names
 from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
 from mbridge_rl.sync.vllm.process import EngineProcess
 from mbridge_rl.training import checkpoints, toy
-from mbridge_rl.training.config import TOY, RunConfig
+from mbridge_rl.training.config import TOY, RunConfig, ToyConfig
 from mbridge_rl.training.config_file import ConfigError, as_mapping
 from mbridge_rl.training.episodes import EpisodeRunner, SamplingConfig
 from mbridge_rl.training.fleet import EngineFleet
@@ -82,10 +83,20 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
     metrics = config.run_dir / METRICS_FILE
     if metrics.exists() and not resume:
         raise RunExists(f"{config.run_dir} holds a run already: go on with --resume, or choose another run_dir")
+    if not config.is_toy and config.model.path in bundled_names() and not Path(config.model.path).exists():
+        raise ConfigError(
+            f"model.path={config.model.path} is a bundled config without weights: such a recipe can be planned (mbridge-rl "
+            "plan RECIPE); to train, set model.path to a checkpoint's directory"
+        )
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if config.is_toy and not (config.run_dir / "initial" / "config.json").exists():
+        shape = config.model.toy or ToyConfig()
         toy.make_checkpoint(
-            config.run_dir / "initial", config.model.path.removeprefix(TOY), seed=config.seed, **config.model.toy
+            config.run_dir / "initial",
+            config.model.path.removeprefix(TOY),
+            seed=config.seed,
+            num_layers=shape.num_layers,
+            characters=shape.characters,
         )
     bridge = AutoBridge.from_pretrained(model_directory(config))
     bridge.spec.validate(config.layout)

@@ -45,23 +45,26 @@ def sums() -> list[Problem]:
     return [Problem(f"{a}+{b}=", str(a + b)) for a in range(10) for b in range(10)]
 
 
-def tokenizer() -> Any:
-    """One token per character: a `PreTrainedTokenizerFast` that adds nothing of its own."""
+def tokenizer(characters: str = CHARACTERS) -> Any:
+    """One token per character: a `PreTrainedTokenizerFast` that adds nothing of its own. What it does not know is padding."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *CHARACTERS])}
+    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *characters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
 
-def make_checkpoint(directory: str | Path, model: str = "qwen3", *, seed: int = 0, num_layers: int = 2) -> Path:
+def make_checkpoint(
+    directory: str | Path, model: str = "qwen3", *, seed: int = 0, num_layers: int = 2, characters: str = CHARACTERS
+) -> Path:
     """Writes a random fp32 checkpoint with its tokenizer.
 
     Args:
         model: one of `MODELS`.
+        characters: of the tokenizer.
 
     Raises:
         ValueError: an unknown model.
@@ -72,7 +75,7 @@ def make_checkpoint(directory: str | Path, model: str = "qwen3", *, seed: int = 
     classes = {"qwen3": "Qwen3", "qwen3-moe": "Qwen3Moe", "llama": "Llama"}
     if model not in classes:
         raise ValueError(f"unknown toy model {model!r}: choose from {', '.join(MODELS)}")
-    tokens = tokenizer()
+    tokens = tokenizer(characters)
     config = getattr(transformers, f"{classes[model]}Config")(
         **_SIZES,
         **(_EXPERTS if model == "qwen3-moe" else {}),

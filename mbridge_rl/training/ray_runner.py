@@ -1,0 +1,331 @@
+"""A run on Ray: trainer ranks, engines and reward workers are actors in one placement group. No torchrun is needed.
+
+The driver owns the trainer ranks; the first rank owns engines and reward workers, so that nothing outlives it. A rank that
+dies ends all ranks (`LaunchError`), and the run goes on from its last checkpoint where `runner.restarts` allows it; an engine
+that dies is replaced by the fleet while the ranks live on.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.sync.errors import EngineProcessError
+from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine
+from mbridge_rl.training.config import RunConfig
+from mbridge_rl.training.config_file import ConfigError
+from mbridge_rl.training.launcher import LaunchError
+from mbridge_rl.training.rewards import Judge, Question, RewardFunction, Verdict, verdict_of
+from mbridge_rl.training.tasks import make_judge, reward_function
+
+_OBJECT_STORE_BYTES = 256 << 20  # of a local cluster: weights do not pass through it
+
+
+def launch_on_ray(config: RunConfig, *, resume: bool) -> dict[str, Any]:
+    """As `launcher.launch(train_rank, ...)`, on actors; starts a cluster on this machine if no `runner.address` is given.
+
+    Raises:
+        ConfigError: the cluster cannot hold the actors; LaunchError: a rank failed or was lost; ImportError: Ray is missing.
+    """
+    ray = _import_ray()
+    bundles = _bundles(config)
+    own_cluster = not ray.is_initialized()
+    if own_cluster:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        local = {
+            "num_cpus": max(os.cpu_count() or 1, int(sum(bundle["CPU"] for bundle in bundles)) + 1),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+        ray.init(config.runner.address, **({} if config.runner.address else local), logging_level="warning")
+    group, ranks = None, []
+    try:
+        group = _placement_group(ray, bundles)
+        ranks = [_start_rank(ray, config, group, rank) for rank in range(config.layout.world_size)]
+        rendezvous = _rendezvous(ray, ranks)
+        calls = [rank.run.remote(config, resume, rendezvous, group) for rank in ranks]
+        return _results(ray, calls)[0]
+    finally:
+        for rank in ranks:
+            ray.kill(rank)
+        if group is not None:
+            ray.util.remove_placement_group(group)
+        if own_cluster:
+            ray.shutdown()
+
+
+class TrainerRank:
+    """Actor: one trainer rank."""
+
+    def __init__(self, rank: int, world_size: int, threads: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")  # Ray shows it its own device only
+        torch.set_num_threads(threads)
+        self._rank, self._world_size = rank, world_size
+
+    def where(self) -> tuple[str, str, int]:
+        """Its node, that node's address, and a port that is free there."""
+        ray = _import_ray()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port
+
+    def run(self, config: RunConfig, resume: bool, rendezvous: tuple[str, str | None], group: Any) -> dict[str, Any]:
+        from mbridge_rl.training.run import train_rank
+
+        init_method, interface = rendezvous
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            init_method=init_method,
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout=timedelta(seconds=config.engine.call_timeout + config.engine.start_timeout),
+        )
+        make_engine = partial(RayEngine.start, group=group)
+        return train_rank(config, resume, make_engine, make_ray_judge)
+
+
+class EngineActor:
+    """Actor: holds an in-process engine, which is the way to run vLLM on Ray that works without a GPU, too."""
+
+    def __init__(self, model_dir: str, threads: int, settings: dict[str, Any]) -> None:
+        torch.set_num_threads(threads)
+        self._engine = InProcessEngine(model_dir, **settings)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        member = getattr(self._engine, method)
+        return member(*args, **options) if callable(member) else member
+
+
+class RayEngine:
+    """An engine actor with the interface of an engine; what `EngineProcess` is without Ray."""
+
+    def __init__(self, actor: Any, start_timeout: float, call_timeout: float) -> None:
+        self._actor, self._call_timeout, self._first_timeout = actor, call_timeout, start_timeout + call_timeout
+
+    @classmethod
+    def start(cls, config: RunConfig, index: int, *, group: Any) -> RayEngine:
+        """Engine `index` in its place; returns before it is up."""
+        from mbridge_rl.training.run import engine_arguments, model_directory
+
+        ray, engine = _import_ray(), config.engine
+        gpus = engine.tensor_parallel_size * _gpu_share(config) if torch.cuda.is_available() else 0
+        bundle = index % config.layout.world_size if _colocated(config) else config.layout.world_size + index
+        actor = ray.remote(EngineActor).options(
+            num_cpus=config.runner.cpus_per_engine,
+            num_gpus=gpus,
+            max_concurrency=8,  # a commit comes while requests are in flight
+            scheduling_strategy=_at(ray, group, bundle),
+        )
+        return cls(
+            actor.remote(str(model_directory(config).absolute()), engine.threads, engine_arguments(config)),
+            engine.start_timeout,
+            engine.call_timeout,
+        )
+
+    @property
+    def weight_version(self) -> int:
+        return self._call("weight_version")
+
+    @property
+    def pid(self) -> int:
+        """Of the actor's process."""
+        return _import_ray().get(self._actor.pid.remote(), timeout=self._first_timeout)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        return self._call("generate", [list(prompt) for prompt in prompts], **options)
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        """The calls of a weight sync (`sync.engines.Engine`), whose arguments and results are plain JSON types."""
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return partial(self._call, method)
+
+    def close(self) -> None:
+        """Ends the actor's process."""
+        _import_ray().kill(self._actor)
+
+    def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        ray = _import_ray()
+        try:
+            found = ray.get(self._actor.call.remote(method, args, options), timeout=self._first_timeout)
+        except ray.exceptions.GetTimeoutError as error:
+            raise EngineProcessError(f"the engine actor did not answer {method} within {self._first_timeout:g} s") from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, BridgeError) else error from None
+        except ray.exceptions.RayError as error:  # the actor died, or cannot be reached
+            raise EngineProcessError(f"the engine actor was lost during {method}: {error}") from error
+        self._first_timeout = self._call_timeout
+        return found
+
+
+class RewardActor:
+    """Actor: computes rewards, one at a time."""
+
+    def __init__(self, factory: Callable[[], RewardFunction]) -> None:
+        self._function = factory()
+
+    def verdict(self, question: Question) -> Verdict:
+        return verdict_of(self._function, *question)
+
+
+class RayJudge:
+    """Rewards completions in actors; one that takes too long or dies costs one completion its reward.
+
+    Args:
+        timeout: seconds for one reward, after the actor's start.
+    """
+
+    def __init__(self, factory: Callable[[], RewardFunction], workers: int, timeout: float) -> None:
+        self._ray, self._factory, self._timeout = _import_ray(), factory, timeout
+        self._workers = [self._start() for _ in range(workers)]
+
+    def judge(self, questions: Sequence[Question]) -> list[Verdict]:
+        ray, verdicts = self._ray, [Verdict(error="no verdict")] * len(questions)
+        waiting, asked = list(range(len(questions)))[::-1], {}
+        while waiting or asked:
+            busy = {worker for worker, _, _ in asked.values()}
+            for worker in range(len(self._workers)):
+                if waiting and worker not in busy:
+                    index = waiting.pop()
+                    call = self._workers[worker].verdict.remote(questions[index])
+                    asked[call] = (worker, index, time.monotonic() + self._timeout)
+            deadline = min(deadline for _, _, deadline in asked.values())
+            ready, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            late = [call for call, (_, _, until) in asked.items() if call not in ready and time.monotonic() >= until]
+            for call in ready:
+                worker, index, _ = asked.pop(call)
+                verdicts[index] = self._answer(call, worker)
+            for call in late:
+                worker, index, _ = asked.pop(call)
+                verdicts[index] = Verdict(error=f"the reward took longer than {self._timeout:g} s; its actor was ended")
+                self._restart(worker)
+        return verdicts
+
+    def close(self) -> None:
+        for worker in self._workers:
+            self._ray.kill(worker)
+
+    def _answer(self, call: Any, worker: int) -> Verdict:
+        try:
+            return self._ray.get(call)
+        except self._ray.exceptions.RayError as error:
+            self._restart(worker)
+            return Verdict(error=f"the reward's actor was lost: {str(error).splitlines()[0]}")
+
+    def _start(self) -> Any:
+        worker = self._ray.remote(RewardActor).options(num_cpus=0).remote(self._factory)
+        self._ray.get(worker.__ray_ready__.remote())
+        return worker
+
+    def _restart(self, worker: int) -> None:
+        self._ray.kill(self._workers[worker])
+        self._workers[worker] = self._start()
+
+
+def make_ray_judge(task: Any, reward: Any) -> Judge:
+    """Reward workers are actors; without workers, or with a service, as everywhere."""
+    if reward.workers:
+        return RayJudge(partial(reward_function, task, reward), reward.workers, reward.timeout)
+    return make_judge(task, reward)
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+        import ray.util
+    except ImportError as error:
+        raise ImportError("runner.kind=ray needs Ray: pip install 'mbridge-rl[ray]'") from error
+    return ray
+
+
+def _colocated(config: RunConfig) -> bool:
+    return config.runner.placement == "colocated"
+
+
+def _gpu_share(config: RunConfig) -> float:
+    """Of a device, what a rank or a worker of an engine is booked for."""
+    return 0.5 if _colocated(config) else 1.0
+
+
+def _bundles(config: RunConfig) -> list[dict[str, float]]:
+    """What the placement group reserves: a bundle per rank, then one per engine unless they share the ranks'."""
+    runner, engine = config.runner, config.engine
+    on_gpu = torch.cuda.is_available()
+    if _colocated(config) and (engine.count > config.layout.world_size or (on_gpu and engine.tensor_parallel_size > 1)):
+        raise ConfigError(
+            f"runner.placement=colocated puts each engine on one rank's device: {engine.count} engines of "
+            f"{engine.tensor_parallel_size} workers do not fit on {config.layout.world_size} ranks; use separate"
+        )
+    rank = {"CPU": runner.cpus_per_rank + (runner.cpus_per_engine if _colocated(config) else 0.0)}
+    bundles = [rank | ({"GPU": 1.0} if on_gpu else {}) for _ in range(config.layout.world_size)]
+    if not _colocated(config):
+        devices = {"GPU": float(engine.tensor_parallel_size)} if on_gpu else {}
+        bundles += [{"CPU": runner.cpus_per_engine, **devices} for _ in range(engine.count)]
+    return bundles
+
+
+def _placement_group(ray: Any, bundles: list[dict[str, float]]) -> Any:
+    group = ray.util.placement_group(bundles, strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=60.0)
+    except ray.exceptions.GetTimeoutError as error:
+        ray.util.remove_placement_group(group)
+        raise ConfigError(
+            f"the Ray cluster has no place for {bundles} within 60 s; it has {ray.cluster_resources()}, of which "
+            f"{ray.available_resources()} are free"
+        ) from error
+    return group
+
+
+def _start_rank(ray: Any, config: RunConfig, group: Any, rank: int) -> Any:
+    gpus = _gpu_share(config) if torch.cuda.is_available() else 0
+    actor = ray.remote(TrainerRank).options(
+        num_cpus=config.runner.cpus_per_rank, num_gpus=gpus, scheduling_strategy=_at(ray, group, rank)
+    )
+    return actor.remote(rank, config.layout.world_size, config.runner.threads)
+
+
+def _at(ray: Any, group: Any, bundle: int) -> Any:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+
+
+def _rendezvous(ray: Any, ranks: Sequence[Any]) -> tuple[str, str | None]:
+    """Where the ranks meet, and the network interface that they use if it is not the default one."""
+    try:
+        places = ray.get([rank.where.remote() for rank in ranks])
+    except ray.exceptions.RayError as error:
+        raise LaunchError(f"a trainer rank could not be started: {error}") from error
+    _, address, port = places[0]
+    if len({node for node, _, _ in places}) == 1:
+        return f"tcp://127.0.0.1:{port}", "lo"
+    return f"tcp://{address}:{port}", None
+
+
+def _results(ray: Any, calls: Sequence[Any]) -> list[Any]:
+    """Of every rank; the first that fails ends all."""
+    waiting = list(calls)
+    while waiting:
+        (ready,), waiting = ray.wait(waiting, num_returns=1)
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayError as error:
+            raise LaunchError(f"rank {list(calls).index(ready)} of {len(calls)} failed:\n{error}") from error
+    return ray.get(list(calls))
