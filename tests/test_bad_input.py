@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from ranks import run_ranks
 from safetensors.torch import save_file
-from tiny import hf_state, tiny_checkpoint, tiny_config
+from tiny import DENSE, hf_state, tiny_checkpoint, tiny_config
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError, UnsupportedModelError
@@ -118,23 +119,33 @@ def test_unsupported_architecture_names_the_nearest() -> None:
         AutoBridge.from_config(config)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
-    ("variant", "fields", "message"),
+    ("architecture", "fields", "message"),
     [
-        ("llama", {"attention_bias": True}, "attention_bias=True is not supported"),
-        ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("Llama", {"hidden_act": "gelu_new"}, "activation 'gelu_new' is not supported; supported: silu"),
         (
-            "qwen3",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "rope type 'yarn' is not supported",
+            "Qwen3",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+            "rope type 'dynamic'",
+        ),
+        ("Ministral", {"layer_types": ["chunked_attention"] * 4}, "chunked attention .* is not supported"),
+        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        (
+            "Gemma3",
+            {"rope_parameters": {"full_attention": YARN}, "sliding_window_pattern": 2},
+            ".* in only some layers .* for full_attention",
         ),
     ],
 )
-def test_unsupported_features_are_named(variant: str, fields: dict, message: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=message):
-        AutoBridge.from_config(tiny_config(variant, **fields))
+def test_unsupported_features_are_named(architecture: str, fields: dict, message: str) -> None:
+    text = "Text" if architecture == "Gemma3" else ""
+    config = getattr(transformers, f"{architecture}{text}Config")(**{**DENSE, **fields})
+    config.architectures = [f"{architecture}ForCausalLM"]
+    with pytest.raises(UnsupportedModelError, match=f"{architecture}ForCausalLM: {message}"):
+        AutoBridge.from_config(config)
 
 
 def test_quantized_checkpoints_are_named() -> None:
@@ -147,14 +158,14 @@ def test_quantized_checkpoints_are_named() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (ParallelLayout(tp=8), r"4 groups \(KV heads\) do not divide by tp=8"),
+        (ParallelLayout(tp=6), r"4 groups \(KV heads\) do not divide by tp=6"),
         (ParallelLayout(pp=3), "4 layers do not divide"),
         (ParallelLayout(ep=3, dp=3), "8 experts do not divide by ep=3"),
     ],
 )
 def test_impossible_layouts_are_refused_before_a_model_is_built(layout: ParallelLayout, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
-        AutoBridge.from_config(tiny_config("qwen3-moe")).spec.validate(layout)
+        AutoBridge.from_config(tiny_config("qwen3-moe", num_attention_heads=12, hidden_size=96)).spec.validate(layout)
 
 
 def test_shards_of_another_layout(tmp_path: Path) -> None:
