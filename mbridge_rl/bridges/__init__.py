@@ -33,9 +33,10 @@ from mbridge_rl.bridges.phi3 import phi3
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen2_moe import qwen2_moe
 from mbridge_rl.bridges.qwen3 import qwen3
-from mbridge_rl.bridges.qwen3_5 import qwen3_5
+from mbridge_rl.bridges.qwen3_5 import qwen3_5, qwen3_5_moe
 from mbridge_rl.bridges.qwen3_moe import qwen3_moe
-from mbridge_rl.bridges.qwen_vl import qwen2_5_vl, qwen3_5_vl, qwen3_vl
+from mbridge_rl.bridges.qwen3_next import qwen3_next
+from mbridge_rl.bridges.qwen_vl import qwen2_5_vl, qwen3_5_moe_vl, qwen3_5_vl, qwen3_vl, qwen3_vl_moe
 from mbridge_rl.bridges.seed_oss import seed_oss
 from mbridge_rl.bridges.unsupported import UNSUPPORTED
 from mbridge_rl.core.errors import UnsupportedModelError
@@ -60,7 +61,11 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "Qwen3MoeForCausalLM": qwen3_moe,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "NemotronHForCausalLM": nemotron_h,
+    "Qwen3NextForCausalLM": qwen3_next,
     "Qwen3_5ForCausalLM": qwen3_5,
+    "Qwen3_5MoeForCausalLM": qwen3_5_moe,
+    "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe,
+    "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe_vl,
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
     "Qwen3VLForConditionalGeneration": qwen3_vl,
     "FalconH1ForCausalLM": falcon_h1,

@@ -16,14 +16,19 @@ ROUTER = f"{MEGATRON_LAYER}.mlp.router"
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """What a family's checkpoints call the parts of a layer of experts."""
+    """What a family's checkpoints call the parts of a layer of experts. Experts without a gate have `up` alone."""
 
     block: str = "mlp"
-    gate: str = "gate_proj"
+    gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     bias: str = "gate.e_score_correction_bias"
     shared: str = "shared_experts"
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """Of the linears that see an expert's input."""
+        return (self.gate, self.up) if self.gate else (self.up,)
 
 
 MIXTRAL_NAMES = ExpertNames("block_sparse_moe", "w1", "w3", "w2", bias="e_score_correction_bias")
@@ -39,21 +44,23 @@ def gated_experts(
     names: ExpertNames = ExpertNames(),
     bias_shape: tuple[int, ...] | None = None,
     fp32_router: bool = False,
+    latent: int | None = None,
 ) -> Block:
-    """Experts that are gated MLPs of inner size `ffn`, in `layers`.
+    """Experts that are MLPs of inner size `ffn`, gated if `names` have a gate, in `layers`.
 
     Args:
+        latent: size of what experts see and give, where that isn't the hidden size.
         bias_shape: HF's shape of the bias that only choosing sees; `None` where the routers have none.
         fp32_router: the family computes routers' logits in fp32 whatever the model's dtype.
     """
     h, theirs = hf.hidden_size, f"{HF_LAYER}.{names.block}"
     ours, one = f"{MEGATRON_LAYER}.mlp.experts", f"{theirs}.experts.{{expert}}"
-    gate_up = {f"{one}.{names.gate}.weight": ffn, f"{one}.{names.up}.weight": ffn}
+    gate_up = {f"{one}.{name}.weight": ffn for name in names.first}
     rules = [
         replicated(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight", (h,)),
         replicated(f"{ROUTER}.weight", f"{theirs}.gate.weight", (experts, h)),
-        column_parallel(f"{ours}.linear_fc1.weight{{expert}}", gate_up, (h,), axis="etp"),
-        row_parallel(f"{ours}.linear_fc2.weight{{expert}}", f"{one}.{names.down}.weight", (h, ffn), axis="etp"),
+        column_parallel(f"{ours}.linear_fc1.weight{{expert}}", gate_up, (latent or h,), axis="etp"),
+        row_parallel(f"{ours}.linear_fc2.weight{{expert}}", f"{one}.{names.down}.weight", (latent or h, ffn), axis="etp"),
     ]
     if bias_shape:
         rules.append(_expert_bias(f"{theirs}.{names.bias}", bias_shape))
@@ -106,7 +113,7 @@ def shared_experts(
     h, ours, theirs = hf.hidden_size, f"{MEGATRON_LAYER}.mlp.shared_experts", f"{HF_LAYER}.{names.block}"
     mlp = f"{theirs}.{names.shared}"
     rules = [
-        column_parallel(f"{ours}.linear_fc1.weight", {f"{mlp}.{name}.weight": ffn for name in (names.gate, names.up)}, (h,)),
+        column_parallel(f"{ours}.linear_fc1.weight", {f"{mlp}.{name}.weight": ffn for name in names.first}, (h,)),
         row_parallel(f"{ours}.linear_fc2.weight", f"{mlp}.{names.down}.weight", (h, ffn)),
     ]
     if gate:

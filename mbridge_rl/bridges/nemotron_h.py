@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from mbridge_rl.bridges.blocks import MEGATRON_LAYER, Block, activation, attention, require
+from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, activation, attention, plain_mlp, require
+from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.bridges.mamba import MambaSizes, mamba
+from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import column_parallel, replicated, row_parallel, vocabulary_parallel
+from mbridge_rl.core.rules import column_parallel, replicated, vocabulary_parallel
 
 _LAYER = "backbone.layers.{layer}"
 _NORM, _MIXER = f"{_LAYER}.norm.weight", f"{_LAYER}.mixer"
@@ -27,9 +29,9 @@ def nemotron_h(hf: Any) -> ModelSpec:
     }.items():
         require(hf, name, expected)
     h, pattern = hf.hidden_size, hf.hybrid_override_pattern
-    kinds = {"M": _mamba, "*": _attention, "-": _mlp}
+    kinds = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
     layers = {kind: tuple(layer for layer, letter in enumerate(pattern) if letter == kind) for kind in kinds}
-    blocks = [build(hf).only_in(layers[kind]) for kind, build in kinds.items() if layers[kind]]
+    blocks = [block.only_in(layers[kind]) for kind, build in kinds.items() if layers[kind] for block in build(hf)]
     rules = (
         vocabulary_parallel(
             "embedding.word_embeddings.weight", "backbone.embeddings.weight", (hf.vocab_size, h), placement="first_stage"
@@ -63,10 +65,12 @@ def nemotron_h(hf: Any) -> ModelSpec:
         rules=rules,
         num_experts=next((block.num_experts for block in blocks if block.num_experts), None),
         hybrid_pattern=pattern,
+        extras=tuple(extra for block in blocks for extra in block.extras),
+        ignored_hf_prefixes=("mtp.",),
     )
 
 
-def _mamba(hf: Any) -> Block:
+def _mamba(hf: Any) -> list[Block]:
     # Megatron's mixer has these built in.
     for name, expected in {
         "conv_kernel": 4,
@@ -82,20 +86,51 @@ def _mamba(hf: Any) -> Block:
         replicated(f"{ours}.in_proj.layer_norm_weight", _NORM, (hf.hidden_size,)),
         column_parallel(f"{ours}.norm.weight", {f"{_MIXER}.norm.weight": sizes.heads * sizes.head_dim}),
     )
-    return Block(block.config, (*norms, *block.rules))
+    return [Block(block.config, (*norms, *block.rules))]
 
 
-def _attention(hf: Any) -> Block:
-    return attention(hf).renamed(
-        {"model.layers.{layer}.self_attn": _MIXER, "model.layers.{layer}.input_layernorm": f"{_LAYER}.norm"}
+def _attention(hf: Any) -> list[Block]:
+    return [_with_our_names(attention(hf))]
+
+
+def _mlp(hf: Any) -> list[Block]:
+    return [_with_our_names(plain_mlp(hf))]
+
+
+def _experts(hf: Any) -> list[Block]:
+    """Experts without gates, in Nemotron-3 Super between projections to a smaller size, beside one that sees every token."""
+    require(hf, "n_shared_experts", 1)
+    routing = Routing(
+        "sigmoid",
+        normalized=hf.norm_topk_prob,
+        scaling_factor=hf.routed_scaling_factor,
+        groups=hf.n_group,
+        chosen_groups=hf.topk_group,
     )
+    names, every = ExpertNames(gate=None), tuple(range(len(hf.hybrid_override_pattern)))
+    sizes = {"experts": hf.n_routed_experts, "ffn": hf.moe_intermediate_size, "latent": hf.moe_latent_size}
+    routed = gated_experts(hf, every, routing, **sizes, names=names, bias_shape=(hf.n_routed_experts,), fp32_router=True)
+    shared = shared_experts(hf, every, hf.moe_shared_expert_intermediate_size, names=names)
+    return [_with_our_names(block) for block in (routed, shared, _latent_projections(hf))]
 
 
-def _mlp(hf: Any) -> Block:
-    h, f, ours = hf.hidden_size, hf.intermediate_size, f"{MEGATRON_LAYER}.mlp"
-    rules = (
-        replicated(f"{ours}.linear_fc1.layer_norm_weight", _NORM, (h,)),
-        column_parallel(f"{ours}.linear_fc1.weight", {f"{_MIXER}.up_proj.weight": f}, (h,)),
-        row_parallel(f"{ours}.linear_fc2.weight", f"{_MIXER}.down_proj.weight", (h, f)),
+def _latent_projections(hf: Any) -> Block:
+    latent, h = hf.moe_latent_size, hf.hidden_size
+    if latent is None:
+        return Block()
+    shapes = {"fc1_latent_proj": (latent, h), "fc2_latent_proj": (h, latent)}
+    rules = tuple(
+        replicated(f"{MEGATRON_LAYER}.mlp.{name}.weight", f"{_MIXER}.{name}.weight", shape) for name, shape in shapes.items()
     )
-    return Block({}, rules)
+    return Block({"moe_latent_size": latent}, rules)
+
+
+def _with_our_names(block: Block) -> Block:
+    return block.renamed(
+        {
+            f"{HF_LAYER}.self_attn": _MIXER,
+            f"{HF_LAYER}.mlp": _MIXER,
+            f"{HF_LAYER}.input_layernorm.weight": _NORM,
+            f"{HF_LAYER}.post_attention_layernorm.weight": _NORM,
+        }
+    )

@@ -3,13 +3,17 @@ models rotate as their text-only relatives do."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from mbridge_rl.bridges.blocks import require
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
-from mbridge_rl.bridges.qwen3_5 import qwen3_5
+from mbridge_rl.bridges.qwen3_5 import qwen3_5, qwen3_5_moe
+from mbridge_rl.bridges.qwen3_moe import qwen3_moe
+from mbridge_rl.bridges.stacked_experts import with_stacked_experts
 from mbridge_rl.bridges.vision import Tower, with_vision
 from mbridge_rl.core.model import ModelSpec
 
@@ -28,6 +32,23 @@ def qwen3_5_vl(hf: Any) -> ModelSpec:
     return with_vision(hf, qwen3_5, _UNDER_MODEL, {"visual": Tower(_qwen3_5, "model.visual")})
 
 
+def qwen3_vl_moe(hf: Any) -> ModelSpec:
+    """Experts are stacked: in checkpoints of the hub the other way round than in those that Transformers saves."""
+    spec = with_vision(hf, _normalizing_qwen3_moe, _UNDER_MODEL, {"visual": Tower(_qwen3_moe, "model.visual")})
+    return replace(with_stacked_experts(spec, transposed=True), alternatives=(with_stacked_experts(spec),))
+
+
+def _normalizing_qwen3_moe(text: Any) -> ModelSpec:
+    """This family's routers always normalise."""
+    require(text, "norm_topk_prob", True)
+    text.norm_topk_prob = True
+    return qwen3_moe(text)
+
+
+def qwen3_5_moe_vl(hf: Any) -> ModelSpec:
+    return with_vision(hf, qwen3_5_moe, _UNDER_MODEL, {"visual": Tower(_qwen3_5_moe, "model.visual")})
+
+
 def _qwen2_5(hf: Any) -> nn.Module:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -40,7 +61,19 @@ def _qwen3(hf: Any) -> nn.Module:
     return Qwen3VLVisionModel._from_config(hf.vision_config)
 
 
+def _qwen3_moe(hf: Any) -> nn.Module:
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
+
+    return Qwen3VLMoeVisionModel._from_config(hf.vision_config)
+
+
 def _qwen3_5(hf: Any) -> nn.Module:
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 
     return Qwen3_5VisionModel._from_config(hf.vision_config)
+
+
+def _qwen3_5_moe(hf: Any) -> nn.Module:
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionModel
+
+    return Qwen3_5MoeVisionModel._from_config(hf.vision_config)

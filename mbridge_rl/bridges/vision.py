@@ -38,10 +38,15 @@ def with_vision(
         prefixes: beginnings of the language model's names on its own, and in these checkpoints.
         towers: by their name in the Megatron model.
     """
-    spec = family(language_config(hf)).renamed(prefixes)
     rules = tuple(rule for name, tower in towers.items() for rule in _tower_rules(hf, name, tower))
     carried = {name: _Build(hf, tower) for name, tower in towers.items()}
-    return replace(spec, rules=(*rules, *spec.rules), carried=carried)
+
+    def with_towers(spec: ModelSpec) -> ModelSpec:
+        spec = spec.renamed(prefixes)
+        alternatives = tuple(with_towers(other) for other in spec.alternatives)
+        return replace(spec, rules=(*rules, *spec.rules), carried=carried, alternatives=alternatives)
+
+    return with_towers(family(language_config(hf)))
 
 
 def language_config(hf: Any) -> Any:

@@ -82,9 +82,9 @@ class Family:
         _randomize(model, seed, self.embedding)
         return model
 
-    def checkpoint(self, directory: Path, seed: int = 0) -> nn.Module:
+    def checkpoint(self, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Saves the model of `seed` to `directory`, and returns it."""
-        model = self.model(seed)
+        model = self.model(seed).to(dtype)
         model.save_pretrained(directory)
         return model
 

@@ -16,7 +16,17 @@ MAMBA = {
 }
 # vLLM caches prefixes of recurrent states only together with chunked prefill.
 NO_PREFIX_CACHE = {"enable_prefix_caching": False}
+RECURRENT_LINEARS = ("in_proj", "out_proj", "linear_qkv", "linear_proj")
 MAMBA_LINEARS = ("in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+NO_UNGATED_EXPERTS = "vLLM has experts without gates on CUDA, XPU and ROCm only"
+UNGATED_EXPERTS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+    "routed_scaling_factor": 2.5,
+}
 
 # Three layers of linear attention, then one of attention.
 GATED_DELTA_NET = {
@@ -28,9 +38,38 @@ GATED_DELTA_NET = {
     "linear_num_value_heads": 8,
 }
 # vLLM's kernel for a CPU has heads of 128 and bfloat16.
+NO_TORCHVISION = "vLLM's module for it imports torchvision, of which no build fits a CPU build of torch"
 GATED_DELTA_NET_ENGINE = {**NO_PREFIX_CACHE, "dtype": "bfloat16"}
 
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+}
+EXPERT_PARALLEL = ParallelLayout(tp=2, pp=2, ep=2, etp=1, stage_layers=(3, 1))
+
 FAMILIES = [
+    Family(
+        "Qwen3-Next",
+        "qwen3-next",
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        {**GATED_DELTA_NET, **EXPERTS, "head_dim": 64, "mlp_only_layers": [1]},
+        layout=EXPERT_PARALLEL,
+        engine=GATED_DELTA_NET_ENGINE,
+        lora=RECURRENT_LINEARS,
+    ),
+    Family(
+        "Qwen3.5-MoE",
+        "qwen3.5-moe",
+        "qwen3_5_moe_text",
+        "Qwen3_5MoeForCausalLM",
+        {**GATED_DELTA_NET, **EXPERTS, "num_experts": 3},
+        layout=ParallelLayout(ep=3, etp=1, dp=3),
+        engine=NO_TORCHVISION,
+        lora=RECURRENT_LINEARS,
+    ),
     Family(
         "Qwen3.5",
         "qwen3.5",
@@ -39,7 +78,7 @@ FAMILIES = [
         # Fewer KV heads than ranks: these share its queries and gates.
         {**GATED_DELTA_NET, "num_key_value_heads": 1, "tie_word_embeddings": True},
         layout=ParallelLayout(tp=2, pp=2, stage_layers=(3, 1)),
-        engine="vLLM's module for it imports torchvision, of which no build fits a CPU build of torch",
+        engine=NO_TORCHVISION,
         lora=MAMBA_LINEARS,
     ),
     Family(
@@ -78,5 +117,35 @@ FAMILIES = [
         },
         engine=NO_PREFIX_CACHE,
         lora=MAMBA_LINEARS,
+    ),
+    Family(
+        "Nemotron-3 Nano",
+        "nemotron-3-nano",
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        {**MAMBA, **UNGATED_EXPERTS, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "mlp"]},
+        layout=ParallelLayout(tp=2, pp=2, ep=2, etp=1, stage_layers=(3, 2)),
+        engine=NO_UNGATED_EXPERTS,
+        lora=RECURRENT_LINEARS,
+    ),
+    Family(
+        "Nemotron-3 Super",
+        "nemotron-3-super",
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        # Two of four groups of experts, and experts smaller than the model.
+        {
+            **MAMBA,
+            **UNGATED_EXPERTS,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_latent_size": 64,
+            "layers_block_type": ["moe", "linear_attention", "full_attention"],
+        },
+        layout=ParallelLayout(tp=2, ep=2, etp=1),
+        engine=NO_UNGATED_EXPERTS,
+        lora=RECURRENT_LINEARS,
     ),
 ]

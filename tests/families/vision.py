@@ -1,7 +1,7 @@
 """Language towers in Megatron, vision towers carried along."""
 
 from families.family import DENSE, Family
-from families.hybrid import GATED_DELTA_NET, MAMBA_LINEARS
+from families.hybrid import EXPERTS, GATED_DELTA_NET, MAMBA_LINEARS, NO_TORCHVISION, RECURRENT_LINEARS
 from mbridge_rl.core.layout import ParallelLayout
 
 QWEN_TOWER = {
@@ -16,7 +16,6 @@ QWEN_TOWER = {
 }
 SQUARE = {**QWEN_TOWER, "num_position_embeddings": 64}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}
-NO_TORCHVISION = "vLLM's module for it imports torchvision, of which no build fits a CPU build of torch"
 
 FAMILIES = [
     Family(
@@ -57,6 +56,31 @@ FAMILIES = [
         layout=ParallelLayout(tp=2, pp=2, stage_layers=(1, 3)),
         engine=NO_TORCHVISION,
         lora=MAMBA_LINEARS,
+    ),
+    Family(
+        "Qwen3-VL-MoE",
+        "qwen3-vl-moe",
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        {
+            "text_config": {**DENSE, **EXPERTS, "head_dim": 32, "mlp_only_layers": [1]},
+            "vision_config": {**SQUARE, "deepstack_visual_indexes": [0, 1]},
+        },
+        base={},
+        layout=ParallelLayout(tp=2, pp=2, ep=2, etp=1, stage_layers=(2, 1)),
+        engine=NO_TORCHVISION,
+        lora=("linear_qkv", "linear_proj"),
+    ),
+    Family(
+        "Qwen3.5-MoE",
+        "qwen3.5-moe-vl",
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration",
+        {"text_config": {**DENSE, **GATED_DELTA_NET, **EXPERTS}, "vision_config": SQUARE},
+        base={},
+        layout=ParallelLayout(tp=2, ep=2, etp=1),
+        engine=NO_TORCHVISION,
+        lora=RECURRENT_LINEARS,
     ),
     Family(
         "Gemma 3-VL",

@@ -1,0 +1,80 @@
+"""Mamba layers in training: packed sequences, and gradients on a sharded layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from ranks import run_ranks
+from torch import Tensor
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.forward import forward_logits
+from mbridge_rl.megatron.model import unwrap
+from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.megatron.runtime import megatron_runtime
+
+LENGTHS = (7, 11, 5)  # none a multiple of the convolution's width or of a chunk
+
+
+@pytest.mark.parametrize("variant", ["nemotron-h", "falcon-h1"])
+def test_packed_sequences_do_not_see_each_other(variant: str, tmp_path: Path) -> None:
+    """Neither by attention, nor by the convolution, nor by the state."""
+    FAMILIES[variant].checkpoint(tmp_path)
+    [(packed, apart)] = run_ranks(packed_and_apart, 1, tmp_path)
+    assert (packed - apart).abs().max() < 1e-4  # fp32, sums in another order
+
+
+def packed_and_apart(rank: int, directory: Path) -> tuple[Tensor, Tensor]:
+    from mbridge_rl.training.policy import _packed
+
+    initialize_parallel(ParallelLayout())
+    bridge = AutoBridge.from_pretrained(directory)
+    model = bridge.build_model()
+    bridge.load_weights(model)
+    sequences = torch.randint(0, 515, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1)).split(LENGTHS, dim=1)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    offsets = (0, *torch.tensor(LENGTHS).cumsum(0).tolist())
+    with megatron_runtime(), torch.no_grad():
+        params = _packed(offsets, torch.device("cpu"))
+        packed = model[0](torch.cat(sequences, 1), positions, None, packed_seq_params=params)
+    apart = torch.cat([forward_logits(model, tokens) for tokens in sequences], 1)
+    return packed[..., :515].float(), apart
+
+
+@pytest.mark.parametrize("variant", ["nemotron-h", "qwen3.5", "falcon-h1"])
+def test_gradients_do_not_depend_on_the_layout(variant: str, tmp_path: Path) -> None:
+    """Tensor and sequence parallel ranks hold the shards of the same gradients."""
+    FAMILIES[variant].checkpoint(tmp_path)
+    [alone] = run_ranks(gradients, 1, tmp_path, ParallelLayout())
+    ranks = run_ranks(gradients, 2, tmp_path, ParallelLayout(tp=2))
+    bridge = AutoBridge.from_pretrained(tmp_path)
+    one, two = ({rank: shard for rank, shard in enumerate(shards)} for shards in ([alone], ranks))
+    expected = bridge.unshard(one, ParallelLayout())
+    found = bridge.unshard(two, ParallelLayout(tp=2))
+    for name, gradient in expected.items():
+        scale = gradient.abs().max()
+        assert scale > 0, name
+        assert (found[name] - gradient).abs().max() < 1e-3 * scale, name  # fp32, sums over ranks
+
+
+def gradients(rank: int, directory: Path, layout: ParallelLayout) -> dict[str, Tensor]:
+    """What a fixed weighting of the log-probabilities says of every parameter, by global names."""
+    from megatron.core.distributed import finalize_model_grads
+
+    from mbridge_rl.megatron.parameters import LiveParameters
+
+    initialize_parallel(layout)
+    bridge = AutoBridge.from_pretrained(directory)
+    model = bridge.build_model(layout, sequence_parallel=True, ddp=True)
+    bridge.load_weights(model)
+    tokens = torch.randint(0, 515, (2, 24), generator=torch.Generator().manual_seed(1))
+    with megatron_runtime():
+        labels, positions = tokens.roll(-1, 1), torch.arange(24).expand(2, -1)
+        model[0](tokens, positions, None, labels=labels).mean().backward()
+        finalize_model_grads(model)
+    names = {id(parameter): name for name, parameter in LiveParameters(model, 0)._parameters.items()}
+    return {names[id(parameter)]: parameter.main_grad.clone() for parameter in unwrap(model)[0].parameters()}
