@@ -47,3 +47,7 @@ class TransferTimeout(SyncError):
 
 class NonFiniteWeights(SyncError):
     """The policy holds NaN or infinite weights; nothing was sent."""
+
+
+class DeltaRefused(SyncError):
+    """A delta that does not follow on what its receiver holds, or that is damaged; nothing was changed."""
