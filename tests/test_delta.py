@@ -232,7 +232,7 @@ def test_whatever_is_wrong_is_refused_before_anything_changes() -> None:
     name = "decoder.layers.1.mlp.linear_fc1.weight"
     live[name].view(torch.int16)[3, 3] ^= 1  # the weights here drifted
     before[name] = live[name].clone()
-    refused(messages, "the weights here are not version 0 as rank 0 knows it: ask for a full sync")
+    refused(messages, r"the weights here are not version 0 as rank \d knows it: ask for a full sync")
     live[name].view(torch.int16)[3, 3] ^= 1
     assert receiver.apply(messages, live) == 1
     with pytest.raises(DeltaRefused, match="leads from version 0 to 1, and version 1 is here"):
