@@ -48,6 +48,10 @@ class LiveAdapters(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._parameters)
 
+    def parameter(self, megatron_name: str) -> Tensor:
+        """The parameter object, which optimizers know."""
+        return self._parameters[megatron_name]
+
     def stored(self, megatron_name: str) -> Tensor:
         """The parameter itself: what an import writes."""
         return self._parameters[megatron_name].detach()

@@ -72,6 +72,10 @@ class LiveParameters(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._parameters)
 
+    def parameter(self, megatron_name: str) -> Tensor:
+        """The parameter (or buffer) object, which optimizers know."""
+        return self._parameters[megatron_name]
+
     def base(self, megatron_name: str) -> Tensor:
         """The parameter itself, without adapters: what an import writes."""
         return self._parameters[megatron_name].detach()

@@ -26,7 +26,7 @@ from mbridge_rl.megatron.runtime import megatron_runtime
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.grpo import TokenLoss, WeightedLoss
 from mbridge_rl.training.logprobs import TokenStatistics
-from mbridge_rl.training.lora import adapted_modules, adapters_disabled
+from mbridge_rl.training.lora import adapters_disabled
 from mbridge_rl.training.micro_batches import MicroBatch, Split, pack_rows, split_rows
 from mbridge_rl.training.objectives.aggregation import token_weights
 from mbridge_rl.training.optimization import (
@@ -167,7 +167,7 @@ class MegatronTrainer:
 
     def snapshot_reference(self) -> None:
         """Makes the present weights the reference policy. A LoRA run needs no copy: its reference is the base model."""
-        if not self._has_adapters:
+        if not self.has_adapters:
             self._reference = ReferenceSnapshot(self.model)
 
     def reference_log_probs(self, batch: Batch) -> Tensor:
@@ -187,11 +187,12 @@ class MegatronTrainer:
         self.scheduler.step(0)
 
     @property
-    def _has_adapters(self) -> bool:
-        return next(adapted_modules(self.model), None) is not None
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, and the base model is frozen."""
+        return getattr(unwrap(self.model)[0], "lora_config", None) is not None
 
     def _reference_policy(self) -> AbstractContextManager[None]:
-        if self._has_adapters:
+        if self.has_adapters:
             return adapters_disabled(self.model)
         if self._reference is None:
             raise ValueError("there is no reference policy: call snapshot_reference() before training")

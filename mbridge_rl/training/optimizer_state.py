@@ -1,0 +1,111 @@
+"""What Megatron's optimizers keep of each model parameter, in one form for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """Adam's state of one model parameter on this rank.
+
+    Attributes:
+        master: what is updated: the parameter itself, its fp32 master or, with the distributed optimizer, a flat part of that.
+        moments: `exp_avg` and `exp_avg_sq`, of master's shape.
+        part: the range of the flattened parameter that this rank has; `None` where it has it all.
+    """
+
+    master: Tensor
+    moments: dict[str, Tensor]
+    part: slice | None = None
+
+    def write(self, kind: str, whole: Tensor) -> None:
+        """Takes this rank's part of the whole `kind` ("master" or a moment), of the parameter's shape."""
+        target = self.master if kind == "master" else self.moments[kind]
+        target.detach().copy_(whole if self.part is None else whole.flatten()[self.part])
+
+
+def parameter_states(optimizer: Any) -> dict[Tensor, ParameterState]:
+    """Of every model parameter that this rank updates (some of). State that the first step would make is made."""
+    found: dict[Tensor, ParameterState] = {}
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        for parameter, master, held in _masters(part):
+            state = part.optimizer.state[master]
+            if isinstance(part.optimizer, torch.optim.Optimizer) and not _counts_steps_per_group(part.optimizer):
+                state.setdefault("step", torch.zeros((), dtype=torch.float32))
+            found[parameter] = ParameterState(master, {kind: state[kind] for kind in MOMENTS}, held)
+    return found
+
+
+def whole_states(optimizer: Any) -> dict[Tensor, dict[str, Tensor]]:
+    """`{parameter: {"master", "exp_avg", "exp_avg_sq"}}`, each of the parameter's shape, for every model parameter that this
+    rank holds and that is trained. The distributed optimizer's are gathered into host memory; all ranks call it together."""
+    states = parameter_states(optimizer)
+    whole = {
+        parameter: {"master": state.master.detach(), **state.moments}
+        for parameter, state in states.items()
+        if state.part is None
+    }
+    for part in optimizer.chained_optimizers:
+        if _is_distributed(part):
+            gathered = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+            whole.update(_unflattened(part, gathered))
+    return whole
+
+
+def set_step_count(optimizer: Any, steps: int) -> None:
+    """How many steps Adam has made, which its bias correction depends on."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False):
+            continue
+        for group in part.optimizer.param_groups:
+            if "step" in group or _counts_steps_per_group(part.optimizer):
+                group["step"] = steps
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(torch.as_tensor(state["step"]), steps)
+
+
+def _masters(part: Any) -> Iterator[tuple[Tensor, Tensor, slice | None]]:
+    """`(model parameter, master, part of it)` of one of Megatron's optimizers."""
+    if _is_distributed(part):
+        for parameter, (group, order) in part.model_param_group_index_map.items():
+            held = part._get_model_param_range_map(parameter)["param"]
+            yield parameter, part.optimizer.param_groups[group]["params"][order], slice(held.start, held.end)
+    elif hasattr(part, "float16_groups"):
+        for parameters, masters in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            yield from ((parameter, master, None) for parameter, master in zip(parameters, masters, strict=True))
+        for parameters in part.fp32_from_fp32_groups:
+            yield from ((parameter, parameter, None) for parameter in parameters)
+    else:
+        for group in part.optimizer.param_groups:
+            yield from ((parameter, parameter, None) for parameter in group["params"])
+
+
+def _unflattened(part: Any, gathered: dict[Any, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    for index, ranges in enumerate(part.gbuf_ranges):
+        buffer = part.buffers[index]
+        for dtype in ranges:
+            flat = gathered[index][dtype]
+            for parameter, (start, end, _) in buffer.param_index_map.items():
+                named = {"master": flat["param"], **{kind: flat[kind] for kind in MOMENTS}}
+                yield parameter, {kind: values[start:end].view(parameter.shape) for kind, values in named.items()}
+
+
+def _is_distributed(part: Any) -> bool:
+    return hasattr(part, "gbuf_ranges")
+
+
+def _counts_steps_per_group(inner: Any) -> bool:
+    """Fused Adams do; torch's counts per parameter."""
+    return not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
