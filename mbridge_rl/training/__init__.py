@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mbridge_rl.training.batch import Batch
+    from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
     from mbridge_rl.training.config import RunConfig, load_run_config
     from mbridge_rl.training.episodes import Environment, SamplingConfig
     from mbridge_rl.training.grpo import grpo_loss, policy_metrics, supervised_loss
@@ -39,21 +40,24 @@ __all__ = [
     "exact_match",
     "group_advantages",
     "grpo_loss",
+    "latest_checkpoint",
     "launch",
+    "load_checkpoint",
     "load_run_config",
     "mismatch_metrics",
     "objective",
     "policy_metrics",
     "prepare_batch",
     "run_training",
+    "save_checkpoint",
     "select_rows",
     "supervised_loss",
 ]
 
 _HOMES = {
-    "GRPO": "loop",
     "Batch": "batch",
     "Environment": "episodes",
+    "GRPO": "loop",
     "GRPOConfig": "objectives.config",
     "ImportanceCorrection": "objectives.correction",
     "LoRAConfig": "lora",
@@ -67,13 +71,16 @@ _HOMES = {
     "exact_match": "rewards",
     "group_advantages": "objectives.advantages",
     "grpo_loss": "grpo",
+    "latest_checkpoint": "checkpoint",
     "launch": "launcher",
+    "load_checkpoint": "checkpoint",
     "load_run_config": "config",
     "mismatch_metrics": "objectives.metrics",
     "objective": "objectives.config",
     "policy_metrics": "grpo",
     "prepare_batch": "objectives.prepare",
     "run_training": "run",
+    "save_checkpoint": "checkpoint",
     "select_rows": "objectives.prepare",
     "supervised_loss": "grpo",
 }
