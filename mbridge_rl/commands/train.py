@@ -43,6 +43,8 @@ def train(
         from mbridge_rl.training.run import run_training
 
         summary = run_training(run, resume=resume)
+        if not summary:  # another rank of torchrun than the first
+            return
         report = write_report(run.run_dir)
     print_summary(summary, run.run_dir)
     typer.echo(f"report: {report}")

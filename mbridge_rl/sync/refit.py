@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,6 @@ from mbridge_rl.sync.engines import Engine, Engines
 from mbridge_rl.sync.errors import DigestMismatch, NonFiniteWeights, SyncError, TransferTimeout
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.host import machine_id
-from mbridge_rl.sync.pull import published, restore
 from mbridge_rl.sync.route import Piece, Route, plan_route
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way
@@ -102,10 +102,10 @@ class SyncReport:
     digest: str | None
     verified: bool
     seconds: float
-    mode: str = "staged"
-    transport: str = "auto"
-    phases: Mapping[str, float] = field(default_factory=dict)
-    attempts: int = 1
+    mode: str
+    transport: str
+    phases: Mapping[str, float]
+    attempts: int
     engines: Sequence[Mapping[str, Any]] = field(default=())
 
     @property
@@ -143,7 +143,7 @@ class WeightSync:
         **fields: Any,
     ) -> None:
         self.options = options or SyncOptions(**fields)
-        self._bridge, self._spec, self._model = bridge, bridge.spec, model
+        self._spec, self._model = bridge.spec, model
         self._group = RankGroup()
         self._layout = layout_of(model, bridge.spec)
         self._dtype = dtype or model_dtype(model)
@@ -153,16 +153,10 @@ class WeightSync:
         self._info = init_info(self._spec.hf_tensors(self._dtype), config_summary(bridge.hf_config))
         workers, self._replicas, hosts = self._introduction()
         self._route = self._planned(workers)
-        introduction = {
-            "route": [worker.to_json() for worker in self._route.workers],
-            "fingerprint": self._route.fingerprint,
-            "verify": self.options.verify,
-            "workers": [worker.to_json() for worker in workers],
-            "init_info": self._info,
-            "model": self._spec.fingerprint,
-        }
-        self._group.first_rank_does(lambda: self._engines.adopt(introduction))
-        self._store = self._make_store(introduction)
+        route = {"workers": [worker.to_json() for worker in self._route.workers], "fingerprint": self._route.fingerprint}
+        route["verify"] = self.options.verify
+        self._group.first_rank_does(lambda: self._engines.adopt(route))
+        self._store = self._make_store(workers, route)
         self._transport, self._way = self._choose_way(hosts)
         self._slot = 0  # of the two that workers on other hosts fill in turn
 
@@ -190,20 +184,6 @@ class WeightSync:
                 return report
         raise AssertionError("unreachable")
 
-    def pull(self, engine: int = 0) -> None:
-        """The way back: gives the trainer's live model the weights that an engine serves, under whatever layout it has, proven
-        by digest. All ranks together; the engine must be on the trainer's host (`sync.pull.restore_from_store` needs none).
-
-        Raises:
-            SyncError: the engine holds no version, or keeps tensors that only its own loader can place; DigestMismatch.
-        """
-
-        def publish(paths: Sequence[str]) -> None:
-            self._engines.all[engine].publish_weights(paths)
-
-        with published(self._store, self._route.workers, publish, self._group) as images:
-            restore(self._bridge, self._model, self._route.workers, images, self._group)
-
     @property
     def route(self) -> Route:
         """What each engine worker receives."""
@@ -219,7 +199,7 @@ class WeightSync:
         self._way.close()
         self._engines.close()
         if self._group.rank == 0:
-            self._store.close()
+            self._store.close() if self.options.store else self._store.remove()
 
     def _attempt(self, version: int, attempt: int, started: float) -> SyncReport:
         phases: dict[str, float] = {}
@@ -350,10 +330,16 @@ class WeightSync:
             raise SyncError("trainer ranks compiled different plans: do they run the same version of mbridge_rl?")
         return route
 
-    def _make_store(self, introduction: Mapping[str, Any]) -> WeightStore:
-        name = self.options.store or self._group.gather_object(WeightStore.unnamed())[0]
+    def _make_store(self, workers: Sequence[WorkerDescription], route: Mapping[str, Any]) -> WeightStore:
+        name = self.options.store or self._group.gather_object(f"sync.{os.getpid()}.{secrets.token_hex(4)}")[0]
         store = WeightStore(name, SHARED_MEMORY)
-        self._group.first_rank_does(lambda: store.describe(self._route.fingerprint, introduction))
+        described = {
+            "workers": [worker.to_json() for worker in workers],
+            "route": dict(route),
+            "init_info": self._info,
+            "model": self._spec.fingerprint,
+        }
+        self._group.first_rank_does(lambda: store.describe(self._route.fingerprint, described))
         return store
 
     def _choose_way(self, engine_hosts: set[str]) -> tuple[str, Way]:
@@ -363,8 +349,7 @@ class WeightSync:
             kind = "shared_memory" if len(hosts | engine_hosts) == 1 else "process_group"
         if kind in ("shared_memory", "cuda_ipc") and len(hosts | engine_hosts) > 1:
             raise SyncError(f"the transport {kind!r} needs one host, found {sorted(hosts | engine_hosts)}; use 'process_group'")
-        live = LiveParameters(self._model, 0)
-        device = next((live.base(name).device for name in live), self._group.device)
+        device = next(iter(LiveParameters(self._model, 0).values())).device
         context = Context(self._group, self._route, self._replicas, self._store, self._patience, self.options.url, device)
         staged_here = kind == "shared_memory" and self.options.mode == "staged"
         return kind, open_way("store" if staged_here else kind, context)

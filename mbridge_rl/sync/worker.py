@@ -25,7 +25,7 @@ from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.engine_side import WHOLE_TENSOR
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.sync.packing import Digests
-from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute, fingerprint_of
+from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute
 from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.store import StorePart, WeightStore
 from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
@@ -71,9 +71,9 @@ class ShardReceiver:
     def __init__(self, model: Model, serving: Serving) -> None:
         self._model, self.serving = model, serving
         self._route: WorkerRoute | None = None
-        self._said: Mapping[str, Any] = {}
+        self._fingerprint = ""
+        self._verify = True
         self._update: _Update | None = None
-        self._store: WeightStore | None = None  # where images go that come from other hosts
 
     @property
     def route(self) -> WorkerRoute:
@@ -83,33 +83,25 @@ class ShardReceiver:
 
     @property
     def fingerprint(self) -> str:
-        return self._said.get("fingerprint", "")
+        return self._fingerprint
 
     @property
     def is_open(self) -> bool:
         """A planned update is under way."""
         return self._update is not None
 
-    def adopt(self, rank: int, said: Mapping[str, Any]) -> None:
-        """What every later sync brings to worker `rank`. No weight is changed.
-
-        Args:
-            said: `introduction` of the trainer: the routes of all workers, and what a store keeps of them.
+    def adopt(self, route: WorkerRoute, fingerprint: str, *, verify: bool = True) -> None:
+        """What every later sync brings. No weight is changed.
 
         Raises:
-            EngineMismatch: it did not come as it was sent, or a piece does not fit the parameter that it is meant for.
+            EngineMismatch: a piece does not fit the parameter that it is meant for.
         """
-        if (found := fingerprint_of(said["route"])) != said["fingerprint"]:
-            raise EngineMismatch(
-                f"the trainer's plan has fingerprint {found} as it arrived, {said['fingerprint']} as it was sent"
-            )
-        route = WorkerRoute.from_json(said["route"][rank])
         with self._model.plain():
             parameters = self._model.parameters()
             for piece in route.pieces:
                 _require_place(piece, parameters)
         self.abort("another trainer introduced itself")
-        self._route, self._said = route, said
+        self._route, self._fingerprint, self._verify = route, fingerprint, verify
 
     def receive(self, version: int, fingerprint: str, mode: Mode, wire: Wire, timeout: float) -> None:
         """Starts to receive `version` and returns; `status` says how far it is.
@@ -120,14 +112,14 @@ class ShardReceiver:
         if self.serving.updating is not None:
             self.abort(f"the update to version {version} began before it was committed")
         route = self.route
-        if fingerprint != self.fingerprint:
+        if fingerprint != self._fingerprint:
             raise EngineMismatch(
-                f"the sender's plan has fingerprint {fingerprint!r}, this worker was given {self.fingerprint!r}: "
+                f"the sender's plan has fingerprint {fingerprint!r}, this worker was given {self._fingerprint!r}: "
                 "make a new WeightSync for this engine"
             )
         self.serving.begin(version, serves_on=mode == "staged")
         with self.serving.failing(self.abort, f"the update to version {version} could not begin"):
-            self._update = _Update(self._model, self.serving, route, self._said, self._store_of(wire), mode, wire, timeout)
+            self._update = _Update(self._model, self.serving, route, mode, wire, timeout, self._verify)
             self._update.start()
 
     def status(self) -> dict[str, Any]:
@@ -181,22 +173,6 @@ class ShardReceiver:
         if self.serving.updating is not None:
             self.serving.abort(reason)
 
-    def close(self) -> None:
-        """Drops an open update, and shared memory that nobody else knows of."""
-        self.abort("the engine is closed")
-        if self._store is not None:
-            self._store.close()
-            self._store = None
-
-    def _store_of(self, wire: Wire) -> WeightStore | None:
-        if "store" not in wire:
-            return None
-        if self._store is None or self._store.name != wire["store"]:
-            if self._store is not None:
-                self._store.close()
-            self._store = WeightStore(wire["store"], wire["directory"])
-        return self._store
-
     def publish(self, into: Tensor) -> None:
         """The way back: packs the live parameters as an image (uint8 `[route.nbytes]`), with their digests.
 
@@ -237,18 +213,9 @@ class _Update:
     """One version on its way in."""
 
     def __init__(
-        self,
-        model: Model,
-        serving: Serving,
-        route: WorkerRoute,
-        said: Mapping[str, Any],
-        store: WeightStore | None,
-        mode: Mode,
-        wire: Wire,
-        timeout: float,
+        self, model: Model, serving: Serving, route: WorkerRoute, mode: Mode, wire: Wire, timeout: float, verify: bool
     ) -> None:
-        self._model, self._serving, self._route, self.mode = model, serving, route, mode
-        self._said, self._verify, self._store = said, said["verify"], store
+        self._model, self._serving, self._route, self.mode, self._verify = model, serving, route, mode, verify
         self._wire, self._timeout = wire, timeout
         self.error: BaseException | None = None
         self.finished = False
@@ -267,8 +234,8 @@ class _Update:
             self.finished = True  # trainer ranks fill and verify the slot; it is read at commit
             return
         if self.mode == "staged":
-            assert self._store is not None
-            self._part = self._store.part(self._wire["token"], self._route.rank, self._route.nbytes)
+            store = WeightStore(self._wire["store"], self._wire["directory"])
+            self._part = store.part(self._wire["token"], self._route.rank, self._route.nbytes)
         else:
             self._open()
         action = self._stage if self.mode == "staged" else self._write_all
@@ -338,7 +305,7 @@ class _Update:
     def keep(self) -> None:
         """The image of this host's weight store becomes live, if this update brought one."""
         if self._part is not None:
-            self._part.commit(self._wire["version"], self._said, self._wire["sizes"])
+            self._part.commit(self._wire["version"], self._wire["fingerprint"], self._wire["sizes"])
 
     def stop(self) -> None:
         self._stopping.set()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 from collections.abc import Mapping
@@ -129,6 +130,7 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
 
 def _save(trainer: MegatronTrainer, partial: Path, state: dict[str, Any]) -> None:
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     content = {
@@ -139,7 +141,9 @@ def _save(trainer: MegatronTrainer, partial: Path, state: dict[str, Any]) -> Non
         "grad_scaler": _grad_scaler_state(trainer),
         "state": state,
     }
-    # One writer per rank, in this very process: there are as many ranks as a machine has devices.
+    # Megatron would start a process to hold the queue of results, which outlives a rank that is killed. Nobody else needs it.
+    filesystem_async._results_queue = queue.Queue()
+    # One writer per rank: there are as many ranks as a machine has devices.
     dist_checkpointing.save(content, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
 
 

@@ -78,7 +78,7 @@ def launch(
             for rank in range(world_size):
                 mine, theirs = context.Pipe(duplex=False)
                 settings = (rank, world_size, f"file://{folder}/rendezvous", collective_timeout, threads)
-                process = context.Process(target=_run_rank, args=(function, args, theirs, settings), daemon=True)
+                process = context.Process(target=_run_rank, args=(function, args, theirs, settings))
                 process.start()
                 theirs.close()
                 processes.append(process)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.hf.bundled import bundled_names
 from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
 from mbridge_rl.sync.vllm.process import EngineProcess
-from mbridge_rl.training import checkpoints, toy
+from mbridge_rl.training import toy
+from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mbridge_rl.training.config import TOY, RunConfig, ToyConfig
 from mbridge_rl.training.config_file import ConfigError, as_mapping
 from mbridge_rl.training.episodes import EpisodeRunner, SamplingConfig
@@ -50,7 +52,7 @@ class RunExists(ConfigError):
 
 
 def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Trains as `config` says and returns what `summary.json` then holds.
+    """Trains as `config` says and returns what `summary.json` then holds (under torchrun on the first rank; nothing elsewhere).
 
     Args:
         resume: go on from the newest checkpoint of the run folder, or begin where there is none.
@@ -61,6 +63,8 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         LaunchError: a rank failed, and `runner.restarts` are used up.
     """
     started = time.perf_counter()
+    if int(os.environ.get("RANK", 0)) > 0:  # of torchrun; it starts when the first rank is prepared, too
+        return _launch(config, resume=resume)
     prepare_run(config, resume=resume)
     for attempt in range(config.runner.restarts + 1):
         try:
@@ -70,7 +74,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             if attempt == config.runner.restarts:
                 raise
             _log.warning("the run was interrupted and goes on from its last checkpoint: %s", error)
-            event = {"step": checkpoints.newest_step(config.run_dir), "event": f"restarted after: {str(error).splitlines()[0]}"}
+            event = {"step": newest_step(config), "event": f"restarted after: {str(error).splitlines()[0]}"}
             with (config.run_dir / EVENTS_FILE).open("a") as events:
                 events.write(json.dumps(event) + "\n")
     summary["seconds"] = round(time.perf_counter() - started, 1)
@@ -103,6 +107,16 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
     tokenizer = load_tokenizer(config)
     problems_of(config, tokenizer)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+
+
+def checkpoint_directory(config: RunConfig) -> Path:
+    return config.run_dir / "checkpoints"
+
+
+def newest_step(config: RunConfig) -> int:
+    """That a checkpoint was saved after; 0 if there is none."""
+    newest = latest_checkpoint(checkpoint_directory(config))
+    return 0 if newest is None else int(newest.name.partition("_")[2])
 
 
 def model_directory(config: RunConfig) -> Path:
@@ -176,7 +190,7 @@ def train_rank(
     log: RunLog | None = None
     try:
         initialize_parallel(config.layout, seed=config.seed)
-        step = checkpoints.newest_step(config.run_dir) if resume else 0
+        step = newest_step(config) if resume else 0
         if first:
             settings = config.logging
             log = RunLog(config.run_dir, console=settings.console, tensorboard=settings.tensorboard, resumed_at=step)
@@ -193,8 +207,8 @@ def train_rank(
         grpo = GRPO(trainer, config.algorithm)  # before the checkpoint is loaded: its reference are the first weights
         judge = make_reward_judge(config.task, config.reward) if first else None
         source = _source(config, fleet, task, tokenizer, judge)
-        if resume and step:
-            checkpoints.load(config.run_dir, step, trainer, source)
+        if step:
+            source.load_state(load_checkpoint(trainer, checkpoint_directory(config)).state["rollouts"])
         fleet.connect(bridge, trainer.model, dtype=getattr(torch, config.engine_dtype), verify=config.sync.verify)
         hooks = _hooks(config, trainer, source, task, log)
         trained = train(grpo, source, fleet, hooks, first_step=step + 1, last_step=config.steps)
@@ -278,7 +292,8 @@ def _hooks(config: RunConfig, trainer: MegatronTrainer, source: RolloutSource, t
 
     def save(step: int) -> None:
         if every and (step % every == 0 or step == config.steps):
-            checkpoints.save(config.run_dir, step, trainer, source, keep=keep)
+            state = {"rollouts": source.state()}
+            save_checkpoint(trainer, checkpoint_directory(config), step, state=state, keep=keep)
 
     def record(metrics: Metrics, rollouts: RolloutBatch) -> None:
         if log is None:

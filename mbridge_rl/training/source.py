@@ -5,9 +5,13 @@ Made and called by all ranks together. The generator, its thread and the engines
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mbridge_rl.sync.errors import EngineProcessError
 from mbridge_rl.sync.group import RankGroup
@@ -74,13 +78,16 @@ class RolloutSource:
 
         return self._surviving(completed)
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Of the generator, on rank 0; between `publish` and `resume`."""
-        return None if self._generator is None else self._generator.state_dict()
+    def state(self) -> Tensor:
+        """Of the generator, unfinished episodes included, pickled: uint8, the same on every rank. Between `publish` and
+        `resume`."""
+        pickled = on_first_rank(self._group, lambda: pickle.dumps(self._on_first_rank()[1].state_dict()))
+        return torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """On rank 0, before the first `resume`."""
-        self._on_first_rank()[1].load_state_dict(state)
+    def load_state(self, state: Tensor) -> None:
+        """What `state` returned, before the first `resume`. Only who may write the run's checkpoints can make up another."""
+        if self._generator is not None:
+            self._generator.load_state_dict(pickle.loads(state.numpy().tobytes()))
 
     def close(self) -> None:
         if self._generator is not None:

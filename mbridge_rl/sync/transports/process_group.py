@@ -24,14 +24,13 @@ from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.waiting import Patience
 
 _DEPTH = 3  # messages under way per process
-_MOST_JOINED = 16
-_joined: dict[tuple[str, int], Any] = {}  # this process's process groups, by id and rank; kept between two versions
+_joined: dict[str, Any] = {}  # this process's process groups, by id; an engine keeps them between two versions
 
 
 def _join(wire: Wire, rank: int, seconds: float) -> Any:
     """The process group of `wire`; all its members come within `seconds`."""
-    if (member := (wire["group"], rank)) in _joined:
-        return _joined[member]
+    if wire["group"] in _joined:
+        return _joined[wire["group"]]
     timeout = timedelta(seconds=seconds)
     with _explained("cannot meet the trainer and the other workers"):
         store = dist.TCPStore(wire["host"], wire["port"], is_master=False, timeout=timeout)
@@ -40,9 +39,8 @@ def _join(wire: Wire, rank: int, seconds: float) -> Any:
             group = dist.ProcessGroupNCCL(store, rank, wire["size"], timeout)
         else:
             group = dist.ProcessGroupGloo(store, rank, wire["size"], timeout)
-    while len(_joined) >= _MOST_JOINED:
-        _joined.pop(next(iter(_joined)))  # its trainer is gone, or has made another one since
-    _joined[member] = group
+    _joined.clear()  # one that failed is of no more use
+    _joined[wire["group"]] = group
     return group
 
 
@@ -161,9 +159,8 @@ class GroupWay:
         """The workers do."""
 
     def abandon(self) -> None:
-        if self._wire is not None:
-            _joined.pop((self._wire["group"], self._context.group.rank), None)
         self._wire = None
+        _joined.clear()
 
     def close(self) -> None:
         self.abandon()

@@ -1,0 +1,111 @@
+"""Whole runs from their configuration, with real engines: disturbed in every way, they end where an undisturbed run does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import saboteurs
+
+pytest.importorskip("vllm")
+
+from mbridge_rl.training.config import RunConfig
+from mbridge_rl.training.config_file import parse_config, with_overrides
+from mbridge_rl.training.run import RunExists, run_training
+from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, read_lines
+
+TESTS = Path(__file__).parent
+CURVE = ("step", "reward", "loss", "grad_norm", "entropy", "ratio_max_deviation", "kl_train_rollout", "digest")
+
+BASE: dict[str, Any] = {
+    "model": {"path": "toy:qwen3", "dtype": "fp32"},
+    "steps": 5,
+    "layout": {"tp": 2},
+    "trainer": {"learning_rate": 1e-3, "micro_batch_size": 128},
+    "algorithm": {"group_size": 4, "entropy_coefficient": 0.01},
+    "rollout": {"prompts_per_step": 32, "max_tokens": 3},
+    "engine": {"max_model_len": 16, "max_num_seqs": 128, "kv_cache_bytes": 1 << 26},
+    "task": {"kind": "sums", "order": "unsolved-first"},
+    "checkpoint": {"every": 2, "export": False},
+    "logging": {"console": False},
+}
+
+
+def config_of(run_dir: Path, *overrides: str) -> RunConfig:
+    return parse_config(RunConfig, with_overrides(BASE | {"run_dir": run_dir}, overrides))
+
+
+def curve(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What must be the same, bit for bit."""
+    return [tuple(line[name] for name in CURVE) for line in read_lines(run_dir / METRICS_FILE)]
+
+
+def events(run_dir: Path) -> str:
+    return "\n".join(f"{line['step']}: {line['event']}" for line in read_lines(run_dir / EVENTS_FILE))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    summary = run_training(config_of(run_dir))
+    assert summary["steps"] == 5
+    assert (summary["unverified_syncs"], summary["engines_lost"]) == (0, 0)
+    return run_dir
+
+
+@pytest.fixture
+def sabotage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(saboteurs.FOLDER, str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]))
+    return tmp_path
+
+
+def test_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(undisturbed: Path, sabotage: Path) -> None:
+    config = config_of(sabotage / "run", "reward.function=saboteurs:kill_engine_then_rank", "runner.restarts=1")
+    summary = run_training(config)
+    assert curve(config.run_dir) == curve(undisturbed)
+    assert (sabotage / "engine.done").read_text() != "[]"
+    assert (sabotage / "rank.done").read_text() != "[]"
+    assert summary["engines_lost"] == 1
+    assert "2: 1 engines were lost and replaced" in events(config.run_dir)
+    assert "2: restarted after: rank 1 of 2 failed" in events(config.run_dir)
+
+
+def test_a_run_is_not_overwritten_and_a_finished_one_is_not_repeated(undisturbed: Path) -> None:
+    before = curve(undisturbed)
+    with pytest.raises(RunExists, match="go on with --resume"):
+        run_training(config_of(undisturbed))
+    assert curve(undisturbed) == before
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed(undisturbed: Path, sabotage: Path) -> None:
+    run_dir, recipe = sabotage / "run", sabotage / "recipe.yaml"
+    shutil.copy(undisturbed / "config.yaml", recipe)
+    command = [sys.executable, "-m", "mbridge_rl.cli", "train", str(recipe), f"run_dir={run_dir}"]
+    command += ["reward.function=saboteurs:kill_driver"]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(curve(run_dir)) in (2, 3)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert refused.returncode == 1
+    assert "--resume" in refused.stderr
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert curve(run_dir) == curve(undisturbed)
+    assert (run_dir / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_another_layout_goes_on_from_the_same_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    run_training(config_of(run_dir, "layout.tp=1", "layout.pp=2", "steps=6"), resume=True)
+    assert curve(run_dir)[:4] == curve(undisturbed)[:4]
+    assert [line["step"] for line in read_lines(run_dir / METRICS_FILE)] == [1, 2, 3, 4, 5, 6]
