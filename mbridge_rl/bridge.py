@@ -55,11 +55,11 @@ class AutoBridge:
         directory: the checkpoint that it came from, `None` for a bare config.
     """
 
-    def __init__(self, hf_config: Any, directory: Path | None = None) -> None:
+    def __init__(self, hf_config: Any, directory: Path | None = None, *, mtp: bool = False) -> None:
         if quantization := getattr(hf_config, "quantization_config", None):
             require_supported(quantization)
         self.hf_config = hf_config
-        self.spec: ModelSpec = _spelled_as_in(model_spec(hf_config), directory)
+        self.spec: ModelSpec = _spelled_as_in(model_spec(hf_config, mtp=mtp), directory)
         self.directory = directory
         self._export_plans: dict[ParallelLayout, Plan] = {}
         self._sides: dict[tuple[ParallelLayout, int], Side] = {}
@@ -67,20 +67,26 @@ class AutoBridge:
         self._streams: dict[tuple[object, ...], TensorStream] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> AutoBridge:
+    def from_pretrained(cls, path: str | Path, *, mtp: bool = False) -> AutoBridge:
         """From a checkpoint directory, or the name of one on the Hugging Face hub.
 
+        Args:
+            mtp: carry multi-token-prediction layers (DeepSeek-V3, GLM-4.5): built frozen, imported, exported and saved. RL's
+                forward passes, which give no labels, skip them. Without it they are neither built nor read, and what is
+                saved lacks them: a checkpoint that serves, but not with speculative decoding by its own layers.
+
         Raises:
-            UnsupportedModelError: no bridge for the architecture, or for a feature that the config asks for.
+            UnsupportedModelError: no bridge for the architecture, or for a feature that the config asks for; or `mtp`, and the
+                model has no such layers.
             CheckpointError: the directory holds no readable config.
         """
         directory = local_directory(path)
-        return cls(load_config(directory), directory)
+        return cls(load_config(directory), directory, mtp=mtp)
 
     @classmethod
-    def from_config(cls, hf_config: Any) -> AutoBridge:
-        """From a Transformers config alone; weights are then given to `load_weights`."""
-        return cls(hf_config)
+    def from_config(cls, hf_config: Any, *, mtp: bool = False) -> AutoBridge:
+        """From a Transformers config alone; weights are then given to `load_weights`. Arguments as `from_pretrained`'s."""
+        return cls(hf_config, mtp=mtp)
 
     def metadata(self, dtype: torch.dtype = torch.bfloat16) -> list[HFTensor]:
         """Name, dtype and shape of every HF tensor that an export in `dtype` yields, in its order; no weight is touched."""
@@ -103,7 +109,7 @@ class AutoBridge:
         else:
             check_hf_state(self.spec, hf_state, "the given state dict")
             source, tensors = hf_side(self.spec), _Contiguous(hf_state)
-            dtypes = {hf_name: hf_state[hf_name].dtype for hf_name in self.spec.hf_shapes}
+            dtypes = {hf_name: hf_state[hf_name].dtype for hf_name in self.spec.hf_shapes if hf_name in hf_state}
         side = megatron_side(self.spec, layout)
         shards = {rank: virtual.allocate(side.on(rank), dtypes) for rank in range(layout.world_size)}
         virtual.run(compile_plan(self.spec, source, side), {0: tensors}, shards)

@@ -83,8 +83,9 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
 }
 
 
-def model_spec(hf_config: Any) -> ModelSpec:
-    """The spec of the model that `hf_config` (a Transformers config) describes.
+def model_spec(hf_config: Any, *, mtp: bool = False) -> ModelSpec:
+    """The spec of the model that `hf_config` (a Transformers config) describes, with its multi-token-prediction layers (`mtp`)
+    or without.
 
     Raises:
         UnsupportedModelError: no bridge for the architecture, or the config asks for a feature that its bridge can't express.
@@ -99,4 +100,12 @@ def model_spec(hf_config: Any) -> ModelSpec:
         nearest = difflib.get_close_matches(architectures[0], FAMILIES, n=1, cutoff=0.3)
         hint = f"; the nearest is {nearest[0]}" if nearest else ""
         raise UnsupportedModelError(f"no bridge for {architectures[0]}; supported: {', '.join(FAMILIES)}{hint}")
-    return family(hf_config)
+    spec = family(hf_config)
+    if not mtp:
+        return spec
+    if spec.prediction is None:
+        raise UnsupportedModelError(
+            f"mtp=True: {architectures[0]} has no multi-token-prediction layers by its config (num_nextn_predict_layers), or "
+            "none that its bridge maps; use mtp=False"
+        )
+    return spec.prediction

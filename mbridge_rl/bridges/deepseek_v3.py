@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from mbridge_rl.bridges.blocks import decoder, gated_mlp
+from mbridge_rl.bridges.blocks import decoder, gated_mlp, require
 from mbridge_rl.bridges.experts import dense_then_sparse, sigmoid_experts
 from mbridge_rl.bridges.latent_attention import latent_attention
-from mbridge_rl.bridges.prediction import without_prediction
+from mbridge_rl.bridges.prediction import with_prediction
 from mbridge_rl.core.model import ModelSpec
 
 
 def deepseek_v3(hf: Any) -> ModelSpec:
+    require(hf, "moe_layer_freq", 1)
     dense, sparse = dense_then_sparse(hf)
-    spec = decoder(hf, latent_attention(hf), gated_mlp(hf).only_in(dense), *sigmoid_experts(hf, sparse))
-    return without_prediction(hf, spec)
+    attention, experts = latent_attention(hf), sigmoid_experts(hf, sparse)
+    return with_prediction(hf, decoder(hf, attention, gated_mlp(hf).only_in(dense), *experts), (attention, *experts))

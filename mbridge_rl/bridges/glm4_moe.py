@@ -5,12 +5,11 @@ from typing import Any
 
 from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
 from mbridge_rl.bridges.experts import dense_then_sparse, sigmoid_experts
-from mbridge_rl.bridges.prediction import without_prediction
+from mbridge_rl.bridges.prediction import with_prediction
 from mbridge_rl.core.model import ModelSpec
 
 
 def glm4_moe(hf: Any) -> ModelSpec:
     dense, sparse = dense_then_sparse(hf)
-    heads = attention(hf, output_bias=False, qk_norm=hf.use_qk_norm)
-    spec = decoder(hf, heads, gated_mlp(hf).only_in(dense), *sigmoid_experts(hf, sparse))
-    return without_prediction(hf, spec)
+    heads, experts = attention(hf, output_bias=False, qk_norm=hf.use_qk_norm), sigmoid_experts(hf, sparse)
+    return with_prediction(hf, decoder(hf, heads, gated_mlp(hf).only_in(dense), *experts), (heads, *experts))

@@ -6,11 +6,11 @@ from typing import Any
 from mbridge_rl.bridges.blocks import decoder, gated_mlp
 from mbridge_rl.bridges.experts import sigmoid_experts
 from mbridge_rl.bridges.latent_attention import latent_attention
-from mbridge_rl.bridges.prediction import without_prediction
+from mbridge_rl.bridges.prediction import with_prediction
 from mbridge_rl.core.model import ModelSpec
 
 
 def glm4_moe_lite(hf: Any) -> ModelSpec:
     dense, sparse = (tuple(i for i, kind in enumerate(hf.mlp_layer_types) if kind == wanted) for wanted in ("dense", "sparse"))
-    spec = decoder(hf, latent_attention(hf), gated_mlp(hf).only_in(dense), *sigmoid_experts(hf, sparse))
-    return without_prediction(hf, spec)
+    attention, experts = latent_attention(hf), sigmoid_experts(hf, sparse)
+    return with_prediction(hf, decoder(hf, attention, gated_mlp(hf).only_in(dense), *experts), (attention, *experts))

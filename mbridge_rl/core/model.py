@@ -67,6 +67,7 @@ class ModelSpec:
         carried: modules of Transformers' own that the first stage holds, whole and frozen: `{name in the Megatron model:
             function that builds it}`. Their tensors are in `rules` like all others.
         alternatives: the same model for checkpoints that name or stack its tensors otherwise, likelier ones first.
+        prediction: the same model with its multi-token-prediction layers; `None` where it has none, or has them already.
         ignored_hf_prefixes: beginnings of names of tensors that a checkpoint may hold though the model has no use for them (a
             tied model's `lm_head.weight`, layers that only pretraining uses).
     """
@@ -83,6 +84,7 @@ class ModelSpec:
     extras: tuple[Extra, ...] = ()
     carried: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
     alternatives: tuple[ModelSpec, ...] = ()
+    prediction: ModelSpec | None = None
     ignored_hf_prefixes: tuple[str, ...] = field(default=())
 
     @cached_property
@@ -103,6 +105,11 @@ class ModelSpec:
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every HF tensor, in checkpoint order."""
         return {hf_name: part.shape for hf_name, part in self.hf_parts.items()}
+
+    @cached_property
+    def repeated_hf_names(self) -> frozenset[str]:
+        """Tensors that repeat others: a checkpoint may lack them, and an import leaves them alone."""
+        return frozenset(name for instance in self.instances if instance.rule.repeats for name in instance.hf_names)
 
     def hf_grid(self, hf_name: str) -> tuple[int, ...]:
         """The factored shape that boxes of `hf_name` count in; its row-major order is the tensor's own."""
@@ -143,6 +150,11 @@ class ModelSpec:
         if layout.stage_mtp_layers is not None and placed != present:
             raise LayoutError(
                 f"the layout places {placed} multi-token prediction layers (m), {self.architecture} has {present}"
+            )
+        if present and layout.vpp > 1 and layout.mtp_stage % layout.pp == 0:
+            raise LayoutError(
+                f"pipeline rank 0 would hold the embedding of {self.architecture} twice: place its multi-token prediction "
+                f"layers (m) on another pipeline rank, found stage {layout.mtp_stage} of {layout.num_stages}"
             )
         if layout.ep > 1 and not self.num_experts:
             raise LayoutError(f"ep={layout.ep}: {self.architecture} has no experts; use ep=1")

@@ -110,8 +110,8 @@ def compile_plan(spec: ModelSpec, source: Side, target: Side, *, same_ranks: boo
     Raises:
         PlanError: a region of an HF tensor that a target holds and no source does.
     """
-    wanted = _by_hf_name(target)
-    offered = _shared({name: segments for name, segments in _by_hf_name(source).items() if name in wanted}, wanted)
+    wanted = _by_hf_name(segment for segment in target.segments if not segment.repeats)
+    offered = _shared({name: segments for name, segments in _by_hf_name(source.segments).items() if name in wanted}, wanted)
     copies: list[Copy] = []
     for hf_name in (hf_name for hf_name in spec.hf_shapes if hf_name in wanted):
         hf_strides = contiguous_strides(spec.hf_grid(hf_name))
@@ -130,9 +130,9 @@ def compile_plan(spec: ModelSpec, source: Side, target: Side, *, same_ranks: boo
     return Plan(hf_shapes, tuple(copies), padded_names)
 
 
-def _by_hf_name(side: Side) -> dict[str, list[Segment]]:
+def _by_hf_name(segments: Iterable[Segment]) -> dict[str, list[Segment]]:
     grouped: dict[str, list[Segment]] = defaultdict(list)
-    for segment in side.segments:
+    for segment in segments:
         grouped[segment.hf_name].append(segment)
     return grouped
 

@@ -30,7 +30,9 @@ from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout, padded_vocab_size
 
 ShardAxis = Literal["tp", "etp"]
-Placement = Literal["layer", "first_stage", "last_stage", "last_stage_copy"]
+Placement = Literal[
+    "layer", "first_stage", "last_stage", "last_stage_copy", "last_layer_stage", "prediction_stage", "prediction_stage_copy"
+]
 
 
 EXPERT = "expert"
@@ -101,8 +103,11 @@ class Rule:
             outnumber the groups share them: each takes its range of rows, wherever that cuts.
         padded: Megatron rounds the extent up to a multiple of the axis (vocabularies); the tail belongs to no HF tensor.
         placement: which pipeline stage holds it. `last_stage_copy` is the output layer of a tied model: a second copy of the
-            embedding that exists only where the last stage is not also the first.
+            embedding that exists only where the last stage is not also the first. `prediction_stage` is where multi-token
+            prediction layers are, and `prediction_stage_copy` their copy of the embedding, likewise.
         layers: the decoder layers it exists in, `None` for all.
+        repeats: its HF tensors say again what other rules say of the same Megatron tensor (a checkpoint's copies of the
+            embedding): exports write them, imports leave them alone.
         dtype: of the HF tensor whatever the dtype of the others (router biases stay fp32), `None` for the checkpoint's.
     """
 
@@ -116,6 +121,7 @@ class Rule:
     placement: Placement = "layer"
     layers: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    repeats: bool = False
 
     @property
     def extent(self) -> int:

@@ -55,7 +55,7 @@ class Box:
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Box `box` of HF tensor `hf_name` is the strided view `(offset, strides)` (elements) of local tensor `local_name`, on each
-    of `ranks`. The box counts in the tensor's factored shape (`rules.Part.axes`)."""
+    of `ranks`. The box counts in the tensor's factored shape (`rules.Part.axes`). One that `repeats` is only ever a source."""
 
     hf_name: str
     box: Box
@@ -63,6 +63,7 @@ class Segment:
     offset: int
     strides: Shape
     ranks: tuple[int, ...]
+    repeats: bool = False
 
     def offset_of(self, box: Box) -> int:
         """Where the sub-box `box` begins in the local tensor."""
@@ -125,7 +126,8 @@ def megatron_side(spec: ModelSpec, layout: ParallelLayout, rank: int | None = No
             continue
         local_shape = instance.rule.local_shape(layout)
         shapes[instance.megatron_name] = local_shape
-        holders[instance.megatron_name] = tuple(sorted(held for ranks in shards.values() for held in ranks))
+        held = (*holders.get(instance.megatron_name, ()), *(rank for ranks in shards.values() for rank in ranks))
+        holders[instance.megatron_name] = tuple(sorted(set(held)))
         if instance.rule.padded:
             padded.add(instance.megatron_name)
         for shard, ranks in shards.items():
@@ -170,6 +172,12 @@ class _Places:
                 return last
             case "last_stage_copy":
                 return last or None
+            case "last_layer_stage":
+                return self._stages[-1] % self._layout.pp
+            case "prediction_stage":
+                return self._layout.mtp_stage % self._layout.pp
+            case "prediction_stage_copy":
+                return self._layout.mtp_stage % self._layout.pp or None
 
 
 def _shard(instance: Instance, local_shape: Shape, shards: int, shard: int, ranks: tuple[int, ...]) -> Iterator[Segment]:
@@ -179,7 +187,7 @@ def _shard(instance: Instance, local_shape: Shape, shards: int, shard: int, rank
         for start, count in _boxes([axis.count for axis in part.axes if axis.along == dim], first, size):
             box, hf_strides = _slice_of_part(part, instance, start, count, strides)
             offset = (local_start + start - first) * strides[dim]
-            yield Segment(hf_name, box, instance.megatron_name, offset, hf_strides, ranks)
+            yield Segment(hf_name, box, instance.megatron_name, offset, hf_strides, ranks, instance.rule.repeats)
 
 
 def _pieces(instance: Instance, shards: int, shard: int, local_extent: int) -> Iterator[tuple[str, Part, int, int, int]]:

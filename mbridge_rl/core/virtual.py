@@ -23,7 +23,7 @@ def run(plan: Plan, sources: Mapping[int, Mapping[str, Tensor]], targets: Mappin
 
 def allocate(side: Side, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Uninitialised tensors for a side; each takes the dtype of the HF tensors that it is made of."""
-    made_of = {segment.local_name: segment.hf_name for segment in side.segments}
+    made_of = {segment.local_name: segment.hf_name for segment in side.segments if not segment.repeats}
     fallback = next(iter(dtypes.values()), torch.get_default_dtype())
     return {
         name: torch.empty(shape, dtype=dtypes[made_of[name]] if name in made_of else fallback)

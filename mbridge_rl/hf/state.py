@@ -32,7 +32,7 @@ def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Described], where: st
     Raises:
         StateMismatchError: a missing, unexpected or wrongly shaped tensor, or one that is not floating point.
     """
-    missing = spec.hf_shapes.keys() - hf_state.keys()
+    missing = spec.hf_shapes.keys() - hf_state.keys() - spec.repeated_hf_names
     extra = {hf_name for hf_name in hf_state.keys() - spec.hf_shapes.keys() if not is_ignored(spec, hf_name)}
     if missing or extra:
         problems = [f"missing {listed(missing)}"] if missing else []
@@ -41,7 +41,7 @@ def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Described], where: st
             f"{where} does not match {spec.architecture}: {'; '.join(problems)}. "
             f"Is config.json the one of these weights? Nothing was changed"
         )
-    for hf_name in spec.hf_shapes:
+    for hf_name in spec.hf_shapes.keys() & hf_state.keys():
         try:
             check_hf_tensor(spec, hf_name, hf_state[hf_name], where)
         except StateMismatchError as error:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.extras import Extra
 from mbridge_rl.megatron.layer_specs import change_layer_specs
+from mbridge_rl.megatron.prediction import predicting_model
 
 
 def decoder_model(arguments: Mapping[str, Any], extras: Sequence[Extra], vp_stage: int | None) -> nn.Module:
@@ -27,7 +28,10 @@ def decoder_model(arguments: Mapping[str, Any], extras: Sequence[Extra], vp_stag
     else:
         layers = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
     change_layer_specs(layers.layer_specs, extras)
-    model = GPTModel(transformer_layer_spec=layers, vp_stage=vp_stage, **arguments)
+    if config.mtp_num_layers is None:
+        model = GPTModel(transformer_layer_spec=layers, vp_stage=vp_stage, **arguments)
+    else:
+        model = predicting_model(layers, extras, vp_stage, arguments)
     if config.attention_output_gate and config.num_query_groups < config.tensor_model_parallel_size:
         _deal_gates(model)
     return model

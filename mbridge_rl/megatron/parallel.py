@@ -80,12 +80,22 @@ def initialize_parallel(
             expert_tensor_parallel_size=layout.expert_tp,
             distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
             order=layout.order,
+            **_embedding_ranks(layout),
         )
         stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(stage_seed)
         model_parallel_cuda_manual_seed(stage_seed)
     _State.layout = layout
     return layout
+
+
+def _embedding_ranks(layout: ParallelLayout) -> dict[str, Any]:
+    """Whose copies of the embedding Megatron keeps equal, where the layout places multi-token prediction layers: they have one,
+    and the last stage does not. Otherwise Megatron's default, first and last stage."""
+    if layout.pp == 1 or not any(layout.stage_mtp_layers or ()):
+        return {}
+    stages = sorted({0, layout.mtp_stage % layout.pp})
+    return {"get_embedding_ranks": lambda ranks: [ranks[stage] for stage in stages]}
 
 
 def _rank_and_world_size(layout: ParallelLayout, rank: int | None, world_size: int | None) -> tuple[int, int]:

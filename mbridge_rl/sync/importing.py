@@ -68,7 +68,7 @@ class _Receiver:
             if hasattr(iterator, "close"):
                 iterator.close()
             raise
-        if missing := self._spec.hf_shapes.keys() - self.arrived:
+        if missing := self._spec.hf_shapes.keys() - self.arrived - self._spec.repeated_hf_names:
             raise StateMismatchError(
                 f"the stream ended after {len(self.arrived)} of {len(self._spec.hf_shapes)} tensors: missing {listed(missing)}"
             )
