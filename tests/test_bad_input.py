@@ -17,6 +17,7 @@ from tiny import DENSE, hf_state, tiny_checkpoint, tiny_config
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.hf.nemotron_nas import NemotronNasConfig
 from mbridge_rl.megatron.parallel import initialize_parallel
 
 Damage = Callable[[Path], None]
@@ -145,6 +146,14 @@ def test_unsupported_features_are_named(architecture: str, fields: dict, message
     config = getattr(transformers, f"{architecture}{text}Config")(**{**DENSE, **fields})
     config.architectures = [f"{architecture}ForCausalLM"]
     with pytest.raises(UnsupportedModelError, match=f"{architecture}ForCausalLM: {message}"):
+        AutoBridge.from_config(config)
+
+
+def test_layers_of_unsupported_kinds_are_named() -> None:
+    layer = {"attention": {"no_op": False, "replace_with_linear": True}, "ffn": {"no_op": True}}
+    config = NemotronNasConfig(**{**DENSE, "num_hidden_layers": 1, "intermediate_size": None}, block_configs=[layer])
+    config.architectures = ["DeciLMForCausalLM"]
+    with pytest.raises(UnsupportedModelError, match=r"block_configs\[0\].attention.replace_with_linear=True is not supported"):
         AutoBridge.from_config(config)
 
 

@@ -28,6 +28,7 @@ from mbridge_rl.bridges.mistral import mistral
 from mbridge_rl.bridges.mixtral import mixtral
 from mbridge_rl.bridges.nemotron import nemotron
 from mbridge_rl.bridges.nemotron_h import nemotron_h
+from mbridge_rl.bridges.nemotron_nas import nemotron_nas
 from mbridge_rl.bridges.olmoe import olmoe
 from mbridge_rl.bridges.phi3 import phi3
 from mbridge_rl.bridges.qwen2 import qwen2
@@ -44,6 +45,7 @@ from mbridge_rl.core.model import ModelSpec
 
 FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "LlamaForCausalLM": llama,
+    "DeciLMForCausalLM": nemotron_nas,
     "MistralForCausalLM": mistral,
     "MinistralForCausalLM": mistral,
     "Ministral3ForCausalLM": ministral3,

@@ -13,11 +13,21 @@ import torch
 
 from mbridge_rl.core.errors import CheckpointError
 
-# What lies beside the weights and belongs to the model: tokenizer, chat template, generation defaults.
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json")
+# What lies beside the weights and belongs to the model: tokenizer, chat template, generation defaults, code.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.py",
+)
 
 # Model types that Transformers does not know by name, though it knows what they are.
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
+# And one that has its own class, here: it keeps its `auto_map`, by which others find the repository's code.
+_NEMOTRON_NAS = "nemotron-nas"
 
 
 def local_directory(path: str | Path) -> Path:
@@ -32,7 +42,9 @@ def local_directory(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{path} is neither a directory nor a repository that the hub gives: {error}") from error
 
@@ -49,7 +61,11 @@ def load_config(directory: Path) -> Any:
         raise CheckpointError(f"{directory} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
         values = json.loads((directory / "config.json").read_text())
-        return parse_config(values) if values.get("model_type") in _SAME_AS else AutoConfig.from_pretrained(directory)
+        return (
+            parse_config(values)
+            if values.get("model_type") in (*_SAME_AS, _NEMOTRON_NAS)
+            else AutoConfig.from_pretrained(directory)
+        )
     except Exception as error:  # Transformers' own validation raises many types; all of them mean this
         raise CheckpointError(f"{directory}/config.json: Transformers cannot read it: {error}") from error
 
@@ -58,6 +74,10 @@ def parse_config(values: Mapping[str, Any]) -> Any:
     """The Transformers config that the contents of a config.json stand for, without the code of its repository."""
     from transformers import CONFIG_MAPPING
 
+    if values["model_type"] == _NEMOTRON_NAS:
+        from mbridge_rl.hf.nemotron_nas import NemotronNasConfig
+
+        return NemotronNasConfig.from_dict(dict(values))
     model_type = _SAME_AS.get(values["model_type"], values["model_type"])
     plain = {name: value for name, value in values.items() if name != "auto_map"}
     return CONFIG_MAPPING[model_type].from_dict({**plain, "model_type": model_type})

@@ -21,9 +21,12 @@ def decoder_model(arguments: Mapping[str, Any], extras: Sequence[Extra], vp_stag
         get_transformer_block_with_experimental_attention_variant_spec,
     )
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 
     config = arguments["config"]
-    if config.experimental_attention_variant is None:
+    if config.heterogeneous_block_specs:
+        layers = get_gpt_heterogeneous_layer_spec(config, use_te=True, vp_stage=vp_stage)
+    elif config.experimental_attention_variant is None:
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     else:
         layers = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)

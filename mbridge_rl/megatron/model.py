@@ -128,10 +128,8 @@ def _transformer_config(
     overrides: Mapping[str, Any],
 ) -> Any:
     """Megatron's config: the spec's fields, then what the machine and the layout say, then `overrides`."""
-    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-
     latent_attention = bool(spec.transformer_config.get("multi_latent_attention"))
-    config_class = MLATransformerConfig if latent_attention else TransformerConfig
+    config_class = _config_class(spec)
     known = {field.name for field in dataclasses.fields(config_class)}
     _check_overrides(overrides, known)
     if sequence_parallel is None:
@@ -163,6 +161,16 @@ def _transformer_config(
         fp16=dtype == torch.float16,
     )
     return config_class(**{**fields, **overrides})
+
+
+def _config_class(spec: ModelSpec) -> type[Any]:
+    from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    if spec.transformer_config.get("multi_latent_attention"):
+        return MLATransformerConfig
+    heterogeneous = "heterogeneous_layers_config_encoded_json" in spec.transformer_config
+    return HeterogeneousTransformerConfig if heterogeneous else TransformerConfig
 
 
 def _check_overrides(overrides: Mapping[str, Any], known: set[str]) -> None:

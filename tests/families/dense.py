@@ -1,7 +1,11 @@
 """Dense decoders."""
 
+from typing import Any
+
 from families.family import Family
+from families.heterogeneous import DeciLMForCausalLM
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.hf.nemotron_nas import NemotronNasConfig
 
 LLAMA = "Llama 2, 3, 3.1, 3.2, 3.3"
 LLAMA3_ROPE = {
@@ -21,6 +25,16 @@ LONG_ROPE = {
     "original_max_position_embeddings": 16,
     "partial_rotary_factor": 0.75,
 }
+
+
+def block(group: int | None, ffn_mult: float | None) -> dict[str, dict[str, Any]]:
+    """A layer of Llama-Nemotron: query heads per KV head and relative size of the MLP; `None` where there is none."""
+    return {
+        "attention": {"no_op": group is None, "n_heads_in_group": group, "replace_with_linear": False},
+        "ffn": {"no_op": ffn_mult is None, "ffn_mult": ffn_mult, "replace_with_linear": False},
+    }
+
+
 TP4 = ParallelLayout(tp=4, pp=2, stage_layers=(1, 2))  # more ranks than KV heads
 
 FAMILIES = [
@@ -33,6 +47,23 @@ FAMILIES = [
         {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE, "num_key_value_heads": 4},
     ),
     Family(LLAMA, "llama-biases", "llama", "LlamaForCausalLM", {"head_dim": 32, "attention_bias": True, "mlp_bias": True}),
+    Family(
+        "Llama-Nemotron (DeciLM)",
+        "nemotron-nas",
+        "nemotron-nas",
+        "DeciLMForCausalLM",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "block_configs": [block(2, 2.0), block(None, 6.0), block(4, None), block(1, 2.0)],
+            "rope_parameters": LLAMA3_ROPE,
+            "auto_map": {"AutoConfig": "configuration_decilm.NemotronNasConfig"},
+        },
+        layout=ParallelLayout(tp=2, pp=2, stage_layers=(1, 3)),
+        engine={"trust_remote_code": True},
+        classes=(NemotronNasConfig, DeciLMForCausalLM),
+        files={"configuration_decilm.py": "from mbridge_rl.hf.nemotron_nas import NemotronNasConfig\n"},
+    ),
     Family("Mistral", "mistral", "mistral", "MistralForCausalLM", {"head_dim": 32, "sliding_window": 7}, layout=TP4),
     Family(
         "Mistral",

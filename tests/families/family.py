@@ -52,6 +52,8 @@ class Family:
         tolerance: of fp32 logits, largest absolute difference from Transformers'; more than 1e-3 needs a comment.
         ignored: beginnings of names in the checkpoint that the bridge leaves alone.
         embedding: standard deviation of token embeddings; models that scale them need less, or they repeat themselves.
+        classes: of the config and the model, where Transformers has none.
+        files: further files of a checkpoint.
     """
 
     title: str
@@ -66,11 +68,14 @@ class Family:
     tolerance: float = 1e-3
     ignored: tuple[str, ...] = ()
     embedding: float = 0.5
+    classes: tuple[type[Any], type[nn.Module]] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def hf_config(self) -> Any:
         from transformers import CONFIG_MAPPING
 
-        config = CONFIG_MAPPING[self.model_type](**{**self.base, **self.config})
+        config_class = self.classes[0] if self.classes else CONFIG_MAPPING[self.model_type]
+        config = config_class(**{**self.base, **self.config})
         config.architectures = [self.architecture]
         return config
 
@@ -78,7 +83,8 @@ class Family:
         """A Transformers model in fp32, random in every tensor: norms, biases and buffers that decide routing included."""
         import transformers
 
-        model = getattr(transformers, self.architecture)._from_config(self.hf_config(), **REFERENCE).eval()
+        model_class = self.classes[1] if self.classes else getattr(transformers, self.architecture)
+        model = model_class._from_config(self.hf_config(), **REFERENCE).eval()
         _randomize(model, seed, self.embedding)
         return model
 
@@ -86,6 +92,8 @@ class Family:
         """Saves the model of `seed` to `directory`, and returns it."""
         model = self.model(seed).to(dtype)
         model.save_pretrained(directory)
+        for name, text in self.files.items():
+            (directory / name).write_text(text)
         return model
 
 
