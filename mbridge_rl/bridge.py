@@ -20,6 +20,7 @@ from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchEr
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
+from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import copy_companions, load_config, local_directory, save_config
@@ -28,6 +29,7 @@ from mbridge_rl.hf.module import HFModule
 from mbridge_rl.hf.peft import read_lora_config
 from mbridge_rl.hf.state import check_hf_state
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
+from mbridge_rl.quantized_bridge import LiveQuantizedBridge
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.importing import import_stream
 from mbridge_rl.sync.saving import save_together
@@ -392,6 +394,37 @@ class AutoBridge:
         staging = StagingDirectory(directory, files, durable=durable)
         save_together(staging, plan, live, group, lambda: self._write_companions(staging.path, dtype))
         _log.info("saved %s to %s", self.spec.architecture, staging.directory)
+
+    @torch.no_grad()
+    def export_quantized_weights(
+        self,
+        model: Sequence[nn.Module],
+        scheme: Fp8,
+        *,
+        dtype: torch.dtype | None = None,
+        ranks: Sequence[int] | None = None,
+        transport: Transport = "auto",
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As `export_weights`, with linears' weights in fp8, each followed by its scales. Every rank quantizes what it holds,
+        so half the bytes travel; the result is bit for bit that of one process.
+
+        Args:
+            dtype: of what is not quantized; `None` means the model's.
+        """
+        yield from LiveQuantizedBridge(self.spec, model, scheme, dtype).export(ranks, transport)
+
+    @torch.no_grad()
+    def save_quantized(
+        self,
+        model: Sequence[nn.Module],
+        directory: str | Path,
+        scheme: Fp8,
+        *,
+        dtype: torch.dtype | None = None,
+        durable: bool = True,
+    ) -> None:
+        """As `save_pretrained`, in fp8: a checkpoint that says so in its config.json."""
+        LiveQuantizedBridge(self.spec, model, scheme, dtype).save(directory, self._write_companions, durable=durable)
 
     @torch.no_grad()
     def export_adapter_weights(

@@ -1,4 +1,4 @@
-"""Quantized checkpoints as plain ones: fp8 with block scales (DeepSeek-V3) and mxfp4 (GPT-OSS), dequantized when read.
+"""Quantized checkpoints as plain ones: fp8 with block scales (DeepSeek-V3) or one per tensor, and mxfp4 (GPT-OSS), dequantized when read.
 
 An import op without an inverse: the trainer's weights are bf16 or fp32, and an export is a plain checkpoint.
 """
@@ -16,7 +16,8 @@ from mbridge_rl.core.model import HFTensor
 
 SUPPORTED = ("fp8", "mxfp4")
 
-_SCALE = "_scale_inv"  # fp8: `X.weight` and `X.weight_scale_inv`
+_SCALE = "_scale_inv"  # fp8 in blocks: `X.weight` and `X.weight_scale_inv`
+_TENSOR_SCALE = ".weight_scale"  # fp8 with one scale: `X.weight` and `X.weight_scale`
 _BLOCKS, _SCALES = "_blocks", "_scales"  # mxfp4: `X_blocks` and `X_scales`
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _MXFP4_BIAS = 127
@@ -39,7 +40,7 @@ class Dequantized(Mapping[str, Tensor]):
         config = require_supported(quantization_config)
         self._tensors, self._dtype = tensors, dtype
         self._block = tuple(config.get("weight_block_size") or (128, 128))
-        scales = {name for name in tensors if name.endswith((_SCALE, _SCALES))}
+        scales = {name for name in tensors if name.endswith((_SCALE, _SCALES, _TENSOR_SCALE))}
         self._names = [self._plain(name) for name in tensors if name not in scales]
         orphans = [name for name in scales if self._of_scale(name) not in tensors]
         if orphans:
@@ -51,6 +52,8 @@ class Dequantized(Mapping[str, Tensor]):
             return dequantize_mxfp4(blocks, scales, self._dtype)
         if hf_name + _SCALE in self._tensors:
             return dequantize_fp8(hf_name, self._tensors[hf_name], self._tensors[hf_name + _SCALE], self._block, self._dtype)
+        if (one := _tensor_scale_of(hf_name)) in self._tensors:
+            return (self._tensors[hf_name].float() * self._tensors[one].float()).to(self._dtype)
         return self._tensors[hf_name]
 
     def __iter__(self) -> Iterator[str]:
@@ -69,7 +72,8 @@ class Dequantized(Mapping[str, Tensor]):
             experts, rows, groups, width = self._tensors[hf_name + _BLOCKS].shape
             return HFTensor(hf_name, self._dtype, (experts, groups * width * 2, rows))
         stored = self._tensors[hf_name]
-        return HFTensor(hf_name, self._dtype if hf_name + _SCALE in self._tensors else stored.dtype, tuple(stored.shape))
+        scaled = hf_name + _SCALE in self._tensors or _tensor_scale_of(hf_name) in self._tensors
+        return HFTensor(hf_name, self._dtype if scaled else stored.dtype, tuple(stored.shape))
 
     @staticmethod
     def _plain(name: str) -> str:
@@ -77,7 +81,13 @@ class Dequantized(Mapping[str, Tensor]):
 
     @staticmethod
     def _of_scale(name: str) -> str:
+        if name.endswith(_TENSOR_SCALE):
+            return name.removesuffix("_scale")
         return name.removesuffix(_SCALE) if name.endswith(_SCALE) else name.removesuffix(_SCALES) + _BLOCKS
+
+
+def _tensor_scale_of(hf_name: str) -> str:
+    return f"{hf_name}_scale" if hf_name.endswith(".weight") else ""
 
 
 def require_supported(quantization_config: Any) -> Mapping[str, Any]:

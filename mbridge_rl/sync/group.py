@@ -89,6 +89,19 @@ class RankGroup:
             dist.all_reduce(summed, group=self._group)
         return summed.cpu()
 
+    def maximum(self, values: Tensor) -> Tensor:
+        """The largest of all ranks' `values`, element by element; also a barrier.
+
+        Raises:
+            RanksUnreachable: as `wait`.
+        """
+        if self.size == 1:
+            return values
+        largest = values.to(self.device)
+        with self._explained():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        return largest.cpu()
+
     def all_same(self, number: int) -> bool:
         """Whether all ranks brought the same `number`, below 2^21; also a barrier."""
         total, squares = self.sum(torch.tensor([number, number * number])).tolist()
