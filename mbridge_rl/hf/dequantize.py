@@ -1,4 +1,5 @@
-"""Quantized checkpoints as plain ones: fp8 with block scales (DeepSeek-V3) or one per tensor, and mxfp4 (GPT-OSS), dequantized when read.
+"""Quantized checkpoints as plain ones, dequantized when read: fp8 with block scales (DeepSeek-V3) or one scale per tensor, and
+mxfp4 (GPT-OSS).
 
 An import op without an inverse: the trainer's weights are bf16 or fp32, and an export is a plain checkpoint.
 """
