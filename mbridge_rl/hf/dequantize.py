@@ -1,7 +1,7 @@
 """Quantized checkpoints as plain ones, dequantized when read: fp8 with block scales (DeepSeek-V3) or one scale per tensor, and
 mxfp4 (GPT-OSS).
 
-An import op without an inverse: the trainer's weights are bf16 or fp32, and an export is a plain checkpoint.
+The trainer holds bf16 or fp32, and an ordinary export is a plain checkpoint; `core.quantize` is the way back to fp8.
 """
 
 from __future__ import annotations
