@@ -31,17 +31,17 @@ def kill_engine(problem: Problem, completion: str) -> float:
 
 
 def engine_pids() -> list[int]:
-    """Engines of this process, or of its Ray cluster."""
+    """Engines of this process, or of its Ray node."""
     return [
         pid
         for pid in _processes()
         if (_parent(pid) == os.getpid() and "mbridge_rl.sync.vllm.process" in _command(pid))
-        or (_command(pid).startswith("ray::EngineActor") and _session(pid) == _session(os.getpid()))
+        or (_command(pid).startswith("ray::EngineActor") and _parent(pid) == os.getppid())
     ]
 
 
 def sibling_pids() -> list[int]:
-    """The other trainer ranks that the launcher forked."""
+    """The other trainer ranks that the launcher, or the Ray node, started."""
     mine = os.getpid()
     siblings = [pid for pid in _processes() if _parent(pid) == os.getppid() and pid != mine]
     return [pid for pid in siblings if _command(pid) == _command(mine)]
@@ -66,19 +66,11 @@ def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
-def _stat(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it has ended meanwhile
-        return ["", "-1", "-1", "-1"]
-
-
 def _parent(pid: int) -> int:
-    return int(_stat(pid)[1])
-
-
-def _session(pid: int) -> int:
-    return int(_stat(pid)[3])
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended meanwhile
+        return -1
 
 
 def _command(pid: int) -> str:

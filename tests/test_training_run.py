@@ -77,6 +77,30 @@ def test_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(undisturbed:
     assert "2: restarted after: rank 1 of 2 failed" in events(config.run_dir)
 
 
+def test_on_ray_the_curve_is_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    config = config_of(tmp_path / "run", "runner.kind=ray", "steps=2", "checkpoint.every=0", "reward.workers=1")
+    run_training(config)
+    assert curve(config.run_dir) == curve(undisturbed)[:2]
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["separate", "colocated"])
+def test_on_ray_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(
+    undisturbed: Path, sabotage: Path, placement: str
+) -> None:
+    pytest.importorskip("ray")
+    changes = ["runner.kind=ray", f"runner.placement={placement}", "runner.restarts=1"]
+    config = config_of(sabotage / "run", "reward.function=saboteurs:kill_engine_then_rank", *changes)
+    summary = run_training(config)
+    assert curve(config.run_dir) == curve(undisturbed)
+    assert (sabotage / "engine.done").read_text() != "[]"
+    assert (sabotage / "rank.done").read_text() != "[]"
+    assert summary["engines_lost"] == 1
+    assert "restarted after: rank 1 of 2 failed" in events(config.run_dir)
+
+
 def test_a_run_is_not_overwritten_and_a_finished_one_is_not_repeated(undisturbed: Path) -> None:
     before = curve(undisturbed)
     with pytest.raises(RunExists, match="go on with --resume"):
