@@ -29,6 +29,7 @@ from mbridge_rl.bridges.mixtral import mixtral
 from mbridge_rl.bridges.nemotron import nemotron
 from mbridge_rl.bridges.nemotron_h import nemotron_h
 from mbridge_rl.bridges.nemotron_nas import nemotron_nas
+from mbridge_rl.bridges.olmo2 import olmo2
 from mbridge_rl.bridges.olmoe import olmoe
 from mbridge_rl.bridges.phi3 import phi3
 from mbridge_rl.bridges.qwen2 import qwen2
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
     "Exaone4ForCausalLM": exaone4,
+    "Olmo2ForCausalLM": olmo2,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,

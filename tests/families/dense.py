@@ -174,6 +174,7 @@ FAMILIES = [
         "Exaone4ForCausalLM",
         {"hidden_size": 128, "sliding_window": None, "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
     ),
+    Family("OLMo 2", "olmo2", "olmo2", "Olmo2ForCausalLM", {"hidden_size": 128}),
     Family(
         "Ministral 3 (text)",
         "ministral3",
