@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-.PHONY: demo test bench support-table venv lint clean
+.PHONY: demo test nightly bench support-table venv lint clean
 
 demo: venv
 	$(BIN)/mbridge-rl demo $(DEMO_ARGS)
@@ -15,6 +15,10 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, three seeds each: some hours.
+nightly: venv
+	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest tests/test_training_learns.py tests/test_training_run.py
 
 bench: venv
 	$(BIN)/pip install --no-deps -r benchmarks/requirements.txt

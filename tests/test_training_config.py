@@ -137,3 +137,19 @@ def test_a_recipe_without_weights_is_not_started(tmp_path: Path) -> None:
     assert found.exit_code == 1
     assert "bundled config without weights" in found.output
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> None:
+    path = next(path for path in RECIPES if path.stem == "toy")
+    run_dir = tmp_path / "run"
+    wrong = CliRunner().invoke(app, ["train", str(path), f"run_dir={run_dir}", "rollout.mod=async", "layout.tp=0"])
+    assert wrong.exit_code == 1
+    assert "rollout.mod: there is no such field" in wrong.output
+    assert "layout: tp must be at least 1" in wrong.output
+    impossible = CliRunner().invoke(app, ["train", str(path), f"run_dir={run_dir}", "layout.tp=3", "--check"])
+    assert impossible.exit_code == 1
+    assert "LayoutError" in impossible.output
+    right = CliRunner().invoke(app, ["train", str(path), f"run_dir={run_dir}", "--check"])
+    assert right.exit_code == 0, right.output
+    assert "can be run: toy:qwen3 on 2 ranks" in right.output
+    assert not (run_dir / "metrics.jsonl").exists()

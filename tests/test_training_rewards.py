@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mbridge_rl.training import toy
 from mbridge_rl.training.config import RewardConfig, TaskConfig
 from mbridge_rl.training.config_file import ConfigError
 from mbridge_rl.training.reward_pool import PoolJudge
@@ -25,7 +26,7 @@ from mbridge_rl.training.rewards import (
     exact_match,
     math_verify,
 )
-from mbridge_rl.training.tasks import make_judge, make_task, reward_function
+from mbridge_rl.training.tasks import make_judge, make_task, reward_function, usable_problems
 
 
 def treacherous(problem: Problem, completion: str) -> float:
@@ -171,3 +172,15 @@ def test_tasks_from_files_and_functions(tmp_path: Any) -> None:
     path.write_text('{"question": "a"}\n{"answer": 1}\n')
     with pytest.raises(ConfigError, match="line 2"):
         make_task(TaskConfig("jsonl", str(path)))
+
+
+def test_prompts_that_do_not_fit_are_left_out_and_counted_or_refused() -> None:
+    tokenizer = toy.tokenizer()
+    problems = [Problem("1+1="), Problem(""), Problem("1+1+1+1="), Problem("2+2=")]
+    kept, left_out = usable_problems(problems, tokenizer, 4, refuse=False)
+    assert kept == [problems[0], problems[3]]
+    assert left_out == {"empty": 1, "longer than 4 tokens": 1}
+    with pytest.raises(ConfigError, match=r"the prompt '' has 0 tokens, 1 to 4 are allowed"):
+        usable_problems(problems, tokenizer, 4, refuse=True)
+    with pytest.raises(ConfigError, match=r"none of 4 prompts has 1 to 3 tokens"):
+        usable_problems(problems, tokenizer, 3, refuse=False)
