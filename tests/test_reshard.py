@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from live import live
 from ranks import run_ranks
 from tiny import hf_state, tiny_checkpoint
 
@@ -13,7 +14,8 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.hf.checkpoint import Checkpoint
-from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
+from mbridge_rl.megatron.parameters import live_side
 from mbridge_rl.sync.errors import SyncError
 from mbridge_rl.sync.reshard import reshard
 from mbridge_rl.sync.verify import differing, digests_of_model, digests_of_state
@@ -41,6 +43,26 @@ def test_resharding_equals_sharding_anew(variant: str, first: ParallelLayout, se
         for rank, found in enumerate(run_ranks(move, 4, directory, source, target)):
             assert found.keys() == expected.get(rank, {}).keys()
             assert all(torch.equal(found[name], expected[rank][name]) for name in found)
+
+
+def move_a_live_model(rank: int, directory: Path, source: ParallelLayout, target: ParallelLayout) -> list[str]:
+    """Out of one model into another one of the same ranks, which is built when the first is gone."""
+    bridge, model = live(source, directory)
+    tensors, _ = live_side(model, bridge.spec, source, rank)
+    moved = reshard(bridge.spec, tensors, source, target, round_bytes=1 << 16)
+    destroy_parallel()
+    initialize_parallel(target, rank=rank, world_size=4)
+    model = bridge.build_model(target)
+    tensors, _ = live_side(model, bridge.spec, target, rank)
+    for name in tensors:
+        tensors.base(name).copy_(moved[name])
+    return bridge.verify(model, directory)
+
+
+def test_resharding_a_live_model(tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "qwen3-moe")
+    layouts = ParallelLayout(tp=2, pp=2, vpp=2), ParallelLayout(tp=2, ep=4, etp=1, dp=2)
+    assert run_ranks(move_a_live_model, 4, directory, *layouts) == [[]] * 4
 
 
 def move_wrongly(rank: int, directory: Path) -> tuple[str, str]:
