@@ -20,6 +20,8 @@ from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.estimate import Links, Refit
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.core.templates import Flows, compile_flows, compile_templates, engine_side
 from mbridge_rl.hf.bundled import bundled_config, bundled_names
 
@@ -202,6 +204,9 @@ def test_kimi_on_a_thousand_ranks() -> None:
     refit = Refit(flows, 1024, 16, np.array([dtypes[hf_name].itemsize for hf_name in flows.hf_names]), replicas=8)
     estimate, own = refit.estimate(Links()), refit.exchanges(1024)
     assert time.process_time() - began < 20
+    began = time.process_time()
+    compile_plan(spec, hf_side(spec), megatron_side(spec, source, 300))  # one rank's own: what it reads of a checkpoint
+    assert time.process_time() - began < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6  # kB
     assert sum(it.nbytes for it in own if not it.sends) == estimate.received.maximum
     assert estimate.sent.balance < 1.11  # 3.8 layers a stage on average, 4 at most: 1.05 of it is the split of the layers
