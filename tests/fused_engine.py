@@ -45,7 +45,7 @@ class FusedWorker(nn.Module):
 
     def __init__(self, config: Any, shapes: Mapping[str, tuple[int, ...]], layout: EngineLayout, rank: int) -> None:
         super().__init__()
-        self.layout, self.rank = layout, rank
+        self.layout, self.rank, self.hf_shapes = layout, rank, dict(shapes)
         self._tp, self._stage = rank % layout.tp, rank // layout.tp
         self._kv_heads = config.num_key_value_heads
         self._tied = config.tie_word_embeddings
@@ -123,9 +123,7 @@ class FusedWorker(nn.Module):
     def _fused(self, name: str) -> tuple[str, int]:
         if match := _EXPERT.search(name):
             return name[: match.start()] + ("experts.w2" if match[2] == "down" else "experts.w13"), 0
-        module = name.split(".")[-2] if "." in name else name
-        if module == "q_proj" and "q_proj" in name and self._kv_heads is None:
-            return name, 0
+        module = name.split(".")[-2]
         fused, position = _FUSED.get(module, (module, 0))
         return name.replace(f".{module}.", f".{fused}."), position
 

@@ -34,6 +34,7 @@ from mbridge_rl.sync.engines import Engine, Engines
 from mbridge_rl.sync.errors import DigestMismatch, NonFiniteWeights, SyncError, TransferTimeout
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.pull import published, restore
 from mbridge_rl.sync.route import Piece, Route, plan_route
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way
@@ -102,10 +103,10 @@ class SyncReport:
     digest: str | None
     verified: bool
     seconds: float
-    mode: str
-    transport: str
-    phases: Mapping[str, float]
-    attempts: int
+    mode: str = "staged"
+    transport: str = "auto"
+    phases: Mapping[str, float] = field(default_factory=dict)
+    attempts: int = 1
     engines: Sequence[Mapping[str, Any]] = field(default=())
 
     @property
@@ -143,7 +144,7 @@ class WeightSync:
         **fields: Any,
     ) -> None:
         self.options = options or SyncOptions(**fields)
-        self._spec, self._model = bridge.spec, model
+        self._bridge, self._spec, self._model = bridge, bridge.spec, model
         self._group = RankGroup()
         self._layout = layout_of(model, bridge.spec)
         self._dtype = dtype or model_dtype(model)
@@ -183,6 +184,20 @@ class WeightSync:
                 _log.info("version %d: %d bytes in %.3f s, digest %s", version, report.nbytes, report.seconds, report.digest)
                 return report
         raise AssertionError("unreachable")
+
+    def pull(self, engine: int = 0) -> None:
+        """The way back: gives the trainer's live model the weights that an engine serves, under whatever layout it has, proven
+        by digest. All ranks together; the engine must be on the trainer's host (`sync.pull.restore_from_store` needs none).
+
+        Raises:
+            SyncError: the engine holds no version, or keeps tensors that only its own loader can place; DigestMismatch.
+        """
+
+        def publish(paths: Sequence[str]) -> None:
+            self._engines.all[engine].publish_weights(paths)
+
+        with published(self._store, self._route.workers, publish, self._group) as images:
+            restore(self._bridge, self._model, self._route.workers, images, self._group)
 
     @property
     def route(self) -> Route:
@@ -349,7 +364,8 @@ class WeightSync:
             kind = "shared_memory" if len(hosts | engine_hosts) == 1 else "process_group"
         if kind in ("shared_memory", "cuda_ipc") and len(hosts | engine_hosts) > 1:
             raise SyncError(f"the transport {kind!r} needs one host, found {sorted(hosts | engine_hosts)}; use 'process_group'")
-        device = next(iter(LiveParameters(self._model, 0).values())).device
+        live = LiveParameters(self._model, 0)
+        device = next((live.base(name).device for name in live), self._group.device)
         context = Context(self._group, self._route, self._replicas, self._store, self._patience, self.options.url, device)
         staged_here = kind == "shared_memory" and self.options.mode == "staged"
         return kind, open_way("store" if staged_here else kind, context)

@@ -24,13 +24,14 @@ from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.waiting import Patience
 
 _DEPTH = 3  # messages under way per process
-_joined: dict[str, Any] = {}  # this process's process groups, by id; an engine keeps them between two versions
+_MOST_JOINED = 16
+_joined: dict[tuple[str, int], Any] = {}  # this process's process groups, by id and rank; kept between two versions
 
 
 def _join(wire: Wire, rank: int, seconds: float) -> Any:
     """The process group of `wire`; all its members come within `seconds`."""
-    if wire["group"] in _joined:
-        return _joined[wire["group"]]
+    if (member := (wire["group"], rank)) in _joined:
+        return _joined[member]
     timeout = timedelta(seconds=seconds)
     with _explained("cannot meet the trainer and the other workers"):
         store = dist.TCPStore(wire["host"], wire["port"], is_master=False, timeout=timeout)
@@ -39,8 +40,9 @@ def _join(wire: Wire, rank: int, seconds: float) -> Any:
             group = dist.ProcessGroupNCCL(store, rank, wire["size"], timeout)
         else:
             group = dist.ProcessGroupGloo(store, rank, wire["size"], timeout)
-    _joined.clear()  # one that failed is of no more use
-    _joined[wire["group"]] = group
+    while len(_joined) >= _MOST_JOINED:
+        _joined.pop(next(iter(_joined)))  # its trainer is gone, or has made another one since
+    _joined[member] = group
     return group
 
 
@@ -159,8 +161,9 @@ class GroupWay:
         """The workers do."""
 
     def abandon(self) -> None:
+        if self._wire is not None:
+            _joined.pop((self._wire["group"], self._context.group.rank), None)
         self._wire = None
-        _joined.clear()
 
     def close(self) -> None:
         self.abandon()

@@ -1,0 +1,170 @@
+"""The way back: a trainer's model from what engines hold, under any layout. The same plans, with their sides swapped.
+
+The source is images: those of a weight store, or those that live engines write on request. An image is a side of a plan like
+any other: its pieces are segments.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_rl.core.digest import add, contiguous_strides, digest_strided, signed, unsigned
+from mbridge_rl.core.errors import listed
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.segments import Segment, Side
+from mbridge_rl.megatron.parameters import layout_of, live_side
+from mbridge_rl.sync import packing
+from mbridge_rl.sync.engine_side import boxes_of
+from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, StoreError
+from mbridge_rl.sync.group import RankGroup
+from mbridge_rl.sync.route import Piece, WorkerRoute
+from mbridge_rl.sync.store import Slot, WeightStore
+from mbridge_rl.sync.verify import differing, digests_of_model
+from mbridge_rl.sync.vllm.landing import Landing, View
+
+_log = logging.getLogger(__name__)
+
+
+def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightStore) -> int:
+    """Gives a live model the weights of the store's live version, which it returns. All ranks together, on the store's host.
+
+    Raises:
+        StoreError: on all ranks: nothing was committed; EngineMismatch: the store is of another model; DigestMismatch: the
+            images, or what the model then holds, are not what was committed.
+    """
+    group = RankGroup()
+    with ExitStack() as readings:
+        with group.together():
+            head = store.head()
+            if head is None:
+                raise StoreError(f"nothing was committed to the weight store {store.name!r} in {store.directory}")
+            kept = store.description(head.fingerprint)
+            if kept["model"] != bridge.spec.fingerprint:
+                raise EngineMismatch(
+                    f"the weight store {store.name!r} is of the model {kept['model']}, this bridge is of "
+                    f"{bridge.spec.fingerprint}: give it the bridge of the checkpoint that the engine was started from"
+                )
+            routes = [WorkerRoute.from_json(worker) for worker in kept["route"]["workers"]]
+            images = {route.rank: readings.enter_context(store.read(route.rank, head.token)).image for route in routes}
+        restore(bridge, model, routes, images, group)
+    _log.info("restored version %d from the weight store %s", head.version, store.name)
+    return head.version
+
+
+@torch.no_grad()
+def restore(
+    bridge: Any, model: Sequence[nn.Module], routes: Sequence[WorkerRoute], images: Mapping[int, Tensor], group: RankGroup
+) -> None:
+    """Gives a live model what `images` hold, and proves that it has it. All ranks together.
+
+    Raises:
+        DigestMismatch: before the first write, if an image is damaged; after the last, if the model holds something else.
+    """
+    spec: ModelSpec = bridge.spec
+    with group.together():
+        layout = layout_of(model, spec)
+        live, side = live_side(model, spec, layout, group.rank)
+        plan = compile_plan(spec, image_side(spec, routes), side)
+        for route in routes[group.rank :: group.size]:
+            packing.require_expected(route, images[route.rank])
+    with group.together():
+        tensors = _Typed(images)
+        for name in plan.padded_names.get(group.rank, ()):
+            live.base(name).zero_()
+        for copy in plan.copies:
+            copy.target.of(live.base(copy.target.name), copy.shape).copy_(copy.source.of(tensors[copy.source.name], copy.shape))
+    dtypes = {piece.hf_name: piece.dtype for route in routes for piece in route.pieces}
+    dtype = max(dtypes.values(), key=lambda dtype: list(dtypes.values()).count(dtype))
+    meant = _digests_of_images(spec, routes, images, spec.hf_dtypes(dtype), group)
+    held = digests_of_model(spec, model, bridge.export_plan(layout), layout, dtype, group)
+    if wrong := differing(meant, held):
+        raise DigestMismatch(f"{len(wrong)} tensors of the restored model are not what the engine held: {listed(wrong)}")
+
+
+def image_side(spec: ModelSpec, routes: Sequence[WorkerRoute]) -> Side:
+    """Images as a side of one rank that can read all of them; local names are `<worker>:<dtype>`."""
+    segments: list[Segment] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for hf_name, held in _pieces_by_name(routes).items():
+        for worker, nbytes, piece in held:
+            name = f"{worker}:{str(piece.dtype).removeprefix('torch.')}"
+            shapes[name] = (nbytes // piece.dtype.itemsize,)
+            source = View(piece.hf.offset, piece.shape, piece.hf.strides)
+            target = View(piece.offset // piece.dtype.itemsize, piece.shape, contiguous_strides(piece.shape))
+            segments += [
+                Segment(hf_name, box, name, offset, strides, (0,))
+                for box, offset, strides in boxes_of(Landing(hf_name, name, source, target), spec.hf_grid(hf_name))
+            ]
+    return Side(tuple(segments), shapes, dict.fromkeys(shapes, (0,)))
+
+
+def _pieces_by_name(routes: Sequence[WorkerRoute]) -> dict[str, list[tuple[int, int, Piece]]]:
+    """`(worker, bytes of its image, piece)` of the pieces that hold every element once."""
+    found: dict[str, list[tuple[int, int, Piece]]] = {}
+    for route in routes:
+        for piece in route.pieces:
+            if piece.counted:
+                found.setdefault(piece.hf_name, []).append((route.rank, route.nbytes, piece))
+    return found
+
+
+class _Typed:
+    """Images as tensors of a dtype, by `<worker>:<dtype>`."""
+
+    def __init__(self, images: Mapping[int, Tensor]) -> None:
+        self._images = images
+
+    def __getitem__(self, name: str) -> Tensor:
+        worker, dtype_name = name.split(":")
+        dtype, image = getattr(torch, dtype_name), self._images[int(worker)]
+        return image[: image.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def _digests_of_images(
+    spec: ModelSpec,
+    routes: Sequence[WorkerRoute],
+    images: Mapping[int, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    group: RankGroup,
+) -> dict[str, int]:
+    """Digest of every HF tensor, element by element; the ranks share the work."""
+    shares = dict.fromkeys(spec.hf_shapes, 0)
+    for index, (hf_name, held) in enumerate(_pieces_by_name(routes).items()):
+        for worker, _, piece in held if index % group.size == group.rank else ():
+            values = packing.rectangle(piece, images[worker]).to(dtypes[hf_name])
+            share = digest_strided(values, columns=piece.columns, offset=piece.hf.offset, strides=piece.hf.strides)
+            shares[hf_name] = add(shares[hf_name], share)
+    sums = group.sum(torch.tensor([signed(share) for share in shares.values()], dtype=torch.int64))
+    return {hf_name: unsigned(value) for hf_name, value in zip(shares, sums.tolist(), strict=True)}
+
+
+@contextmanager
+def published(
+    store: WeightStore, routes: Sequence[WorkerRoute], publish: Callable[[Sequence[str]], object], group: RankGroup
+) -> Iterator[dict[int, Tensor]]:
+    """The images that a live engine's workers write into a slot of `store`, which does not become live."""
+    slots: list[Slot] = []
+
+    def ask() -> None:
+        slots.append(store.begin([route.nbytes for route in routes]))
+        publish(slots[0].paths)
+
+    try:
+        group.first_rank_does(ask)
+        said = group.gather_object((slots[0].token, slots[0].paths) if slots else None)[0]
+        with group.together():
+            slot = slots[0] if slots else Slot(*said, tuple(route.nbytes for route in routes), [])
+            arenas = slot.open()
+        yield {route.rank: arena.view(0, (arena.nbytes,), torch.uint8) for route, arena in zip(routes, arenas, strict=True)}
+        for arena in arenas:
+            arena.close()
+    finally:
+        for made in slots:
+            store.abandon(made)

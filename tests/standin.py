@@ -1,0 +1,279 @@
+"""Light ends of a sync for tests that need many of them: an engine of plain tensors, and a trainer without Megatron.
+
+Between them everything is the library's own: the engine's workers run the real receiver, store, transports and proofs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fused_engine import EngineLayout, FusedWorker
+from tiny import tiny_config
+from torch import Tensor, nn
+
+from mbridge_rl.bridges import model_spec
+from mbridge_rl.core import virtual
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.model import HFTensor, ModelSpec
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, EngineUnusable, StoreError
+from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.route import WorkerRoute, fingerprint_of
+from mbridge_rl.sync.serving import Serving
+from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.vllm.compatibility import require_same_config
+from mbridge_rl.sync.vllm.worker_calls import described, rebuilt
+from mbridge_rl.sync.worker import ShardReceiver, load_from_store, merged_report
+
+SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 131}
+
+
+class Latch:
+    """A guard of nothing but a reason."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def block(self, reason: str) -> None:
+        self.reason = reason
+
+    def release(self) -> None:
+        self.reason = None
+
+
+class PlainModel:
+    """What `ShardReceiver` asks of an engine's model; tensors named in `whole` are placed by the worker's own loader."""
+
+    def __init__(self, worker: FusedWorker) -> None:
+        self.worker = worker
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.worker.parameters_by_name()
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        yield
+
+    def open(self) -> None:
+        pass
+
+    def load_whole(self, hf_name: str, tensor: Tensor) -> None:
+        self.worker.load_weights([(hf_name, tensor.view(self.worker.hf_shapes[hf_name]))])
+
+    def settle(self) -> None:
+        pass
+
+    def derive(self) -> None:
+        pass
+
+
+class StandInEngine:
+    """An engine whose answer to every prompt is the digest of its live weights."""
+
+    def __init__(self, variant: str = "qwen3", layout: EngineLayout | None = None, untraceable: Sequence[str] = ()) -> None:
+        self.config = tiny_config(variant, **SIZES)
+        self.layout = layout or EngineLayout(tp=2)
+        self._untraceable = tuple(untraceable)
+        spec = model_spec(self.config)
+        self.workers = [FusedWorker(self.config, spec.hf_shapes, self.layout, rank) for rank in range(self.layout.size)]
+        self.receivers = [ShardReceiver(PlainModel(worker), Serving(Latch())) for worker in self.workers]
+        for worker in self.workers:
+            worker.load_weights(random_weights(variant, 0).items())
+        self.version = 0
+
+    def generate(self) -> tuple[int, str]:
+        for receiver in self.receivers:
+            if receiver.serving.guard.reason is not None:
+                raise EngineUnusable(receiver.serving.guard.reason)
+        return self.version, weights_digest([worker.parameters_by_name() for worker in self.workers])
+
+    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        require_same_config(info["config"], self.config)
+        dtypes = [getattr(torch, dtype) for dtype in info["dtypes"]]
+        tensors = zip(info["names"], dtypes, info["shapes"], strict=True)
+        metadata = [HFTensor(name, dtype, tuple(shape)) for name, dtype, shape in tensors]
+        if wide := [tensor.hf_name for tensor in metadata if tensor.dtype == torch.float64]:
+            raise EngineMismatch(f"{wide[0]}: the trainer sends torch.float64, the engine holds torch.float32")
+        said = [worker.describe(metadata).to_json() for worker in self.workers]
+        for worker in said:
+            worker["host"] = machine_id()
+            worker["whole"] = {name: "a test wants it so" for name in self._untraceable if name in worker["landings"]}
+            worker["landings"] = {name: parts for name, parts in worker["landings"].items() if name not in worker["whole"]}
+        return said
+
+    def adopt_route(self, route: dict[str, Any]) -> None:
+        if fingerprint_of(route["workers"]) != route["fingerprint"]:
+            raise EngineMismatch("the route is not the one of its fingerprint")
+        for receiver, worker in zip(self.receivers, route["workers"], strict=True):
+            receiver.adopt(WorkerRoute.from_json(worker), route["fingerprint"], verify=route["verify"])
+
+    def begin_update(self, update: dict[str, Any]) -> None:
+        for receiver in self.receivers:
+            receiver.receive(update["version"], update["fingerprint"], update["mode"], update["wire"], update["timeout"])
+
+    def update_status(self) -> list[dict[str, Any]]:
+        return [receiver.status() for receiver in self.receivers]
+
+    def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
+        report = merged_report(self._together(lambda receiver: receiver.commit(version)))
+        self.version = version
+        return report
+
+    def abort_update(self, reason: str) -> None:
+        for receiver in self.receivers:
+            receiver.abort(reason)
+
+    def publish_weights(self, paths: Sequence[str]) -> list[str]:
+        for receiver, path in zip(self.receivers, paths, strict=True):
+            receiver.publish_to(path)
+        return [receiver.fingerprint for receiver in self.receivers]
+
+    def catch_up(self, name: str, directory: str) -> dict[str, Any]:
+        store = WeightStore(name, directory)
+        head = store.head()
+        if head is None:
+            raise StoreError(f"nothing was committed to {name}")
+        self.adopt_route(store.description(head.fingerprint)["route"])
+        report = merged_report(self._together(lambda receiver: load_from_store(receiver, store, head.token)))
+        self.version = head.version
+        return report
+
+    def _together(self, call: Callable[[ShardReceiver], dict[str, Any]]) -> list[dict[str, Any]]:
+        """As `InProcessEngine._in_workers`: if one fails, none serves the update alone."""
+        try:
+            return [call(receiver) for receiver in self.receivers]
+        except Exception as error:
+            for receiver in self.receivers:
+                receiver.abort(str(error))
+            raise
+
+
+def weights_digest(workers: Sequence[Mapping[str, Tensor]]) -> str:
+    """Of all workers' parameters, padding included."""
+    state = hashlib.blake2b(digest_size=8)
+    for parameters in workers:
+        for name, tensor in sorted(parameters.items()):
+            state.update(name.encode())
+            state.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def served(state: Mapping[str, Tensor], variant: str = "qwen3", layout: EngineLayout | None = None) -> str:
+    """The digest of a fresh engine that loaded `state`."""
+    engine = StandInEngine(variant, layout)
+    for worker in engine.workers:
+        worker.load_weights(state.items())
+    return engine.generate()[1]
+
+
+class _Module(nn.Module):
+    """Takes any tree of names."""
+
+    def add(self, path: Sequence[str], tensor: Tensor) -> None:
+        if len(path) == 1:
+            self.register_parameter(path[0], nn.Parameter(tensor, requires_grad=False))
+            return
+        if path[0] not in self._modules:
+            self.add_module(path[0], _Module())
+        child = self._modules[path[0]]
+        assert isinstance(child, _Module)
+        child.add(path[1:], tensor)
+
+
+def light_model(variant: str, layout: ParallelLayout, rank: int, state: Mapping[str, Tensor]) -> tuple[Any, list[nn.Module]]:
+    """A bridge and what one rank of `layout` holds of `state`, under Megatron's own names."""
+    config = tiny_config(variant, **SIZES)
+    spec = model_spec(config)
+    side = megatron_side(spec, layout, rank)
+    tensors = virtual.allocate(side, dict.fromkeys(spec.hf_shapes, torch.float32))
+    virtual.run(compile_plan(spec, hf_side(spec), side), {0: state}, {rank: tensors})
+    chunk = _Module()
+    numbers = sorted({int(name.split(".")[2]) for name in tensors if name.startswith("decoder.layers.")})
+    before = layout.coordinates(rank).ep * (spec.num_experts or 0) // layout.ep
+    for name, tensor in tensors.items():
+        path = name.split(".")
+        if name.startswith("decoder.layers."):
+            path[2] = str(numbers.index(int(path[2])))
+        if ".experts.linear_fc" in name:
+            path[-1] = f"weight{int(path[-1].removeprefix('weight')) - before}"
+        chunk.add(path, tensor)
+    if "decoder" not in chunk._modules:
+        chunk.add_module("decoder", _Module())
+    layers = nn.ModuleList(chunk.decoder._modules.pop("layers", nn.ModuleList()).children())
+    for layer, number in zip(layers, numbers, strict=True):
+        layer.layer_number = number + 1
+    chunk.decoder.layers = layers
+    chunk.parallel_layout = layout
+    chunk.config = SimpleNamespace(params_dtype=torch.float32)
+    return SimpleNamespace(spec=spec, hf_config=config), [chunk]
+
+
+def random_weights(variant: str, seed: int) -> dict[str, Tensor]:
+    """A state dict, nowhere zero."""
+    spec: ModelSpec = model_spec(tiny_config(variant, **SIZES))
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(shape, generator=generator) + 0.5 + seed for name, shape in spec.hf_shapes.items()}
+
+
+def set_weights(bridge: Any, model: list[nn.Module], rank: int, state: Mapping[str, Tensor]) -> None:
+    """What an optimizer step does: other values in the same parameters."""
+    from mbridge_rl.megatron.parameters import live_side
+
+    live, side = live_side(model, bridge.spec, model[0].parallel_layout, rank)
+    virtual.run(compile_plan(bridge.spec, hf_side(bridge.spec), side), {0: state}, {rank: {n: live.base(n) for n in live}})
+
+
+def serve(address: Path, variant: str, layout: EngineLayout) -> None:
+    """An engine in a process of its own, for any number of clients one after the other or side by side; ends by `close`."""
+    torch.set_num_threads(1)
+    engine = StandInEngine(variant, layout)
+    with Listener(str(address), "AF_UNIX") as listener:
+        while True:
+            Thread(target=_serve_client, args=(engine, listener.accept()), daemon=True).start()
+
+
+def _serve_client(engine: StandInEngine, connection: Any) -> None:
+    while True:
+        try:
+            method, args, kwargs = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            reply = (True, getattr(engine, method)(*args, **kwargs))
+        except Exception as error:
+            reply = (False, described(error))
+        try:
+            connection.send(reply)
+        except OSError:
+            return
+
+
+class RemoteEngine:
+    """A client of `serve`."""
+
+    def __init__(self, address: Path, timeout: float = 20.0) -> None:
+        self._connection, self._timeout = Client(str(address), "AF_UNIX"), timeout
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                self._connection.send((method, args, kwargs))
+                if not self._connection.poll(self._timeout):
+                    raise EngineProcessError(f"the engine did not answer {method} within {self._timeout:g} s")
+                succeeded, result = self._connection.recv()
+            except (EOFError, OSError) as error:
+                raise EngineProcessError(f"the engine died at {method}") from error
+            if not succeeded:
+                raise rebuilt(result)
+            return result
+
+        return call
