@@ -118,7 +118,7 @@ def torn_wires(rank: int) -> None:
             assert sync.sync(1).attempts == 2  # the second attempt is whole
             assert engine is None or engine.generate() == (1, served(random_weights("qwen3", 1)))
             tears = 2
-            with pytest.raises(DigestMismatch, match="worker [01]"):
+            with pytest.raises(DigestMismatch, match=r"worker [01]"):
                 sync.sync(2)
         if engine is not None and mode == "staged":
             assert engine.generate() == (1, served(random_weights("qwen3", 1)))
