@@ -160,6 +160,7 @@ def _sabotage(case: Case, rank: int, parts: int) -> None:
             time.sleep(0.3 / parts)
             if rank == 1 and seen == victim + 1:
                 if case.fault == "drop":
+                    outlet.place(worker, index, part).fill_(0xEE)  # where the bytes would be, other ones are
                     return
                 if case.fault == "stall":
                     time.sleep(3 * WAIT_SECONDS)
@@ -183,7 +184,8 @@ def _strike(case: Case, ranks: list[int], engine: int, folder: Path) -> None:
 
 def _examine(case: Case, folder: Path, name: str, engine: int, digests: dict[int, str], pids: list[int]) -> str:
     """What the engine serves now; one that was killed is started again and catches up."""
-    head = WeightStore(name).head()
+    store = f"{name}.0" if case.transport != "shared_memory" else name  # workers on other hosts keep their own
+    head = WeightStore(store).head()
     if _has_ended(engine):
         assert case.fault == "kill the engine", f"the engine died of {case}"
         pids.append(_fork(lambda: serve(folder / "engine2", VARIANT, ENGINE)))
@@ -191,22 +193,26 @@ def _examine(case: Case, folder: Path, name: str, engine: int, digests: dict[int
         client = RemoteEngine(folder / "engine2")
         if head is None:
             return "nothing in the store"
-        client.catch_up(name, "/dev/shm")
+        client.catch_up(store, "/dev/shm")
         version, digest = client.generate()
         assert (version, digest) == (head.version, digests[head.version]), case
         return f"caught up to {version}"
     client = RemoteEngine(folder / "engine")
     deadline = time.monotonic() + 20 * WAIT_SECONDS  # a worker whose trainer died gives up when its own wait is over
     while True:
+        refusal = None
         try:
             version, digest = client.generate()
+        except EngineUnusable as error:
+            refusal = str(error)
+        if refusal is None:
             assert digest == digests[version], f"{case}: a mixture is served as version {version}"
             return f"serves {version}"
-        except EngineUnusable as error:
-            if "was lost" in str(error) or time.monotonic() > deadline:
-                assert case.mode == "streaming", f"{case}: {error}"
-                return "refuses: lost" if "was lost" in str(error) else "refuses: under way"
-            time.sleep(0.05)
+        if "was lost" in refusal:
+            assert case.mode == "streaming", f"{case}: {refusal}"
+            return "refuses and says what it lost"
+        assert time.monotonic() < deadline, f"{case}: the engine waits for a trainer that is gone: {refusal}"
+        time.sleep(0.05)
 
 
 def _said(folder: Path, rank: int) -> str:

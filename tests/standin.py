@@ -27,11 +27,11 @@ from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, EngineUnusable, StoreError
 from mbridge_rl.sync.host import machine_id
-from mbridge_rl.sync.route import WorkerRoute, fingerprint_of
 from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.vllm.compatibility import require_same_config
 from mbridge_rl.sync.vllm.worker_calls import described, rebuilt
+from mbridge_rl.sync.watch import UpdateWatch
 from mbridge_rl.sync.worker import ShardReceiver, load_from_store, merged_report
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 131}
@@ -89,6 +89,7 @@ class StandInEngine:
         for worker in self.workers:
             worker.load_weights(random_weights(variant, 0).items())
         self.version = 0
+        self._watch: UpdateWatch | None = None
 
     def generate(self) -> tuple[int, str]:
         for receiver in self.receivers:
@@ -110,25 +111,27 @@ class StandInEngine:
             worker["landings"] = {name: parts for name, parts in worker["landings"].items() if name not in worker["whole"]}
         return said
 
-    def adopt_route(self, route: dict[str, Any]) -> None:
-        if fingerprint_of(route["workers"]) != route["fingerprint"]:
-            raise EngineMismatch("the route is not the one of its fingerprint")
-        for receiver, worker in zip(self.receivers, route["workers"], strict=True):
-            receiver.adopt(WorkerRoute.from_json(worker), route["fingerprint"], verify=route["verify"])
+    def adopt_route(self, introduction: dict[str, Any]) -> None:
+        for rank, receiver in enumerate(self.receivers):
+            receiver.adopt(rank, introduction)
 
     def begin_update(self, update: dict[str, Any]) -> None:
         for receiver in self.receivers:
             receiver.receive(update["version"], update["fingerprint"], update["mode"], update["wire"], update["timeout"])
+        if update["mode"] == "streaming":
+            self._watch = UpdateWatch(self.update_status, self.abort_update, update["timeout"])
 
     def update_status(self) -> list[dict[str, Any]]:
         return [receiver.status() for receiver in self.receivers]
 
     def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
+        self._end_watch()
         report = merged_report(self._together(lambda receiver: receiver.commit(version)))
         self.version = version
         return report
 
     def abort_update(self, reason: str) -> None:
+        self._end_watch()
         for receiver in self.receivers:
             receiver.abort(reason)
 
@@ -142,10 +145,15 @@ class StandInEngine:
         head = store.head()
         if head is None:
             raise StoreError(f"nothing was committed to {name}")
-        self.adopt_route(store.description(head.fingerprint)["route"])
+        self.adopt_route(store.description(head.fingerprint))
         report = merged_report(self._together(lambda receiver: load_from_store(receiver, store, head.token)))
         self.version = head.version
         return report
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
 
     def _together(self, call: Callable[[ShardReceiver], dict[str, Any]]) -> list[dict[str, Any]]:
         """As `InProcessEngine._in_workers`: if one fails, none serves the update alone."""

@@ -87,12 +87,12 @@ def config(variant: str, **changes: Any) -> Any:
     return made
 
 
-def checkpoint(directory: Path, variant: str) -> nn.Module:
+def checkpoint(directory: Path, variant: str, seed: int = 1, **changes: Any) -> nn.Module:
     """Random in every tensor, expert biases included, which decide the routing."""
     from transformers import DeepseekV3ForCausalLM
 
-    model = DeepseekV3ForCausalLM(config(variant)).eval()
-    generator = torch.Generator().manual_seed(1)
+    model = DeepseekV3ForCausalLM(config(variant, **changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
             noise = torch.randn(tensor.shape, generator=generator)

@@ -18,7 +18,7 @@ class Engine(Protocol):
     """
 
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]: ...
-    def adopt_route(self, route: dict[str, Any]) -> None: ...
+    def adopt_route(self, introduction: dict[str, Any]) -> None: ...
     def begin_update(self, update: dict[str, Any]) -> None: ...
     def update_status(self) -> list[dict[str, Any]]: ...
     def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]: ...
@@ -49,8 +49,8 @@ class Engines:
                 )
         return said
 
-    def adopt(self, route: dict[str, Any]) -> None:
-        self._each(lambda _, engine: engine.adopt_route(route))
+    def adopt(self, introduction: dict[str, Any]) -> None:
+        self._each(lambda _, engine: engine.adopt_route(introduction))
 
     def begin(self, update: dict[str, Any]) -> None:
         def call(index: int, engine: Engine) -> None:

@@ -51,7 +51,7 @@ def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightSto
                     f"the weight store {store.name!r} is of the model {kept['model']}, this bridge is of "
                     f"{bridge.spec.fingerprint}: give it the bridge of the checkpoint that the engine was started from"
                 )
-            routes = [WorkerRoute.from_json(worker) for worker in kept["route"]["workers"]]
+            routes = [WorkerRoute.from_json(worker) for worker in kept["route"]]
             images = {route.rank: readings.enter_context(store.read(route.rank, head.token)).image for route in routes}
         restore(bridge, model, routes, images, group)
     _log.info("restored version %d from the weight store %s", head.version, store.name)

@@ -154,10 +154,16 @@ class WeightSync:
         self._info = init_info(self._spec.hf_tensors(self._dtype), config_summary(bridge.hf_config))
         workers, self._replicas, hosts = self._introduction()
         self._route = self._planned(workers)
-        route = {"workers": [worker.to_json() for worker in self._route.workers], "fingerprint": self._route.fingerprint}
-        route["verify"] = self.options.verify
-        self._group.first_rank_does(lambda: self._engines.adopt(route))
-        self._store = self._make_store(workers, route)
+        introduction = {
+            "route": [worker.to_json() for worker in self._route.workers],
+            "fingerprint": self._route.fingerprint,
+            "verify": self.options.verify,
+            "workers": [worker.to_json() for worker in workers],
+            "init_info": self._info,
+            "model": self._spec.fingerprint,
+        }
+        self._group.first_rank_does(lambda: self._engines.adopt(introduction))
+        self._store = self._make_store(introduction)
         self._transport, self._way = self._choose_way(hosts)
         self._slot = 0  # of the two that workers on other hosts fill in turn
 
@@ -345,16 +351,10 @@ class WeightSync:
             raise SyncError("trainer ranks compiled different plans: do they run the same version of mbridge_rl?")
         return route
 
-    def _make_store(self, workers: Sequence[WorkerDescription], route: Mapping[str, Any]) -> WeightStore:
+    def _make_store(self, introduction: Mapping[str, Any]) -> WeightStore:
         name = self.options.store or self._group.gather_object(f"sync.{os.getpid()}.{secrets.token_hex(4)}")[0]
         store = WeightStore(name, SHARED_MEMORY)
-        described = {
-            "workers": [worker.to_json() for worker in workers],
-            "route": dict(route),
-            "init_info": self._info,
-            "model": self._spec.fingerprint,
-        }
-        self._group.first_rank_does(lambda: store.describe(self._route.fingerprint, described))
+        self._group.first_rank_does(lambda: store.describe(self._route.fingerprint, introduction))
         return store
 
     def _choose_way(self, engine_hosts: set[str]) -> tuple[str, Way]:

@@ -97,10 +97,11 @@ class StorePart:
         self._lock: int | None = lock
         self.image: Tensor = arena.view(0, (arena.nbytes,), torch.uint8)
 
-    def commit(self, version: int, fingerprint: str, sizes: Sequence[int]) -> None:
+    def commit(self, version: int, description: Mapping[str, Any], sizes: Sequence[int]) -> None:
         """All workers of the engine have verified theirs: any of them may say so, and each says the same."""
         self.close()
-        self._store.set_head(Head(version, fingerprint, self._token, tuple(sizes), None))
+        self._store.describe(description["fingerprint"], description)
+        self._store.set_head(Head(version, description["fingerprint"], self._token, tuple(sizes), None))
 
     def close(self) -> None:
         if self._lock is not None:
@@ -140,8 +141,9 @@ class WeightStore:
         return Head(said["version"], said["fingerprint"], said["token"], tuple(said["sizes"]), said["digest"])
 
     def describe(self, fingerprint: str, description: Mapping[str, Any]) -> None:
-        """Keeps what readers need to understand images of this fingerprint, in JSON types."""
-        self._replace(self._description(fingerprint), description)
+        """Keeps what readers need to understand images of this fingerprint, in JSON types. Done once is enough."""
+        if not self._description(fingerprint).exists():
+            self._replace(self._description(fingerprint), description)
 
     def description(self, fingerprint: str) -> dict[str, Any]:
         """What `describe` kept.

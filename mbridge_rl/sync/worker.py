@@ -25,7 +25,7 @@ from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.engine_side import WHOLE_TENSOR
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.sync.packing import Digests
-from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute
+from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute, fingerprint_of
 from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.store import StorePart, WeightStore
 from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
@@ -71,8 +71,7 @@ class ShardReceiver:
     def __init__(self, model: Model, serving: Serving) -> None:
         self._model, self.serving = model, serving
         self._route: WorkerRoute | None = None
-        self._fingerprint = ""
-        self._verify = True
+        self._said: Mapping[str, Any] = {}
         self._update: _Update | None = None
 
     @property
@@ -83,25 +82,33 @@ class ShardReceiver:
 
     @property
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return self._said.get("fingerprint", "")
 
     @property
     def is_open(self) -> bool:
         """A planned update is under way."""
         return self._update is not None
 
-    def adopt(self, route: WorkerRoute, fingerprint: str, *, verify: bool = True) -> None:
-        """What every later sync brings. No weight is changed.
+    def adopt(self, rank: int, said: Mapping[str, Any]) -> None:
+        """What every later sync brings to worker `rank`. No weight is changed.
+
+        Args:
+            said: `introduction` of the trainer: the routes of all workers, and what a store keeps of them.
 
         Raises:
-            EngineMismatch: a piece does not fit the parameter that it is meant for.
+            EngineMismatch: it did not come as it was sent, or a piece does not fit the parameter that it is meant for.
         """
+        if (found := fingerprint_of(said["route"])) != said["fingerprint"]:
+            raise EngineMismatch(
+                f"the trainer's plan has fingerprint {found} as it arrived, {said['fingerprint']} as it was sent"
+            )
+        route = WorkerRoute.from_json(said["route"][rank])
         with self._model.plain():
             parameters = self._model.parameters()
             for piece in route.pieces:
                 _require_place(piece, parameters)
         self.abort("another trainer introduced itself")
-        self._route, self._fingerprint, self._verify = route, fingerprint, verify
+        self._route, self._said = route, said
 
     def receive(self, version: int, fingerprint: str, mode: Mode, wire: Wire, timeout: float) -> None:
         """Starts to receive `version` and returns; `status` says how far it is.
@@ -112,14 +119,14 @@ class ShardReceiver:
         if self.serving.updating is not None:
             self.abort(f"the update to version {version} began before it was committed")
         route = self.route
-        if fingerprint != self._fingerprint:
+        if fingerprint != self.fingerprint:
             raise EngineMismatch(
-                f"the sender's plan has fingerprint {fingerprint!r}, this worker was given {self._fingerprint!r}: "
+                f"the sender's plan has fingerprint {fingerprint!r}, this worker was given {self.fingerprint!r}: "
                 "make a new WeightSync for this engine"
             )
         self.serving.begin(version, serves_on=mode == "staged")
         with self.serving.failing(self.abort, f"the update to version {version} could not begin"):
-            self._update = _Update(self._model, self.serving, route, mode, wire, timeout, self._verify)
+            self._update = _Update(self._model, self.serving, route, self._said, mode, wire, timeout)
             self._update.start()
 
     def status(self) -> dict[str, Any]:
@@ -213,9 +220,17 @@ class _Update:
     """One version on its way in."""
 
     def __init__(
-        self, model: Model, serving: Serving, route: WorkerRoute, mode: Mode, wire: Wire, timeout: float, verify: bool
+        self,
+        model: Model,
+        serving: Serving,
+        route: WorkerRoute,
+        said: Mapping[str, Any],
+        mode: Mode,
+        wire: Wire,
+        timeout: float,
     ) -> None:
-        self._model, self._serving, self._route, self.mode, self._verify = model, serving, route, mode, verify
+        self._model, self._serving, self._route, self.mode = model, serving, route, mode
+        self._said, self._verify = said, said["verify"]
         self._wire, self._timeout = wire, timeout
         self.error: BaseException | None = None
         self.finished = False
@@ -305,7 +320,7 @@ class _Update:
     def keep(self) -> None:
         """The image of this host's weight store becomes live, if this update brought one."""
         if self._part is not None:
-            self._part.commit(self._wire["version"], self._wire["fingerprint"], self._wire["sizes"])
+            self._part.commit(self._wire["version"], self._said, self._wire["sizes"])
 
     def stop(self) -> None:
         self._stopping.set()

@@ -23,6 +23,7 @@ from mbridge_rl.sync.vllm.adapter_slots import AdapterSlots
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
 from mbridge_rl.sync.vllm.plugin import register
 from mbridge_rl.sync.vllm.requests import InFlight, RequestRunner
+from mbridge_rl.sync.watch import UpdateWatch
 from mbridge_rl.sync.worker import merged_report
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class InProcessEngine:
         self._tensor_parallel_size = tensor_parallel_size
         self._updating: int | None = None
         self._requests = RequestRunner(self.llm.llm_engine)
+        self._watch: UpdateWatch | None = None
         self._adapters = AdapterSlots(lambda call, *args: worker_calls.in_workers(self.llm, call, *args))
         self.llm.update_weight_version(str(weight_version))
         if tensor_parallel_size > 1:
@@ -307,9 +309,9 @@ class InProcessEngine:
         self._in_workers(worker_calls.initialize, info)
         return self._in_workers(worker_calls.describe)
 
-    def adopt_route(self, route: dict[str, Any]) -> None:
+    def adopt_route(self, introduction: dict[str, Any]) -> None:
         """What every later update brings to each worker; see `ShardReceiver.adopt`."""
-        self._in_workers(worker_calls.adopt, route)
+        self._in_workers(worker_calls.adopt, introduction)
 
     def begin_update(self, update: dict[str, Any]) -> None:
         """Start to receive; a staged update leaves the engine generating, a streaming one holds it until it ends.
@@ -324,6 +326,8 @@ class InProcessEngine:
         except BaseException:
             self._requests.resume()
             raise
+        if update["mode"] == "streaming":
+            self._watch = UpdateWatch(self.update_status, self.abort_update, update["timeout"])
 
     def update_status(self) -> list[dict[str, Any]]:
         """See `ShardReceiver.status`, of every worker."""
@@ -339,6 +343,7 @@ class InProcessEngine:
             `sync.worker.merged_report`, with `seconds["pause"]`.
         """
         started = time.perf_counter()
+        self._end_watch()
         self._requests.hold(requests, timeout)
         try:
             report = merged_report(self._in_workers(worker_calls.commit_shards, version))
@@ -350,6 +355,7 @@ class InProcessEngine:
 
     def abort_update(self, reason: str) -> None:
         """Drop an open update. If live weights were written, the engine refuses to generate until the next one."""
+        self._end_watch()
         with self._requests.between_steps():
             worker_calls.in_workers(self.llm, worker_calls.abandon, reason)
         self._requests.resume()
@@ -376,7 +382,7 @@ class InProcessEngine:
                 f"the weight store {name!r} is of an engine whose {len(kept['workers'])} workers keep other weights than these "
                 f"{len(mine)}: start the engine with the same parallel sizes and dtype"
             )
-        self.adopt_route(kept["route"])
+        self.adopt_route(kept)
         self._requests.hold("keep")
         try:
             report = merged_report(self._in_workers(worker_calls.catch_up, name, str(store.directory), head.token))
@@ -384,6 +390,11 @@ class InProcessEngine:
         finally:
             self._requests.resume()
         return report
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
 
     def _serve(self, version: int) -> None:
         with self._requests.between_steps():
@@ -394,6 +405,7 @@ class InProcessEngine:
         """Free the engine. Idempotent."""
         if not hasattr(self, "llm"):
             return
+        self._end_watch()
         self._core.model_executor.shutdown()
         self._core.scheduler.shutdown()
         del self.llm, self._core

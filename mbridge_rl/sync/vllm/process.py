@@ -126,8 +126,8 @@ class EngineProcess:
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         return self._call("describe_workers", info)
 
-    def adopt_route(self, route: dict[str, Any]) -> None:
-        self._call("adopt_route", route)
+    def adopt_route(self, introduction: dict[str, Any]) -> None:
+        self._call("adopt_route", introduction)
 
     def begin_update(self, update: dict[str, Any]) -> None:
         self._call("begin_update", update)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mbridge_rl.core import errors as core_errors
 from mbridge_rl.sync import errors as sync_errors
-from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, SyncError
+from mbridge_rl.sync.errors import EngineProcessError, SyncError
 from mbridge_rl.sync.host import machine_id
-from mbridge_rl.sync.route import WorkerRoute, fingerprint_of
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.worker import load_from_store
 
@@ -128,13 +127,9 @@ def describe(worker: Any) -> dict[str, Any]:
     return backend_of(worker).receiver.describe(inner.rank % size, size, machine_id()).to_json()
 
 
-def adopt(worker: Any, route: Mapping[str, Any]) -> None:
-    """The route of all workers comes to each; a fingerprint over all says that it came whole."""
-    found = fingerprint_of(route["workers"])
-    if found != route["fingerprint"]:
-        raise EngineMismatch(f"the trainer's plan has fingerprint {found} as it arrived, {route['fingerprint']} as it was sent")
-    mine = WorkerRoute.from_json(route["workers"][_inner(worker).rank % len(route["workers"])])
-    backend_of(worker).receiver.shards.adopt(mine, found, verify=route["verify"])
+def adopt(worker: Any, introduction: Mapping[str, Any]) -> None:
+    rank = _inner(worker).rank % len(introduction["route"])
+    backend_of(worker).receiver.shards.adopt(rank, introduction)
 
 
 def receive_shards(worker: Any, update: Mapping[str, Any]) -> None:

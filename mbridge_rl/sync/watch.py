@@ -1,0 +1,43 @@
+"""An engine that holds its requests for an update must not hold them for a trainer that died."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_LOOK_SECONDS = 0.2
+
+
+class UpdateWatch:
+    """Aborts a streaming update whose workers failed, or that nobody commits.
+
+    Args:
+        status: of every worker (`ShardReceiver.status`).
+        abort: called once, with the reason.
+        timeout: seconds between the arrival of everything and its commit.
+    """
+
+    def __init__(self, status: Callable[[], Sequence[dict[str, Any]]], abort: Callable[[str], object], timeout: float) -> None:
+        self._status, self._abort, self._timeout = status, abort, timeout
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, name="mbridge-watch", daemon=True).start()
+
+    def end(self) -> None:
+        """The update was committed or aborted."""
+        self._over.set()
+
+    def _watch(self) -> None:
+        arrived: float | None = None
+        while not self._over.wait(_LOOK_SECONDS):
+            workers = self._status()
+            failed = [worker["error"] for worker in workers if worker["error"]]
+            if arrived is None and all(worker["arrived"] for worker in workers):
+                arrived = time.monotonic()
+            late = arrived is not None and time.monotonic() - arrived > self._timeout
+            if (failed or late) and not self._over.is_set():
+                self._over.set()
+                said = ": ".join(failed[0]) if failed else f"it was not committed within {self._timeout:g} s"
+                self._abort(f"its trainer is gone ({said})")
+                return
