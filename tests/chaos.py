@@ -106,13 +106,13 @@ def run(case: Case) -> Outcome:
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     remove_stale()
     remove_stale_stores()
-    left = [path.name for path in Path("/dev/shm").glob("mbridge_rl-*") if _is_of(path.name, [name, *map(str, pids)])]
+    left = [path.name for path in Path("/dev/shm").glob("mbridge_rl-*") if _is_of(path.name, name, pids)]
     assert not left, left
     return Outcome(found, said, time.monotonic() - started)
 
 
-def _is_of(file_name: str, marks: list[str]) -> bool:
-    return any(mark in file_name.replace("-", ".").split(".") or mark in file_name for mark in marks)
+def _is_of(file_name: str, store: str, pids: list[int]) -> bool:
+    return store in file_name or any(str(pid) in file_name.replace("-", ".").split(".") for pid in pids)
 
 
 def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list[int]) -> None:

@@ -150,6 +150,10 @@ class StandInEngine:
         self.version = head.version
         return report
 
+    def close(self) -> None:
+        for receiver in self.receivers:
+            receiver.close()
+
     def _end_watch(self) -> None:
         if self._watch is not None:
             self._watch.end()

@@ -72,6 +72,8 @@ def every_way(rank: int, variant: str, layout: ParallelLayout, engine_layout: En
         kept = [worker.payload_bytes for worker in sync.route.workers]
         found.append((largest.nbytes, report.nbytes, kept))
         sync.close()
+    for engine in engines or ():
+        engine.close()
     return found
 
 

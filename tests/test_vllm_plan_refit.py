@@ -1,4 +1,4 @@
-"""Real vLLM with two tensor-parallel workers, fed by real Megatron ranks over a plan: what `test_refit_end_to_end` leaves out."""
+"""Real vLLM with two tensor-parallel workers, fed by real Megatron ranks over a plan."""
 
 from __future__ import annotations
 

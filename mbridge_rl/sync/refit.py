@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -220,7 +219,7 @@ class WeightSync:
         self._way.close()
         self._engines.close()
         if self._group.rank == 0:
-            self._store.close() if self.options.store else self._store.remove()
+            self._store.close()
 
     def _attempt(self, version: int, attempt: int, started: float) -> SyncReport:
         phases: dict[str, float] = {}
@@ -352,7 +351,7 @@ class WeightSync:
         return route
 
     def _make_store(self, introduction: Mapping[str, Any]) -> WeightStore:
-        name = self.options.store or self._group.gather_object(f"sync.{os.getpid()}.{secrets.token_hex(4)}")[0]
+        name = self.options.store or self._group.gather_object(WeightStore.unnamed())[0]
         store = WeightStore(name, SHARED_MEMORY)
         self._group.first_rank_does(lambda: store.describe(self._route.fingerprint, introduction))
         return store

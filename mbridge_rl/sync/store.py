@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 _ABANDONED_SECONDS = 3600.0
+_UNNAMED = "sync."
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ class WeightStore:
         self._mine: set[str] = set()  # slots that this object made
         self._user: int | None = None
 
+    @classmethod
+    def unnamed(cls) -> str:
+        """A name for a store that ends with its users."""
+        return f"{_UNNAMED}{os.getpid()}.{secrets.token_hex(4)}"
+
+    @property
+    def ends_with_its_users(self) -> bool:
+        return self.name.startswith(_UNNAMED)
+
     def head(self) -> Head | None:
         """What is live now; `None` if nothing was ever committed."""
         try:
@@ -142,6 +152,7 @@ class WeightStore:
 
     def describe(self, fingerprint: str, description: Mapping[str, Any]) -> None:
         """Keeps what readers need to understand images of this fingerprint, in JSON types. Done once is enough."""
+        self._hold()
         if not self._description(fingerprint).exists():
             self._replace(self._description(fingerprint), description)
 
@@ -233,7 +244,10 @@ class WeightStore:
         raise StoreError(f"the live slot of the weight store {self.name!r} cannot be opened; was the store removed?")
 
     def close(self) -> None:
-        """The store stays; but this process uses it no longer, and an hour after the last user it may be cleaned up."""
+        """This process writes to the store no longer. A named one stays, an hour at least; an unnamed one ends with it."""
+        if self.ends_with_its_users and self._user is not None:
+            for path in self.directory.glob(f"{self._prefix}*"):
+                path.unlink(missing_ok=True)
         if self._user is not None:
             os.close(self._user)
             self._user = None
@@ -249,7 +263,7 @@ class WeightStore:
         return StorePart(self, token, worker, Arena(path, size, writable=True), lock)
 
     def remove(self) -> None:
-        """Unlinks everything. What is being read stays readable until it is closed."""
+        """Closes it and unlinks everything. What is being read stays readable until it is closed."""
         self.close()
         for path in self.directory.glob(f"{self._prefix}*"):
             path.unlink(missing_ok=True)
@@ -326,12 +340,17 @@ class WeightStore:
 
 
 def remove_stale_stores(directory: Path = SHARED_MEMORY, older_than: float = _ABANDONED_SECONDS) -> list[Path]:
-    """Removes stores that no writer uses and that nobody has written to for `older_than` seconds; returns the paths."""
+    """Removes stores without a writer: unnamed ones at once, others when nobody has written to them for `older_than` seconds.
+
+    Returns:
+        The paths that were unlinked.
+    """
     removed: list[Path] = []
     for users in directory.glob("mbridge_rl-store-*-users.lock"):
         files = list(directory.glob(f"{users.name.removesuffix('users.lock')}*"))
         with contextlib.suppress(OSError):  # locked by a user, or gone by now
-            if time.time() - max(path.stat().st_mtime for path in files) < older_than:
+            named = not users.name.startswith(f"mbridge_rl-store-{_UNNAMED}")
+            if named and time.time() - max(path.stat().st_mtime for path in files) < older_than:
                 continue
             lock = os.open(users, os.O_RDWR | os.O_CLOEXEC)
             try:

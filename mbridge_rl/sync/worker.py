@@ -73,6 +73,7 @@ class ShardReceiver:
         self._route: WorkerRoute | None = None
         self._said: Mapping[str, Any] = {}
         self._update: _Update | None = None
+        self._store: WeightStore | None = None  # where images go that come from other hosts
 
     @property
     def route(self) -> WorkerRoute:
@@ -126,7 +127,7 @@ class ShardReceiver:
             )
         self.serving.begin(version, serves_on=mode == "staged")
         with self.serving.failing(self.abort, f"the update to version {version} could not begin"):
-            self._update = _Update(self._model, self.serving, route, self._said, mode, wire, timeout)
+            self._update = _Update(self._model, self.serving, route, self._said, self._store_of(wire), mode, wire, timeout)
             self._update.start()
 
     def status(self) -> dict[str, Any]:
@@ -180,6 +181,22 @@ class ShardReceiver:
         if self.serving.updating is not None:
             self.serving.abort(reason)
 
+    def close(self) -> None:
+        """Drops an open update, and shared memory that nobody else knows of."""
+        self.abort("the engine is closed")
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def _store_of(self, wire: Wire) -> WeightStore | None:
+        if "store" not in wire:
+            return None
+        if self._store is None or self._store.name != wire["store"]:
+            if self._store is not None:
+                self._store.close()
+            self._store = WeightStore(wire["store"], wire["directory"])
+        return self._store
+
     def publish(self, into: Tensor) -> None:
         """The way back: packs the live parameters as an image (uint8 `[route.nbytes]`), with their digests.
 
@@ -225,12 +242,13 @@ class _Update:
         serving: Serving,
         route: WorkerRoute,
         said: Mapping[str, Any],
+        store: WeightStore | None,
         mode: Mode,
         wire: Wire,
         timeout: float,
     ) -> None:
         self._model, self._serving, self._route, self.mode = model, serving, route, mode
-        self._said, self._verify = said, said["verify"]
+        self._said, self._verify, self._store = said, said["verify"], store
         self._wire, self._timeout = wire, timeout
         self.error: BaseException | None = None
         self.finished = False
@@ -249,8 +267,8 @@ class _Update:
             self.finished = True  # trainer ranks fill and verify the slot; it is read at commit
             return
         if self.mode == "staged":
-            store = WeightStore(self._wire["store"], self._wire["directory"])
-            self._part = store.part(self._wire["token"], self._route.rank, self._route.nbytes)
+            assert self._store is not None
+            self._part = self._store.part(self._wire["token"], self._route.rank, self._route.nbytes)
         else:
             self._open()
         action = self._stage if self.mode == "staged" else self._write_all

@@ -127,6 +127,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.report = self.receiver.commit()
 
     def shutdown(self) -> None:
+        self.receiver.shards.close()
         if self._arena is not None:
             self._arena.close()
             self._arena = None
