@@ -14,8 +14,11 @@ from tiny import assert_same_state, hf_state, tiny_model
 from torch import nn
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core import virtual
 from mbridge_rl.core.errors import StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.segments import megatron_side
 from mbridge_rl.hf.module import HFModule, saved_views
 from mbridge_rl.megatron.parallel import initialize_parallel
 
@@ -43,6 +46,10 @@ def test_a_module_of_every_family_is_its_checkpoint(variant: str, tmp_path: Path
     from_module, from_files = (bridge.shard(source, family.layout) for source in (module, dict(bridge._opened(tmp_path))))
     for rank in range(family.layout.world_size):
         assert_same_state(from_module[rank], from_files[rank])
+    other = family.model(seed=4)
+    target = HFModule(bridge.spec, other)
+    virtual.run(compile_plan(bridge.spec, megatron_side(bridge.spec, family.layout), target.side), from_module, {0: target})
+    assert_same_state(other.state_dict(), module.state_dict())
 
 
 CLASSES: dict[str, dict[str, Any]] = {

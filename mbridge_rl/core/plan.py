@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from math import ceil
+from math import ceil, prod
+from operator import mul
 
 from torch import Tensor
 
@@ -55,7 +56,11 @@ class Copy:
 
     @property
     def numel(self) -> int:
-        return Box(self.shape, self.shape).volume
+        return prod(self.shape)
+
+    def to(self, rank: int) -> Copy:
+        """The same for another target rank that holds the same."""
+        return Copy(self.source_rank, rank, self.shape, self.source, self.target, self.hf)
 
 
 @dataclass(frozen=True)
@@ -114,16 +119,15 @@ def compile_plan(spec: ModelSpec, source: Side, target: Side, *, same_ranks: boo
     offered = _shared({name: segments for name, segments in _by_hf_name(source.segments).items() if name in wanted}, wanted)
     copies: list[Copy] = []
     for hf_name in (hf_name for hf_name in spec.hf_shapes if hf_name in wanted):
-        hf_strides = contiguous_strides(spec.hf_grid(hf_name))
-        filled = (
-            copy
-            for rank, segment in _by_rank(wanted[hf_name])
-            for copy in sorted(
-                _fill(rank, segment, offered.get(hf_name, []), hf_strides, same_ranks),
-                key=lambda copy: (copy.source_rank, copy.hf.offset),
-            )
-        )
-        copies += _coalesced(filled, columns=spec.hf_shapes[hf_name][-1] if spec.hf_shapes[hf_name] else 1)
+        hf_shape, hf_strides = spec.hf_shapes[hf_name], contiguous_strides(spec.hf_grid(hf_name))
+        columns = hf_shape[-1] if hf_shape else 1
+        overlaps = [_overlaps(segment, offered.get(hf_name, []), hf_strides) for segment in wanted[hf_name]]
+        alike: dict[tuple[int, ...], list[Copy]] = {}
+        for rank, held in _held_by_rank(wanted[hf_name]):
+            if same_ranks or held not in alike:
+                filled = (copy for index in held for copy in _filled(rank, overlaps[index], same_ranks))
+                alike[held] = list(_coalesced(filled, columns))
+            copies += (copy if copy.target_rank == rank else copy.to(rank) for copy in alike[held])
     hf_shapes = {hf_name: shape for hf_name, shape in spec.hf_shapes.items() if hf_name in wanted}
     padded = [(rank, name) for name in sorted(target.padded_names) for rank in target.holders[name]]
     padded_names = {rank: tuple(name for other, name in padded if other == rank) for rank, _ in padded}
@@ -137,9 +141,13 @@ def _by_hf_name(segments: Iterable[Segment]) -> dict[str, list[Segment]]:
     return grouped
 
 
-def _by_rank(segments: Sequence[Segment]) -> list[tuple[int, Segment]]:
-    """Rank after rank, each with its segments in order."""
-    return sorted(((rank, segment) for segment in segments for rank in segment.ranks), key=lambda held: held[0])
+def _held_by_rank(segments: Sequence[Segment]) -> list[tuple[int, tuple[int, ...]]]:
+    """Rank after rank, each with the indices of its segments: equal for ranks that hold the same."""
+    held: dict[int, list[int]] = defaultdict(list)
+    for index, segment in enumerate(segments):
+        for rank in segment.ranks:
+            held[rank].append(index)
+    return [(rank, tuple(held[rank])) for rank in sorted(held)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +157,16 @@ class _Offer:
     box: Box
     rank: int
     holders: Mapping[int, Segment]
+
+
+@dataclass(frozen=True, slots=True)
+class _Overlap:
+    """What of a target segment comes from one offer."""
+
+    box: Box
+    offer: _Offer
+    target: View
+    hf: View
 
 
 # A piece that several ranks hold is cut so that none is larger than this share of a rank's mean load.
@@ -196,29 +214,35 @@ def _holders(segments: Sequence[Segment]) -> dict[Box, Mapping[int, Segment]]:
     return holders
 
 
-def _fill(rank: int, target: Segment, offers: Sequence[_Offer], hf_strides: Shape, same_ranks: bool) -> Iterator[Copy]:
-    """Copies that cover `target` exactly once."""
+def _overlaps(target: Segment, offers: Sequence[_Offer], hf_strides: Shape) -> list[_Overlap]:
+    """Parts that cover `target` exactly once."""
+    found = []
     covered = 0
     for offer in offers:
-        overlap = target.box.intersect(offer.box)
-        if overlap is None:
-            continue
-        covered += overlap.volume
-        source_rank = rank if same_ranks and rank in offer.holders else offer.rank
-        source = offer.holders[source_rank]
-        yield Copy(
-            source_rank,
-            rank,
-            overlap.size,
-            View(source.local_name, source.offset_of(overlap), source.strides),
-            View(target.local_name, target.offset_of(overlap), target.strides),
-            View(target.hf_name, sum(a * stride for a, stride in zip(overlap.start, hf_strides, strict=True)), hf_strides),
-        )
+        box = target.box.intersect(offer.box)
+        if box is not None:
+            covered += box.volume
+            hf = View(target.hf_name, sum(map(mul, box.start, hf_strides)), hf_strides)
+            found.append(_Overlap(box, offer, View(target.local_name, target.offset_of(box), target.strides), hf))
     if covered != target.box.volume:
         raise PlanError(
-            f"{target.hf_name}: rank {rank} needs {target.box.volume} elements of box {target.box.start}+{target.box.size} "
-            f"for {target.local_name}, the sources hold {covered} of them; both sides must come from the same model"
+            f"{target.hf_name}: rank {target.ranks[0]} needs {target.box.volume} elements of box {target.box.start}+"
+            f"{target.box.size} for {target.local_name}, the sources hold {covered} of them; both sides must come from the "
+            f"same model"
         )
+    return found
+
+
+def _filled(rank: int, overlaps: Sequence[_Overlap], same_ranks: bool) -> list[Copy]:
+    """What `rank` receives of one segment, sender by sender, in the order of the HF tensor."""
+    copies = []
+    for overlap in overlaps:
+        holders = overlap.offer.holders
+        source_rank = rank if same_ranks and rank in holders else overlap.offer.rank
+        source = holders[source_rank]
+        read = View(source.local_name, source.offset_of(overlap.box), source.strides)
+        copies.append(Copy(source_rank, rank, overlap.box.size, read, overlap.target, overlap.hf))
+    return sorted(copies, key=lambda copy: (copy.source_rank, copy.hf.offset))
 
 
 def _coalesced(copies: Iterable[Copy], columns: int) -> Iterator[Copy]:
@@ -262,11 +286,11 @@ def _merged(run: list[Copy]) -> Copy:
     if len(run) == 1:
         return run[0]
     first = run[0]
-    views = (first.source, first.target, first.hf)
     source, target, hf = (
-        replace(view, strides=(step, *view.strides)) for view, step in zip(views, _steps(first, run[1]), strict=True)
+        View(view.name, view.offset, (step, *view.strides))
+        for view, step in zip((first.source, first.target, first.hf), _steps(first, run[1]), strict=True)
     )
-    return replace(first, shape=(len(run), *first.shape), source=source, target=target, hf=hf)
+    return Copy(first.source_rank, first.target_rank, (len(run), *first.shape), source, target, hf)
 
 
 def copy_digest(copy: Copy, part: Tensor, tensor: HFTensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
@@ -27,9 +27,12 @@ class Box:
         return prod(self.size)
 
     def intersect(self, other: Box) -> Box | None:
+        if self.start == other.start and self.size == other.size:
+            return self
         start, size = [], []
         for a, n, b, m in zip(self.start, self.size, other.start, other.size, strict=True):
-            first, stop = max(a, b), min(a + n, b + m)
+            first = a if a > b else b
+            stop = a + n if a + n < b + m else b + m
             if stop <= first:
                 return None
             start.append(first)
@@ -65,10 +68,15 @@ class Segment:
     ranks: tuple[int, ...]
     repeats: bool = False
 
+    def only_on(self, rank: int) -> Segment:
+        return Segment(self.hf_name, self.box, self.local_name, self.offset, self.strides, (rank,))
+
     def offset_of(self, box: Box) -> int:
         """Where the sub-box `box` begins in the local tensor."""
-        moves = zip(box.start, self.box.start, self.strides, strict=True)
-        return self.offset + sum((to - begin) * stride for to, begin, stride in moves)
+        offset = self.offset
+        for to, begin, stride in zip(box.start, self.box.start, self.strides, strict=True):
+            offset += (to - begin) * stride
+        return offset
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Side:
 
     def on(self, rank: int) -> Side:
         """The part of one rank."""
-        segments = tuple(replace(segment, ranks=(rank,)) for segment in self.segments if rank in segment.ranks)
+        segments = tuple(segment.only_on(rank) for segment in self.segments if rank in segment.ranks)
         shapes = {name: shape for name, shape in self.shapes.items() if rank in self.holders[name]}
         return Side(segments, shapes, dict.fromkeys(shapes, (rank,)), self.padded_names & shapes.keys())
 
