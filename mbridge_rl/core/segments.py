@@ -69,7 +69,7 @@ class Segment:
     repeats: bool = False
 
     def only_on(self, rank: int) -> Segment:
-        return Segment(self.hf_name, self.box, self.local_name, self.offset, self.strides, (rank,))
+        return Segment(self.hf_name, self.box, self.local_name, self.offset, self.strides, (rank,), self.repeats)
 
     def offset_of(self, box: Box) -> int:
         """Where the sub-box `box` begins in the local tensor."""
