@@ -111,6 +111,13 @@ class ModelSpec:
         """Tensors that repeat others: a checkpoint may lack them, and an import leaves them alone."""
         return frozenset(name for instance in self.instances if instance.rule.repeats for name in instance.hf_names)
 
+    @cached_property
+    def carried_hf_names(self) -> frozenset[str]:
+        """Tensors of the modules that are carried along: an engine of text alone has no place for them."""
+        names = tuple(f"{name}." for name in self.carried) or (" ",)
+        instances = (instance for instance in self.instances if instance.megatron_name.startswith(names))
+        return frozenset(hf_name for instance in instances for hf_name in instance.hf_names)
+
     def hf_grid(self, hf_name: str) -> tuple[int, ...]:
         """The factored shape that boxes of `hf_name` count in; its row-major order is the tensor's own."""
         return tuple(axis.extent for axis in self.hf_parts[hf_name].axes)

@@ -38,15 +38,10 @@ GATED_DELTA_NET = {
     "linear_num_value_heads": 8,
 }
 # vLLM's kernel for a CPU has heads of 128 and bfloat16.
-NO_TORCHVISION = "vLLM's module for it imports torchvision, of which no build fits a CPU build of torch"
 GATED_DELTA_NET_ENGINE = {**NO_PREFIX_CACHE, "dtype": "bfloat16"}
 
-EXPERTS = {
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 64,
-}
+ROUTED_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = {**ROUTED_EXPERTS, "shared_expert_intermediate_size": 64}
 EXPERT_PARALLEL = ParallelLayout(tp=2, pp=2, ep=2, etp=1, stage_layers=(3, 1))
 
 FAMILIES = [
@@ -67,7 +62,7 @@ FAMILIES = [
         "Qwen3_5MoeForCausalLM",
         {**GATED_DELTA_NET, **EXPERTS, "num_experts": 3},
         layout=ParallelLayout(ep=3, etp=1, dp=3),
-        engine=NO_TORCHVISION,
+        engine=GATED_DELTA_NET_ENGINE,
         lora=RECURRENT_LINEARS,
     ),
     Family(
@@ -78,7 +73,7 @@ FAMILIES = [
         # Fewer KV heads than ranks: these share its queries and gates.
         {**GATED_DELTA_NET, "num_key_value_heads": 1, "tie_word_embeddings": True},
         layout=ParallelLayout(tp=2, pp=2, stage_layers=(3, 1)),
-        engine=NO_TORCHVISION,
+        engine=GATED_DELTA_NET_ENGINE,
         lora=MAMBA_LINEARS,
     ),
     Family(

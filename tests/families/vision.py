@@ -1,7 +1,7 @@
 """Language towers in Megatron, vision towers carried along."""
 
 from families.family import DENSE, Family
-from families.hybrid import EXPERTS, GATED_DELTA_NET, MAMBA_LINEARS, NO_TORCHVISION, RECURRENT_LINEARS
+from families.hybrid import EXPERTS, GATED_DELTA_NET, GATED_DELTA_NET_ENGINE, MAMBA_LINEARS, RECURRENT_LINEARS, ROUTED_EXPERTS
 from mbridge_rl.core.layout import ParallelLayout
 
 QWEN_TOWER = {
@@ -15,7 +15,8 @@ QWEN_TOWER = {
     "temporal_patch_size": 2,
 }
 SQUARE = {**QWEN_TOWER, "num_position_embeddings": 64}
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}
+# No images: vLLM builds the language model alone.
+TEXT = {"language_model_only": True}
 
 FAMILIES = [
     Family(
@@ -26,13 +27,14 @@ FAMILIES = [
         {
             "text_config": {
                 **DENSE,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]},
+                "hidden_size": 128,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
             },
-            "vision_config": {**QWEN_TOWER, "window_size": 16, "fullatt_block_indexes": [1]},
+            "vision_config": {**QWEN_TOWER, "out_hidden_size": 128, "window_size": 16, "fullatt_block_indexes": [1]},
             "tie_word_embeddings": True,
         },
         base={},
-        engine=NO_TORCHVISION,
+        engine=TEXT,
     ),
     Family(
         "Qwen3-VL",
@@ -44,7 +46,7 @@ FAMILIES = [
             "vision_config": {**SQUARE, "deepstack_visual_indexes": [0, 1]},
         },
         base={},
-        engine=NO_TORCHVISION,
+        engine=TEXT,
     ),
     Family(
         "Qwen3.5",
@@ -54,7 +56,7 @@ FAMILIES = [
         {"text_config": {**DENSE, **GATED_DELTA_NET}, "vision_config": SQUARE},
         base={},
         layout=ParallelLayout(tp=2, pp=2, stage_layers=(1, 3)),
-        engine=NO_TORCHVISION,
+        engine={**GATED_DELTA_NET_ENGINE, **TEXT},
         lora=MAMBA_LINEARS,
     ),
     Family(
@@ -63,12 +65,12 @@ FAMILIES = [
         "qwen3_vl_moe",
         "Qwen3VLMoeForConditionalGeneration",
         {
-            "text_config": {**DENSE, **EXPERTS, "head_dim": 32, "mlp_only_layers": [1]},
+            "text_config": {**DENSE, **ROUTED_EXPERTS, "head_dim": 32, "mlp_only_layers": [1], "norm_topk_prob": True},
             "vision_config": {**SQUARE, "deepstack_visual_indexes": [0, 1]},
         },
         base={},
         layout=ParallelLayout(tp=2, pp=2, ep=2, etp=1, stage_layers=(2, 1)),
-        engine=NO_TORCHVISION,
+        engine=TEXT,
         lora=("linear_qkv", "linear_proj"),
     ),
     Family(
@@ -79,7 +81,7 @@ FAMILIES = [
         {"text_config": {**DENSE, **GATED_DELTA_NET, **EXPERTS}, "vision_config": SQUARE},
         base={},
         layout=ParallelLayout(tp=2, ep=2, etp=1),
-        engine=NO_TORCHVISION,
+        engine={**GATED_DELTA_NET_ENGINE, **TEXT},
         lora=RECURRENT_LINEARS,
     ),
     Family(
@@ -100,7 +102,7 @@ FAMILIES = [
             },
         },
         base={},
-        engine=NO_TORCHVISION,
+        engine=TEXT,
         embedding=0.1,
     ),
 ]

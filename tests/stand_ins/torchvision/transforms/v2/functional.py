@@ -1,0 +1,3 @@
+"""See the package."""
+
+from torchvision.transforms.functional import __getattr__ as __getattr__
