@@ -16,7 +16,7 @@ from mbridge_rl.adapter_bridge import LiveAdapterBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
 from mbridge_rl.core.adapters import LoRAConfig
-from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError, listed
+from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
@@ -27,7 +27,7 @@ from mbridge_rl.hf.config import copy_companions, load_config, local_directory, 
 from mbridge_rl.hf.dequantize import Dequantized, require_supported
 from mbridge_rl.hf.module import HFModule
 from mbridge_rl.hf.peft import read_lora_config
-from mbridge_rl.hf.state import check_hf_state
+from mbridge_rl.hf.state import Contiguous, check_hf_state
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 from mbridge_rl.quantized_bridge import LiveQuantizedBridge
 from mbridge_rl.sync.group import RankGroup
@@ -110,7 +110,7 @@ class AutoBridge:
             source, tensors, dtypes = hf_state.side, hf_state, hf_state.hf_dtypes()
         else:
             check_hf_state(self.spec, hf_state, "the given state dict")
-            source, tensors = hf_side(self.spec), _Contiguous(hf_state)
+            source, tensors = hf_side(self.spec), Contiguous(hf_state)
             dtypes = {hf_name: hf_state[hf_name].dtype for hf_name in self.spec.hf_shapes if hf_name in hf_state}
         side = megatron_side(self.spec, layout)
         shards = {rank: virtual.allocate(side.on(rank), dtypes) for rank in range(layout.world_size)}
@@ -124,11 +124,11 @@ class AutoBridge:
             StateMismatchError: a rank or tensor that is missing, left over, or of another shape.
         """
         side = megatron_side(self.spec, layout)
-        _check_shards(shards, {rank: side.on(rank) for rank in range(layout.world_size)})
+        virtual.check(shards, {rank: side.on(rank) for rank in range(layout.world_size)})
         plan = compile_plan(self.spec, side, hf_side(self.spec))
         dtypes = {copy.hf_name: shards[copy.source_rank][copy.source.name].dtype for copy in plan.copies}
         hf_state = virtual.allocate(hf_side(self.spec), dtypes)
-        virtual.run(plan, {rank: _Contiguous(shard) for rank, shard in shards.items()}, {0: hf_state})
+        virtual.run(plan, {rank: Contiguous(shard) for rank, shard in shards.items()}, {0: hf_state})
         return hf_state
 
     # With a live Megatron model.
@@ -511,7 +511,7 @@ class AutoBridge:
             source, where = Checkpoint(directory), str(directory)
         hf_state = self._plain(source)
         check_hf_state(self.spec, hf_state.entries if isinstance(hf_state, Checkpoint) else hf_state, where)
-        return hf_state if isinstance(hf_state, Checkpoint) else _Contiguous(hf_state)
+        return hf_state if isinstance(hf_state, Checkpoint) else Contiguous(hf_state)
 
     def _plain(self, tensors: HfState) -> HfState:
         """`tensors` as they are or, for a quantized checkpoint, as what they stand for."""
@@ -539,33 +539,3 @@ def _checked_layout(layout: ParallelLayout, group: RankGroup) -> ParallelLayout:
     if layout.world_size != group.size:
         raise LayoutError(f"{layout} has {layout.world_size} ranks, {group.size} are running: give the layout that is running")
     return layout
-
-
-class _Contiguous(Mapping[str, Tensor]):
-    """Tensors that are made contiguous when they are read; mapped files already are."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].detach().contiguous()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def _check_shards(shards: Shards, sides: Mapping[int, Side]) -> None:
-    if shards.keys() != sides.keys():
-        raise StateMismatchError(f"the layout has ranks 0..{len(sides) - 1}, the shards are of ranks {sorted(shards)}")
-    for rank, side in sides.items():
-        missing, extra = side.shapes.keys() - shards[rank].keys(), shards[rank].keys() - side.shapes.keys()
-        if missing or extra:
-            raise StateMismatchError(f"rank {rank}: missing [{listed(missing)}], unexpected [{listed(extra)}]")
-        for name, shape in side.shapes.items():
-            if tuple(shards[rank][name].shape) != shape:
-                raise StateMismatchError(
-                    f"rank {rank}: {name} has shape {list(shards[rank][name].shape)}, the layout says {list(shape)}"
-                )

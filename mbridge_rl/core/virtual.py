@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mbridge_rl.core.errors import StateMismatchError, listed
 from mbridge_rl.core.plan import Plan
 from mbridge_rl.core.segments import Side
 
@@ -29,3 +30,18 @@ def allocate(side: Side, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]
         name: torch.empty(shape, dtype=dtypes[made_of[name]] if name in made_of else fallback)
         for name, shape in side.shapes.items()
     }
+
+
+def check(shards: Mapping[int, Mapping[str, Tensor]], sides: Mapping[int, Side]) -> None:
+    """Raises StateMismatchError where `{rank: {local name: tensor}}` is not what the sides of these ranks say."""
+    if shards.keys() != sides.keys():
+        raise StateMismatchError(f"the layout has ranks 0..{len(sides) - 1}, the shards are of ranks {sorted(shards)}")
+    for rank, side in sides.items():
+        missing, extra = side.shapes.keys() - shards[rank].keys(), shards[rank].keys() - side.shapes.keys()
+        if missing or extra:
+            raise StateMismatchError(f"rank {rank}: missing [{listed(missing)}], unexpected [{listed(extra)}]")
+        for name, shape in side.shapes.items():
+            if tuple(shards[rank][name].shape) != shape:
+                raise StateMismatchError(
+                    f"rank {rank}: {name} has shape {list(shards[rank][name].shape)}, the layout says {list(shape)}"
+                )

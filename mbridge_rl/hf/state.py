@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from mbridge_rl.core.errors import StateMismatchError, listed
 from mbridge_rl.core.model import ModelSpec
@@ -68,3 +69,19 @@ def check_hf_tensor(spec: ModelSpec, hf_name: str, tensor: Described, where: str
 def is_ignored(spec: ModelSpec, hf_name: str) -> bool:
     """Whether a checkpoint may hold this tensor though the model has no use for it."""
     return hf_name.startswith(spec.ignored_hf_prefixes) or hf_name.endswith(_IGNORED_SUFFIXES)
+
+
+class Contiguous(Mapping[str, Tensor]):
+    """Tensors that are made contiguous when they are read; mapped files already are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].detach().contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
