@@ -75,13 +75,14 @@ def save_checkpoint(
         CheckpointError: on all ranks: the step is saved already, or the disk is full or not writable. Older checkpoints are
             untouched.
     """
+    trainer.require_loaded()
     directory, group = Path(directory), RankGroup()
     final = directory / f"step_{step:08d}"
     partial = directory / f".{final.name}.partial"
     with group.together():
         if group.rank == 0:
             _make_room(final, partial)
-    with group.together(), megatron_runtime(), _readable(f"cannot save {final}"):
+    with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
         _save(trainer, partial, dict(state or {}))
     with group.together():
         if group.rank == 0:
@@ -105,6 +106,7 @@ def load_checkpoint(trainer: MegatronTrainer, checkpoint: str | Path) -> LoadedC
         CheckpointError: on all ranks: there is none, or it is of another model or of other adapters (nothing was changed); or
             a file cannot be read (then weights and optimizer are incomplete).
     """
+    trainer.require_loaded()
     group = RankGroup()
     with group.together():
         path = _resolve(Path(checkpoint))
@@ -112,7 +114,7 @@ def load_checkpoint(trainer: MegatronTrainer, checkpoint: str | Path) -> LoadedC
         tensors = TrainerTensors(trainer)
         _check_same_model(description, tensors, path)
     same_layout = description["layout"] == str(trainer.layout)
-    with group.together(), megatron_runtime(), _readable(f"cannot load {path}"):
+    with group.together(), megatron_runtime(), _Tried(f"cannot load {path}"):
         common = _load(trainer, tensors, path, same_layout)
     steps, saved, config = common["optimizer_steps"], common["learning_rate"], trainer.config
     set_step_count(trainer.optimizer, steps)
@@ -175,7 +177,7 @@ def _grad_scaler_state(trainer: MegatronTrainer) -> dict[str, Any]:
     return scalers[0].state_dict() if scalers and scalers[0] else {}
 
 
-class _readable:
+class _Tried:
     """Turns what torch and Megatron raise into a CheckpointError that says what was tried."""
 
     def __init__(self, what: str) -> None:

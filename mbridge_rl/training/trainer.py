@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from mbridge_rl.training.logprobs import TokenStatistics
 from mbridge_rl.training.lora import adapters_disabled
 from mbridge_rl.training.micro_batches import MicroBatch, Split, pack_rows, split_rows
 from mbridge_rl.training.objectives.aggregation import token_weights
+from mbridge_rl.training.offload import Offloaded, offloaded
 from mbridge_rl.training.optimization import (
     TrainerConfig,
     connect,
@@ -103,6 +105,7 @@ class MegatronTrainer:
         self.layout: ParallelLayout = core[0].parallel_layout
         self._device = next(core[0].parameters()).device
         self._reference: ReferenceSnapshot | None = None
+        self._offloaded = False
         with megatron_runtime():
             self.model = wrap_in_ddp(model, self.config)
             self.optimizer = make_optimizer(self.model, self.config)
@@ -138,6 +141,7 @@ class MegatronTrainer:
         Raises:
             ValueError: as `step`.
         """
+        self.require_loaded()
         if batch.num_tokens == 0:
             raise ValueError("no token of the batch is in its mask: there is nothing to train on")
         batch.check_finite()
@@ -157,6 +161,7 @@ class MegatronTrainer:
 
         Bit-equal to what `step` sees if the weights are, in fp32 and bf16 alike: the same micro-batches take the same way.
         """
+        self.require_loaded()
         if batch.num_tokens == 0:
             nothing = torch.zeros(batch.tokens.shape)
             return TokenStatistics(nothing, nothing, nothing.bool())
@@ -167,6 +172,7 @@ class MegatronTrainer:
 
     def snapshot_reference(self) -> None:
         """Makes the present weights the reference policy. A LoRA run needs no copy: its reference is the base model."""
+        self.require_loaded()
         if not self.has_adapters:
             self._reference = ReferenceSnapshot(self.model)
 
@@ -176,6 +182,7 @@ class MegatronTrainer:
         Raises:
             ValueError: `snapshot_reference` was not called.
         """
+        self.require_loaded()
         with self._reference_policy():
             return self.compute_log_probs(batch).log_probs
 
@@ -185,6 +192,41 @@ class MegatronTrainer:
         for group in self.optimizer.param_groups:
             group["max_lr"] = learning_rate
         self.scheduler.step(0)
+
+    @contextmanager
+    def offloaded(
+        self, *, weights: bool = True, optimizer: bool = True, directory: str | Path | None = None
+    ) -> Iterator[Offloaded]:
+        """Frees what the trainer holds, for as long as the engine needs the memory; afterwards everything is back bit for bit.
+
+        Gradients are always freed. Weights and optimizer state go to host memory if they are on an accelerator; on a CPU they
+        stay unless there is a directory. Sync weights before; inside, every use of the trainer raises.
+
+        Args:
+            weights, optimizer: which of them to move, too.
+            directory: keep them in files here instead of in host memory.
+
+        Yields:
+            How many bytes of this rank are free.
+
+        Raises:
+            OSError: the directory can not be written, or its disk is full; everything is in place.
+        """
+        self.require_loaded()
+        with offloaded(self.model, self.optimizer, weights=weights, moments=optimizer, directory=directory) as freed:
+            self._offloaded = True
+            try:
+                yield freed
+            finally:
+                self._offloaded = False
+
+    def require_loaded(self) -> None:
+        """
+        Raises:
+            RuntimeError: inside of `offloaded`.
+        """
+        if self._offloaded:
+            raise RuntimeError("the trainer is offloaded: leave the `with trainer.offloaded()` block before you use it")
 
     @property
     def has_adapters(self) -> bool:
