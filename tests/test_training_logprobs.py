@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mbridge_rl.training.logprobs import token_statistics
+from mbridge_rl.training.logprobs import projected_token_statistics, token_statistics
 
 
 def _inputs(vocab: int, padded: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,5 +121,105 @@ def test_bad_input_says_what_is_wrong() -> None:
         token_statistics(torch.zeros(2, 11), torch.zeros(2, dtype=torch.int64), 12)
     with pytest.raises(ValueError, match=r"logits \[2, 11\] must be tokens \[3\]"):
         token_statistics(torch.zeros(2, 11), torch.zeros(3, dtype=torch.int64), 11)
+    with pytest.raises(ValueError, match=r"hidden states \[2, 4\] must be tokens .* weight \[12, 3\]"):
+        projected_token_statistics(torch.zeros(2, 4), torch.zeros(12, 3), torch.zeros(2, dtype=torch.int64), 12)
     with pytest.raises(ValueError, match="temperature must be positive"):
         token_statistics(torch.zeros(2, 11), torch.zeros(2, dtype=torch.int64), 11, temperature=0.0)
+
+
+def _hidden_inputs(vocab: int, padded: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states `[3, 7, 16]`, output weight `[padded, 16]`, tokens, and the gradients of the two outputs."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(3, 7, 16, generator=generator), torch.randn(padded, 16, generator=generator)
+    tokens = torch.randint(0, vocab, (3, 7), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), tokens, torch.randn(2, 3, 7, generator=generator)
+
+
+def _cap(logits: Tensor) -> Tensor:
+    return 3.0 * torch.tanh(logits / 3.0)
+
+
+def _projected(rank: int, vocab: int, padded: int, change: Any, options: dict[str, Any]) -> list[Tensor]:
+    hidden, weight, tokens, grads = _hidden_inputs(vocab, padded)
+    hidden, mine = hidden.requires_grad_(), weight.chunk(dist.get_world_size())[rank].clone().requires_grad_()
+    found = projected_token_statistics(hidden, mine, tokens, vocab, change=change, group=dist.group.WORLD, **options)
+    (found.log_probs * grads[0] + found.entropy * grads[1]).sum().backward()
+    dist.all_reduce(hidden.grad)  # each rank has its columns' part
+    return [*(value.detach() for value in found), hidden.grad, mine.grad]
+
+
+@pytest.mark.parametrize("change", [None, _cap], ids=["plain", "soft cap"])
+@pytest.mark.parametrize(("world_size", "vocab", "padded"), [(1, 13, 13), (2, 13, 14), (4, 9, 12)])
+def test_the_projection_in_chunks_equals_the_dense_one(change: Any, world_size: int, vocab: int, padded: int) -> None:
+    hidden, weight, tokens, grads = _hidden_inputs(vocab, padded)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    logits = hidden @ weight[:vocab].t()
+    log_p = ((logits if change is None else change(logits)) / 0.7).log_softmax(-1)
+    log_probs, entropy = log_p.gather(-1, tokens[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    (log_probs * grads[0] + entropy * grads[1]).sum().backward()
+    options = {"temperature": 0.7, "max_elements": 30}
+    results = run_ranks(_projected, world_size, vocab, padded, change, options)
+    for found in results:
+        torch.testing.assert_close(found[0], log_probs.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[1], entropy.detach(), atol=1e-5, rtol=1e-5)
+        assert torch.equal(found[2], log_p.argmax(-1) == tokens)
+        torch.testing.assert_close(found[3], hidden.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([found[4] for found in results]), weight.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_the_weights_gradient_is_summed_in_fp32() -> None:
+    """In bf16, chunk by chunk, the sum would lose what is smaller than a 256th of it."""
+    hidden, weight, tokens, grads = _hidden_inputs(13, 13, torch.bfloat16)
+    expected = None
+    for max_elements in (1 << 20, 13):  # all at once, and one token at a time
+        mine = weight.clone().requires_grad_()
+        found = projected_token_statistics(hidden, mine, tokens, 13, max_elements=max_elements)
+        (found.log_probs * grads[0]).sum().backward()
+        assert mine.grad.dtype == torch.bfloat16
+        expected = mine.grad if expected is None else expected
+        torch.testing.assert_close(mine.grad, expected, atol=2e-2, rtol=1e-2)  # of bf16 itself
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    hidden, weight, tokens, _ = _hidden_inputs(13, 13)
+    found = projected_token_statistics(hidden.requires_grad_(), weight, tokens, 13)
+    found.log_probs.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+class _Largest(TorchDispatchMode):
+    """The largest `[tokens, vocab]` that any operation returns, and the most of them that are alive at a time."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.elements, self.alive, self.most = vocab, 0, 0, 0
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.vocab and len(tensor) != 16:
+                self.elements = max(self.elements, tensor.numel())
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._storages.add(storage._cdata)
+                    self.alive += 1
+                    self.most = max(self.most, self.alive)
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self._storages.discard(key)
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_more_logits_than_stated_exist(entropy: bool) -> None:
+    hidden = torch.randn(64, 16, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(1001, 16, dtype=torch.bfloat16).requires_grad_()
+    with _Largest(1001) as seen:
+        found = projected_token_statistics(hidden, weight, torch.randint(0, 1001, (64,)), 1001, max_elements=5000)
+        (found.log_probs + found.entropy if entropy else found.log_probs).sum().backward()
+    assert 0 < seen.elements <= 5000
+    assert 2 <= seen.most <= 4

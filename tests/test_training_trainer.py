@@ -17,6 +17,7 @@ from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.grpo import GRPOConfig, grpo_loss, policy_metrics, supervised_loss
+from mbridge_rl.training.logprobs import TokenStatistics
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
 STEPS = 3
@@ -189,3 +190,103 @@ def test_misuse_says_what_is_wrong(scratch: Path) -> None:
     for what, message in {"mask": "no token of the batch", "reference": "call snapshot_reference"}.items():
         with pytest.raises(RankError, match=message):
             run_ranks(_misuse, 1, _checkpoint(DENSE, scratch), what)
+
+
+def _rates(rank: int, checkpoint: Path, config: dict[str, Any], steps: int) -> list[float]:
+    trainer, batch = _trainer(checkpoint, Layout(), {}, config), _batch(2, 8)
+    return [trainer.step(batch, supervised_loss).learning_rate for _ in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"warmup_steps": 2}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"schedule": "linear", "decay_steps": 5, "min_learning_rate": 1e-4}, [0.82, 0.64, 0.46, 0.28, 0.1, 0.1]),
+        ({"schedule": "cosine", "warmup_steps": 1, "decay_steps": 5}, [1.0, 0.853553, 0.5, 0.146447, 0.0, 0.0]),
+        ({"schedule": "inverse-square-root", "warmup_steps": 1}, [1.0, 0.707107, 0.577350, 0.5, 0.447214, 0.408248]),
+    ],
+    ids=str,
+)
+def test_learning_rates_follow_the_schedule(config: dict[str, Any], expected: list[float], scratch: Path) -> None:
+    rates = run_ranks(_rates, 1, _checkpoint(DENSE, scratch), config, 6)[0]
+    assert rates == pytest.approx([1e-3 * rate for rate in expected], rel=1e-5, abs=1e-12)
+
+
+class _BrokenGradient(torch.autograd.Function):
+    """Passes a value on and makes its gradient infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * torch.inf
+
+
+def _skipped(rank: int, checkpoint: Path, layout: Layout, sharded: bool) -> None:
+    trainer, batch = _trainer(checkpoint, layout, {}, {"distributed_optimizer": sharded, "warmup_steps": 4}), _batch()
+    before = [parameter.detach().clone() for parameter in trainer.model[0].parameters()]
+    first = tuple(batch.mask.nonzero()[0])
+    token = batch.need("targets")[first]
+
+    def undefined(policy: TokenStatistics, micro: Batch) -> Tensor:
+        return torch.where(micro.need("targets") == token, torch.nan, policy.log_probs)
+
+    def explosive(policy: TokenStatistics, micro: Batch) -> Tensor:
+        return _BrokenGradient.apply(policy.log_probs)
+
+    losses = {"the loss is not finite": undefined, "the gradient is not finite": explosive}
+    for reason, loss in losses.items():
+        report = trainer.step(batch, loss)
+        assert not report.updated
+        assert report.skipped == reason
+        assert report.learning_rate == 0.0  # the schedule has not moved
+        assert all(torch.equal(a, b) for a, b in zip(before, trainer.model[0].parameters(), strict=True))
+    report = trainer.step(batch, supervised_loss)
+    assert (report.updated, report.skipped, report.learning_rate) == (True, "", pytest.approx(2.5e-4))
+    advantages = batch.spread(torch.ones(len(batch)))
+    advantages[first] = torch.nan
+    broken = batch.with_tensors(advantages=advantages, old_log_probs=torch.zeros_like(advantages))
+    with pytest.raises(ValueError, match="advantages of 1 tokens are not finite, first in row 0"):
+        trainer.step(broken, grpo_loss(GRPOConfig()))
+    nothing = batch.without_rows(torch.ones(len(batch), dtype=torch.bool))
+    assert trainer.compute_log_probs(nothing).log_probs.shape == batch.tokens.shape
+    assert trainer.compute_log_probs(batch.rows(slice(0, 0))).log_probs.shape == (0, batch.tokens.shape[1])
+    with pytest.raises(ValueError, match="no token of the batch"):
+        trainer.step(nothing, supervised_loss)
+
+
+@pytest.mark.parametrize(("layout", "sharded"), [(Layout(tp=2), False), (Layout(dp=2), True)], ids=str)
+def test_numbers_that_are_none_change_nothing(layout: Layout, sharded: bool, scratch: Path) -> None:
+    run_ranks(_skipped, layout.world_size, _checkpoint(DENSE, scratch), layout, sharded)
+
+
+def _too_long(rank: int, checkpoint: Path, config: dict[str, Any]) -> None:
+    _trainer(checkpoint, Layout(), {}, config).step(_batch(), supervised_loss)
+
+
+def test_over_long_sequences_are_refused(scratch: Path) -> None:
+    checkpoint = _checkpoint(DENSE, scratch)
+    with pytest.raises(RankError, match="row 1 has 12 tokens, a micro-batch holds 10: raise micro_batch_tokens"):
+        run_ranks(_too_long, 1, checkpoint, {"packing": True, "micro_batch_tokens": 10})
+    with pytest.raises(RankError, match="rows have 13 tokens, a micro-batch holds 12: raise micro_batch_tokens"):
+        run_ranks(_too_long, 1, checkpoint, {"micro_batch_tokens": 12})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"schedule": "wave"}, "unknown schedule 'wave'"),
+        ({"schedule": "cosine"}, "needs decay_steps=None beyond warmup_steps=0"),
+        ({"schedule": "linear", "warmup_steps": 5, "decay_steps": 5}, "decay_steps=5 beyond warmup_steps=5"),
+        ({"decay_steps": 5}, "schedule 'constant' does not end"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate=1.0 <= learning_rate"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+    ],
+)
+def test_contradictory_settings_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**config)

@@ -82,7 +82,7 @@ def projected_token_statistics(
         weight: `[padded_vocab / tp, hidden]`, this rank's rows of the output layer, in hidden's dtype.
         tokens, vocab_size, group, temperature: see `token_statistics`.
         change: of the logits, element by element (a scale, a soft cap).
-        max_elements: no more than four tensors of so many logits exist at a time, forward and backward, whatever the
+        max_elements: no more than four tensors of so many logits exist at a time (eight with a `change`), whatever the
             number of tokens (one token's row at least). The weight's gradient is summed up in fp32.
 
     Raises:
