@@ -79,7 +79,8 @@ class StepReport(Gradients):
 
 
 class MegatronTrainer:
-    """Trains Megatron-core chunks on batches of token sequences.
+    """Trains Megatron-core chunks on batches of token sequences, without the base model's dropout: a ratio compares the same
+    network with itself.
 
     Args:
         model: this rank's chunks from `build_model`, with weights and, if wanted, adapters; they are wrapped into Megatron's
@@ -102,6 +103,7 @@ class MegatronTrainer:
             raise ValueError("the trainer needs chunks that know their layout: build them with AutoBridge.build_model")
         if self.config.packing:
             _refuse_recurrent_layers(core)
+        _turn_off_dropout(core)
         self.layout: ParallelLayout = core[0].parallel_layout
         self._device = next(core[0].parameters()).device
         self._reference: ReferenceSnapshot | None = None
@@ -336,6 +338,14 @@ def _everywhere(results: Tensor) -> Tensor:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(results, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     return results
+
+
+def _turn_off_dropout(chunks: Sequence[nn.Module]) -> None:
+    for chunk in chunks:
+        for owner in (chunk.config, *chunk.modules()):
+            for name in ("attention_dropout", "hidden_dropout"):
+                if isinstance(getattr(owner, name, None), float):
+                    setattr(owner, name, 0.0)
 
 
 def _refuse_recurrent_layers(chunks: Sequence[nn.Module]) -> None:
