@@ -51,13 +51,15 @@ def test_the_toy_task_is_learnt(mode: str, weights: str, way: str, seed: int, tm
         pytest.importorskip("ray")
     steps = 12 if (mode, weights, way) == IN_DEFAULT_SUITE else 20
     changes = [*MODES[mode], *WEIGHTS[weights], f"steps={steps}", f"seed={seed}", f"run_dir={tmp_path / 'run'}"]
-    changes += ["checkpoint={every: 0, export: false}", f"runner.kind={'ray' if way == 'ray' else 'local'}"]
+    changes += ["checkpoint={every: 0}", f"runner.kind={'ray' if way == 'ray' else 'local'}"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(with_overrides(yaml.safe_load(RECIPE.read_text()), changes)))
     command = [sys.executable, *WAYS[way], "-m", "mbridge_rl.cli", "train", str(recipe)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
 
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").exists() == (weights == "lora")
     history = read_lines(tmp_path / "run" / METRICS_FILE)
     staleness = {"sync": 0, "one-step-off": 1, "async": 2}[mode]
     assert max(line["staleness_max"] for line in history) <= staleness

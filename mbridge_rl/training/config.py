@@ -178,7 +178,7 @@ class CheckpointConfig:
     """Attributes:
     every: steps between two checkpoints; 0 makes none, and the run cannot be resumed.
     keep: how many of the newest stay.
-    export: write the policy as a Hugging Face checkpoint at the end (`RUN/final`).
+    export: write the policy as a Hugging Face checkpoint at the end (`RUN/final`), and adapters as PEFT's.
     """
 
     every: int = 0

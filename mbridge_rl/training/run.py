@@ -1,7 +1,8 @@
 """A run from its configuration: `mbridge-rl train CONFIG` in this process, under torchrun, or on Ray.
 
 A run folder receives `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `events.jsonl` (what went wrong and was survived),
-`engine-N.log`, `checkpoints/`, `summary.json`, and at the end `final/`, a Hugging Face checkpoint.
+`engine-N.log`, `checkpoints/`, `summary.json`, and at the end `final/`, a Hugging Face checkpoint (adapters merged), and
+`final-adapter/`, the adapters as PEFT has them.
 """
 
 from __future__ import annotations
@@ -214,6 +215,8 @@ def train_rank(
         trained = train(grpo, source, fleet, hooks, first_step=step + 1, last_step=config.steps)
         if config.checkpoint.export:
             bridge.save_pretrained(trainer.model, config.run_dir / "final")
+            if config.lora is not None:
+                bridge.save_adapter(trainer.model, config.run_dir / "final-adapter")
         summary = {"warm_up_steps": warm_steps, **_summary(config, *trained)} if first else {}
         destroy_parallel()
         return summary
