@@ -1,6 +1,6 @@
 """The toy task is learnt in every mode, with full weights and adapters, on forked ranks, torchrun and Ray.
 
-MBRIDGE_SEEDS=0,1,2 plays every case with these seeds (`make nightly`); the default suite has one case and one seed.
+MBRIDGE_SEEDS=0,1,2 plays every case with these seeds (`make nightly`); otherwise there is one case and one seed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -34,22 +33,19 @@ MODES = {
 }
 WEIGHTS = {"full": [], "lora": ["lora={rank: 32, alpha: 64}", "trainer.learning_rate=3e-3"]}
 WAYS = {"fork": [], "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "ray": []}
-IN_DEFAULT_SUITE = ("async", "lora", "fork")
+NIGHTLY = "MBRIDGE_SEEDS" in os.environ
+CASES = (
+    [(mode, weights, way) for mode in MODES for weights in WEIGHTS for way in WAYS] if NIGHTLY else [("async", "lora", "fork")]
+)
 
 
-def _cases() -> list[Any]:
-    cases = [(mode, weights, way) for mode in MODES for weights in WEIGHTS for way in WAYS]
-    return [
-        pytest.param(*case, id="-".join(case), marks=[] if case == IN_DEFAULT_SUITE else [pytest.mark.slow]) for case in cases
-    ]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("mode", "weights", "way"), _cases())
+@pytest.mark.parametrize(("mode", "weights", "way"), CASES)
 def test_the_toy_task_is_learnt(mode: str, weights: str, way: str, seed: int, tmp_path: Path) -> None:
     if way == "ray":
         pytest.importorskip("ray")
-    steps = 12 if (mode, weights, way) == IN_DEFAULT_SUITE else 20
+    steps = 20 if NIGHTLY else 12
     changes = [*MODES[mode], *WEIGHTS[weights], f"steps={steps}", f"seed={seed}", f"run_dir={tmp_path / 'run'}"]
     changes += ["checkpoint={every: 0}", f"runner.kind={'ray' if way == 'ray' else 'local'}"]
     recipe = tmp_path / "recipe.yaml"

@@ -21,6 +21,8 @@ from mbridge_rl.training.run import RunExists, run_training
 from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, read_lines
 
 TESTS = Path(__file__).parent
+pytestmark = pytest.mark.slow
+nightly = pytest.mark.skipif("MBRIDGE_SEEDS" not in os.environ, reason="part of `make nightly`")
 CURVE = ("step", "reward", "loss", "grad_norm", "entropy", "ratio_max_deviation", "kl_train_rollout", "digest")
 
 BASE: dict[str, Any] = {
@@ -85,7 +87,7 @@ def test_on_ray_the_curve_is_the_same(undisturbed: Path, tmp_path: Path) -> None
     assert not ray.is_initialized()
 
 
-@pytest.mark.slow
+@nightly
 @pytest.mark.parametrize("placement", ["separate", "colocated"])
 def test_on_ray_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(
     undisturbed: Path, sabotage: Path, placement: str
@@ -108,7 +110,7 @@ def test_a_run_is_not_overwritten_and_a_finished_one_is_not_repeated(undisturbed
     assert curve(undisturbed) == before
 
 
-@pytest.mark.slow
+@nightly
 def test_a_killed_driver_is_resumed(undisturbed: Path, sabotage: Path) -> None:
     run_dir, recipe = sabotage / "run", sabotage / "recipe.yaml"
     shutil.copy(undisturbed / "config.yaml", recipe)
@@ -126,7 +128,7 @@ def test_a_killed_driver_is_resumed(undisturbed: Path, sabotage: Path) -> None:
     assert (run_dir / "report.html").exists()
 
 
-@pytest.mark.slow
+@nightly
 def test_another_layout_goes_on_from_the_same_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
