@@ -78,8 +78,6 @@ def _whole(core: nn.Module, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
     what the ranks say of it."""
     from megatron.core.tensor_parallel import mappings
 
-    if core.config.mtp_num_layers:  # the heads that predict further ahead come behind
-        hidden = hidden.chunk(1 + core.config.mtp_num_layers)[0] if core.mtp_process else hidden
     if core.config.sequence_parallel:
         whole = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         return whole.transpose(0, 1)
