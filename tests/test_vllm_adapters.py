@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import Interpreter
 from ranks import run_ranks
 from tiny import tiny_checkpoint
 
 pytest.importorskip("vllm")
+
+import adapter_scenarios
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout
@@ -178,10 +181,13 @@ def test_three_adapters_updated_in_turn_do_not_disturb_each_other(
         assert [report.digest for report in other["reports"]] == [report.digest for report in first["reports"]]
 
 
-def test_experts_beside_adapters_are_refused_where_vllm_needs_triton(tmp_path: Path) -> None:
-    start, _ = tiny_checkpoint(tmp_path, "qwen3-moe", seed=0, **SIZES)
-    with (
-        EngineProcess(start, **ENGINE, lora_target_modules=["qkv_proj", "o_proj"]) as engine,
-        pytest.raises(EngineMismatch, match=r"experts beside LoRA with Triton.*WeightSync"),
-    ):
-        engine.adapter_info()
+def test_slots_are_proven_and_whatever_fails_is_undone(tmp_path: Path) -> None:
+    dense, _ = tiny_checkpoint(tmp_path / "dense", "qwen3", seed=0, **SIZES)
+    experts, _ = tiny_checkpoint(tmp_path / "experts", "qwen3-moe", seed=0, **SIZES)
+    interpreter = Interpreter()
+    try:
+        interpreter.call(adapter_scenarios.slots_are_proven_and_reverted, dense)
+        interpreter.call(adapter_scenarios.an_engine_without_lora_says_so, dense)
+        interpreter.call(adapter_scenarios.experts_beside_adapters_are_refused, experts)
+    finally:
+        interpreter.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
 
 _STACKS = ("lora_a_stacked", "lora_b_stacked")
+_UNUSED = 1 << 30  # a slot id that no adapter has
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,13 @@ class _Adapter:
     Attributes:
         model: vLLM's `LoRAModel`; a base row's is zero.
         tensors: what it is made of.
-        arrived: all elements in the order of `tensors`, flat; the elements that this worker keeps have positions in it.
-        landings: `(LoRA layer, stack, which of the stack, positions + 1)`; 0 where nothing lands.
+        arrived: all elements in the order of `tensors`, flat.
         digests: of each tensor, as the trainer has it.
     """
 
     model: Any
     tensors: tuple[HFTensor, ...] = ()
     arrived: Tensor | None = None
-    landings: tuple[tuple[nn.Module, str, int, Tensor], ...] = ()
     digests: Mapping[str, int] | None = None
 
 
@@ -92,8 +91,9 @@ class WorkerAdapters:
             views = [arena.view(at, tensor.shape, tensor.dtype) for tensor, at in zip(tensors, update["offsets"], strict=True)]
             arrived = torch.cat([view.flatten() for view in views])  # the arena is the trainer's: it is filled again
         _require_digests(_by_name(tensors, arrived), tensors, digests, "arrived with other bytes")
-        model = self._lora_model(slot_id, _by_name(tensors, arrived.clone()), update["rank"], arrived.dtype)
-        self._staged[slot_id] = _Adapter(model, tensors, arrived, self._landings(slot_id, tensors, update["rank"]), digests)
+        self._require_homes(tensors, update["rank"])
+        model = self._lora_model(slot_id, _by_name(tensors, arrived.clone()), update["rank"])
+        self._staged[slot_id] = _Adapter(model, tensors, arrived, digests)
 
     def stage_zero(self, slot_id: int) -> None:
         """An adapter that changes nothing, for rows that are to see the base model alone."""
@@ -109,7 +109,7 @@ class WorkerAdapters:
         adapter = self._staged.pop(slot_id)
         self._before[slot_id] = self._live.get(slot_id)
         self._install(slot_id, adapter)
-        found = self._read(slot_id, adapter, fill=adapter.arrived)
+        found = self._read(slot_id, adapter)
         _require_digests(found, adapter.tensors, adapter.digests or {}, "are not in their slot")
         nbytes = sum(tensor.nbytes for tensor in adapter.tensors)
         return {"tensors": len(found), "bytes": nbytes, "digest": combine(adapter.digests or {}), "proven": len(found)}
@@ -144,7 +144,7 @@ class WorkerAdapters:
         if slot_id not in self._live:
             raise SyncError(f"no adapter has slot id {slot_id}; found {listed(self._live)}")
         adapter = self._live[slot_id]
-        found = self._read(slot_id, adapter, fill=adapter.arrived)
+        found = self._read(slot_id, adapter)
         return {tensor.hf_name: f"{digest(found[tensor.hf_name], tensor.word_elements):016x}" for tensor in adapter.tensors}
 
     def _install(self, slot_id: int, adapter: _Adapter) -> None:
@@ -164,7 +164,17 @@ class WorkerAdapters:
                 f"the adapter has rank {rank}, the engine takes {info['max_rank']}: start it with max_lora_rank"
             )
 
-    def _lora_model(self, slot_id: int, tensors: dict[str, Tensor], rank: int, dtype: torch.dtype) -> Any:
+    def _require_homes(self, tensors: tuple[HFTensor, ...], rank: int) -> None:
+        """Raises EngineMismatch for a factor that lands in no layer or, where no other worker could have the rest, in part."""
+        landed, whole = torch.zeros(1 + _elements(tensors), dtype=torch.bool), True
+        for layer, _, _, positions in self._landings(tensors, rank):
+            landed[positions.flatten()] = True
+            whole = whole and layer.tp_size == 1
+        of_name = _by_name(tensors, landed[1:]).items()
+        if homeless := [name for name, found in of_name if not (found.all() if whole else found.any())]:
+            raise EngineMismatch(f"the engine has no LoRA layer for {listed(homeless)}")
+
+    def _lora_model(self, slot_id: int, tensors: dict[str, Tensor], rank: int) -> Any:
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.peft_helper import PEFTHelper
 
@@ -174,41 +184,32 @@ class WorkerAdapters:
             tensors,
             PEFTHelper.from_dict({"r": rank, "lora_alpha": rank, "target_modules": []}),
             device="cpu",
-            dtype=dtype,
+            dtype=next(iter(tensors.values())).dtype,
             weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
         )
         model.is_3d_lora_weight = False
         return model
 
-    def _landings(
-        self, slot_id: int, tensors: tuple[HFTensor, ...], rank: int
-    ) -> tuple[tuple[nn.Module, str, int, Tensor], ...]:
-        """Sends every element's own number through vLLM's packing and slicing.
+    def _landings(self, tensors: tuple[HFTensor, ...], rank: int) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
+        """`(LoRA layer, stack, which of the stack, positions + 1)`, 0 where nothing lands: every element's own number, sent
+        through vLLM's packing and slicing. One layer at a time, since numbers are as large as the adapter.
 
         Raises:
-            EngineMismatch: an element of no layer with LoRA, or of a kind of layer that can't be read back.
+            EngineMismatch: a layer of a kind that can't be read back.
         """
-        numbers = torch.arange(1, 1 + sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors), dtype=torch.int64)
-        numbered = self._lora_model(slot_id, _by_name(tensors, numbers), rank, torch.int64)
+        numbers = torch.arange(1, 1 + _elements(tensors), dtype=_number_type(tensors))
+        numbered = self._lora_model(_UNUSED, _by_name(tensors, numbers), rank)
         self._manager._create_merged_loras_inplace(numbered)
-        landings, landed = [], torch.zeros(len(numbers) + 1, dtype=torch.bool)
         for name, layer in self._manager.modules.items():
-            factors = self._manager._get_lora_layer_weights(numbered, name)
-            if not factors:
-                continue
-            scratch = _scratch(name, layer)
-            scratch.set_lora(0, factors.lora_a, factors.lora_b)
-            for stack in _STACKS:
-                for index, positions in enumerate(getattr(scratch, stack)):
-                    landings.append((layer, stack, index, positions[0]))
-                    landed[positions.flatten()] = True
-        homeless = [name for name, found in _by_name(tensors, landed[1:]).items() if not found.any()]
-        if homeless:
-            raise EngineMismatch(f"the engine has no LoRA layer for {listed(homeless)}")
-        return tuple(landings)
+            if factors := self._manager._get_lora_layer_weights(numbered, name):
+                scratch = _scratch(name, layer, numbers.dtype)
+                scratch.set_lora(0, factors.lora_a, factors.lora_b)
+                for stack in _STACKS:
+                    for index, positions in enumerate(getattr(scratch, stack)):
+                        yield layer, stack, index, positions[0]
 
-    def _read(self, slot_id: int, adapter: _Adapter, fill: Tensor | None) -> dict[str, Tensor]:
-        """The adapter's tensors out of the live slot; elements that this worker does not keep are `fill`'s.
+    def _read(self, slot_id: int, adapter: _Adapter) -> dict[str, Tensor]:
+        """The adapter's tensors out of the live slot; elements that this worker does not keep are as they arrived.
 
         Raises:
             SyncError: vLLM dropped the adapter; DigestMismatch: the slot holds something beside it.
@@ -216,10 +217,10 @@ class WorkerAdapters:
         if slot_id not in self._manager.lora_index_to_id:
             raise SyncError(f"adapter {slot_id} is in no slot: more adapters were used than the engine has slots")
         slot = self._manager.lora_index_to_id.index(slot_id)
-        if fill is None:
+        if adapter.arrived is None:
             return {}
-        whole = torch.cat([fill.new_zeros(1), fill])
-        for layer, stack, index, positions in adapter.landings:
+        whole = torch.cat([adapter.arrived.new_zeros(1), adapter.arrived])
+        for layer, stack, index, positions in self._landings(adapter.tensors, adapter.model.rank):
             held = getattr(layer, stack)[index][slot].to("cpu")
             if held[positions == 0].count_nonzero():
                 raise DigestMismatch(
@@ -229,17 +230,25 @@ class WorkerAdapters:
         return _by_name(adapter.tensors, whole[1:])
 
 
-def _scratch(name: str, layer: nn.Module) -> nn.Module:
-    """A LoRA layer with one slot of int64, everything else shared."""
+def _scratch(name: str, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A LoRA layer with one slot of integers, everything else shared."""
     if any(attribute.endswith("_stacked") and attribute not in _STACKS for attribute in vars(layer)):
         raise EngineMismatch(
             f"adapters of {name} ({type(layer).__name__}) can't be read back: leave experts out of the targets"
         )
     scratch = copy.copy(layer)
     for stack in _STACKS:
-        slots = tuple(torch.zeros(1, *whole.shape[1:], dtype=torch.int64) for whole in getattr(layer, stack))
+        slots = tuple(torch.zeros(1, *whole.shape[1:], dtype=dtype) for whole in getattr(layer, stack))
         setattr(scratch, stack, slots)
     return scratch
+
+
+def _elements(tensors: tuple[HFTensor, ...]) -> int:
+    return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors)
+
+
+def _number_type(tensors: tuple[HFTensor, ...]) -> torch.dtype:
+    return torch.int32 if _elements(tensors) < 1 << 31 else torch.int64
 
 
 def _by_name(tensors: tuple[HFTensor, ...], flat: Tensor) -> dict[str, Tensor]:
@@ -257,7 +266,7 @@ def _require_digests(
         raise DigestMismatch(f"{len(wrong)} of {len(tensors)} factors {complaint}: {listed(wrong)}")
 
 
-# What `engine.py` calls in every worker.
+# What `AdapterSlots` calls in every worker.
 
 _OF_MANAGER: weakref.WeakKeyDictionary[Any, WorkerAdapters] = weakref.WeakKeyDictionary()
 
@@ -272,108 +281,3 @@ def in_slots(worker: Any, call: str, *args: Any) -> Any:
         _OF_MANAGER[manager] = WorkerAdapters(manager)
     member = getattr(_OF_MANAGER[manager], call)
     return member(*args) if callable(member) else member
-
-
-class AdapterSlots:
-    """The named, versioned adapters of an engine, on all its workers alike.
-
-    Args:
-        in_workers: runs `call(worker, *args)` in all workers and returns their results, or raises the first error.
-    """
-
-    _BASE = 1  # slot id of the adapter without factors
-
-    def __init__(self, in_workers: Callable[..., list[Any]]) -> None:
-        self._in_workers = in_workers
-        self._ids: dict[str, int] = {}
-        self.versions: dict[str, int] = {}
-
-    def info(self) -> dict[str, Any]:
-        """See `WorkerAdapters.info`."""
-        return self._call("info")[0]
-
-    def put(self, update: Mapping[str, Any]) -> dict[str, Any]:
-        """Installs adapter `update["adapter"]`, or replaces it, as `update["version"]`: on all workers, or on none.
-
-        Returns:
-            `adapter`, `version`, `tensors`, `bytes`, `digest` (as `core.digest.combine` gives it) and `proven`, the number of
-            tensors that were read back from the slots.
-
-        Raises:
-            DigestMismatch, EngineMismatch: the adapter before it serves on.
-        """
-        name, version = update["adapter"], int(update["version"])
-        slot_id = self._slot_id(name)
-        reports = self._replace(slot_id, "stage", dict(update))
-        self._ids[name], self.versions[name] = slot_id, version
-        return {"adapter": name, "version": version, **reports[0]}
-
-    def remove(self, name: str) -> None:
-        """Frees the adapter's slot."""
-        self._call("remove", self._known(name))
-        del self._ids[name], self.versions[name]
-
-    def digests(self, name: str) -> dict[str, str]:
-        """Digest of every factor as the slots hold it now.
-
-        Raises:
-            DigestMismatch: workers hold different adapters.
-        """
-        found = self._call("digests", self._known(name))
-        if any(other != found[0] for other in found):
-            raise DigestMismatch(f"the workers' slots of adapter {name} hold different adapters")
-        return found[0]
-
-    def requests(self, names: str | Sequence[str | None] | None, count: int) -> list[Any] | None:
-        """vLLM's `LoRARequest` of `count` prompts; `None` if there are no adapters.
-
-        A request's name carries the version, so that the prefix cache never gives one version's keys and values to another.
-        Base rows get a zero adapter: on CPUs vLLM would apply the last adapter of a mixed batch to rows that have
-        none.
-        """
-        if names is None and not self._ids:
-            return None
-        return [self._request(name) for name in ([names] * count if names is None or isinstance(names, str) else names)]
-
-    def _request(self, name: str | None) -> Any:
-        from vllm.lora.request import LoRARequest
-
-        if name is None:
-            return LoRARequest("base", self._BASE, "memory")
-        slot_id = self._known(name)
-        return LoRARequest(f"{name}@{self.versions[name]}", slot_id, "memory")
-
-    def _call(self, call: str, *args: Any) -> list[Any]:
-        return self._in_workers(in_slots, call, *args)
-
-    def _replace(self, slot_id: int, stage: str, *args: Any) -> list[Any]:
-        try:
-            self._call(stage, slot_id, *args)
-            reports = self._call("commit", slot_id)
-        except BaseException:
-            self._call("revert", slot_id)
-            raise
-        self._call("settle", slot_id)
-        return reports
-
-    def _slot_id(self, name: str) -> int:
-        """An adapter's slot, a new one for a new adapter."""
-        if name in self._ids:
-            return self._ids[name]
-        slots = self.info()["slots"]
-        if len(self._ids) + 2 > slots:
-            raise EngineMismatch(
-                f"the engine has {slots} LoRA slots, one of them for base rows, and holds {listed(self._ids) or 'no adapter'}: "
-                f"start it with max_loras={len(self._ids) + 2} or remove one"
-            )
-        if not self._ids:
-            self._replace(self._BASE, "stage_zero")
-        return next(number for number in self._numbers() if number not in self._ids.values())
-
-    def _numbers(self) -> Iterator[int]:
-        return iter(range(self._BASE + 1, self._BASE + 2 + len(self._ids)))
-
-    def _known(self, name: str) -> int:
-        if name not in self._ids:
-            raise SyncError(f"the engine holds no adapter {name!r}; found {listed(self._ids) or 'none'}")
-        return self._ids[name]

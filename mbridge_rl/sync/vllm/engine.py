@@ -19,7 +19,7 @@ from mbridge_rl.sync.arena import SHARED_MEMORY
 from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, StoreError, SyncError
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.vllm import worker_calls
-from mbridge_rl.sync.vllm.adapter_slots import AdapterSlots
+from mbridge_rl.sync.vllm.adapters import AdapterSlots
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
 from mbridge_rl.sync.vllm.plugin import register
 from mbridge_rl.sync.vllm.requests import InFlight, RequestRunner

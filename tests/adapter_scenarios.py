@@ -1,0 +1,122 @@
+"""Adapters in the slots of an in-process engine, without a trainer: what is proven, refused and undone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.adapters import LoRAConfig, adapter_spec
+from mbridge_rl.core.buckets import offsets
+from mbridge_rl.core.digest import combine, digest
+from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch
+from mbridge_rl.sync.vllm.engine import InProcessEngine
+
+OPTIONS = {"max_model_len": 64, "max_num_seqs": 8, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
+
+
+def adapter(start: Path, seed: int, rank: int = 4) -> dict[str, Tensor]:
+    spec = adapter_spec(AutoBridge.from_pretrained(start).spec, LoRAConfig(rank=rank))
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * 0.15 for name, shape in spec.hf_shapes.items()}
+
+
+def put(engine: InProcessEngine, name: str, version: int, tensors: dict[str, Tensor], rank: int = 4) -> dict[str, Any]:
+    starts, nbytes = offsets(tensor.nbytes for tensor in tensors.values())
+    with Arena.create(nbytes) as arena:
+        for tensor, start in zip(tensors.values(), starts, strict=True):
+            arena.view(start, tensor.shape, tensor.dtype).copy_(tensor)
+        return engine.put_adapter(
+            {
+                "adapter": name,
+                "version": version,
+                "rank": rank,
+                "arena_path": arena.path,
+                "arena_nbytes": nbytes,
+                "names": list(tensors),
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+                "shapes": [list(tensor.shape) for tensor in tensors.values()],
+                "words": [1] * len(tensors),
+                "offsets": starts,
+                "digests": [f"{digest(tensor):016x}" for tensor in tensors.values()],
+            }
+        )
+
+
+def slots_are_proven_and_reverted(start: Path) -> None:
+    engine = InProcessEngine(start, **OPTIONS)
+    manager = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+
+    def answers(name: str | None) -> Any:
+        found = engine.generate([[5, 9, 33], [1, 2, 3, 4]], temperature=0.0, max_tokens=3, adapter=name)
+        return [(answer.tokens, answer.logprobs) for answer in found]
+
+    base, first, second = answers(None), adapter(start, 1), adapter(start, 2)
+    report = put(engine, "a", 1, first)
+    assert report["digest"] == combine({name: digest(tensor) for name, tensor in first.items()})
+    assert engine.adapter_digests("a") == {name: f"{digest(tensor):016x}" for name, tensor in first.items()}
+    served = answers("a")
+    assert served != base
+    assert answers(None) == base  # through the zero adapter
+
+    # The slot takes a bit of something else: found when it is read back, and the version before serves on.
+    activate = manager.activate_adapter
+
+    def corrupting(slot_id: int) -> bool:
+        result = activate(slot_id)
+        layer = manager.modules["model.layers.2.self_attn.qkv_proj"]
+        layer.lora_b_stacked[1][manager.lora_index_to_id.index(slot_id), 0, 3, 2] += 1e-3
+        manager.activate_adapter = activate  # once
+        return result
+
+    manager.activate_adapter = corrupting
+    with pytest.raises(DigestMismatch, match=r"1 of 56 factors are not in their slot: .*layers\.2\.self_attn\.k_proj\.lora_B"):
+        put(engine, "a", 2, second)
+    assert engine.adapter_versions() == {"a": 1}
+    assert answers("a") == served
+
+    # Also what lies beside the adapter's rank in its slot, and what changes later.
+    layer = manager.modules["model.layers.0.mlp.down_proj"]
+    slot = manager.lora_index_to_id.index(2)
+    layer.lora_a_stacked[0][slot, 0, 7, 5] = 1.0
+    with pytest.raises(DigestMismatch, match="the slot of adapter 2 holds something beside it"):
+        engine.adapter_digests("a")
+    layer.lora_a_stacked[0][slot, 0, 7, 5] = 0.0
+    layer.lora_a_stacked[0][slot, 0, 1, 5] += 1.0
+    changed = [name for name, value in engine.adapter_digests("a").items() if value != f"{digest(first[name]):016x}"]
+    assert changed == ["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"]
+
+    # What the engine has no place for.
+    stranger = {name.replace("q_proj", "x_proj"): tensor for name, tensor in second.items()}
+    with pytest.raises(EngineMismatch, match=r"no LoRA layer for .*layers\.0\.self_attn\.x_proj\.lora_A"):
+        put(engine, "a", 3, stranger)
+    with pytest.raises(EngineMismatch, match="slots are float32, the adapter is bfloat16"):
+        put(engine, "a", 3, {name: tensor.bfloat16() for name, tensor in second.items()})
+    with pytest.raises(EngineMismatch, match="rank 9, the engine takes 8"):
+        put(engine, "a", 3, adapter(start, 3, rank=9), rank=9)
+    put(engine, "a", 4, second)
+    put(engine, "b", 1, first)
+    assert answers("b") == served
+    assert engine.adapter_versions() == {"a": 4, "b": 1}
+    engine.close()
+
+
+def an_engine_without_lora_says_so(start: Path) -> None:
+    with InProcessEngine(start, max_model_len=64, max_num_seqs=8) as engine:
+        with pytest.raises(EngineMismatch, match="started without LoRA: give it enable_lora=True"):
+            engine.adapter_info()
+        assert engine.generate([[1, 2, 3]], max_tokens=1)[0].adapter is None
+
+
+def experts_beside_adapters_are_refused(start: Path) -> None:
+    """vLLM takes its Triton kernels for experts as soon as an engine has LoRA."""
+    with (
+        InProcessEngine(start, **OPTIONS, lora_target_modules=["qkv_proj", "o_proj"]) as engine,
+        pytest.raises(EngineMismatch, match=r"experts beside LoRA with Triton.*WeightSync"),
+    ):
+        engine.adapter_info()
