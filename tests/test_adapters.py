@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import test_deepseek
 import torch
+from families import FAMILIES
 from ranks import RankError, run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import assert_same_state, tiny_config, tiny_model
@@ -20,7 +21,16 @@ from torch import Tensor, nn
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
-from mbridge_rl.core.adapters import PEFT_PREFIX, LoRAConfig, adapter_spec, equal_tensors, factor_name, fused_rows
+from mbridge_rl.core.adapters import (
+    PEFT_PREFIX,
+    LoRAConfig,
+    adapter_spec,
+    equal_tensors,
+    factor_name,
+    fused_rows,
+    is_linear,
+    module_name,
+)
 from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
@@ -133,6 +143,32 @@ def test_every_rank_adds_the_rows_that_hf_says(family: str, changes: dict[str, A
                     assert torch.equal(delta, expected[rank][instance.megatron_name]), (layout, instance.megatron_name, rank)
                     compared += 1
     assert compared > 50
+
+
+def test_every_linear_of_every_family_has_adapters() -> None:
+    """No family has code for it. Experts that Transformers stacks into one tensor are what PEFT has no module for."""
+    stacked = set()
+    for variant, family in FAMILIES.items():
+        spec = model_spec(family.hf_config())
+        linears = {module_name(rule.megatron_name).rpartition(".")[2] for rule in spec.rules if is_linear(rule)} - {"router"}
+        targets = []
+        for target in sorted(linears):
+            try:
+                adapter_spec(spec, LoRAConfig(targets=(target,)))
+            except UnsupportedModelError:
+                stacked.add(variant)
+            else:
+                targets.append(target)
+        assert {"linear_qkv", "linear_proj"} <= set(targets) or {"linear_kv_up_proj", "linear_proj"} <= set(targets)
+        adapters = adapter_spec(spec, LoRAConfig(rank=3, targets=tuple(targets), canonical=True))
+        layers = (-(-spec.num_layers // 2), spec.num_layers // 2)
+        experts = 2 if (spec.num_experts or 1) % 2 == 0 else 1
+        layout = ParallelLayout(tp=2, pp=2, ep=experts, etp=1, stage_layers=layers)
+        state, side = _random_state(adapters), megatron_side(adapters, layout)
+        found = virtual.allocate(hf_side(adapters), dict.fromkeys(state, torch.float32))
+        virtual.run(compile_plan(adapters, side, hf_side(adapters)), _sharded(adapters, layout, state), {0: found})
+        assert_same_state(found, state)
+    assert stacked == {"gpt-oss", "gpt-oss-clamped", "qwen3.5-moe", "qwen3-vl-moe", "qwen3.5-moe-vl"}
 
 
 def test_specs_name_what_cannot_be_adapted() -> None:
