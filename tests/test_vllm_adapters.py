@@ -18,10 +18,13 @@ import adapter_scenarios
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.adapters import AdapterReport, AdapterSync
+from mbridge_rl.sync.adapters import AdaptedEngine, AdapterReport, AdapterSync
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.grpo import supervised_loss
 from mbridge_rl.training.lora import LoRAConfig, adapted_modules, add_lora
+from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +88,29 @@ class TearsABit:
         return self._engine.put_adapter(update)
 
 
+def trained_policy_is_sampled(bridge: AutoBridge, model: list[torch.nn.Module], engine: EngineProcess | None) -> float:
+    """Two real steps, a sync, and samples: how far the trainer's log-probabilities of them are from the engine's."""
+    fill(model, 1)
+    trainer = MegatronTrainer(model, TrainerConfig(learning_rate=1e-2))
+    batch = Batch.from_completions(PROMPTS, [[7, 8, 9], [10, 11]], pad_token_id=0)
+    for _ in range(2):
+        trainer.step(batch, supervised_loss)
+    sync = AdapterSync(bridge, trainer.model, engine, "d")
+    assert sync.sync(2).verified
+    sync.close()
+    sampled = [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4)]
+    if engine is not None:
+        answers = AdaptedEngine(engine, "d").generate(PROMPTS, max_tokens=4, seed=3, ignore_eos=True)
+        assert {answer.weight_version for answer in answers} == {2}
+        sampled = [torch.tensor([answer.tokens for answer in answers]), torch.tensor([answer.logprobs for answer in answers])]
+    for tensor in sampled:
+        torch.distributed.broadcast(tensor, 0)
+    tokens, engine_log_probs = sampled
+    batch = Batch.from_completions(PROMPTS, tokens.tolist(), pad_token_id=0)
+    log_probs = trainer.compute_log_probs(batch).log_probs[batch.mask]
+    return (log_probs - engine_log_probs.flatten()).abs().max().item()
+
+
 def three_adapters_in_turn(
     rank: int, start: Path, layout: ParallelLayout, config: LoRAConfig, engine_options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -141,6 +167,8 @@ def three_adapters_in_turn(
     AdapterSync(bridge, model, engine, "d").sync(1)
     if engine is not None:
         assert_close(greedy(engine, None), base)
+    found["policies_differ"] = trained_policy_is_sampled(bridge, model, engine)
+    if engine is not None:
         engine.close()
     for sync in syncs.values():
         sync.close()
@@ -169,6 +197,7 @@ def test_three_adapters_updated_in_turn_do_not_disturb_each_other(
     start, _ = tiny_checkpoint(tmp_path / "start", variant, seed=0, **SIZES)
     first, *others = run_ranks(three_adapters_in_turn, layout.world_size, start, layout, config, engine_options, timeout=240)
     assert first["checks"] == 9
+    assert first["policies_differ"] < LOGPROB_TOLERANCE
     assert first["versions"] == {"a": 4, "b": 6, "c": 5}
     for report in first["reports"]:
         assert isinstance(report, AdapterReport)

@@ -55,6 +55,28 @@ class AdapterReport:
     seconds: float
     engine: Mapping[str, Any]
 
+    @property
+    def verified(self) -> bool:
+        """The slots were read back and have the trainer's digests; otherwise there would be no report."""
+        return True
+
+
+class AdaptedEngine:
+    """An engine whose completions are those of one of its adapters, for whoever samples and knows of no adapters.
+
+    Args:
+        engine: `InProcessEngine` or `EngineProcess`.
+        adapter: its name.
+    """
+
+    def __init__(self, engine: Any, adapter: str = "policy") -> None:
+        self._engine, self.adapter = engine, adapter
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
+        """See `InProcessEngine.generate`; a completion's `weight_version` is the adapter's."""
+        completions = self._engine.generate(prompts, adapter=self.adapter, **options)
+        return [replace(one, weight_version=int(one.adapter.rpartition("@")[2])) for one in completions]
+
 
 class AdapterSync:
     """Keeps one adapter of an engine that of a live Megatron model. Made once by all trainer ranks together; `sync` is
