@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from safetensors.torch import save_file
 from tiny import assert_same_state, hf_state
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.megatron.runtime import megatron_runtime
 
 
 def test_towers_are_frozen_and_only_on_the_first_stage(tmp_path: Path) -> None:
@@ -51,3 +54,26 @@ def test_a_checkpoint_keeps_its_spelling(hub: bool, tmp_path: Path) -> None:
         save_file(state, tmp_path / "model.safetensors")
     bridge, layout = AutoBridge.from_pretrained(tmp_path), ParallelLayout(tp=2)
     assert_same_state(bridge.unshard(bridge.shard(state, layout), layout), state)
+
+
+def test_pixels_are_refused(tmp_path: Path) -> None:
+    """And so are tokens that stand for them: without their features, the logits would be wrong in silence."""
+    family = FAMILIES["nemotron-omni"]
+    replace(family, config={**family.config, "image_token_id": 514}).checkpoint(tmp_path)
+    [(pixels, tokens)] = run_ranks(refusals, 1, tmp_path)
+    assert "text only" in pixels
+    assert "pixel_values" in pixels
+    assert "514" in tokens
+
+
+def refusals(rank: int, directory: Path) -> tuple[str, str]:
+    initialize_parallel(ParallelLayout())
+    bridge = AutoBridge.from_pretrained(directory)
+    [model] = bridge.build_model()
+    positions = torch.arange(3)[None]
+    with megatron_runtime():
+        with pytest.raises(UnsupportedModelError) as pixels:
+            model(torch.tensor([[1, 2, 3]]), positions, None, pixel_values=torch.zeros(1, 3, 8, 8))
+        with pytest.raises(UnsupportedModelError) as tokens:
+            model(torch.tensor([[1, 514, 3]]), positions, None)
+    return str(pixels.value), str(tokens.value)

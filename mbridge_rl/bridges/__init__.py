@@ -27,7 +27,7 @@ from mbridge_rl.bridges.ministral3 import ministral3
 from mbridge_rl.bridges.mistral import mistral
 from mbridge_rl.bridges.mixtral import mixtral
 from mbridge_rl.bridges.nemotron import nemotron
-from mbridge_rl.bridges.nemotron_h import nemotron_h
+from mbridge_rl.bridges.nemotron_h import nemotron_h, nemotron_h_omni
 from mbridge_rl.bridges.nemotron_nas import nemotron_nas
 from mbridge_rl.bridges.olmo2 import olmo2
 from mbridge_rl.bridges.olmoe import olmoe
@@ -65,6 +65,7 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "Qwen3MoeForCausalLM": qwen3_moe,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "NemotronHForCausalLM": nemotron_h,
+    "NemotronH_Omni_Reasoning_V3": nemotron_h_omni,
     "Qwen3NextForCausalLM": qwen3_next,
     "Qwen3_5ForCausalLM": qwen3_5,
     "Qwen3_5MoeForCausalLM": qwen3_5_moe,

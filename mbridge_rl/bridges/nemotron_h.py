@@ -6,16 +6,19 @@ code, don't.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, activation, attention, plain_mlp, require
 from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.bridges.mamba import MambaSizes, mamba
+from mbridge_rl.bridges.vision import language_config, text_only
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import column_parallel, replicated, vocabulary_parallel
 
 _LAYER = "backbone.layers.{layer}"
+_TOWERS = ("vision_model.", "vision_projector.", "mlp1.", "sound_encoder.", "sound_projection.")
 _NORM, _MIXER = f"{_LAYER}.norm.weight", f"{_LAYER}.mixer"
 
 
@@ -68,6 +71,14 @@ def nemotron_h(hf: Any) -> ModelSpec:
         extras=tuple(extra for block in blocks for extra in block.extras),
         ignored_hf_prefixes=("mtp.",),
     )
+
+
+def nemotron_h_omni(hf: Any) -> ModelSpec:
+    """The language model of Nemotron-3 Nano Omni. Its towers for images and sound stay where they are: an export has none of
+    their tensors."""
+    spec = nemotron_h(language_config(hf)).renamed({name: f"language_model.{name}" for name in ("backbone.", "lm_head.")})
+    extras = (*spec.extras, text_only(hf))
+    return replace(spec, extras=extras, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *_TOWERS))
 
 
 def _mamba(hf: Any) -> list[Block]:

@@ -1,5 +1,5 @@
 """Vision-language models: the language model in Megatron, all that makes features of pixels carried along as Transformers built
-it."""
+it, frozen. Training sees text alone: a forward pass refuses pixels and tokens that stand for them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mbridge_rl.core.extras import TextOnly
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Rule, replicated
 
@@ -44,16 +45,23 @@ def with_vision(
     def with_towers(spec: ModelSpec) -> ModelSpec:
         spec = spec.renamed(prefixes)
         alternatives = tuple(with_towers(other) for other in spec.alternatives)
-        return replace(spec, rules=(*rules, *spec.rules), carried=carried, alternatives=alternatives)
+        extras = (*spec.extras, text_only(hf))
+        return replace(spec, rules=(*rules, *spec.rules), carried=carried, extras=extras, alternatives=alternatives)
 
     return with_towers(family(language_config(hf)))
+
+
+def text_only(hf: Any) -> TextOnly:
+    """Refuses what stands for pixels in these models' tokens."""
+    fields = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+    return TextOnly(tuple(sorted({getattr(hf, name) for name in fields if getattr(hf, name, None) is not None})))
 
 
 def language_config(hf: Any) -> Any:
     """The language model's config as if it stood alone, but for the architecture."""
     text = copy.copy(hf.text_config)
     text.architectures = hf.architectures
-    text.tie_word_embeddings = hf.tie_word_embeddings
+    text.tie_word_embeddings = getattr(hf, "tie_word_embeddings", text.tie_word_embeddings)
     return text
 
 

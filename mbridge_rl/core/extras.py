@@ -178,6 +178,17 @@ class ProjectionNorm:
     eps: float
 
 
+@dataclass(frozen=True, slots=True)
+class TextOnly:
+    """A forward pass refuses pixels and tokens that stand for them.
+
+    Attributes:
+        placeholders: ids of those tokens.
+    """
+
+    placeholders: tuple[int, ...]
+
+
 LayerExtra = LinearBiases | NoInputNorms | MambaBesideAttention
 Extra = (
     EmbeddingScale
@@ -195,5 +206,6 @@ Extra = (
     | MlpScale
     | Routing
     | ProjectionNorm
+    | TextOnly
     | LayerExtra
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.extras import (
     AttentionSoftcap,
     EmbeddingScale,
@@ -28,6 +29,7 @@ from mbridge_rl.core.extras import (
     RotaryFrequenciesByLength,
     RotaryScale,
     Routing,
+    TextOnly,
 )
 from mbridge_rl.megatron.context_parallel import token_positions
 from mbridge_rl.megatron.projection_norm import normalize_projections
@@ -167,6 +169,22 @@ def _change_query(core_attention: nn.Module, change: Callable[[Tensor, Any], Ten
     core_attention.register_forward_pre_hook(changed, with_kwargs=True)
 
 
+def _refuse_pixels(model: nn.Module, extra: TextOnly) -> None:
+    def refuse(chunk: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        name = chunk.model_spec.architecture
+        if given := sorted(option for option in options if option.startswith(("pixel_values", "image_", "video_"))):
+            raise UnsupportedModelError(f"{name} is trained on text only here: {', '.join(given)} cannot be given")
+        tokens = arguments[0] if arguments else options.get("input_ids")
+        if tokens is not None and torch.isin(tokens, torch.tensor(extra.placeholders, device=tokens.device)).any():
+            raise UnsupportedModelError(
+                f"{name} is trained on text only here: the batch has tokens that stand for images or videos "
+                f"({', '.join(map(str, extra.placeholders))}); leave such samples out"
+            )
+
+    if model.pre_process and extra.placeholders:
+        model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
 _ADD: dict[type, Callable[[nn.Module, Any], None]] = {
     EmbeddingScale: _scale_embeddings,
     LogitScale: _change_logits,
@@ -174,6 +192,7 @@ _ADD: dict[type, Callable[[nn.Module, Any], None]] = {
     PlainNorm: _make_norm_plain,
     ResidualScale: _scale_residuals,
     OutputNorms: _add_output_norms,
+    TextOnly: _refuse_pixels,
     MlpScale: _scale_mlps,
     AttentionSoftcap: _cap_attention,
     RotaryFrequencies: _set_rotary,

@@ -1,7 +1,15 @@
 """Language towers in Megatron, vision towers carried along."""
 
 from families.family import DENSE, Family
-from families.hybrid import EXPERTS, GATED_DELTA_NET, GATED_DELTA_NET_ENGINE, MAMBA_LINEARS, RECURRENT_LINEARS, ROUTED_EXPERTS
+from families.hybrid import (
+    EXPERTS,
+    GATED_DELTA_NET,
+    GATED_DELTA_NET_ENGINE,
+    MAMBA,
+    MAMBA_LINEARS,
+    RECURRENT_LINEARS,
+    ROUTED_EXPERTS,
+)
 from mbridge_rl.core.layout import ParallelLayout
 
 QWEN_TOWER = {
@@ -104,5 +112,29 @@ FAMILIES = [
         base={},
         engine=TEXT,
         embedding=0.1,
+    ),
+    Family(
+        "Nemotron-3 Nano Omni, language tower",
+        "nemotron-omni",
+        "nemotron_h_omni",
+        "NemotronH_Omni_Reasoning_V3",
+        {
+            "text_config": {**DENSE, **MAMBA, "layers_block_type": ["linear_attention", "mlp", "full_attention"]},
+            "vision_config": {
+                "hidden_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+                "max_img_size": 64,
+                "video_temporal_patch_size": 2,
+            },
+            "projector_hidden_size": 40,
+            "vision_hidden_size": 64,
+        },
+        base={},
+        engine="vLLM reads fields of the checkpoints' own config that Transformers' class does not write (vision_config.args)",
+        lora=MAMBA_LINEARS,
+        ignored=("vision_model.", "mlp1."),
     ),
 ]
