@@ -76,10 +76,12 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any]) -> list[
 
 
 def _know_in_process(architecture: str) -> None:
-    """vLLM asks each model class what it can in a process of its own, which takes seconds; here it may be imported."""
+    """vLLM asks each model class what it can in a process of its own, which takes seconds; here it may be imported. An
+    architecture that it does not list runs in Transformers' class."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+    if architecture in ModelRegistry.models:
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 def _greedy(engine: Any) -> list[Any]:

@@ -142,6 +142,8 @@ def _transformer_config(
         fields.update({fusion: False for fusion in _FUSIONS if fusion in known})
     if "cuda_graph_scope" in known:
         fields.setdefault("cuda_graph_scope", [])  # Megatron's own default means the same and warns that it is deprecated
+    if layout.cp > 1 and fields.get("window_size"):
+        fields.setdefault("cp_comm_type", "all_gather")  # Transformer Engine's ring attention, the default, knows no windows
     if layout.vpp > 1:
         # Batched p2p of interleaved stages mixes up tensors on gloo, silently; the overlapped form is right everywhere.
         fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)
