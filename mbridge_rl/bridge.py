@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -32,9 +34,10 @@ from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_fil
 from mbridge_rl.quantized_bridge import LiveQuantizedBridge
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.importing import import_stream
+from mbridge_rl.sync.rank_files import Weights, is_rank_files, open_rank_files
 from mbridge_rl.sync.saving import save_together
 from mbridge_rl.sync.stream import DEFAULT_BUCKET_BYTES, TensorStream, Transport
-from mbridge_rl.sync.verify import Digests, differing, digests_of_model, digests_of_module, digests_of_state
+from mbridge_rl.sync.verify import Digests, differing, digests_of_model, digests_of_side
 
 if TYPE_CHECKING:
     from mbridge_rl.megatron.parameters import LiveParameters
@@ -328,34 +331,43 @@ class AutoBridge:
         layout: ParallelLayout | None = None,
     ) -> list[str]:
         """Names of the HF tensors that are not the same on both sides, bit for bit, by digest; `[]` proves them equal. Each
-        side is read in place; a few bytes per tensor travel between ranks.
+        side is read where it lies, of replicas the one that an export reads; a few bytes per tensor travel between ranks.
 
         Args:
-            first, second: a Megatron model (its chunks; all ranks call then, together), a checkpoint directory, a state dict,
-                or a live Transformers module.
+            first, second: a Megatron model (its chunks; all ranks call then, together, and read files by turns), the directory
+                of a checkpoint or of Megatron ranks (`mbridge-rl convert`), a state dict, or a live Transformers module.
             dtype: that both are cast to first; `None` means a Megatron model's own, and no cast where there is none.
         """
-        from mbridge_rl.megatron.parameters import model_dtype
+        from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
-        if dtype is None:
-            dtype = next((model_dtype(side) for side in (first, second) if _is_megatron(side)), None)
-        group = RankGroup()
-        return differing(*(self._digests(side, dtype, layout, group) for side in (first, second)))
+        models = [side for side in (first, second) if _is_megatron(side)]
+        dtype = dtype or (model_dtype(models[0]) if models else None)
+        group = RankGroup() if models else None
+        with group.together() if group is not None else contextlib.nullcontext():
+            if group is not None:
+                layout = _checked_layout(layout or layout_of(models[0], self.spec), group)
+            opened = [side if _is_megatron(side) else self._held(side) for side in (first, second)]
+        digests: list[Digests] = []
+        for given, side in zip((first, second), opened, strict=True):
+            if isinstance(side, Weights):
+                dtypes = None if dtype is None else self.spec.hf_dtypes(dtype)
+                sharing = group if isinstance(given, str | Path) else None
+                digests.append(digests_of_side(self.spec, side.side, side.tensors, dtypes, sharing))
+            else:
+                digests.append(digests_of_model(self.spec, side, self.export_plan(layout), layout, dtype, group))
+        optional = self.spec.repeated_hf_names - (digests[0].keys() & digests[1].keys())
+        return [hf_name for hf_name in differing(*digests) if hf_name not in optional]
 
-    def _digests(
-        self, side: HfSource | Sequence[nn.Module], dtype: torch.dtype | None, layout: ParallelLayout | None, group: RankGroup
-    ) -> Digests:
-        from mbridge_rl.megatron.parameters import layout_of
-
-        if _is_megatron(side):
-            with group.together():
-                layout = _checked_layout(layout or layout_of(side, self.spec), group)
-                plan = self.export_plan(layout)
-            return digests_of_model(self.spec, side, plan, layout, dtype, group)
-        opened = self._opened(side)
+    def _held(self, source: HfSource) -> Weights:
+        """What is not a Megatron model, as a side and its tensors."""
+        if isinstance(source, str | Path) and is_rank_files(Path(source)):
+            return open_rank_files(Path(source), self.spec)[0]
+        opened = self._opened(source)
         if isinstance(opened, HFModule):
-            return digests_of_module(self.spec, opened, dtype)
-        return digests_of_state(self.spec, opened, dtype)
+            return Weights(opened.side, {0: opened}, opened.hf_dtypes())
+        whole = hf_side(self.spec)
+        segments = tuple(segment for segment in whole.segments if segment.hf_name in opened)
+        return Weights(replace(whole, segments=segments), {0: opened}, {})
 
     @torch.no_grad()
     def save_pretrained(

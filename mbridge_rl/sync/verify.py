@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.digest import add, contiguous_strides, digest, digest_strided, signed, unsigned
+from mbridge_rl.core.digest import add, signed, unsigned
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.plan import Plan, copy_digest
-from mbridge_rl.hf.module import HFModule
+from mbridge_rl.core.model import HFTensor, ModelSpec
+from mbridge_rl.core.plan import Copy, Plan, compile_plan, copy_digest
+from mbridge_rl.core.segments import Side, hf_side
 from mbridge_rl.megatron.parameters import live_side
 from mbridge_rl.sync.group import RankGroup
 
 Digests = dict[str, int]
 
 
-def digests_of_state(spec: ModelSpec, hf_state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Digests:
-    """Digest of every HF tensor of a state dict or checkpoint; cast to `dtype` first, if one is given."""
-    return {hf_name: digest(hf_state[hf_name] if dtype is None else hf_state[hf_name].to(dtype)) for hf_name in spec.hf_shapes}
+@torch.no_grad()
+def digests_of_side(
+    spec: ModelSpec,
+    side: Side,
+    tensors: Mapping[int, Mapping[str, Tensor]],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    group: RankGroup | None = None,
+) -> Digests:
+    """Digest of every HF tensor that a side holds, read where it lies: a state dict, files, a live module, virtual ranks.
 
-
-def digests_of_module(spec: ModelSpec, module: HFModule, dtype: torch.dtype | None = None) -> Digests:
-    """Digest of every HF tensor of a live Transformers module, read where it lies; cast to `dtype` first, if one is given."""
-    digests: Digests = {}
-    for segment in module.side.segments:
-        strides, shape = contiguous_strides(segment.box.size), spec.hf_shapes[segment.hf_name]
-        tensor = module[segment.local_name]
-        part = tensor.as_strided(segment.box.size, segment.strides, tensor.storage_offset() + segment.offset)
-        part = part if dtype is None else part.to(dtype)
-        digests[segment.hf_name] = digest_strided(part, columns=shape[-1] if shape else 1, strides=strides)
-    return digests
+    Args:
+        tensors: `{rank: {local name: tensor}}`, all of it readable here.
+        dtypes: that the HF tensors are cast to first; `None` leaves them as they are.
+        group: ranks that all can read the side share the work.
+    """
+    held = {segment.hf_name for segment in side.segments}
+    whole = hf_side(spec)
+    plan = compile_plan(spec, side, replace(whole, segments=tuple(seg for seg in whole.segments if seg.hf_name in held)))
+    if group is None:
+        return _digested(spec, plan.copies, plan.hf_shapes, tensors, dtypes)
+    names = list(plan.hf_shapes)[group.rank :: group.size]
+    with group.together():
+        own = _digested(spec, [copy for name in names for copy in plan.by_hf_name[name]], plan.hf_shapes, tensors, dtypes)
+    return _summed(own, group)
 
 
 @torch.no_grad()
@@ -53,14 +63,30 @@ def digests_of_model(
     """
     group = group or RankGroup()
     live, _ = live_side(model, spec, layout, group.rank)
-    tensors = {tensor.hf_name: tensor for tensor in spec.hf_tensors(dtype)}
-    shares = dict.fromkeys(tensors, 0)
-    for copy in plan.from_rank(group.rank):
-        tensor = tensors[copy.hf_name]
-        part = copy.source.of(live[copy.source.name], copy.shape).to(tensor.dtype)
-        shares[copy.hf_name] = add(shares[copy.hf_name], copy_digest(copy, part, tensor))
+    shares = _digested(spec, plan.from_rank(group.rank), spec.hf_shapes, {group.rank: live}, spec.hf_dtypes(dtype))
+    return _summed(shares, group)
+
+
+def _digested(
+    spec: ModelSpec,
+    copies: Iterable[Copy],
+    hf_names: Iterable[str],
+    tensors: Mapping[int, Mapping[str, Tensor]],
+    dtypes: Mapping[str, torch.dtype] | None,
+) -> Digests:
+    """What `copies` contribute to the digest of each of `hf_names`."""
+    digests = dict.fromkeys(hf_names, 0)
+    for copy in copies:
+        part = copy.source.of(tensors[copy.source_rank][copy.source.name], copy.shape)
+        part = part if dtypes is None else part.to(dtypes[copy.hf_name])
+        tensor = HFTensor(copy.hf_name, part.dtype, spec.hf_shapes[copy.hf_name])
+        digests[copy.hf_name] = add(digests[copy.hf_name], copy_digest(copy, part, tensor))
+    return digests
+
+
+def _summed(shares: Digests, group: RankGroup) -> Digests:
     sums = group.sum(torch.tensor([signed(share) for share in shares.values()], dtype=torch.int64))
-    return {hf_name: unsigned(value) for hf_name, value in zip(tensors, sums.tolist(), strict=True)}
+    return {hf_name: unsigned(value) for hf_name, value in zip(shares, sums.tolist(), strict=True)}
 
 
 def differing(first: Mapping[str, int], second: Mapping[str, int]) -> list[str]:
