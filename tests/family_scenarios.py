@@ -44,8 +44,10 @@ def adapted_logits(rank: int, directory: Path, targets: tuple[str, ...], tokens:
     return forward_logits(model, tokens), base
 
 
-def refit_equals_fresh_engine(directory: Path, options: dict[str, Any]) -> list[Any]:
-    """Megatron and vLLM in one process: an engine of checkpoint A is refitted to B and compared with an engine of B."""
+def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: bool = False) -> list[Any]:
+    """Megatron and vLLM in one process: an engine of checkpoint A is refitted to B and compared with an engine of B. With
+    prediction layers over a static plan, in which workers get what they keep."""
+    from mbridge_rl.sync.refit import WeightSync
     from mbridge_rl.sync.vllm.compatibility import config_summary
     from mbridge_rl.sync.vllm.engine import InProcessEngine
 
@@ -55,14 +57,19 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any]) -> list[
     with InProcessEngine(directory / "A", **limits) as engine:
         initialize_parallel(ParallelLayout())
         try:
-            bridge = AutoBridge.from_pretrained(directory / "B")
+            bridge = AutoBridge.from_pretrained(directory / "B", mtp=mtp)
             model = bridge.build_model(dtype=dtype)
             bridge.load_weights(model)
-            left_out = bridge.spec.carried_hf_names
-            metadata = [tensor for tensor in bridge.metadata(dtype) if tensor.hf_name not in left_out]
-            engine.prepare(metadata, config_summary(bridge.hf_config))
             before = _greedy(engine)
-            engine.refit((entry for entry in bridge.export_weights(model) if entry[0] not in left_out), version=1)
+            if mtp:
+                sync = WeightSync(bridge, model, engine)
+                sync.sync(1)
+                sync.close()
+            else:
+                left_out = bridge.spec.carried_hf_names
+                metadata = [tensor for tensor in bridge.metadata(dtype) if tensor.hf_name not in left_out]
+                engine.prepare(metadata, config_summary(bridge.hf_config))
+                engine.refit((entry for entry in bridge.export_weights(model) if entry[0] not in left_out), version=1)
         finally:
             destroy_parallel()
         found = _greedy(engine)

@@ -234,9 +234,39 @@ def test_kimis_config_needs_no_code_of_its_repository(tmp_path: Path) -> None:
     assert model_spec(found).fingerprint == model_spec(config("kimi")).fingerprint
 
 
+def test_moonlights_config_is_read_without_its_repositorys_code(tmp_path: Path) -> None:
+    """Its config.json, in the fields and the spelling of its release."""
+    released = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+        "model_type": "deepseek_v3",
+        "ep_size": 1,
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": None,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 50000.0,
+        "scoring_func": "sigmoid",
+        "seq_aux": True,
+        "topk_method": "noaux_tc",
+    }
+    shrunk = {name: value for name, value in TINY.items() if name not in (*released, "rope_parameters")}
+    (tmp_path / "config.json").write_text(json.dumps({**shrunk, "n_group": 1, "topk_group": 1, **released}))
+    spec = AutoBridge.from_pretrained(tmp_path).spec
+    assert spec.transformer_config["rotary_base"] == 50000.0
+    assert spec.transformer_config["layernorm_epsilon"] == 1e-05
+    assert "decoder.layers.0.self_attention.linear_q_proj.weight" in {tensor.megatron_name for tensor in spec.instances}
+    assert spec.prediction is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
         ({"rope_interleave": False}, "rope_interleave=False"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),

@@ -72,13 +72,35 @@ def test_a_quantized_checkpoint_loads_and_saves_plain(tmp_path: Path) -> None:
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text()) | {"quantization_config": FP8, "dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(config))
-    run_ranks(load_and_save, 2, directory)
+    run_ranks(load_and_save, 2, directory, ParallelLayout(tp=2))
     assert_same_state(hf_state(directory / "saved"), expected)
     assert "quantization_config" not in json.loads((directory / "saved" / "config.json").read_text())
 
 
-def load_and_save(rank: int, directory: Path) -> None:
-    initialize_parallel(ParallelLayout(tp=2))
+def test_mxfp4_experts_load(tmp_path: Path) -> None:
+    """GPT-OSS as released: what arrives in Megatron is what Transformers makes of the same blocks and scales."""
+    from families import FAMILIES
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    FAMILIES["gpt-oss"].checkpoint(tmp_path)
+    state = {name: tensor.bfloat16() for name, tensor in hf_state(tmp_path).items()}
+    expected, generator = dict(state), torch.Generator().manual_seed(0)
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = state.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 128, (experts, rows, columns // 32), dtype=torch.uint8, generator=generator)
+        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        expected[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantized = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config | quantized))
+    run_ranks(load_and_save, 2, tmp_path, ParallelLayout(ep=2, dp=2))
+    assert_same_state(hf_state(tmp_path / "saved"), expected)
+
+
+def load_and_save(rank: int, directory: Path, layout: ParallelLayout) -> None:
+    initialize_parallel(layout)
     bridge = AutoBridge.from_pretrained(directory)
     model = bridge.build_model(dtype=torch.bfloat16)
     bridge.load_weights(model)

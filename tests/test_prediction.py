@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import family_scenarios as scenarios
 import pytest
 import torch
 from families import FAMILIES
 from families.family import Family
+from interpreter import Interpreter
 from ranks import run_ranks
 from safetensors.torch import save_file
 from test_families import TOKENS, assert_close_logits
@@ -235,6 +237,19 @@ def test_training_leaves_prediction_layers_alone_and_copies_equal(layout: Parall
     held = [tensor for _, embedding in with_layers for tensor in embedding.values()]
     assert len(held) == 2
     assert torch.equal(*held)
+
+
+@pytest.mark.slow
+def test_an_engine_without_prediction_layers_is_refitted(tmp_path: Path) -> None:
+    """vLLM serves the next-token head unless it is told to speculate: it has no place for the rest, which is not sent."""
+    pytest.importorskip("vllm")
+    checkpoint(tmp_path / "A", "glm-4.5", seed=1)
+    checkpoint(tmp_path / "B", "glm-4.5", seed=2)
+    interpreter = Interpreter()
+    try:
+        interpreter.call(scenarios.refit_equals_fresh_engine, tmp_path, {}, True)
+    finally:
+        interpreter.close()
 
 
 def test_bad_requests_are_named(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """MiniMax-M2: queries and keys are normalised over their whole projection, positions are half-rotary; sigmoid-routed experts in
 every layer, chosen with a bias."""
 
+from dataclasses import replace
 from typing import Any
 
-from mbridge_rl.bridges.blocks import attention, decoder, projection_norms, require
+from mbridge_rl.bridges.blocks import HF_LAYER, attention, decoder, projection_norms, require
 from mbridge_rl.bridges.experts import MIXTRAL_NAMES, gated_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
@@ -23,7 +24,11 @@ def minimax_m2(hf: Any) -> ModelSpec:
         bias_shape=(experts,),
         fp32_router=True,
     )
-    return decoder(hf, attention(hf), projection_norms(hf), routed)
+    spec = decoder(hf, attention(hf), projection_norms(hf), routed)
+    # Prediction layers, whose form no implementation says.
+    modules = range(hf.num_hidden_layers, hf.num_hidden_layers + (getattr(hf, "num_mtp_modules", None) or 0))
+    ignored = (f"{HF_LAYER.format(layer=layer)}." for layer in modules)
+    return replace(spec, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *ignored))
 
 
 # Fields of the released config.json that Transformers takes for granted.

@@ -118,6 +118,12 @@ class ModelSpec:
         instances = (instance for instance in self.instances if instance.megatron_name.startswith(names))
         return frozenset(hf_name for instance in instances for hf_name in instance.hf_names)
 
+    @cached_property
+    def prediction_hf_names(self) -> frozenset[str]:
+        """Tensors of multi-token-prediction layers, for which an engine that does not speculate with them has no place."""
+        of_layers = (instance for instance in self.instances if instance.rule.placement == "prediction_stage")
+        return self.repeated_hf_names | {hf_name for instance in of_layers for hf_name in instance.hf_names}
+
     def hf_grid(self, hf_name: str) -> tuple[int, ...]:
         """The factored shape that boxes of `hf_name` count in; its row-major order is the tensor's own."""
         return tuple(axis.extent for axis in self.hf_parts[hf_name].axes)

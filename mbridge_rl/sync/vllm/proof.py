@@ -146,6 +146,7 @@ def _require_fit(model: nn.Module, mine: LandingMap, trace: Trace, vllm_config: 
             f"{hf_name}: the engine's loader ignores it"
             for hf_name, landings in mine.landings.items()
             if not landings and hf_name not in trace.rejected and hf_name not in mine.untraceable
+            if not _is_of_prediction_layer(vllm_config, hf_name)
         ]
         if vllm_config.parallel_config.tensor_parallel_size == 1:
             problems += mine.unused()
@@ -155,6 +156,13 @@ def _require_fit(model: nn.Module, mine: LandingMap, trace: Trace, vllm_config: 
         raise EngineMismatch(
             f"{type(model).__name__} in the engine does not fit the trainer's tensors. {'; '.join(problems[:16])}"
         )
+
+
+def _is_of_prediction_layer(vllm_config: VllmConfig, hf_name: str) -> bool:
+    """Whether vLLM's loaders pass over it knowingly: a head that speculates would load it."""
+    from vllm.model_executor.models.utils import get_spec_layer_idx_from_weight_name
+
+    return get_spec_layer_idx_from_weight_name(vllm_config.model_config.hf_text_config, hf_name) is not None
 
 
 def _short(reasons: Mapping[str, str]) -> Iterable[tuple[str, str]]:
