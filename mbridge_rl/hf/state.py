@@ -42,7 +42,7 @@ def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Described], where: st
             f"{where} does not match {spec.architecture}: {'; '.join(problems)}. "
             f"Is config.json the one of these weights? Nothing was changed"
         )
-    for hf_name in spec.hf_shapes.keys() & hf_state.keys():
+    for hf_name in (hf_name for hf_name in spec.hf_shapes if hf_name in hf_state):
         try:
             check_hf_tensor(spec, hf_name, hf_state[hf_name], where)
         except StateMismatchError as error:
