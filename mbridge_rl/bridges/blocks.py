@@ -178,7 +178,7 @@ def attention(
         "kv_channels": dim,
         "add_qkv_bias": qkv_bias,
         "qk_layernorm": qk_norm,
-        "attention_dropout": getattr(hf, "attention_dropout", 0.0),
+        "attention_dropout": 0.0,  # whatever the config says: the policy that is trained must be the one that sampled
         **sliding_windows(hf),
     }
     extras = (LinearBiases(("linear_proj",)),) if output_bias else ()
