@@ -24,6 +24,7 @@ from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.megatron.parameters import live_side
 from mbridge_rl.sync.delta import DeltaReceiver, DeltaSender, unframed
+from mbridge_rl.sync.delta_log import DeltaLog
 from mbridge_rl.sync.errors import DeltaRefused, SyncError
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.logprobs import TokenStatistics
@@ -262,6 +263,47 @@ def test_another_history_and_another_plan_are_refused() -> None:
     stranger = DeltaReceiver(backwards, 0, ends.dtypes)
     with pytest.raises(DeltaRefused, match=r"expected messages from|is of plan"):
         stranger.apply(ends.encode(3)[0], ends.shards()[0])
+
+
+def _publish(ends: Ends, log: DeltaLog, version: int, **options: Any) -> None:
+    base = None if options else ends.senders[0].version
+    shards = ends.shards()
+    for rank, sender in ends.senders.items():
+        log.write(version, rank, sender.encode(shards[rank], version, **options))
+    assert version not in log.markers()  # not sealed yet
+    log.seal(version, base)
+    for sender in ends.senders.values():
+        sender.commit(version)
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_engines_follow_a_log_come_late_and_come_back(scheme: str, tmp_path: Path) -> None:
+    ends, log = Ends(), DeltaLog(f"{scheme}://{tmp_path}/log")
+    receiver, live = ends.receivers[0], ends.live[0]
+    assert log.catch_up(receiver, live) is None
+    _publish(ends, log, 0)
+    assert log.catch_up(receiver, live) == 0
+    for version in (1, 2, 3):
+        ends.step(0.01, seed=version)
+        _publish(ends, log, version)
+    assert [marker.base for marker in log.path_to(3, receiver.version)] == [0, 1, 2]
+    assert log.markers()[3].nbytes < 0.1 * log.markers()[0].nbytes
+    assert log.catch_up(receiver, live) == 3
+    assert log.catch_up(receiver, live) == 3  # nothing to do
+    _publish(ends, log, 4, full=True)
+    ends.step(0.01, seed=5)
+    _publish(ends, log, 5)
+    log.forget_before(4)
+    assert list(log.markers()) == [4, 5]
+    assert log.catch_up(receiver, live) == 5
+    late, fresh = DeltaReceiver(ends.plan, 0, ends.dtypes), virtual.allocate(ends.target.on(0), ends.dtypes)
+    assert log.catch_up(late, fresh) == 5
+    expected = ends.expected()[0]
+    assert all(_same_bits(fresh[name], tensor) and _same_bits(live[name], tensor) for name, tensor in expected.items())
+    log.forget_before(5)
+    lost = DeltaReceiver(ends.plan, 0, ends.dtypes)
+    with pytest.raises(SyncError, match=r"leads from version None to 5 only through version 4, which it lacks"):
+        log.catch_up(lost, fresh)
 
 
 # After real steps.

@@ -219,6 +219,7 @@ class DeltaReceiver:
         self._pairs = [pair for pair in self._ends.copies if pair[1] == rank]
         if not self._pairs:
             raise SyncError(f"target rank {rank} receives nothing in this plan")
+        self.rank = rank
         self._chains: dict[Pair, str] = {}
         self.version: int | None = None
 
