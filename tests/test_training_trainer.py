@@ -11,9 +11,11 @@ import torch
 from ranks import RankError, run_ranks
 from tiny import tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout as Layout
+from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.grpo import GRPOConfig, grpo_loss, policy_metrics, supervised_loss
@@ -290,3 +292,31 @@ def test_over_long_sequences_are_refused(scratch: Path) -> None:
 def test_contradictory_settings_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainerConfig(**config)
+
+
+class _LargestLogits(TorchDispatchMode):
+    """The most elements that any `[..., vocab]` had (the output weight, transposed, is none)."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (515,) and tensor.shape[0] != 64:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def _most_logits(rank: int, checkpoint: Path, hook: bool) -> int:
+    trainer = _trainer(checkpoint, Layout(), {}, {"micro_batch_size": 7, "max_logit_elements": 4000})
+    if hook:
+        unwrap(trainer.model)[0].output_layer.register_forward_hook(lambda *_: None)
+    with _LargestLogits() as seen:
+        trainer.step(_batch(), supervised_loss)
+    return seen.elements
+
+
+def test_logits_never_exist_as_a_whole(scratch: Path) -> None:
+    checkpoint = _checkpoint(DENSE, scratch)
+    assert 0 < run_ranks(_most_logits, 1, checkpoint, False)[0] <= 4000
+    assert run_ranks(_most_logits, 1, checkpoint, True)[0] == 7 * 13 * 515  # a user's hook must see what Megatron makes
