@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from ranks import run_ranks
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.bridges import model_spec
+from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.model import unwrap
@@ -78,3 +81,20 @@ def gradients(rank: int, directory: Path, layout: ParallelLayout) -> dict[str, T
         finalize_model_grads(model)
     names = {id(parameter): name for name, parameter in LiveParameters(model, 0)._parameters.items()}
     return {names[id(parameter)]: parameter.main_grad.clone() for parameter in unwrap(model)[0].parameters()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "layout", "message"),
+    [
+        ("nemotron-h", {}, ParallelLayout(pp=2, vpp=2, stage_layers=(2, 1, 1, 1)), "vpp=2: Megatron's MambaModel has no"),
+        ("nemotron-h", {"n_groups": 6}, ParallelLayout(tp=4), "6 Mamba groups do not divide by tp=4"),
+        ("qwen3.5", {}, ParallelLayout(cp=2), "cp=2: Megatron's gated delta nets have no context parallelism"),
+    ],
+)
+def test_layouts_that_megatron_cannot_run_are_refused(
+    variant: str, changes: dict[str, int], layout: ParallelLayout, message: str
+) -> None:
+    family = FAMILIES[variant]
+    spec = model_spec(replace(family, config={**family.config, **changes}).hf_config())
+    with pytest.raises(LayoutError, match=message):
+        spec.validate(layout)
