@@ -95,7 +95,7 @@ def test_peft_tensors_reach_every_layout_and_come_back(family: str, canonical: b
     config = LoRAConfig(rank=3, alpha=3.0, targets=targets, canonical=canonical)
     adapters = adapter_spec(spec, config)
     state = _random_state(adapters)
-    layouts = list(_layouts(spec))
+    layouts = list(_layouts(spec))[:: 1 if family == "qwen2" else 2]
     assert len(layouts) >= 7
     for layout in layouts:
         shards = _sharded(adapters, layout, state)
@@ -130,7 +130,7 @@ def test_every_rank_adds_the_rows_that_hf_says(family: str, changes: dict[str, A
             deltas[name] = state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"]
     assert sum(bool(delta.any()) for delta in deltas.values()) * 2 == len(state)
     compared = 0
-    for layout in _layouts(spec):
+    for layout in list(_layouts(spec))[:: 1 if family == "qwen2" else 3]:
         if layout.tp > 4 and {"q_proj", "k_proj"} & set(config.targets):
             continue  # ranks cut through KV groups; refused, see below
         factors, expected = _sharded(adapters, layout, state), _sharded(spec, layout, deltas)

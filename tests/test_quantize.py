@@ -105,7 +105,7 @@ def test_every_layout_gives_the_bits_of_one_process(family: str, scheme: Fp8) ->
     assert sum(tensor.dtype == FP8 for tensor in expected.values()) > 20
     dtypes = fp8.hf_dtypes(torch.bfloat16)
     assert dtypes == {name: tensor.dtype for name, tensor in expected.items()}
-    for layout in _layouts(spec)[:: 1 if family == "qwen2" else 3]:
+    for layout in _layouts(spec)[:: 1 if family == "qwen2" else 6]:
         ranks = _quantized_ranks(spec, scheme, layout, state)
         found = virtual.allocate(hf_side(fp8), dtypes)
         virtual.run(compile_plan(fp8, megatron_side(fp8, layout), hf_side(fp8)), ranks, {0: found})
