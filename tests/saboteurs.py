@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def kill_engine(problem: Problem, completion: str) -> float:
     return exact_match(problem, completion)
 
 
+def slowly(problem: Problem, completion: str) -> float:
+    """Some seconds for a step."""
+    time.sleep(0.03)
+    return exact_match(problem, completion)
+
+
 def engine_pids() -> list[int]:
     """Engines of this process, or of its Ray node."""
     return [
@@ -38,6 +45,11 @@ def engine_pids() -> list[int]:
         if (_parent(pid) == os.getpid() and "mbridge_rl.sync.vllm.process" in _command(pid))
         or (_command(pid).startswith("ray::EngineActor") and _parent(pid) == os.getppid())
     ]
+
+
+def ray_pids() -> list[int]:
+    """Actors of this run's classes."""
+    return [pid for pid in _processes() if _command(pid).startswith(("ray::TrainerRank", "ray::EngineActor"))]
 
 
 def sibling_pids() -> list[int]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,28 @@ def test_a_killed_driver_is_resumed(undisturbed: Path, sabotage: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert curve(run_dir) == curve(undisturbed)
     assert (run_dir / "report.html").exists()
+
+
+@nightly
+def test_a_killed_ray_driver_leaves_nothing_behind_and_is_resumed(undisturbed: Path, sabotage: Path) -> None:
+    pytest.importorskip("ray")
+    run_dir = sabotage / "run"
+    command = [sys.executable, "-m", "mbridge_rl.cli", "train", str(undisturbed / "config.yaml"), f"run_dir={run_dir}"]
+    command += ["runner.kind=ray", "reward.function=saboteurs:slowly"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run_dir / "checkpoints" / "step_00000002").exists():
+        assert driver.poll() is None
+        time.sleep(0.05)
+    actors = saboteurs.ray_pids()
+    assert len(actors) >= 3
+    driver.kill()
+    driver.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in actors):  # pytest's caller limits the time
+        time.sleep(0.2)
+    assert len(curve(run_dir)) < 5
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert curve(run_dir) == curve(undisturbed)
 
 
 @nightly
