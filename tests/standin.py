@@ -79,15 +79,22 @@ class PlainModel:
 class StandInEngine:
     """An engine whose answer to every prompt is the digest of its live weights."""
 
-    def __init__(self, variant: str = "qwen3", layout: EngineLayout | None = None, untraceable: Sequence[str] = ()) -> None:
-        self.config = tiny_config(variant, **SIZES)
+    def __init__(
+        self,
+        variant: str = "qwen3",
+        layout: EngineLayout | None = None,
+        untraceable: Sequence[str] = (),
+        state: Mapping[str, Tensor] | None = None,
+        sizes: Mapping[str, Any] = SIZES,
+    ) -> None:
+        self.config = tiny_config(variant, **sizes)
         self.layout = layout or EngineLayout(tp=2)
         self._untraceable = tuple(untraceable)
         spec = model_spec(self.config)
         self.workers = [FusedWorker(self.config, spec.hf_shapes, self.layout, rank) for rank in range(self.layout.size)]
         self.receivers = [ShardReceiver(PlainModel(worker), Serving(Latch())) for worker in self.workers]
         for worker in self.workers:
-            worker.load_weights(random_weights(variant, 0).items())
+            worker.load_weights((random_weights(variant, 0) if state is None else state).items())
         self.version = 0
         self._watch: UpdateWatch | None = None
 
@@ -201,12 +208,15 @@ class _Module(nn.Module):
         child.add(path[1:], tensor)
 
 
-def light_model(variant: str, layout: ParallelLayout, rank: int, state: Mapping[str, Tensor]) -> tuple[Any, list[nn.Module]]:
+def light_model(
+    variant: str, layout: ParallelLayout, rank: int, state: Mapping[str, Tensor], sizes: Mapping[str, Any] = SIZES
+) -> tuple[Any, list[nn.Module]]:
     """A bridge and what one rank of `layout` holds of `state`, under Megatron's own names."""
-    config = tiny_config(variant, **SIZES)
+    config = tiny_config(variant, **sizes)
     spec = model_spec(config)
+    dtype = next(iter(state.values())).dtype
     side = megatron_side(spec, layout, rank)
-    tensors = virtual.allocate(side, dict.fromkeys(spec.hf_shapes, torch.float32))
+    tensors = virtual.allocate(side, dict.fromkeys(spec.hf_shapes, dtype))
     virtual.run(compile_plan(spec, hf_side(spec), side), {0: state}, {rank: tensors})
     chunk = _Module()
     numbers = sorted({int(name.split(".")[2]) for name in tensors if name.startswith("decoder.layers.")})
@@ -225,7 +235,7 @@ def light_model(variant: str, layout: ParallelLayout, rank: int, state: Mapping[
         layer.layer_number = number + 1
     chunk.decoder.layers = layers
     chunk.parallel_layout = layout
-    chunk.config = SimpleNamespace(params_dtype=torch.float32)
+    chunk.config = SimpleNamespace(params_dtype=dtype)
     return SimpleNamespace(spec=spec, hf_config=config), [chunk]
 
 
@@ -244,10 +254,10 @@ def set_weights(bridge: Any, model: list[nn.Module], rank: int, state: Mapping[s
     virtual.run(compile_plan(bridge.spec, hf_side(bridge.spec), side), {0: state}, {rank: {n: live.base(n) for n in live}})
 
 
-def serve(address: Path, variant: str, layout: EngineLayout) -> None:
-    """An engine in a process of its own, for any number of clients one after the other or side by side; ends by `close`."""
+def serve(address: Path, variant: str, layout: EngineLayout, engine: StandInEngine | None = None) -> None:
+    """An engine in a process of its own, for any number of clients one after the other or side by side; ends when killed."""
     torch.set_num_threads(1)
-    engine = StandInEngine(variant, layout)
+    engine = engine or StandInEngine(variant, layout)
     with Listener(str(address), "AF_UNIX") as listener:
         while True:
             Thread(target=_serve_client, args=(engine, listener.accept()), daemon=True).start()
