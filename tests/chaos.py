@@ -118,12 +118,8 @@ def _is_of(file_name: str, store: str, pids: list[int]) -> bool:
 def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list[int]) -> None:
     """A trainer rank: syncs the versions, and leaves a file that says which was the last, or why there was none."""
     torch.set_num_threads(1)
-    tag = "-".join(map(str, versions))
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/meeting-{tag}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
-        )
+        _meet(folder, rank, "-".join(map(str, versions)))
         bridge, model = light_model(VARIANT, LAYOUT, rank, random_weights(VARIANT, versions[0]))
         address = folder / ("engine2" if (folder / "engine2").exists() else "engine")
         mode, transport = (case.mode, case.transport) if case else ("staged", "shared_memory")
@@ -146,6 +142,12 @@ def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list
         result = traceback.format_exc()
     (folder / f"said-{rank}.partial").write_text(result)
     (folder / f"said-{rank}.partial").rename(folder / f"said-{rank}")
+
+
+def _meet(folder: Path, rank: int, tag: str = "") -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    meeting = f"file://{folder}/meeting-{tag}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=20))
 
 
 def _sabotage(case: Case, rank: int, parts: int) -> None:

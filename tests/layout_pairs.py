@@ -146,17 +146,17 @@ def _config(draw: random.Random) -> Any:
     family = draw.choice(["Llama", "Qwen2", "Qwen3", "Qwen3Moe", "DeepseekV3"])
     fields: dict[str, Any] = dict(
         vocab_size=draw.randint(70, 140), hidden_size=8 * draw.randint(1, 3), intermediate_size=8 * draw.randint(1, 3),
-        num_hidden_layers=draw.randint(2, 3), num_attention_heads=heads, num_key_value_heads=groups,
+        num_hidden_layers=draw.randint(1, 2), num_attention_heads=heads, num_key_value_heads=groups,
         max_position_embeddings=64, tie_word_embeddings=draw.random() < 0.4, eos_token_id=None,
     )  # fmt: skip
     if family != "DeepseekV3":
         fields["head_dim"] = draw.choice([2, 3, 4])
     if family == "Qwen3Moe":
-        fields |= dict(moe_intermediate_size=8, num_experts=8, num_experts_per_tok=2, mlp_only_layers=draw.choice([[], [1]]))
+        fields |= dict(moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, mlp_only_layers=draw.choice([[], [0]]))
     if family == "DeepseekV3":
         fields |= dict(
             num_key_value_heads=heads, moe_intermediate_size=8, q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3,
-            qk_rope_head_dim=4, v_head_dim=3, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
+            qk_rope_head_dim=4, v_head_dim=3, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
             first_k_dense_replace=1, n_group=2, topk_group=1, num_nextn_predict_layers=0, tie_word_embeddings=False,
             hidden_size=8 * draw.randint(1, 2),
         )  # fmt: skip

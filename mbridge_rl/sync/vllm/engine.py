@@ -260,15 +260,19 @@ class InProcessEngine:
             SyncError: and its subclasses, as `Receiver.load` and `Receiver.commit` do; also without a `prepare` before.
         """
         self.receiver  # noqa: B018  says early that tensors cannot be handed to other processes
-        self.start_weight_update()
+        self._requests.hold("keep")
         try:
-            for batch in _batches(stream):
-                self._in_workers(worker_calls.receive, version, batch, digests)
-        except BaseException as error:  # also the stream's own: the engine must not wait for more
-            worker_calls.in_workers(self.llm, worker_calls.abandon, f"its stream failed: {error}")
-            raise
-        self._updating = version
-        return self.finish_weight_update(str(version))
+            self.start_weight_update()
+            try:
+                for batch in _batches(stream):
+                    self._in_workers(worker_calls.receive, version, batch, digests)
+            except BaseException as error:  # also the stream's own: the engine must not wait for more
+                worker_calls.in_workers(self.llm, worker_calls.abandon, f"its stream failed: {error}")
+                raise
+            self._updating = version
+            return self.finish_weight_update(str(version))
+        finally:
+            self._requests.resume()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """See `backend.InitInfo` for the fields, and `Receiver.prepare` for what is raised."""
