@@ -29,6 +29,7 @@ from mbridge_rl.sync.route import Route, WorkerRoute, fingerprint_of, plan_route
 
 _ENGINES_PER_MODEL = 5
 _TRAINERS_PER_ENGINE = 20
+_BATCH = 1000
 _DIGESTS_EVERY = 10  # pairs: digests cost ten times the rest on tensors of a few bytes
 
 
@@ -145,7 +146,7 @@ def _config(draw: random.Random) -> Any:
     heads, groups = draw.choice([(4, 2), (8, 4), (8, 2), (4, 1), (8, 8), (6, 2)])
     family = draw.choice(["Llama", "Qwen2", "Qwen3", "Qwen3Moe", "DeepseekV3"])
     fields: dict[str, Any] = dict(
-        vocab_size=draw.randint(70, 140), hidden_size=8 * draw.randint(1, 3), intermediate_size=8 * draw.randint(1, 3),
+        vocab_size=draw.randint(70, 140), hidden_size=heads * draw.randint(2, 4), intermediate_size=8 * draw.randint(1, 3),
         num_hidden_layers=draw.randint(1, 2), num_attention_heads=heads, num_key_value_heads=groups,
         max_position_embeddings=64, tie_word_embeddings=draw.random() < 0.4, eos_token_id=None,
     )  # fmt: skip
@@ -158,7 +159,6 @@ def _config(draw: random.Random) -> Any:
             num_key_value_heads=heads, moe_intermediate_size=8, q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3,
             qk_rope_head_dim=4, v_head_dim=3, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
             first_k_dense_replace=1, n_group=2, topk_group=1, num_nextn_predict_layers=0, tie_word_embeddings=False,
-            hidden_size=8 * draw.randint(1, 2),
         )  # fmt: skip
     config = getattr(transformers, f"{family}Config")(**fields)
     config.architectures = [f"{family}ForCausalLM"]
@@ -196,5 +196,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     started = time.perf_counter()
-    unlike = run_pairs(wanted)
-    print(f"{wanted} pairs ({unlike} of them unlike) bit-exact in {time.perf_counter() - started:.0f} s")
+    for seed, first in enumerate(range(0, wanted, _BATCH)):
+        size = min(_BATCH, wanted - first)
+        unlike = run_pairs(size, seed)
+        seconds = time.perf_counter() - started
+        print(f"{first + size} of {wanted} pairs bit-exact ({unlike} of the last {size} unlike), {seconds:.0f} s", flush=True)

@@ -25,6 +25,7 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.sync.engine_side import alike
 from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, EngineUnusable, StoreError
 from mbridge_rl.sync.host import machine_id
 from mbridge_rl.sync.serving import Serving
@@ -152,7 +153,10 @@ class StandInEngine:
         head = store.head()
         if head is None:
             raise StoreError(f"nothing was committed to {name}")
-        self.adopt_route(store.description(head.fingerprint))
+        kept = store.description(head.fingerprint)
+        if not alike(self.describe_workers(kept["init_info"]), kept["workers"]):
+            raise EngineMismatch(f"the weight store {name!r} is of another engine")
+        self.adopt_route(kept)
         report = merged_report(self._together(lambda receiver: load_from_store(receiver, store, head.token)))
         self.version = head.version
         return report

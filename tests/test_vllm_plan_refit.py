@@ -89,7 +89,7 @@ def test_two_workers_equal_a_fresh_engine(
         )
         tiny_checkpoint(start, variant, seed=0, **sizes)
         tiny_checkpoint(trained, variant, seed=1, **sizes)
-    ranks = run_ranks(refit, layout.world_size, start, trained, layout, engine_args, timeout=280)
+    ranks = run_ranks(refit, layout.world_size, start, trained, layout, engine_args, timeout=500)
     found = ranks[0]
     if found["answers"]:
         assert found["answers"][0] == found["answers"][2] == found["fresh"]  # the same bits: tokens and log-probabilities

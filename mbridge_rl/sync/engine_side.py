@@ -7,7 +7,7 @@ which strided view of which parameter. Nothing here knows how an engine fuses, p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -70,6 +70,12 @@ class WorkerDescription:
             for hf_name, parts in said["landings"].items()
         }
         return cls(said["rank"], said["size"], said["host"], parameters, landings, said["whole"])
+
+
+def alike(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two engines' descriptions (JSON, from wherever) say the same of their weights; hosts may differ."""
+    one, other = ([replace(WorkerDescription.from_json(worker), host="") for worker in said] for said in (first, second))
+    return one == other
 
 
 def engine_side(spec: ModelSpec, workers: Sequence[WorkerDescription], dtypes: Mapping[str, torch.dtype]) -> Side:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.sync.engine_side import alike
 from mbridge_rl.sync.errors import EngineMismatch, SyncError
 from mbridge_rl.sync.waiting import Patience
 
@@ -40,9 +41,8 @@ class Engines:
             EngineMismatch: the engines are not alike.
         """
         said = self._each(lambda _, engine: engine.describe_workers(info))
-        alike = [[{**worker, "host": None} for worker in workers] for workers in said]
-        for index, workers in enumerate(alike):
-            if workers != alike[0]:
+        for index, workers in enumerate(said):
+            if not alike(workers, said[0]):
                 raise EngineMismatch(
                     f"engine {index} keeps its weights in another layout than engine 0: give engines of each layout a "
                     "WeightSync of their own"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.arena import SHARED_MEMORY
+from mbridge_rl.sync.engine_side import alike
 from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, StoreError, SyncError
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.vllm import worker_calls
@@ -381,7 +382,7 @@ class InProcessEngine:
         kept = store.description(head.fingerprint)
         self.describe_workers(kept["init_info"])
         mine = self._in_workers(worker_calls.describe)
-        if [{**worker, "host": None} for worker in mine] != [{**worker, "host": None} for worker in kept["workers"]]:
+        if not alike(mine, kept["workers"]):
             raise EngineMismatch(
                 f"the weight store {name!r} is of an engine whose {len(kept['workers'])} workers keep other weights than these "
                 f"{len(mine)}: start the engine with the same parallel sizes and dtype"
