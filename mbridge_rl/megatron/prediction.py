@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.extras import Extra
@@ -53,15 +52,8 @@ def _skipping_class() -> type[nn.Module]:
             self.config.mtp_num_layers = None
             try:
                 options["mtp_in_postprocess"] = False
-                return super()._postprocess(self._with_embedding(hidden_states), *arguments, labels=None, **options)
+                return super()._postprocess(hidden_states, *arguments, labels=None, **options)
             finally:
                 self.config = with_prediction
-
-        def _with_embedding(self, hidden_states: Tensor) -> Tensor:
-            """Gives this stage's copy of the embedding, which is not used, a gradient of zero: DDP waits for one, and Megatron
-            adds it to that of the first stage."""
-            if not self.mtp_process or self.pre_process or not (self.training and torch.is_grad_enabled()):
-                return hidden_states
-            return hidden_states + 0.0 * self.embedding.word_embeddings.weight[0].sum()
 
     return SkippingModel
