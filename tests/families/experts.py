@@ -241,7 +241,6 @@ FAMILIES = [
             "scoring_func": "sigmoid",
         },
         layout=EXPERT_PARALLEL,
-        engine="vLLM's router for CPUs has no sigmoid scores without groups (an assertion fails at the first token)",
         lora=ATTENTION,
     ),
     Family(
@@ -259,7 +258,6 @@ FAMILIES = [
             "tie_word_embeddings": True,
         },
         layout=EXPERT_PARALLEL,
-        engine="vLLM's router for CPUs passes over the bias: its log-probabilities are another model's",
         lora=ATTENTION,
     ),
     Family("GPT-OSS", "gpt-oss", "gpt_oss", "GptOssForCausalLM", GPT_OSS, layout=EXPERT_PARALLEL, lora=ATTENTION),

@@ -37,7 +37,7 @@ def install() -> None:
     pack_experts = CPUUnquantizedExperts.process_weights_after_loading
 
     def dispatch_cpu_unquantized_gemm(layer: nn.Module, remove_weight: bool) -> None:
-        if not _is_refittable():
+        if not is_refittable():
             pack_linear(layer, remove_weight)
         elif layer.weight.ndim == 2:
             layer.cpu_linear = functional.linear
@@ -45,7 +45,7 @@ def install() -> None:
             _pack_convolution(layer, pack_linear)
 
     def process_weights_after_loading(self: Any, layer: nn.Module) -> None:
-        if _is_refittable():
+        if is_refittable():
             _pack_experts_aside(self, layer, pack_experts)
         else:
             pack_experts(self, layer)
@@ -55,7 +55,8 @@ def install() -> None:
     CPUUnquantizedExperts.process_weights_after_loading = process_weights_after_loading
 
 
-def _is_refittable() -> bool:
+def is_refittable() -> bool:
+    """Whether the engine that is being built gets its weights from us."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mbridge_rl.sync.vllm import cpu_weights
+from mbridge_rl.sync.vllm import cpu_routing, cpu_weights
 
 
 def register() -> None:
-    """Make the weight-transfer backend "mbridge" known to vLLM, and its CPU weights refittable. Idempotent."""
+    """Make the weight-transfer backend "mbridge" known to vLLM; on a CPU, make weights refittable and routing right. Idempotent."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
@@ -14,3 +14,4 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(cpu_weights.BACKEND, "mbridge_rl.sync.vllm.backend", "SharedMemoryEngine")
     if current_platform.is_cpu():
         cpu_weights.install()
+        cpu_routing.install()
