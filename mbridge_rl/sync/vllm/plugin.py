@@ -6,7 +6,7 @@ from mbridge_rl.sync.vllm import cpu_routing, cpu_weights
 
 
 def register() -> None:
-    """Make the weight-transfer backend "mbridge" known to vLLM; on a CPU, make weights refittable and routing right. Idempotent."""
+    """Make the weight-transfer backend "mbridge" known to vLLM; on a CPU, weights refittable and routing right. Idempotent."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
