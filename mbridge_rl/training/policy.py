@@ -4,6 +4,7 @@ tokens from those, in chunks, so that logits never exist as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,29 @@ def statistics_of(
     return projected_token_statistics(
         hidden, weight, targets, vocab_size, change=_one_after_the_other(changes) if changes else None, **options
     )
+
+
+def turn_off_dropout(chunks: Sequence[nn.Module]) -> None:
+    """Of the base model, for good."""
+    for chunk in chunks:
+        for owner in (chunk.config, *chunk.modules()):
+            for name in ("attention_dropout", "hidden_dropout"):
+                if isinstance(getattr(owner, name, None), float):
+                    setattr(owner, name, 0.0)
+
+
+def refuse_recurrent_layers(chunks: Sequence[nn.Module]) -> None:
+    """
+    Raises:
+        ValueError: a layer can not keep packed sequences apart.
+    """
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            if type(module).__module__.startswith("megatron.core.ssm"):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) would carry its state from one packed sequence into the next: "
+                    f"train this model with packing=False"
+                )
 
 
 def _head_can_be_chunked(core: nn.Module) -> bool:

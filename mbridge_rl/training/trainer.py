@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,43 +38,11 @@ from mbridge_rl.training.optimization import (
     update,
     wrap_in_ddp,
 )
-from mbridge_rl.training.policy import last_hidden_states, statistics_of
+from mbridge_rl.training.policy import last_hidden_states, refuse_recurrent_layers, statistics_of, turn_off_dropout
 from mbridge_rl.training.reference import ReferenceSnapshot
+from mbridge_rl.training.step_report import Gradients, StepReport
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What a forward and backward pass saw; the same on every rank. The gradients are in the model's `main_grad`.
-
-    Attributes:
-        loss: of the whole batch: the mean over its tokens or, of a `WeightedLoss`, the weighted sum.
-        tokens: that the loss counted.
-        statistics: of the policy, `[batch, seq]` each; zero where nothing had to be computed.
-    """
-
-    loss: float
-    tokens: int
-    statistics: TokenStatistics
-
-
-@dataclass(frozen=True)
-class StepReport(Gradients):
-    """What one optimizer step saw; the same on every rank.
-
-    Attributes:
-        statistics: of the policy before the update.
-        grad_norm: global, before clipping.
-        learning_rate: of the step.
-        updated: whether weights changed.
-        skipped: why they did not; empty where they did.
-    """
-
-    grad_norm: float
-    learning_rate: float
-    updated: bool
-    skipped: str = ""
 
 
 class MegatronTrainer:
@@ -102,8 +69,8 @@ class MegatronTrainer:
         if not hasattr(core[0], "parallel_layout"):
             raise ValueError("the trainer needs chunks that know their layout: build them with AutoBridge.build_model")
         if self.config.packing:
-            _refuse_recurrent_layers(core)
-        _turn_off_dropout(core)
+            refuse_recurrent_layers(core)
+        turn_off_dropout(core)
         self.layout: ParallelLayout = core[0].parallel_layout
         self._device = next(core[0].parameters()).device
         self._reference: ReferenceSnapshot | None = None
@@ -338,21 +305,3 @@ def _everywhere(results: Tensor) -> Tensor:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(results, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     return results
-
-
-def _turn_off_dropout(chunks: Sequence[nn.Module]) -> None:
-    for chunk in chunks:
-        for owner in (chunk.config, *chunk.modules()):
-            for name in ("attention_dropout", "hidden_dropout"):
-                if isinstance(getattr(owner, name, None), float):
-                    setattr(owner, name, 0.0)
-
-
-def _refuse_recurrent_layers(chunks: Sequence[nn.Module]) -> None:
-    for chunk in chunks:
-        for name, module in chunk.named_modules():
-            if type(module).__module__.startswith("megatron.core.ssm"):
-                raise ValueError(
-                    f"{name} ({type(module).__name__}) would carry its state from one packed sequence into the next: "
-                    f"train this model with packing=False"
-                )
