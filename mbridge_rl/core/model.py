@@ -179,8 +179,6 @@ class ModelSpec:
             raise LayoutError(
                 f"{self.architecture}: experts with biases cannot be cut, found etp={layout.expert_tp}; use etp=1"
             )
-        if layout.cp > 1 and self.transformer_config.get("experimental_attention_variant") == "gated_delta_net":
-            raise LayoutError(f"cp={layout.cp}: Megatron's gated delta nets have no context parallelism; use cp=1")
         for heads in _HEADS:
             if (count := self.transformer_config.get(heads) or layout.tp) % layout.tp:
                 raise LayoutError(f"{count} {_HEADS[heads]} do not divide by tp={layout.tp}; choose a divisor")

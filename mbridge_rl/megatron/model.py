@@ -93,6 +93,8 @@ def build_model(
     with megatron_runtime():
         layout = _running_layout(layout)
         spec.validate(layout)
+        if layout.cp > 1 and spec.transformer_config.get("experimental_attention_variant") == "gated_delta_net":
+            raise LayoutError(f"cp={layout.cp}: Megatron's gated delta nets have no context parallelism; use cp=1")
         config = _transformer_config(spec, layout, dtype, sequence_parallel, grouped_experts, overrides or {})
         chunks = [_build_chunk(spec, layout, config, chunk) for chunk in range(layout.vpp)]
         return _wrap(chunks, config, dtype, ddp)
