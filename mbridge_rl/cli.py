@@ -49,7 +49,7 @@ def demo(
     lora: Annotated[bool, typer.Option("--lora", help="Train LoRA adapters; the engine gets merged weights.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="GRPO steps at most; it stops early at 93% right.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the random checkpoint, the draws and the sampling.")] = 0,
-    run_dir: Annotated[Path, typer.Option(help="Where checkpoints, metrics and the reward curve go.")] = Path("runs/demo"),
+    run_dir: Annotated[Path, typer.Option(help="Where checkpoints, metrics and the report go.")] = Path("runs/demo"),
 ) -> None:
     """Teach a tiny model to add digits, with every part real: Megatron-core trains, vLLM rolls out, the bridge refits.
 
