@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from fused_engine import EngineLayout, FusedWorker  # noqa: E402
 from ranks import run_ranks  # noqa: E402
-from standin import RemoteEngine, StandInEngine, light_model, serve  # noqa: E402
+from standin import RemoteEngine, StandInEngine, connected, light_model, serve  # noqa: E402
 from tiny import tiny_config  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -132,7 +132,7 @@ class _VerlSender:
         self._buffer = Arena.create(self._size)
         while not address.exists():
             time.sleep(0.1)
-        self._connection = Client(str(address), "AF_UNIX")
+        self._connection = connected(address)
         self._connection.send((self._buffer.path, self._size))
 
     def send_all(self) -> None:

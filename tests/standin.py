@@ -6,6 +6,7 @@ Between them everything is the library's own: the engine's workers run the real 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Listener
@@ -283,11 +284,23 @@ def _serve_client(engine: StandInEngine, connection: Any) -> None:
             return
 
 
+def connected(address: Path) -> Any:
+    """The socket's file is there a moment before anyone listens."""
+    deadline = time.monotonic() + 20.0
+    while True:
+        try:
+            return Client(str(address), "AF_UNIX")
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
 class RemoteEngine:
     """A client of `serve`."""
 
     def __init__(self, address: Path, timeout: float = 20.0) -> None:
-        self._connection, self._timeout = Client(str(address), "AF_UNIX"), timeout
+        self._connection, self._timeout = connected(address), timeout
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
