@@ -61,6 +61,7 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
     return found
 
 
+NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # as in config.json of the released checkpoints: vLLM reads it
 MLA = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}  # vLLM's rotary kernel for CPUs is wrong
 
 
@@ -80,7 +81,7 @@ def test_two_workers_equal_a_fresh_engine(
     sizes = {"hidden_size": 256, "num_hidden_layers": 2}
     if variant == "deepseek":
         latent = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "q_lora_rank": 64,
-                  "moe_intermediate_size": 64, "intermediate_size": 128, "num_nextn_predict_layers": 0}  # fmt: skip
+                  "moe_intermediate_size": 64, "intermediate_size": 128, "num_nextn_predict_layers": 0, **NOAUX}  # fmt: skip
         deepseek_checkpoint(start, "v3", seed=2, **sizes, **latent)
         deepseek_checkpoint(trained, "v3", seed=1, **sizes, **latent)
     else:
