@@ -34,7 +34,7 @@ def latent_attention(hf: Any) -> Block:
         "qk_pos_emb_head_dim": rope,
         "v_head_dim": value,
         "qk_layernorm": True,
-        "attention_dropout": hf.attention_dropout or 0.0,
+        "attention_dropout": 0.0,  # as in `blocks.attention`
         **_rotary(hf),
     }
     return Block(config, tuple(rules), rotates=True)
