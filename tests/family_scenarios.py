@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: boo
     _know_in_process(AutoBridge.from_pretrained(directory / "A").hf_config.architectures[0])
     limits = {"max_model_len": 64, "max_num_seqs": 8, "dtype": "float32", **options}
     dtype = getattr(torch, limits["dtype"])
+    gc.freeze()  # vLLM collects garbage at every step of a start, each time through all that was imported: 3 of 5 seconds
     with InProcessEngine(directory / "A", **limits) as engine:
         initialize_parallel(ParallelLayout())
         try:
@@ -73,6 +75,7 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: boo
         finally:
             destroy_parallel()
         found = _greedy(engine)
+    gc.freeze()
     with InProcessEngine(directory / "B", weight_version=1, **limits) as fresh:
         expected = _greedy(fresh)
     assert [completion.logprobs for completion in before] != [completion.logprobs for completion in found]

@@ -21,7 +21,7 @@ from mbridge_rl.sync.vllm.process import EngineProcess
 
 pytestmark = pytest.mark.slow
 
-BUCKET = 1 << 14
+BUCKET = 1 << 15
 
 
 def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_args: dict[str, Any]) -> dict[str, Any]:
