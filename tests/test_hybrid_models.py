@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.bridges import model_spec
-from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.model import build_model, unwrap
@@ -109,3 +109,9 @@ def refused(rank: int) -> str:
     with pytest.raises(LayoutError) as error:
         build_model(model_spec(FAMILIES["qwen3.5"].hf_config()), layout)
     return str(error.value)
+
+
+def test_tied_embeddings_that_no_such_model_has_are_refused() -> None:
+    config = replace(FAMILIES["nemotron-h"], config={**FAMILIES["nemotron-h"].config, "tie_word_embeddings": True}).hf_config()
+    with pytest.raises(UnsupportedModelError, match="tie_word_embeddings=True is not supported"):
+        model_spec(config)

@@ -24,6 +24,7 @@ _NORM, _MIXER = f"{_LAYER}.norm.weight", f"{_LAYER}.mixer"
 
 def nemotron_h(hf: Any) -> ModelSpec:
     for name, expected in {
+        "tie_word_embeddings": False,
         "use_bias": False,
         "attention_bias": False,
         "mlp_bias": False,
