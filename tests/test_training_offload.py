@@ -54,6 +54,7 @@ def _run(rank: int, source: Path, layout: Layout, dtype: torch.dtype, sharded: b
     trainer.step(_batch(0), supervised_loss)
     freed = None
     if directory is not None:
+        directory = directory / str(rank)  # what is counted below is this rank's own
         before = _held(trainer)
         grads = [buffer.grad_data for buffer in trainer.model[0].buffers]
         with trainer.offloaded(directory=directory) as freed:
