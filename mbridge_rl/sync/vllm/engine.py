@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +14,15 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.arena import SHARED_MEMORY
-from mbridge_rl.sync.engine_side import alike
-from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, StoreError, SyncError
-from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.errors import SyncError
 from mbridge_rl.sync.vllm import worker_calls
 from mbridge_rl.sync.vllm.adapters import AdapterSlots
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
+from mbridge_rl.sync.vllm.completions import Completion, completion_of, sampling
 from mbridge_rl.sync.vllm.plugin import register
 from mbridge_rl.sync.vllm.requests import InFlight, RequestRunner
+from mbridge_rl.sync.vllm.transactions import TransactionalEngine
 from mbridge_rl.sync.watch import UpdateWatch
-from mbridge_rl.sync.worker import merged_report
 
 if TYPE_CHECKING:
     from mbridge_rl.sync.vllm.receiver import Receiver
@@ -41,30 +38,7 @@ _TENSOR_PARALLEL_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # binding fails 
 _BATCH_BYTES = 64 << 20  # tensors of an in-process refit that are checked, then loaded, together
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One sampled answer.
-
-    Attributes:
-        prompt_index: which of the prompts it answers.
-        tokens: the generated token ids, with the stop token if one ended it.
-        logprobs: of each token, under the distribution it was sampled from (after temperature); empty if not asked for.
-        finish_reason: "stop", "length", or "abort" where a commit ended it.
-        weight_version: the version of the weights that generated it; of its last token, if a commit came in between.
-        token_versions: of each token.
-        adapter: name and version of the adapter that it was asked of, such as "policy@7"; `None` in an engine without adapters.
-    """
-
-    prompt_index: int
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    weight_version: int
-    token_versions: tuple[int, ...] = ()
-    adapter: str | None = None
-
-
-class InProcessEngine:
+class InProcessEngine(TransactionalEngine):
     """A vLLM `LLM` whose weights a trainer replaces, version by version.
 
     It has the methods that `sync.refit.WeightSync` asks of an engine, and those of vLLM's weight-sync client; `refit` takes
@@ -181,32 +155,25 @@ class InProcessEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        with self._requests.between_steps():
-            reasons = worker_calls.in_workers(self.llm, worker_calls.unusable)
-        if refused := [reason for reason in reasons if reason]:
-            raise EngineUnusable(refused[0])
-        parameters = [
-            SamplingParams(
-                n=n,
-                temperature=temperature,
-                max_tokens=max_tokens if isinstance(max_tokens, int) else max_tokens[index],
-                seed=_stream(seed, index, n),
-                stop_token_ids=list(stop_token_ids),
-                logprobs=0 if logprobs else None,  # 0: of the sampled token alone
-                ignore_eos=ignore_eos,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for index in range(len(prompts))
-        ]
+        self.require_usable()
+        asked = sampling(
+            len(prompts),
+            n=n,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            logprobs=logprobs,
+            ignore_eos=ignore_eos,
+        )
         outputs = self._requests.run(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            parameters,
+            [SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY) for fields in asked],
             self._adapters.requests(adapter, len(prompts)),
         )
         version = self.weight_version
         return [
-            replace(_completion(index, sample, version), adapter=output.lora_request and output.lora_request.name)
+            replace(completion_of(index, sample, version), adapter=output.lora_request and output.lora_request.name)
             for index, output in enumerate(outputs)
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
@@ -268,7 +235,7 @@ class InProcessEngine:
                 for batch in _batches(stream):
                     self._in_workers(worker_calls.receive, version, batch, digests)
             except BaseException as error:  # also the stream's own: the engine must not wait for more
-                worker_calls.in_workers(self.llm, worker_calls.abandon, f"its stream failed: {error}")
+                self._call_workers(worker_calls.abandon, f"its stream failed: {error}")
                 raise
             self._updating = version
             return self.finish_weight_update(str(version))
@@ -307,94 +274,28 @@ class InProcessEngine:
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise SyncError("the prefix cache could not be dropped")
 
-    # What `sync.refit.WeightSync` asks of an engine; all arguments and results are plain JSON types.
-
-    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        """Learn where the announced tensors (`init_info`) land in each worker; see `Receiver.prepare` for what is raised."""
-        self._in_workers(worker_calls.initialize, info)
-        return self._in_workers(worker_calls.describe)
-
-    def adopt_route(self, introduction: dict[str, Any]) -> None:
-        """What every later update brings to each worker; see `ShardReceiver.adopt`."""
-        self._in_workers(worker_calls.adopt, introduction)
-
     def begin_update(self, update: dict[str, Any]) -> None:
-        """Start to receive; a staged update leaves the engine generating, a streaming one holds it until it ends.
-
-        Args:
-            update: `version`, `fingerprint`, `mode`, `wire`, `timeout` (seconds).
-        """
-        if update["mode"] == "streaming":
-            self._requests.hold(update.get("requests", "keep"), update["timeout"])
-        try:
-            self._in_workers(worker_calls.receive_shards, update)
-        except BaseException:
-            self._requests.resume()
-            raise
+        super().begin_update(update)
         if update["mode"] == "streaming":
             self._watch = UpdateWatch(self.update_status, self.abort_update, update["timeout"])
 
-    def update_status(self) -> list[dict[str, Any]]:
-        """See `ShardReceiver.status`, of every worker."""
-        return self._in_workers(worker_calls.status)
-
     def commit_update(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> dict[str, Any]:
-        """Serve what arrived, as `version`; generation pauses for it. Caches are dropped afterwards.
-
-        Args:
-            requests: see `RequestRunner.hold`.
-
-        Returns:
-            `sync.worker.merged_report`, with `seconds["pause"]`.
-        """
-        started = time.perf_counter()
         self._end_watch()
-        self._requests.hold(requests, timeout)
-        try:
-            report = merged_report(self._in_workers(worker_calls.commit_shards, version))
-            self._serve(version)
-        finally:
-            self._requests.resume()
-        report["seconds"]["pause"] = time.perf_counter() - started
-        return report
+        return super().commit_update(version, requests, timeout)
 
     def abort_update(self, reason: str) -> None:
-        """Drop an open update. If live weights were written, the engine refuses to generate until the next one."""
         self._end_watch()
-        with self._requests.between_steps():
-            worker_calls.in_workers(self.llm, worker_calls.abandon, reason)
+        super().abort_update(reason)
+
+    def _hold(self, requests: InFlight, timeout: float) -> None:
+        self._requests.hold(requests, timeout)
+
+    def _resume(self) -> None:
         self._requests.resume()
 
-    def publish_weights(self, paths: Sequence[str]) -> list[str]:
-        """Every worker writes its image, with digests, to its own of `paths`; returns the workers' route fingerprints."""
-        return self._in_workers(worker_calls.publish, list(paths))
-
-    def catch_up(self, name: str, directory: str | None = None) -> dict[str, Any]:
-        """Serve the live version of a weight store, without the trainer.
-
-        Raises:
-            SyncError: nothing was committed there; EngineMismatch: it is the store of another engine layout or model.
-        """
-        store = WeightStore(name, directory or SHARED_MEMORY)
-        head = store.head()
-        if head is None:
-            raise StoreError(f"nothing was committed to the weight store {name!r} in {store.directory}")
-        kept = store.description(head.fingerprint)
-        self.describe_workers(kept["init_info"])
-        mine = self._in_workers(worker_calls.describe)
-        if not alike(mine, kept["workers"]):
-            raise EngineMismatch(
-                f"the weight store {name!r} is of an engine whose {len(kept['workers'])} workers keep other weights than these "
-                f"{len(mine)}: start the engine with the same parallel sizes and dtype"
-            )
-        self.adopt_route(kept)
-        self._requests.hold("keep")
-        try:
-            report = merged_report(self._in_workers(worker_calls.catch_up, name, str(store.directory), head.token))
-            self._serve(head.version)
-        finally:
-            self._requests.resume()
-        return report
+    def _call_workers(self, call: Any, *args: Any) -> list[Any]:
+        with self._requests.between_steps():
+            return worker_calls.in_workers(self.llm, call, *args)
 
     def _end_watch(self) -> None:
         if self._watch is not None:
@@ -423,27 +324,11 @@ class InProcessEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _in_workers(self, call: Any, *args: Any) -> list[Any]:
-        """As `in_workers`; if one worker fails, the others drop the update too, so that none serves it alone."""
-        with self._requests.between_steps():
-            try:
-                return worker_calls.in_workers(self.llm, call, *args)
-            except Exception as error:
-                worker_calls.in_workers(self.llm, worker_calls.abandon, str(error))
-                raise
-
     def _unlink_shared_memory(self) -> None:
         """vLLM's CPU workers never unlink what they reduce through. All have mapped it by now, so its name can go."""
         for ident in worker_calls.in_workers(self.llm, worker_calls.shared_memory_ident):
             for path in Path("/dev/shm").glob(f"{ident}-*") if ident else ():
                 path.unlink(missing_ok=True)
-
-
-def _stream(seed: int | Sequence[int] | None, index: int, n: int) -> int | None:
-    """The seed of a prompt's first sample; vLLM adds the sample's index."""
-    if seed is None:
-        return None
-    return (seed * 1_000_003 + index) * n if isinstance(seed, int) else seed[index] * n
 
 
 def init_info(metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -457,20 +342,6 @@ def init_info(metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = N
         "fingerprint": metadata_fingerprint(tensors),
         "config": dict(config or {}),
     }
-
-
-def _completion(prompt_index: int, sample: Any, version: int) -> Completion:
-    spans = sample.weight_versions or []
-    versions = tuple(int(span.version) for span in spans for _ in range(span.start, span.end))
-    logprobs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs or [], strict=False)]
-    return Completion(
-        prompt_index,
-        list(sample.token_ids),
-        logprobs,
-        str(sample.finish_reason),
-        versions[-1] if versions else version,
-        versions,
-    )
 
 
 def _batches(stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:

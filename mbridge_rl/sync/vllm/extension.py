@@ -1,0 +1,48 @@
+"""What a vLLM that somebody else started needs, so that a trainer can reach its workers: two of vLLM's own settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mbridge_rl.sync.vllm import worker_calls
+
+EXTENSION = "mbridge_rl.sync.vllm.extension.WorkerExtension"
+METHOD = "mbridge_rl_call"
+_CALLS = {
+    call.__name__: call
+    for call in (
+        worker_calls.initialize,
+        worker_calls.describe,
+        worker_calls.adopt,
+        worker_calls.receive_shards,
+        worker_calls.status,
+        worker_calls.commit_shards,
+        worker_calls.abandon,
+        worker_calls.unusable,
+        worker_calls.publish,
+        worker_calls.catch_up,
+    )
+}
+
+
+class WorkerExtension:
+    """vLLM mixes it into its worker (`worker_extension_cls`)."""
+
+    def mbridge_rl_call(self, call: str, *args: Any) -> list[Any]:
+        """A call of `worker_calls` by its name; arguments and the answer are plain JSON types."""
+        return list(worker_calls.answering(self, _CALLS[call], *args))
+
+
+def engine_args() -> dict[str, Any]:
+    """Keyword arguments for `AsyncEngineArgs`, next to the user's own, that let a trainer connect to the engine.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+    from vllm.config import WeightTransferConfig
+
+    return {
+        "weight_transfer_config": WeightTransferConfig(backend="mbridge"),
+        "worker_extension_cls": EXTENSION,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are sampled from
+    }

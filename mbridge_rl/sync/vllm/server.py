@@ -1,0 +1,128 @@
+"""A `vllm serve` that somebody started, on this or another host, as an engine that a trainer syncs over HTTP.
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "mbridge"}' \\
+        --worker-extension-cls mbridge_rl.sync.vllm.extension.WorkerExtension --logprobs-mode processed_logprobs
+
+The control plane is vLLM's own routes for RL (`vllm/entrypoints/rl/online/api_router.py`) and its `/collective_rpc`, all of
+which it serves in its developer mode only; the weights themselves take whatever transport both ends share.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mbridge_rl.sync.errors import EngineProcessError, SyncError, TransferTimeout
+from mbridge_rl.sync.vllm.attached import AttachedEngine
+from mbridge_rl.sync.vllm.completions import Completion, completion
+from mbridge_rl.sync.vllm.requests import InFlight
+
+_SHOWN = 500  # characters of an error's body
+_LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a trainer's proxies are not for its engines
+
+
+class ServerEngine(AttachedEngine):
+    """Connects to a server by its URL.
+
+    Args:
+        url: such as "http://10.0.0.7:8000".
+        weight_version: of the weights it was started with.
+        call_timeout: seconds until a call must be answered.
+        api_key: what the server was started with (`--api-key`).
+        connections: requests for completions that are open at once.
+
+    Raises:
+        EngineProcessError: nobody answers there; SyncError: the server was started without the settings above.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        weight_version: int = 0,
+        call_timeout: float = 600.0,
+        api_key: str | None = None,
+        connections: int = 64,
+    ) -> None:
+        self._url, self._call_timeout = url.rstrip("/"), call_timeout
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="mbridge-server")
+        self._attach(weight_version)
+
+    def __str__(self) -> str:
+        return f"the server {self._url}"
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _completions(self, prompts: list[list[int]], fields: list[dict[str, Any]]) -> list[Completion]:
+        version = self.weight_version
+
+        def answer(index: int) -> list[Completion]:
+            body = {"token_ids": prompts[index], "sampling_params": fields[index]}
+            choices = self._post("/inference/v1/generate", body)["choices"]
+            return [_completion(index, choice, version) for choice in sorted(choices, key=lambda choice: choice["index"])]
+
+        return [found for several in self._pool.map(answer, range(len(prompts))) for found in several]
+
+    def _sizes(self) -> tuple[int, int]:
+        return self._get("/get_world_size?include_dp=false")["world_size"], self._get("/get_world_size")["world_size"]
+
+    def _rpc(self, method: str, args: list[Any]) -> list[Any]:
+        return self._post("/collective_rpc", {"method": method, "args": args})["results"]
+
+    def _pause(self, requests: InFlight, timeout: float) -> None:
+        try:
+            self._post(f"/pause?mode={requests}&clear_cache=true", {}, timeout)
+        except TransferTimeout as error:
+            self._unpause()
+            raise TransferTimeout(f"requests did not finish within {timeout:g} s; use 'keep' or 'abort'") from error
+
+    def _unpause(self) -> None:
+        self._post("/resume", {})
+
+    def _label(self) -> str:
+        return self._get("/weight_info")["weight_version"]
+
+    def _set_label(self, label: str) -> None:
+        self._post("/update_weight_version", {"new_version": label})
+
+    def _reset_caches(self) -> bool:
+        return self._post("/reset_prefix_cache?reset_running_requests=true", {})["success"]
+
+    def _get(self, path: str) -> Any:
+        return self._ask(path, None, self._call_timeout)
+
+    def _post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> Any:
+        return self._ask(path, json.dumps(body).encode(), self._call_timeout if timeout is None else timeout)
+
+    def _ask(self, path: str, body: bytes | None, timeout: float) -> Any:
+        request = urllib.request.Request(self._url + path, body, self._headers)
+        try:
+            with _LOCAL.open(request, timeout=timeout) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise self._refused(path, error) from error
+        except TimeoutError as error:
+            raise TransferTimeout(f"{self} did not answer {path} within {timeout:g} s") from error
+        except OSError as error:  # refused, reset, unreachable
+            raise EngineProcessError(f"{self} cannot be reached for {path}: {error}") from error
+
+    def _refused(self, path: str, error: urllib.error.HTTPError) -> Exception:
+        if error.code == 404:
+            return SyncError(
+                f"{self} has no {path}: start it with VLLM_SERVER_DEV_MODE=1, or vLLM does not serve its routes for RL"
+            )
+        said = error.read().decode(errors="replace")[:_SHOWN]
+        return SyncError(f"{self} answered {path} with status {error.code}: {said}")
+
+
+def _completion(prompt_index: int, choice: dict[str, Any], version: int) -> Completion:
+    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {"content": []})["content"] or []]
+    spans = [(span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or []]
+    return completion(prompt_index, choice["token_ids"], logprobs, choice["finish_reason"], spans, version)
