@@ -1,10 +1,12 @@
 """A `vllm serve` that somebody started, on this or another host, as an engine that a trainer syncs over HTTP.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "mbridge"}' \\
-        --worker-extension-cls mbridge_rl.sync.vllm.extension.WorkerExtension --enable-scale-out --logprobs-mode processed_logprobs
+        --worker-extension-cls mbridge_rl.sync.vllm.extension.WorkerExtension \\
+        --enable-scale-out --logprobs-mode processed_logprobs
 
 The control plane is vLLM's own routes for RL (`vllm/entrypoints/rl/online/api_router.py`) and its `/collective_rpc`, all of
-which it serves in its developer mode only; the weights themselves take whatever transport both ends share.
+which it serves in its developer mode only. `generate` takes its route for tokens in and out, which it calls scale-out. The
+weights themselves take whatever transport both ends share.
 """
 
 from __future__ import annotations
