@@ -31,6 +31,7 @@ from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, EngineUnu
 from mbridge_rl.sync.host import machine_id
 from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.timeline import Stopwatch
 from mbridge_rl.sync.vllm.compatibility import require_same_config
 from mbridge_rl.sync.vllm.worker_calls import described, rebuilt
 from mbridge_rl.sync.watch import UpdateWatch
@@ -135,8 +136,11 @@ class StandInEngine:
 
     def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
         self._end_watch()
-        report = merged_report(self._together(lambda receiver: receiver.commit(version)))
-        self.version = version
+        watch = Stopwatch("engine")
+        with watch("pause"):
+            report = merged_report(self._together(lambda receiver: receiver.commit(version)))
+            self.version = version
+        report["spans"] += [span.to_json() for span in watch.spans]
         return report
 
     def abort_update(self, reason: str) -> None:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,7 +24,7 @@ from mbridge_rl.core.errors import listed
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import megatron_side
 from mbridge_rl.megatron.parameters import LiveParameters, layout_of, live_side, model_dtype
-from mbridge_rl.sync import packing
+from mbridge_rl.sync import packing, phases
 from mbridge_rl.sync.arena import SHARED_MEMORY
 from mbridge_rl.sync.engine_side import WorkerDescription, engine_side, local_dtypes
 from mbridge_rl.sync.engines import Engine, Engines
@@ -34,8 +32,11 @@ from mbridge_rl.sync.errors import DigestMismatch, NonFiniteWeights, SyncError, 
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.host import machine_id
 from mbridge_rl.sync.pull import published, restore
+from mbridge_rl.sync.report import SyncReport
 from mbridge_rl.sync.route import Piece, Route, plan_route
+from mbridge_rl.sync.sinks import Sink, tell
 from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.timeline import Span, Stopwatch, of_engine
 from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import init_info
@@ -81,43 +82,6 @@ class SyncOptions:
     url: str | None = None
 
 
-@dataclass(frozen=True)
-class SyncReport:
-    """What one sync did, and the proof of it.
-
-    Attributes:
-        nbytes: that all workers of one engine received, weights alone.
-        digest: of all weights that the trainer meant; every engine's equals it, or the sync had raised.
-        verified: the engines proved their live weights against the trainer's digests.
-        seconds: wall time, all of it.
-        phases: seconds of each: `check`, `begin`, `transfer`, `verify`, `commit` (in which generation pauses).
-        attempts: how many it took.
-        engines: every engine's own report, on rank 0.
-    """
-
-    version: int
-    tensors: int
-    nbytes: int
-    buckets: int
-    digest: str | None
-    verified: bool
-    seconds: float
-    mode: str = "staged"
-    transport: str = "auto"
-    phases: Mapping[str, float] = field(default_factory=dict)
-    attempts: int = 1
-    engines: Sequence[Mapping[str, Any]] = field(default=())
-
-    @property
-    def engine(self) -> Mapping[str, Any]:
-        """The first engine's report, on rank 0."""
-        return self.engines[0] if self.engines else {}
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        return self.nbytes / self.seconds / 1e9
-
-
 class WeightSync:
     """Keeps engines' weights those of a live Megatron model. Made once by all trainer ranks together; `sync` is collective.
 
@@ -126,6 +90,7 @@ class WeightSync:
         model: this rank's chunks (`AutoBridge.build_model`); adapters are merged on the way.
         client: the engine, or replicas of equal layout, on rank 0; `None` on the other ranks.
         dtype: of the policy as engines see it; `None` means the model's.
+        sinks: that rank 0 tells of every sync, the failed ones too (`sync.sinks`); the log hears of all anyway.
         options: or fields of `SyncOptions` by keyword.
 
     Raises:
@@ -139,6 +104,7 @@ class WeightSync:
         client: Engine | Sequence[Engine] | None,
         *,
         dtype: torch.dtype | None = None,
+        sinks: Sequence[Sink] = (),
         options: SyncOptions | None = None,
         **fields: Any,
     ) -> None:
@@ -149,22 +115,11 @@ class WeightSync:
         self._dtype = dtype or model_dtype(model)
         self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])
         self._patience = Patience(self.options.timeout)
-        self._require_same((self._spec.fingerprint, self._layout, str(self._dtype), self.options))
-        self._info = init_info(self._spec.hf_tensors(self._dtype), config_summary(bridge.hf_config))
-        workers, self._replicas, hosts = self._introduction()
-        self._route = self._planned(workers)
-        introduction = {
-            "route": [worker.to_json() for worker in self._route.workers],
-            "fingerprint": self._route.fingerprint,
-            "verify": self.options.verify,
-            "workers": [worker.to_json() for worker in workers],
-            "init_info": self._info,
-            "model": self._spec.fingerprint,
-        }
-        self._group.first_rank_does(lambda: self._engines.adopt(introduction))
-        self._store = self._make_store(introduction)
-        self._transport, self._way = self._choose_way(hosts)
+        self._sinks = sinks if self._group.rank == 0 else ()
         self._slot = 0  # of the two that workers on other hosts fill in turn
+        self._planning = Stopwatch(phases.lane(self._group.rank))
+        with self._planning("plan"):
+            self._meet()
 
     def sync(self, version: int) -> SyncReport:
         """Moves the live weights into the engines and commits them as `version`.
@@ -177,18 +132,20 @@ class WeightSync:
             SyncError: on every rank, if any part failed on any; the engines then serve the old version or, where live weights
                 were written already, refuse to generate and say which version they lost.
         """
-        started = time.perf_counter()
-        for attempt in range(1, self.options.retries + 2):
+        watches: list[Stopwatch] = []  # one for each attempt
+        while True:
+            watches.append(Stopwatch(phases.lane(self._group.rank)))
             try:
-                report = self._attempt(version, attempt, started)
-            except _TRANSIENT as error:
-                if attempt > self.options.retries:
-                    raise
-                _log.warning("version %d, attempt %d failed, trying again: %s", version, attempt, error)
-            else:
-                _log.info("version %d: %d bytes in %.3f s, digest %s", version, report.nbytes, report.seconds, report.digest)
-                return report
-        raise AssertionError("unreachable")
+                done = self._attempt(version, watches[-1])
+            except Exception as error:
+                if isinstance(error, _TRANSIENT) and len(watches) <= self.options.retries:
+                    _log.warning("version %d, attempt %d failed, trying again: %s", version, len(watches), error)
+                    continue
+                tell(self._sinks, self._report(version, watches, error=f"{type(error).__name__}: {error}"))
+                raise
+            report = self._report(version, watches, *done)
+            tell(self._sinks, report)
+            return report
 
     def pull(self, engine: int = 0) -> None:
         """The way back: gives the trainer's live model the weights that an engine serves, under whatever layout it has, proven
@@ -221,44 +178,65 @@ class WeightSync:
         if self._group.rank == 0:
             self._store.close()
 
-    def _attempt(self, version: int, attempt: int, started: float) -> SyncReport:
-        phases: dict[str, float] = {}
-        with _phase(phases, "check"), self._group.together():
+    def _attempt(self, version: int, watch: Stopwatch) -> tuple[str | None, list[dict[str, Any]], list[Span]]:
+        """Returns the digest of all weights, on rank 0 what every engine said of its commit, and the other ranks' time."""
+        with watch("check"), self._group.together():
             live, _ = live_side(self._model, self._spec, self._layout, self._group.rank)
             if self.options.nonfinite == "refuse":
                 require_finite(live, self._group.rank)
         began = False
         try:
-            with _phase(phases, "begin"):
+            with watch("begin"):
                 wire, outlet = self._way.open(version)
                 began = True
                 self._group.first_rank_does(lambda: self._begin(version, wire))
-            with _phase(phases, "transfer"), self._group.together():
-                digests = self._send(outlet, live)
-            with _phase(phases, "verify"):
+            with watch("transfer"), self._group.together():
+                digests = self._send(outlet, live, watch)
+            with watch("verify"):
                 digest = self._verify(digests)
-            self._group.first_rank_does(lambda: self._way.commit(version, digest))
+            with watch("decide"):
+                self._group.first_rank_does(lambda: self._way.commit(version, digest))
         except BaseException as error:
             if began:
                 self._abort(version, error)
             raise
         reports: list[dict[str, Any]] = []
-        with _phase(phases, "commit"):
+        with watch("commit"):
             self._group.first_rank_does(lambda: reports.extend(self._commit(version)))
         self._slot = 1 - self._slot
+        with watch("report"):
+            others = phases.of_other_ranks(watch.spans, self._group)
+        return digest, reports, others
+
+    def _report(
+        self,
+        version: int,
+        watches: Sequence[Stopwatch],
+        digest: str | None = None,
+        engines: Sequence[Mapping[str, Any]] = (),
+        others: Sequence[Span] = (),
+        error: str = "",
+    ) -> SyncReport:
+        """The record of a sync whose last attempt ended just now."""
+        own = [span for watch in watches for span in watch.spans]
+        of_engines = [span for index, engine in enumerate(engines) for span in of_engine(engine.get("spans", ()), index)]
+        planning, self._planning = self._planning.spans, Stopwatch("")
         return SyncReport(
             version=version,
             tensors=len(self._spec.hf_shapes),
             nbytes=sum(worker.payload_bytes for worker in self._route.workers),
             buckets=sum(len(worker.buckets) for worker in self._route.workers),
             digest=digest,
-            verified=self.options.verify,
-            seconds=time.perf_counter() - started,
+            verified=self.options.verify and not error,
+            seconds=watches[-1].now() - watches[0].created,
             mode=self.options.mode,
             transport=self._transport,
-            phases=phases,
-            attempts=attempt,
-            engines=reports,
+            attempts=len(watches),
+            engines=[{name: value for name, value in engine.items() if name != "spans"} for engine in engines],
+            error=error,
+            started=watches[0].created,
+            rank=self._group.rank,
+            spans=[*planning, *own, *others, *of_engines],
         )
 
     def _begin(self, version: int, wire: Wire) -> None:
@@ -283,7 +261,7 @@ class WeightSync:
             }
         )
 
-    def _send(self, outlet: Outlet, live: LiveParameters) -> packing.Digests:
+    def _send(self, outlet: Outlet, live: LiveParameters, watch: Stopwatch) -> packing.Digests:
         """Packs and sends this rank's parts; returns its share of every HF tensor's digest."""
         digests: list[packing.Digests] = [{} for _ in self._route.workers]
         counted: packing.Digests = {}
@@ -292,16 +270,20 @@ class WeightSync:
             return packing.placed(piece.source, piece.shape, live).to(self._hf_dtypes[piece.hf_name])
 
         for worker, index, part in self._route.parts_of(self._group.rank):
-            into = outlet.place(worker.rank, index, part)
-            if part.pieces:
-                shares = digests[worker.rank] if self.options.verify else None
-                for piece, share in packing.pack(part, into, read, shares):
-                    if piece.counted:
-                        counted[piece.hf_name] = add(counted.get(piece.hf_name, 0), share)
-            else:
-                packing.write_digests(worker, digests[worker.rank], into)
-            outlet.send(worker.rank, index, part)
-        outlet.finish()
+            with watch("wire"):
+                into = outlet.place(worker.rank, index, part)
+            with watch("pack"):
+                if part.pieces:
+                    shares = digests[worker.rank] if self.options.verify else None
+                    for piece, share in packing.pack(part, into, read, shares):
+                        if piece.counted:
+                            counted[piece.hf_name] = add(counted.get(piece.hf_name, 0), share)
+                else:
+                    packing.write_digests(worker, digests[worker.rank], into)
+            with watch("wire"):
+                outlet.send(worker.rank, index, part)
+        with watch("wire"):
+            outlet.finish()
         return counted
 
     def _verify(self, counted: packing.Digests) -> str | None:
@@ -322,6 +304,24 @@ class WeightSync:
         self._way.abandon()
         if self._group.rank == 0:
             self._engines.abort(f"version {version} was given up: {type(error).__name__}: {error}")
+
+    def _meet(self) -> None:
+        """Once: the engines' workers are asked what they keep, everybody compiles the plan, and learns how it will travel."""
+        self._require_same((self._spec.fingerprint, self._layout, str(self._dtype), self.options))
+        self._info = init_info(self._spec.hf_tensors(self._dtype), config_summary(self._bridge.hf_config))
+        workers, self._replicas, hosts = self._introduction()
+        self._route = self._planned(workers)
+        introduction = {
+            "route": [worker.to_json() for worker in self._route.workers],
+            "fingerprint": self._route.fingerprint,
+            "verify": self.options.verify,
+            "workers": [worker.to_json() for worker in workers],
+            "init_info": self._info,
+            "model": self._spec.fingerprint,
+        }
+        self._group.first_rank_does(lambda: self._engines.adopt(introduction))
+        self._store = self._make_store(introduction)
+        self._transport, self._way = self._choose_way(hosts)
 
     def _introduction(self) -> tuple[list[WorkerDescription], int, set[str]]:
         """The workers of one engine, the number of engines, and the hosts of all of them."""
@@ -390,12 +390,3 @@ def require_finite(tensors: Mapping[str, Tensor], rank: int) -> None:
             f"rank {rank}: {len(wrong)} parameters hold NaN or infinity: {listed(wrong)}. Nothing was sent, the engines serve "
             "the old version; WeightSync(nonfinite='pass') sends them all the same"
         )
-
-
-@contextmanager
-def _phase(phases: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        phases[name] = time.perf_counter() - started

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
@@ -28,6 +27,7 @@ from mbridge_rl.sync.packing import Digests
 from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute, fingerprint_of
 from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.store import StorePart, WeightStore
+from mbridge_rl.sync.timeline import Stopwatch
 from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
 from mbridge_rl.sync.waiting import Patience
 
@@ -142,7 +142,8 @@ class ShardReceiver:
 
         Returns:
             A report in plain JSON types: `version`, `tensors`, `bytes` (received), `digests` (of what this worker holds, by HF
-            name, in hex, where no other worker counts it), `proven_live`, `proven_received`, `seconds` by phase.
+            name, in hex, where no other worker counts it), `whole` (those that the engine's own loader took), `seconds` by
+            phase, `spans` (`sync.timeline.Span`).
 
         Raises:
             SyncError: as it arose while receiving; DigestMismatch: live weights are not bit for bit the trainer's.
@@ -157,17 +158,18 @@ class ShardReceiver:
             if update.mode == "staged":
                 self.serving.block()
                 update.load_staged()
-            self._model.settle()
+            with update.watch("settle"):
+                self._model.settle()
             report = update.prove()
-            started = time.perf_counter()
-            self._model.derive()
+            with update.watch("derive"):
+                self._model.derive()
             update.opened = False
-            update.seconds["derive"] = time.perf_counter() - started
             update.keep()
         self._update = None
         update.close()
         self.serving.commit()
-        return report | {"version": version, "rank": self.route.rank}
+        spans = [span.to_json() for span in update.watch.spans]
+        return report | {"version": version, "rank": self.route.rank, "seconds": update.watch.seconds, "spans": spans}
 
     def abort(self, reason: str) -> None:
         """Drops an open update."""
@@ -253,7 +255,7 @@ class _Update:
         self.error: BaseException | None = None
         self.finished = False
         self.opened = False
-        self.seconds: dict[str, float] = {}
+        self.watch = Stopwatch(f"worker {route.rank}")
         self._stopping = threading.Event()
         self._tables: list[Tensor] = []
         self._whole: dict[str, tuple[Tensor, int]] = {}
@@ -286,15 +288,14 @@ class _Update:
 
     def load_staged(self) -> None:
         """From the image into the parameters."""
-        started = time.perf_counter()
-        inlet = open_inlet(self._wire, self._route, self._patience) if self._part is None else self._arrived()
-        try:
-            self._open()
-            with torch.no_grad():
-                self._write_all(inlet)
-        finally:
-            inlet.close()
-        self.seconds["load"] = time.perf_counter() - started
+        with self.watch("load"):
+            inlet = open_inlet(self._wire, self._route, self._patience) if self._part is None else self._arrived()
+            try:
+                self._open()
+                with torch.no_grad():
+                    self._write_all(inlet)
+            finally:
+                inlet.close()
 
     def _arrived(self) -> Inlet:
         assert self._part is not None
@@ -306,7 +307,10 @@ class _Update:
 
     def prove(self) -> dict[str, Any]:
         """Live weights against the trainer's digests."""
-        started = time.perf_counter()
+        with self.watch("verify"):
+            return self._proven()
+
+    def _proven(self) -> dict[str, Any]:
         expected = packing.read_digests(self._route, self._tables)
         whole = {piece.hf_name for piece in self._route.pieces if _is_whole(piece)}
         counted: Digests = {}
@@ -326,13 +330,11 @@ class _Update:
                 )
             first = {piece.hf_name for piece in self._route.pieces if _is_whole(piece) and piece.counted}
             counted |= {name: self._proven_received[name] for name in first}
-        self.seconds["verify"] = self.seconds.get("verify", 0.0) + time.perf_counter() - started
         return {
             "tensors": len(self._route.hf_names),
             "bytes": self._route.payload_bytes,
             "digests": {hf_name: f"{value:016x}" for hf_name, value in counted.items()},
             "whole": sorted(whole),
-            "seconds": self.seconds,
         }
 
     def keep(self) -> None:
@@ -350,28 +352,30 @@ class _Update:
             self._part.close()
 
     def _guarded(self, action: Callable[[Inlet], None]) -> None:
-        started = time.perf_counter()
         try:
-            inlet = open_inlet(self._wire, self._route, self._patience)
-            try:
-                with torch.no_grad():
-                    action(inlet)
-            finally:
-                inlet.close()
+            with self.watch("receive"):
+                inlet = open_inlet(self._wire, self._route, self._patience)
+                try:
+                    with torch.no_grad():
+                        action(inlet)
+                finally:
+                    inlet.close()
         except BaseException as error:  # it is raised where the update is joined
             self.error = error
-        self.seconds["receive"] = time.perf_counter() - started
         self.finished = True
 
     def _stage(self, inlet: Inlet) -> None:
         assert self._part is not None
         image = self._part.image
         for index, bucket in enumerate(self._route.buckets):
-            for part, data in zip(bucket.parts, self._taken(inlet, index), strict=True):
-                image[part.start : part.start + part.nbytes].copy_(data)
+            taken = self._taken(inlet, index)
+            with self.watch("stage"):
+                for part, data in zip(bucket.parts, taken, strict=True):
+                    image[part.start : part.start + part.nbytes].copy_(data)
             inlet.give_back(index)
         if self._verify:
-            packing.require_expected(self._route, image)
+            with self.watch("verify"):
+                packing.require_expected(self._route, image)
 
     def _write_all(self, inlet: Inlet) -> None:
         parameters = self._model.parameters()
@@ -379,13 +383,15 @@ class _Update:
         for index, bucket in enumerate(self._route.buckets):
             data = self._taken(inlet, index)
             self._serving.written = True
-            self._write(bucket, data, parameters)
+            with self.watch("write"):
+                self._write(bucket, data, parameters)
             inlet.give_back(index)
 
     def _taken(self, inlet: Inlet, index: int) -> Sequence[Tensor]:
         if self._stopping.is_set():
             raise SyncError("the update was given up")
-        return inlet.take(index)
+        with self.watch("wire"):
+            return inlet.take(index)
 
     def _write(self, bucket: Bucket, data: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
         for part, of_part in zip(bucket.parts, data, strict=True):
@@ -450,6 +456,7 @@ def merged_report(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "proven_live": len(digests.keys() - whole),
         "proven_received": len(digests.keys() & whole),
         "seconds": {phase: max(report["seconds"].get(phase, 0.0) for report in reports) for phase in sorted(phases)},
+        "spans": [span for report in reports for span in report["spans"]],
     }
 
 

@@ -190,10 +190,12 @@ class CheckpointConfig:
 class LoggingConfig:
     """Attributes:
     samples: completions per step that go into `samples.jsonl`.
+    prometheus_port: of this machine, where numbers of the weight syncs are served; `None` serves none.
     """
 
     console: bool = True
     tensorboard: bool = False
+    prometheus_port: int | None = None
     samples: int = 2
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from mbridge_rl.sync.errors import EngineProcessError, SyncError
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.refit import SyncReport, WeightSync
+from mbridge_rl.sync.sinks import Sink
 from mbridge_rl.sync.vllm.engine import Completion
 from mbridge_rl.training.rollout import on_first_rank
 
@@ -51,10 +52,18 @@ class EngineFleet:
         self._calls = ThreadPoolExecutor(max_workers=count, thread_name_prefix="engine")
         self._group.first_rank_does(lambda: self._engines.extend(make(index) for index in range(count)))
 
-    def connect(self, bridge: Any, model: Sequence[nn.Module], *, dtype: torch.dtype | None, verify: bool) -> None:
-        """Prepares every engine for the weights of `model`."""
+    def connect(
+        self,
+        bridge: Any,
+        model: Sequence[nn.Module],
+        *,
+        dtype: torch.dtype | None,
+        verify: bool,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        """Prepares every engine for the weights of `model`; `sinks` hear of every sync."""
         self._connected: Callable[[], WeightSync] = lambda: WeightSync(
-            bridge, model, self._engines or None, dtype=dtype, verify=verify
+            bridge, model, self._engines or None, dtype=dtype, verify=verify, sinks=sinks
         )
         self._sync = self._connected()
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import resource
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
+from mbridge_rl.sync.timeline import Stopwatch
 from mbridge_rl.training.rollout import RolloutBatch
 
 Metrics = dict[str, float | int | str | bool | None]
@@ -56,19 +55,13 @@ class Clock:
     """Wall time by phase: `with clock("train"): ...` adds to `train_seconds`."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
+        self._watch = Stopwatch("step")
 
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            name = f"{phase}_seconds"
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+    def __call__(self, phase: str) -> AbstractContextManager[None]:
+        return self._watch(phase)
 
     def metrics(self, tokens: int) -> Metrics:
         """The phases, the whole step, and its tokens per second."""
-        whole = time.perf_counter() - self._began
-        return {**self.seconds, "step_seconds": whole, "tokens_per_second": tokens / whole}
+        whole = self._watch.now() - self._watch.created
+        phases = {f"{phase}_seconds": seconds for phase, seconds in self._watch.seconds.items()}
+        return {**phases, "step_seconds": whole, "tokens_per_second": tokens / whole}

@@ -1,8 +1,8 @@
 """A run from its configuration: `mbridge-rl train CONFIG` in this process, under torchrun, or on Ray.
 
-A run folder receives `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `events.jsonl` (what went wrong and was survived),
-`engine-N.log`, `checkpoints/`, `summary.json`, and at the end `final/`, a Hugging Face checkpoint (adapters merged), and
-`final-adapter/`, the adapters as PEFT has them.
+A run folder receives `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `syncs.jsonl` (every weight sync), `events.jsonl` (what
+went wrong and was survived), `engine-N.log`, `checkpoints/`, `summary.json`, and at the end `final/`, a Hugging Face checkpoint
+(adapters merged), and `final-adapter/`, the adapters as PEFT has them.
 """
 
 from __future__ import annotations
@@ -194,7 +194,13 @@ def train_rank(
         step = newest_step(config) if resume else 0
         if first:
             settings = config.logging
-            log = RunLog(config.run_dir, console=settings.console, tensorboard=settings.tensorboard, resumed_at=step)
+            log = RunLog(
+                config.run_dir,
+                console=settings.console,
+                tensorboard=settings.tensorboard,
+                prometheus_port=settings.prometheus_port,
+                resumed_at=step,
+            )
             log.say(f"mbridge-rl train: {config.model.path}, {config.layout}, {config.rollout.mode}, from step {step}")
         tokenizer = load_tokenizer(config)
         task, dropped = problems_of(config, tokenizer)
@@ -210,7 +216,8 @@ def train_rank(
         source = _source(config, fleet, task, tokenizer, judge)
         if step:
             source.load_state(load_checkpoint(trainer, checkpoint_directory(config)).state["rollouts"])
-        fleet.connect(bridge, trainer.model, dtype=getattr(torch, config.engine_dtype), verify=config.sync.verify)
+        dtype, sinks = getattr(torch, config.engine_dtype), log.sinks if log is not None else ()
+        fleet.connect(bridge, trainer.model, dtype=dtype, verify=config.sync.verify, sinks=sinks)
         hooks = _hooks(config, trainer, source, task, log)
         trained = train(grpo, source, fleet, hooks, first_step=step + 1, last_step=config.steps)
         if config.checkpoint.export:

@@ -1,4 +1,5 @@
-"""What a run leaves behind, as it goes: `metrics.jsonl`, `samples.jsonl`, the console, TensorBoard. On the first rank only.
+"""What a run leaves behind, as it goes: `metrics.jsonl`, `samples.jsonl`, `syncs.jsonl`, the console, TensorBoard, Prometheus.
+On the first rank only.
 
 Every line is complete when it is written, so a run can be read (`mbridge-rl report RUN`) while it is going on.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mbridge_rl.sync.sinks import SYNCS_FILE, JsonLines, Prometheus, Sink, TensorBoard, open_tensorboard
 from mbridge_rl.training.metrics import Metrics
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -36,16 +38,30 @@ _WIDTHS = (5, 7, 8, 7, 7, 16, 8, 5, 8, 9, 16)
 
 class RunLog:
     """Args:
-    resumed_at: the step that a resumed run goes on after; what an interrupted run wrote beyond it is dropped.
+        prometheus_port: where the syncs' numbers are served over HTTP; `None` serves none.
+        resumed_at: the step that a resumed run goes on after; what an interrupted run wrote beyond it is dropped.
+
+    Attributes:
+        sinks: of the run's weight syncs.
     """
 
-    def __init__(self, run_dir: Path, *, console: bool, tensorboard: bool, resumed_at: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path, *, console: bool, tensorboard: bool, prometheus_port: int | None = None, resumed_at: int = 0
+    ) -> None:
         self._run_dir = run_dir
         self._console = Console(quiet=not console, highlight=False)
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
-            _cut(run_dir / name, resumed_at)
-        self._board = _tensorboard(run_dir / "tensorboard", resumed_at) if tensorboard else None
+            _cut(run_dir / name, "step", resumed_at)
+        _cut(run_dir / SYNCS_FILE, "version", resumed_at)  # the weights before step s + 1 are published again
+        self._board = open_tensorboard(run_dir / "tensorboard", purge_step=resumed_at + 1) if tensorboard else None
+        self.sinks: list[Sink] = [JsonLines(run_dir / SYNCS_FILE)]
+        if self._board is not None:
+            self.sinks.append(TensorBoard(self._board))
+        self._prometheus = None
+        if prometheus_port is not None:
+            self._prometheus = Prometheus(prometheus_port, labels={"run": run_dir.name})
+            self.sinks.append(self._prometheus)
         self._lines = 0
 
     def say(self, text: str) -> None:
@@ -81,6 +97,8 @@ class RunLog:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+        if self._prometheus is not None:
+            self._prometheus.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -117,15 +135,7 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drops lines of later steps, and one that was not finished."""
-    lines = [line for line in read_lines(path) if line["step"] <= step]
+def _cut(path: Path, counter: str, last: int) -> None:
+    """Drops lines whose `counter` is beyond `last`, and one that was not finished."""
+    lines = [line for line in read_lines(path) if line[counter] <= last]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _tensorboard(directory: Path, resumed_at: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("logging.tensorboard needs TensorBoard: pip install 'mbridge-rl[tensorboard]'") from error
-    return SummaryWriter(str(directory), purge_step=resumed_at + 1)

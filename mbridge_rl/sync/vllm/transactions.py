@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from mbridge_rl.sync.arena import SHARED_MEMORY
 from mbridge_rl.sync.engine_side import alike
 from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, StoreError
 from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.timeline import Stopwatch
 from mbridge_rl.sync.vllm import worker_calls
 from mbridge_rl.sync.vllm.requests import InFlight
 from mbridge_rl.sync.worker import merged_report
@@ -18,6 +18,8 @@ from mbridge_rl.sync.worker import merged_report
 
 class TransactionalEngine(ABC):
     """What `sync.refit.WeightSync` asks of an engine (`sync.engines.Engine`); arguments and results are plain JSON types."""
+
+    _pause: Stopwatch | None = None  # of a streaming update that is under way
 
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         """Learn where the announced tensors (`init_info`) land in each worker; see `Receiver.prepare` for what is raised."""
@@ -35,6 +37,7 @@ class TransactionalEngine(ABC):
             update: `version`, `fingerprint`, `mode`, `wire`, `timeout` (seconds).
         """
         if update["mode"] == "streaming":
+            self._pause = _paused()
             self._hold(update.get("requests", "keep"), update["timeout"])
         try:
             self._in_workers(worker_calls.receive_shards, update)
@@ -53,20 +56,26 @@ class TransactionalEngine(ABC):
             requests: see `RequestRunner.hold`.
 
         Returns:
-            `sync.worker.merged_report`, with `seconds["pause"]`.
+            `sync.worker.merged_report`, with `seconds["pause"]`: in which the engine did not generate.
         """
-        started = time.perf_counter()
-        self._hold(requests, timeout)
+        watch, self._pause = self._pause or _paused(), None  # a streaming update has held generation since it began
+        with watch("hold"):
+            self._hold(requests, timeout)
         try:
-            report = merged_report(self._in_workers(worker_calls.commit_shards, version))
-            self._serve(version)
+            with watch("commit"):
+                report = merged_report(self._in_workers(worker_calls.commit_shards, version))
+            with watch("serve"):
+                self._serve(version)
         finally:
             self._resume()
-        report["seconds"]["pause"] = time.perf_counter() - started
+        watch.end()
+        report["seconds"]["pause"] = watch.seconds["pause"]
+        report["spans"] += [span.to_json() for span in watch.spans]
         return report
 
     def abort_update(self, reason: str) -> None:
         """Drop an open update. If live weights were written, the engine refuses to generate until the next one."""
+        self._pause = None
         self._call_workers(worker_calls.abandon, reason)
         self._resume()
 
@@ -131,3 +140,9 @@ class TransactionalEngine(ABC):
     @abstractmethod
     def _serve(self, version: int) -> None:
         """The weights are of `version` now: the engine says so, and forgets keys and values of other weights."""
+
+
+def _paused() -> Stopwatch:
+    watch = Stopwatch("engine")
+    watch.begin("pause")
+    return watch

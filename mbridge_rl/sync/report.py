@@ -1,0 +1,95 @@
+"""The record of one sync: what it moved, what proves it, and where its time went. Sinks (`sync.sinks`) get every one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mbridge_rl.sync.timeline import Span, outermost, slowest
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one sync did, and the proof of it.
+
+    Attributes:
+        nbytes: that all workers of one engine received, weights alone.
+        digest: of all weights that the trainer meant; every engine's equals it, or the sync had raised.
+        verified: the engines proved their live weights against the trainer's digests.
+        seconds: wall time, all of it.
+        attempts: how many it took.
+        engines: every engine's own report, on rank 0.
+        error: what ended it, in a record that sinks get of a sync that raised; empty otherwise.
+        started: Unix seconds.
+        rank: of the trainer, whose record this is.
+        spans: of all trainer ranks (of many: of some, see `sync.phases`), and on rank 0 of the engines and their workers.
+    """
+
+    version: int
+    tensors: int
+    nbytes: int
+    buckets: int
+    digest: str | None
+    verified: bool
+    seconds: float
+    mode: str = "staged"
+    transport: str = "auto"
+    attempts: int = 1
+    engines: Sequence[Mapping[str, Any]] = field(default=())
+    error: str = ""
+    started: float = 0.0
+    rank: int = 0
+    spans: Sequence[Span] = field(default=())
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds of this rank's `check`, `begin`, `transfer`, `verify`, `decide`, `commit` (in which generation pauses) and
+        `report`; of all attempts together. They follow one another: what `seconds` has beyond their sum is nobody's."""
+        return outermost((span for span in self.spans if span.start >= self.started), f"rank {self.rank}")
+
+    @property
+    def slowest(self) -> dict[str, dict[str, float]]:
+        """By side (`rank`, `engine`, `worker`) and phase, the seconds of the one that took longest: of ranks also `pack` and
+        `wire` and, in the first report of a `WeightSync`, `plan` (making it, before `started`); of engines `pause` and what it
+        consists of; of workers `receive`, `load`, `verify`, `derive`."""
+        return slowest(self.spans)
+
+    @property
+    def pause_seconds(self) -> float:
+        """That the engine which paused longest did not generate; 0 where no engine says so."""
+        return self.slowest.get("engine", {}).get("pause", 0.0)
+
+    @property
+    def retries(self) -> int:
+        return self.attempts - 1
+
+    @property
+    def engine(self) -> Mapping[str, Any]:
+        """The first engine's report, on rank 0."""
+        return self.engines[0] if self.engines else {}
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.nbytes / self.seconds / 1e9
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole record in plain JSON types; `SyncReport.from_json` reads what is not derived."""
+        own = {name: getattr(self, name) for name in _PLAIN}
+        derived = {
+            "retries": self.retries,
+            "gigabytes_per_second": self.gigabytes_per_second,
+            "pause_seconds": self.pause_seconds,
+            "phases": self.phases,
+            "slowest": self.slowest,
+        }
+        engines = [dict(engine) for engine in self.engines]
+        return {**own, **derived, "engines": engines, "spans": [span.to_json() for span in self.spans]}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> SyncReport:
+        own = {name: said[name] for name in _PLAIN}
+        return cls(**own, engines=said["engines"], spans=[Span.from_json(span) for span in said["spans"]])
+
+
+_PLAIN = tuple(name for name in SyncReport.__dataclass_fields__ if name not in ("engines", "spans"))
