@@ -228,12 +228,12 @@ def _exact(rank: int, checkpoint: Path, layout: Layout, config: dict[str, Any]) 
     trainer.snapshot_reference()
     found = []
     for settings in CONFIGS.values():
-        batch, rewards = _rollouts()
+        selection = select_rows(settings, *_rollouts())
+        batch = selection.batch
         old = trainer.compute_log_probs(batch).log_probs
         reference = trainer.reference_log_probs(batch)
         batch = batch.with_tensors(old_log_probs=old, rollout_log_probs=old, reference_log_probs=reference)
-        selection = select_rows(settings, batch, rewards)
-        prepared = prepare_batch(settings, selection.batch, selection.rewards).batch
+        prepared = prepare_batch(settings, batch, selection.rewards).batch
         report = trainer.compute_gradients(prepared, grpo_loss(settings))
         same = torch.equal(old[prepared.mask], report.statistics.log_probs[prepared.mask])
         found.append((same, torch.equal(reference, old), policy_metrics(report.statistics.log_probs, prepared, settings)))

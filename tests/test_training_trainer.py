@@ -294,29 +294,33 @@ def test_contradictory_settings_are_refused(config: dict[str, Any], message: str
         TrainerConfig(**config)
 
 
-class _LargestLogits(TorchDispatchMode):
-    """The most elements that any `[..., vocab]` had (the output weight, transposed, is none)."""
+class _Logits(TorchDispatchMode):
+    """The most elements that any `[..., vocab]` had (the output weight, transposed, is none), and how many tokens were
+    projected."""
 
-    elements = 0
+    elements = projected = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tensor.shape[-1:] == (515,) and tensor.shape[0] != 64:
                 self.elements = max(self.elements, tensor.numel())
+                self.projected += len(tensor) if func is torch.ops.aten.mm.default else 0
         return out
 
 
-def _most_logits(rank: int, checkpoint: Path, hook: bool) -> int:
+def _seen_logits(rank: int, checkpoint: Path, hook: bool) -> tuple[int, int]:
     trainer = _trainer(checkpoint, Layout(), {}, {"micro_batch_size": 7, "max_logit_elements": 4000})
     if hook:
         unwrap(trainer.model)[0].output_layer.register_forward_hook(lambda *_: None)
-    with _LargestLogits() as seen:
+    with _Logits() as seen:
         trainer.step(_batch(), supervised_loss)
-    return seen.elements
+    return seen.elements, seen.projected
 
 
-def test_logits_never_exist_as_a_whole(scratch: Path) -> None:
+def test_logits_never_exist_as_a_whole_and_only_where_a_token_counts(scratch: Path) -> None:
     checkpoint = _checkpoint(DENSE, scratch)
-    assert 0 < run_ranks(_most_logits, 1, checkpoint, False)[0] <= 4000
-    assert run_ranks(_most_logits, 1, checkpoint, True)[0] == 7 * 13 * 515  # a user's hook must see what Megatron makes
+    most, projected = run_ranks(_seen_logits, 1, checkpoint, False)[0]
+    assert 0 < most <= 4000
+    assert projected == 2 * _batch().num_tokens  # forward, and again in the backward pass
+    assert run_ranks(_seen_logits, 1, checkpoint, True)[0][0] == 7 * 13 * 515  # a user's hook must see what Megatron makes

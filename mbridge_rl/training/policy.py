@@ -47,6 +47,8 @@ def statistics_of(
 ) -> TokenStatistics:
     """What the policy says of the micro-batch's targets, `[rows, seq / cp]`, from what `last_hidden_states` returned.
 
+    Zero where no token counts: prompts and padding are not projected to the vocabulary, which is what costs most.
+
     Args:
         chunk: with the output layer.
         group: the tensor-parallel group.
@@ -61,9 +63,10 @@ def statistics_of(
     weight = core.shared_embedding_or_output_weight() if tied else core.output_layer.weight
     hidden = _whole(core, output.to(weight.dtype), group)
     changes = logit_changes(core.model_spec.extras)
-    return projected_token_statistics(
-        hidden, weight, targets, vocab_size, change=_one_after_the_other(changes) if changes else None, **options
-    )
+    change = _one_after_the_other(changes) if changes else None
+    counted = micro.mask
+    found = projected_token_statistics(hidden[counted], weight, targets[counted], vocab_size, change=change, **options)
+    return TokenStatistics(*(values.new_zeros(counted.shape).masked_scatter(counted, values) for values in found))
 
 
 def turn_off_dropout(chunks: Sequence[nn.Module]) -> None:
