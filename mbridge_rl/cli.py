@@ -14,7 +14,7 @@ from mbridge_rl.commands.convert import convert
 from mbridge_rl.commands.inspect import inspect
 from mbridge_rl.commands.models import models
 from mbridge_rl.commands.plan import plan
-from mbridge_rl.commands.train import print_summary, report, train
+from mbridge_rl.commands.train import print_summary, report, sync_report, train
 from mbridge_rl.commands.verify import verify
 
 app = typer.Typer(
@@ -71,6 +71,7 @@ def demo(
 app.command()(models)
 app.command()(train)
 app.command()(report)
+app.command()(sync_report)
 app.command()(plan)
 app.command()(inspect)
 app.command()(convert)

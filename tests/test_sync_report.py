@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -11,7 +12,10 @@ import pytest
 from fused_engine import EngineLayout
 from ranks import run_ranks
 from standin import StandInEngine, light_model, random_weights
+from typer.testing import CliRunner
+from web_pages import assert_self_contained
 
+from mbridge_rl.cli import app
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.sync.errors import NonFiniteWeights
@@ -19,6 +23,7 @@ from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.report import SyncReport
 from mbridge_rl.sync.sinks import JsonLines, Prometheus, TensorBoard, read_syncs
 from mbridge_rl.sync.timeline import Span, Stopwatch, outermost, slowest
+from mbridge_rl.sync.timeline_page import timeline, write_page
 from mbridge_rl.sync.transports.shared_memory import SlotOutlet
 
 # What may lie between the phases of a sync: a few function calls, on a machine whose cores others use as well.
@@ -143,6 +148,33 @@ def test_a_record_that_is_being_written_is_left_out(told: Any, tmp_path: Path) -
     assert 1 <= len(read_syncs(tmp_path / "syncs.jsonl")) < 3
     with pytest.raises(BridgeError, match="has no complete record of a sync"):
         read_syncs(tmp_path / "nothing")
+
+
+def test_the_page_has_a_timeline_of_every_notable_sync(told: Any, tmp_path: Path) -> None:
+    path, (first, _) = told
+    page = write_page(path, tmp_path / "page.html").read_text()
+    assert_self_contained(page)
+    titles = re.findall(r"<figcaption>Version (\d)", page)
+    assert set(titles) == {"1", "2", "3"}
+    assert len(titles) == 3
+    assert "1 retries" in page
+    assert "NonFiniteWeights: rank 0: 1 parameters hold NaN" in page
+    labels = re.findall(r"text-anchor='end' font-size='12'>([^<]*)<", timeline(first["reports"][0]))
+    engines = [f"engine {index}{worker}" for index in range(2) for worker in ("", " worker 0", " worker 1")]
+    assert labels == ["rank 0", "rank 1", *engines]
+    with pytest.raises(BridgeError, match="no sync of version 9 was recorded; there are 1 to 3"):
+        write_page(path, tmp_path / "page.html", version=9)
+
+
+def test_the_picture_is_a_png(told: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, _ = told
+    runner = CliRunner().invoke(app, ["sync-report", str(path), "--output", str(tmp_path / "page.html"), "--png"])
+    assert runner.exit_code == 0, runner.output
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    refused = CliRunner().invoke(app, ["sync-report", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "has no complete record of a sync" in refused.output
 
 
 def test_a_stopwatch_sums_what_takes_turns() -> None:

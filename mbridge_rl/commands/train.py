@@ -1,4 +1,4 @@
-"""`mbridge-rl train` and `mbridge-rl report`: a run from its configuration, and what became of it."""
+"""`mbridge-rl train`, `report` and `sync-report`: a run from its configuration, and what became of it."""
 
 from __future__ import annotations
 
@@ -59,6 +59,24 @@ def report(
         from mbridge_rl.training.report import write_report
 
         typer.echo(str(write_report(run_dir, output)))
+
+
+def sync_report(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a file of its syncs (syncs.jsonl); it may still be written.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write the page; RUN/sync-report.html if not given.")] = None,
+    png: Annotated[
+        bool, typer.Option("--png", help="Also draw a picture, with matplotlib: the page's name with .png.")
+    ] = False,
+    version: Annotated[int | None, typer.Option(help="The sync whose timeline is drawn; the last if not given.")] = None,
+) -> None:
+    """Show where the time of a run's weight syncs went: a timeline of every rank, engine and worker, as self-contained HTML."""
+    with readable_errors():
+        from mbridge_rl.sync.timeline_page import write_page, write_png
+
+        page = write_page(run, output, version)
+        typer.echo(str(page))
+        if png:
+            typer.echo(str(write_png(run, page.with_suffix(".png"), version)))
 
 
 def print_summary(summary: dict[str, object], run_dir: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.timeline import Span
 
+PLAN = "plan"  # once, when a WeightSync is made
 OUTER = ("check", "begin", "transfer", "verify", "decide", "commit")
 PHASES = (*((phase, "") for phase in OUTER), ("pack", "transfer"), ("wire", "transfer"))
 

@@ -118,7 +118,7 @@ class WeightSync:
         self._sinks = sinks if self._group.rank == 0 else ()
         self._slot = 0  # of the two that workers on other hosts fill in turn
         self._planning = Stopwatch(phases.lane(self._group.rank))
-        with self._planning("plan"):
+        with self._planning(phases.PLAN):
             self._meet()
 
     def sync(self, version: int) -> SyncReport:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mbridge_rl.sync.phases import PLAN, lane
 from mbridge_rl.sync.timeline import Span, outermost, slowest
 
 
@@ -46,7 +47,7 @@ class SyncReport:
     def phases(self) -> dict[str, float]:
         """Seconds of this rank's `check`, `begin`, `transfer`, `verify`, `decide`, `commit` (in which generation pauses) and
         `report`; of all attempts together. They follow one another: what `seconds` has beyond their sum is nobody's."""
-        return outermost((span for span in self.spans if span.start >= self.started), f"rank {self.rank}")
+        return outermost((span for span in self.spans if span.phase != PLAN), lane(self.rank))
 
     @property
     def slowest(self) -> dict[str, dict[str, float]]:
