@@ -43,7 +43,14 @@ class EngineLayout:
 class FusedWorker(nn.Module):
     """One worker's parameters; their values are of no consequence until `load_weights`."""
 
-    def __init__(self, config: Any, shapes: Mapping[str, tuple[int, ...]], layout: EngineLayout, rank: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        layout: EngineLayout,
+        rank: int,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         super().__init__()
         self.layout, self.rank, self.hf_shapes = layout, rank, dict(shapes)
         self._tp, self._stage = rank % layout.tp, rank // layout.tp
@@ -52,18 +59,20 @@ class FusedWorker(nn.Module):
         self._layers = config.num_hidden_layers
         self._experts = 1 + max((int(m[1]) for name in shapes if (m := _EXPERT.search(name))), default=-1)
         self._sizes: dict[str, dict[int, tuple[int, ...]]] = {}
+        kept_as: dict[str, torch.dtype] = {}
         for name, shape in shapes.items():
             if not self._is_here(name):
                 continue
             parameter_name, position = self._fused(name)
             self._sizes.setdefault(parameter_name, {})[position] = self._local_shape(name, shape)
+            kept_as[parameter_name] = dtypes[name] if dtypes else torch.float32
         self._values = {}
         for name, parts in self._sizes.items():
             first = next(iter(parts.values()))
             shape = (sum(part[0] for part in parts.values()), *first[1:])
             if "experts.w" in name:
                 shape = (len(self._local_experts()), (2 if "w13" in name else 1) * first[0], *first[1:])
-            self._values[name] = nn.Parameter(torch.full(shape, -7.0), requires_grad=False)
+            self._values[name] = nn.Parameter(torch.full(shape, -7.0).to(kept_as[name]), requires_grad=False)
             self.register_parameter(name.replace(".", "/"), self._values[name])
 
     def parameters_by_name(self) -> dict[str, Tensor]:

@@ -93,11 +93,13 @@ class StandInEngine:
         self.config = tiny_config(variant, **sizes)
         self.layout = layout or EngineLayout(tp=2)
         self._untraceable = tuple(untraceable)
-        spec = model_spec(self.config)
-        self.workers = [FusedWorker(self.config, spec.hf_shapes, self.layout, rank) for rank in range(self.layout.size)]
+        state = random_weights(variant, 0) if state is None else state
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        dtypes = {name: tensor.dtype for name, tensor in state.items()}
+        self.workers = [FusedWorker(self.config, shapes, self.layout, rank, dtypes) for rank in range(self.layout.size)]
         self.receivers = [ShardReceiver(PlainModel(worker), Serving(Latch())) for worker in self.workers]
         for worker in self.workers:
-            worker.load_weights((random_weights(variant, 0) if state is None else state).items())
+            worker.load_weights(state.items())
         self.version = 0
         self._watch: UpdateWatch | None = None
 
@@ -127,7 +129,7 @@ class StandInEngine:
 
     def begin_update(self, update: dict[str, Any]) -> None:
         for receiver in self.receivers:
-            receiver.receive(update["version"], update["fingerprint"], update["mode"], update["wire"], update["timeout"])
+            receiver.receive(*(update[name] for name in ("version", "fingerprint", "mode", "wire", "timeout", "delta")))
         if update["mode"] == "streaming":
             self._watch = UpdateWatch(self.update_status, self.abort_update, update["timeout"])
 
@@ -197,10 +199,7 @@ def weights_digest(workers: Sequence[Mapping[str, Tensor]]) -> str:
 
 def served(state: Mapping[str, Tensor], variant: str = "qwen3", layout: EngineLayout | None = None) -> str:
     """The digest of a fresh engine that loaded `state`."""
-    engine = StandInEngine(variant, layout)
-    for worker in engine.workers:
-        worker.load_weights(state.items())
-    return engine.generate()[1]
+    return StandInEngine(variant, layout, state=state).generate()[1]
 
 
 class _Module(nn.Module):

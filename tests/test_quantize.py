@@ -26,7 +26,6 @@ from mbridge_rl.core.quantize import FP8, Fp8, dequantize, maxima, quantize, qua
 from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.hf.dequantize import dequantize_fp8
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.delta import DeltaReceiver, DeltaSender
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.quantized import QuantizedLive
 
@@ -130,30 +129,6 @@ def test_quantized_weights_are_as_near_as_fp8_can_be() -> None:
     assert not zeros.float().any()
     assert one.item() == 1.0
     assert scales({"": torch.tensor([0.0, 448.0])})[""].tolist() == [1.0, 1.0]
-
-
-def test_deltas_of_quantized_weights() -> None:
-    spec, scheme, layout = _spec("qwen2"), SCHEMES["blocks"], ParallelLayout(tp=2)
-    fp8, state = quantized_spec(spec, scheme), _random_state(spec)
-    dtypes, target = fp8.hf_dtypes(torch.bfloat16), megatron_side(fp8, ParallelLayout())
-    plan = compile_plan(fp8, megatron_side(fp8, layout), target)
-    senders, receiver = [DeltaSender(plan, rank, dtypes) for rank in range(2)], DeltaReceiver(plan, 0, dtypes)
-    engine, sent = virtual.allocate(target, dtypes), []
-    generator = torch.Generator().manual_seed(8)
-    for version in range(6):
-        ranks = _quantized_ranks(spec, scheme, layout, state)
-        messages = [sender.encode(ranks[rank], version)[0] for rank, sender in enumerate(senders)]
-        sent.append(sum(map(len, messages)))
-        receiver.apply(messages, engine)
-        for sender in senders:
-            sender.commit(version)
-        expected = virtual.allocate(target, dtypes)
-        virtual.run(plan, ranks, {0: expected})
-        assert all(torch.equal(integers(engine[name]), integers(tensor)) for name, tensor in expected.items())
-        for name, tensor in state.items():  # what a step of 1e-6 does to bf16: few elements, one unit of the last place
-            moved = torch.rand(tensor.shape, generator=generator) < 0.004
-            state[name] = torch.where(moved, tensor * (1 + 2**-7), tensor)
-    assert max(sent[1:]) < 0.1 * sent[0]
 
 
 def test_stacked_experts_are_refused() -> None:

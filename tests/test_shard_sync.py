@@ -246,3 +246,42 @@ def late_and_lost(rank: int, name: str) -> None:
 
 def test_late_engines_and_lost_trainers_catch_up_from_the_store() -> None:
     run_ranks(late_and_lost, 2, f"late.{os.getpid()}")
+
+
+def one_commit_fails(rank: int) -> None:
+    """Of two engines the second cannot commit, in a worker that nothing was written to yet."""
+    engines = [StandInEngine(), StandInEngine()] if rank == 0 else None
+    for mode in ("staged", "streaming"):
+        sync, bridge, model = sync_of(rank, engines, mode=mode)
+        assert sync.sync(1).failed == {}
+        set_weights(bridge, model, rank, random_weights("qwen3", 2))
+        with pytest.MonkeyPatch.context() as patch:
+            if engines is not None:
+                patch.setattr(engines[1].receivers[1]._model, "settle", _out_of_memory, raising=False)
+            report = sync.sync(2)
+        assert report.failed.keys() == {1}
+        assert "out of memory" in report.failed[1]
+        assert [outcome.version for outcome in report.outcomes] == [2, None]
+        if engines is not None:
+            assert engines[0].generate() == (2, served(random_weights("qwen3", 2)))
+            with pytest.raises(EngineUnusable, match=r"version 2 was lost \(before it: version 1\).*out of memory"):
+                engines[1].generate()
+            assert len(report.engines) == 1
+        assert sync.sync(3).failed == {}
+        if engines is not None:
+            assert [engine.generate() for engine in engines] == [(3, served(random_weights("qwen3", 2)))] * 2
+            engines[0].commit_update = engines[1].commit_update = _out_of_memory
+        with pytest.raises(SyncError, match="out of memory"):  # no engine has it
+            sync.sync(4)
+        for engine in engines or ():
+            del engine.commit_update
+        sync.sync(5)
+        sync.close()
+
+
+def _out_of_memory(*_: object) -> None:
+    raise SyncError("out of memory")
+
+
+def test_an_engine_that_fails_to_commit_is_named_refuses_and_comes_back() -> None:
+    run_ranks(one_commit_fails, 2)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mbridge_rl.sync.errors import EngineProcessError, SyncError
+from mbridge_rl.sync.refit import SyncOptions
 from mbridge_rl.sync.vllm.engine import Completion
 from mbridge_rl.training import fleet as fleet_module
 from mbridge_rl.training.fleet import EngineFleet
@@ -17,7 +19,7 @@ class NamedEngine:
     """Answers every prompt with the engine's name, its length and its seed; dies when it is told to."""
 
     def __init__(self, name: int) -> None:
-        self.name, self.dead, self.closed = name, False, False
+        self.name, self.dead, self.refuses, self.closed = name, False, False, False
 
     @property
     def weight_version(self) -> int:
@@ -26,6 +28,7 @@ class NamedEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], *, seed: list[int], temperature: float) -> list[Completion]:
         self._check()
+        assert not self.refuses
         assert len(seed) == len(prompts)
         return [Completion(index, [self.name, len(prompt), seed[index]], [], "stop", 1) for index, prompt in enumerate(prompts)]
 
@@ -51,7 +54,7 @@ class RecordingSync:
         for engine in self._engines:
             engine._check()
         self.versions.append(version)
-        return version
+        return SimpleNamespace(version=version, failed={i: "no" for i, engine in enumerate(self._engines) if engine.refuses})
 
     def close(self) -> None:
         """Nothing to free."""
@@ -71,7 +74,7 @@ def _fleet(started: list[NamedEngine], count: int, restarts: int) -> EngineFleet
         return started[-1]
 
     fleet = EngineFleet(make, count, restarts=restarts)
-    fleet.connect(None, [], dtype=None, verify=True)
+    fleet.connect(None, [], dtype=None, options=SyncOptions())
     return fleet
 
 
@@ -103,7 +106,7 @@ def test_a_lost_engine_is_replaced_and_all_get_the_present_weights(started: list
 def test_an_engine_that_dies_in_a_sync_is_replaced_in_it(started: list[NamedEngine]) -> None:
     fleet = _fleet(started, 2, restarts=1)
     started[0].dead = True
-    assert fleet.sync(4) == 4
+    assert fleet.sync(4).version == 4
     assert RecordingSync.made[-1] == ([2, 1], [4])
     fleet.close()
 
@@ -121,4 +124,18 @@ def test_a_sync_that_fails_with_all_engines_alive_is_not_repeated(started: list[
     with pytest.raises(SyncError, match="weights are not finite"):
         fleet.replace_lost(1, SyncError("weights are not finite"))
     assert len(started) == 1
+    fleet.close()
+
+
+def test_an_engine_that_failed_to_commit_rests_until_it_does(started: list[NamedEngine]) -> None:
+    fleet = _fleet(started, 3, restarts=1)
+    started[1].refuses = True
+    assert fleet.sync(1).failed == {1: "no"}
+    found = fleet.generate([[0]] * 4, seed=[1, 2, 3, 4], temperature=1.0)
+    assert [completion.tokens[0] for completion in found] == [0, 0, 2, 2]
+    assert [completion.prompt_index for completion in found] == [0, 1, 2, 3]
+    assert fleet.lost == 0
+    started[1].refuses = False
+    fleet.sync(2)
+    assert {completion.tokens[0] for completion in fleet.generate([[0]] * 3, seed=[1, 2, 3], temperature=1.0)} == {0, 1, 2}
     fleet.close()

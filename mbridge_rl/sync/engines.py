@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.engine_side import alike
 from mbridge_rl.sync.errors import EngineMismatch, SyncError
+from mbridge_rl.sync.report import EngineOutcome
 from mbridge_rl.sync.waiting import Patience
 
 
@@ -75,8 +76,32 @@ class Engines:
 
         patience.wait_for(all_arrived, "not everything arrived at all engines")
 
-    def commit(self, version: int, requests: str, timeout: float) -> list[dict[str, Any]]:
-        return self._each(lambda _, engine: engine.commit_update(version, requests, timeout))
+    def proofs(self) -> list[list[str | None]]:
+        """Of the weights that every worker of every engine serves (`delta.proof_of`)."""
+        return self._each(lambda _, engine: [worker["proof"] for worker in engine.update_status()])
+
+    def commit(self, version: int, requests: str, timeout: float) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
+        """Each engine on its own: what fails in one does not hold the others up.
+
+        Returns:
+            Every engine's outcome, and the reports of those that committed.
+
+        Raises:
+            BridgeError: none of them committed.
+        """
+
+        def call(index: int, engine: Engine) -> tuple[EngineOutcome, dict[str, Any] | None]:
+            try:
+                return EngineOutcome(index, version), engine.commit_update(version, requests, timeout)
+            except BridgeError as error:
+                failures.append(error)
+                return EngineOutcome(index, None, f"{type(error).__name__}: {error}"), None
+
+        failures: list[BridgeError] = []
+        found = self._each(call)
+        if len(failures) == len(self.all):
+            raise failures[0]
+        return [outcome for outcome, _ in found], [report for _, report in found if report is not None]
 
     def abort(self, reason: str) -> None:
         """As far as engines can be reached; one that cannot is dead, or aborts by its own time-out."""

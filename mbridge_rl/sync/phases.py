@@ -10,7 +10,7 @@ from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.timeline import Span
 
 PLAN = "plan"  # once, when a WeightSync is made
-OUTER = ("check", "begin", "transfer", "verify", "decide", "commit")
+OUTER = ("check", "encode", "begin", "transfer", "verify", "decide", "commit")
 PHASES = (*((phase, "") for phase in OUTER), ("pack", "transfer"), ("wire", "transfer"))
 
 LANES = 32  # of trainer ranks in a record: it must stay readable, and short, whatever the number of ranks

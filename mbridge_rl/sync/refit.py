@@ -12,28 +12,31 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.digest import add, combine, signed, unsigned
 from mbridge_rl.core.errors import listed
 from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.quantize import Fp8, quantized_spec
 from mbridge_rl.core.segments import megatron_side
 from mbridge_rl.megatron.parameters import LiveParameters, layout_of, live_side, model_dtype
-from mbridge_rl.sync import packing, phases
+from mbridge_rl.sync import phases
 from mbridge_rl.sync.arena import SHARED_MEMORY
+from mbridge_rl.sync.delta import Delta, DeltaSender, carried_bytes
 from mbridge_rl.sync.engine_side import WorkerDescription, engine_side, local_dtypes
 from mbridge_rl.sync.engines import Engine, Engines
-from mbridge_rl.sync.errors import DigestMismatch, NonFiniteWeights, SyncError, TransferTimeout
+from mbridge_rl.sync.errors import DeltaRefused, DigestMismatch, NonFiniteWeights, SyncError, TransferTimeout
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.packer import Packer
 from mbridge_rl.sync.pull import published, restore
-from mbridge_rl.sync.report import SyncReport
-from mbridge_rl.sync.route import Piece, Route, plan_route
+from mbridge_rl.sync.quantized import QuantizedLive
+from mbridge_rl.sync.report import EngineOutcome, SyncReport
+from mbridge_rl.sync.route import Route, plan_route
 from mbridge_rl.sync.sinks import Sink, tell
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.timeline import Span, Stopwatch, of_engine
@@ -47,7 +50,7 @@ from mbridge_rl.sync.worker import Mode
 _log = logging.getLogger(__name__)
 
 DEFAULT_BUCKET_BYTES = 32 << 20
-_TRANSIENT = (TransferTimeout, DigestMismatch)  # worth another attempt; whatever else fails would fail again
+_TRANSIENT = (TransferTimeout, DigestMismatch, DeltaRefused)  # worth another attempt; whatever else fails would fail again
 
 Transport = Literal["auto", "shared_memory", "process_group", "files", "cuda_ipc"]
 
@@ -68,6 +71,10 @@ class SyncOptions:
         timeout: seconds, for every single wait.
         store: name of the weight store; named ones outlive the trainer. `None` makes one that ends with it.
         url: where the transport `files` puts them.
+        delta: send what changed since the last committed version, compressed, where the engines have that version and it is
+            less than everything (`sync.delta`). The trainer keeps a packed copy of what it sends in host memory; staged on one
+            host, workers keep the images, as those on other hosts do.
+        quantization: weights of linears in fp8 with scales, made by the trainer; the engine runs that format.
     """
 
     mode: Mode = "staged"
@@ -80,6 +87,29 @@ class SyncOptions:
     timeout: float = 120.0
     store: str | None = None
     url: str | None = None
+    delta: bool = False
+    quantization: Fp8 | None = None
+
+    def __post_init__(self) -> None:
+        if self.delta and not self.verify:
+            raise SyncError("delta=True needs verify=True: digests prove what a delta starts from and leads to")
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What an attempt did: the digest of all weights, the delta if it was one, what became of every engine, what those that
+    committed said (on rank 0), and the other ranks' time."""
+
+    digest: str | None
+    delta: Delta | None
+    outcomes: Sequence[EngineOutcome]
+    engines: Sequence[Mapping[str, Any]]
+    others: Sequence[Span]
+
+    @property
+    def by_engine(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        committed = [outcome.engine for outcome in self.outcomes if outcome.error is None]
+        return zip(committed, self.engines, strict=False)  # on rank 0 alone they say something
 
 
 class WeightSync:
@@ -109,7 +139,9 @@ class WeightSync:
         **fields: Any,
     ) -> None:
         self.options = options or SyncOptions(**fields)
-        self._bridge, self._spec, self._model = bridge, bridge.spec, model
+        self._bridge, self._model = bridge, model
+        self._scheme = self.options.quantization
+        self._spec = bridge.spec if self._scheme is None else quantized_spec(bridge.spec, self._scheme)
         self._group = RankGroup()
         self._layout = layout_of(model, bridge.spec)
         self._dtype = dtype or model_dtype(model)
@@ -120,6 +152,7 @@ class WeightSync:
         self._planning = Stopwatch(phases.lane(self._group.rank))
         with self._planning(phases.PLAN):
             self._meet()
+        self._deltas = DeltaSender(self._route, self._group.rank) if self.options.delta else None
 
     def sync(self, version: int) -> SyncReport:
         """Moves the live weights into the engines and commits them as `version`.
@@ -129,21 +162,22 @@ class WeightSync:
 
         Raises:
             NonFiniteWeights, StateMismatchError: before anything was sent.
-            SyncError: on every rank, if any part failed on any; the engines then serve the old version or, where live weights
-                were written already, refuse to generate and say which version they lost.
+            SyncError: on every rank, if any part failed on any before the commit, or every engine's commit did; the engines
+                then serve the old version or, where live weights were written already, refuse to generate and say which version
+                they lost. If but some fail to commit, the others serve the new version, and the report names the failed ones.
         """
         watches: list[Stopwatch] = []  # one for each attempt
         while True:
             watches.append(Stopwatch(phases.lane(self._group.rank)))
             try:
-                done = self._attempt(version, watches[-1])
+                done = self._attempt(version, watches[-1], can_be_delta=len(watches) == 1)
             except Exception as error:
                 if isinstance(error, _TRANSIENT) and len(watches) <= self.options.retries:
                     _log.warning("version %d, attempt %d failed, trying again: %s", version, len(watches), error)
                     continue
                 tell(self._sinks, self._report(version, watches, error=f"{type(error).__name__}: {error}"))
                 raise
-            report = self._report(version, watches, *done)
+            report = self._report(version, watches, done)
             tell(self._sinks, report)
             return report
 
@@ -152,8 +186,11 @@ class WeightSync:
         by digest. All ranks together; the engine must be on the trainer's host (`sync.pull.restore_from_store` needs none).
 
         Raises:
-            SyncError: the engine holds no version, or keeps tensors that only its own loader can place; DigestMismatch.
+            SyncError: the engine holds no version, quantized weights, or tensors that only its own loader can place.
+            DigestMismatch.
         """
+        if self._scheme is not None:
+            raise SyncError("the engines hold quantized weights, which a trainer cannot go on from: restore a checkpoint")
 
         def publish(paths: Sequence[str]) -> None:
             self._engines.all[engine].publish_weights(paths)
@@ -178,68 +215,72 @@ class WeightSync:
         if self._group.rank == 0:
             self._store.close()
 
-    def _attempt(self, version: int, watch: Stopwatch) -> tuple[str | None, list[dict[str, Any]], list[Span]]:
-        """Returns the digest of all weights, on rank 0 what every engine said of its commit, and the other ranks' time."""
-        with watch("check"), self._group.together():
-            live, _ = live_side(self._model, self._spec, self._layout, self._group.rank)
-            if self.options.nonfinite == "refuse":
-                require_finite(live, self._group.rank)
+    def _attempt(self, version: int, watch: Stopwatch, *, can_be_delta: bool) -> _Done:
+        with watch("check"):
+            with self._group.together():
+                live, _ = live_side(self._model, self._bridge.spec, self._layout, self._group.rank)
+                if self.options.nonfinite == "refuse":
+                    require_finite(live, self._group.rank)
+            packer = Packer(self._route, self._quantized(live), self._hf_dtypes, with_digests=self.options.verify)
         began = False
         try:
+            delta = None
+            if self._deltas is not None and can_be_delta:
+                with watch("encode"):
+                    delta = self._encoded(self._deltas, packer)
+            sent = self._route if delta is None else delta.route
             with watch("begin"):
-                wire, outlet = self._way.open(version)
+                wire, outlet = self._way.open(version, sent)
                 began = True
-                self._group.first_rank_does(lambda: self._begin(version, wire))
+                self._group.first_rank_does(lambda: self._begin(version, wire, delta))
             with watch("transfer"), self._group.together():
-                digests = self._send(outlet, live, watch)
+                self._send(outlet, packer, sent, watch)
             with watch("verify"):
-                digest = self._verify(digests)
+                digest, proofs = self._verify(version, packer)
             with watch("decide"):
                 self._group.first_rank_does(lambda: self._way.commit(version, digest))
+                if self._deltas is not None:
+                    self._deltas.commit(version, proofs)
         except BaseException as error:
             if began:
                 self._abort(version, error)
             raise
-        reports: list[dict[str, Any]] = []
         with watch("commit"):
-            self._group.first_rank_does(lambda: reports.extend(self._commit(version)))
+            outcomes, reports = self._commit(version)
         self._slot = 1 - self._slot
         with watch("report"):
             others = phases.of_other_ranks(watch.spans, self._group)
-        return digest, reports, others
+        return _Done(digest, delta, outcomes, reports, others)
 
-    def _report(
-        self,
-        version: int,
-        watches: Sequence[Stopwatch],
-        digest: str | None = None,
-        engines: Sequence[Mapping[str, Any]] = (),
-        others: Sequence[Span] = (),
-        error: str = "",
-    ) -> SyncReport:
+    def _report(self, version: int, watches: Sequence[Stopwatch], done: _Done | None = None, error: str = "") -> SyncReport:
         """The record of a sync whose last attempt ended just now."""
+        done = done or _Done(None, None, (), (), ())
+        full_nbytes = sum(worker.payload_bytes for worker in self._route.workers)
         own = [span for watch in watches for span in watch.spans]
-        of_engines = [span for index, engine in enumerate(engines) for span in of_engine(engine.get("spans", ()), index)]
+        of_engines = [span for index, engine in done.by_engine for span in of_engine(engine.get("spans", ()), index)]
         planning, self._planning = self._planning.spans, Stopwatch("")
         return SyncReport(
             version=version,
             tensors=len(self._spec.hf_shapes),
-            nbytes=sum(worker.payload_bytes for worker in self._route.workers),
+            nbytes=full_nbytes if done.delta is None else done.delta.nbytes,
+            full_nbytes=full_nbytes,
+            base=None if done.delta is None else done.delta.base,
             buckets=sum(len(worker.buckets) for worker in self._route.workers),
-            digest=digest,
+            digest=done.digest,
             verified=self.options.verify and not error,
             seconds=watches[-1].now() - watches[0].created,
             mode=self.options.mode,
             transport=self._transport,
             attempts=len(watches),
-            engines=[{name: value for name, value in engine.items() if name != "spans"} for engine in engines],
+            engines=[{name: value for name, value in engine.items() if name != "spans"} for engine in done.engines],
+            outcomes=done.outcomes,
             error=error,
             started=watches[0].created,
             rank=self._group.rank,
-            spans=[*planning, *own, *others, *of_engines],
+            spans=[*planning, *own, *done.others, *of_engines],
         )
 
-    def _begin(self, version: int, wire: Wire) -> None:
+    def _begin(self, version: int, wire: Wire, delta: Delta | None) -> None:
         landing = {
             "store": self._store.name,
             "directory": str(self._store.directory),
@@ -258,50 +299,76 @@ class WeightSync:
                 "wire": {**landing, **wire},
                 "timeout": self.options.timeout,
                 "requests": self.options.requests,
+                "delta": None if delta is None else delta.told,
             }
         )
 
-    def _send(self, outlet: Outlet, live: LiveParameters, watch: Stopwatch) -> packing.Digests:
-        """Packs and sends this rank's parts; returns its share of every HF tensor's digest."""
-        digests: list[packing.Digests] = [{} for _ in self._route.workers]
-        counted: packing.Digests = {}
+    def _quantized(self, live: LiveParameters) -> Mapping[str, Tensor]:
+        if self._scheme is None:
+            return live
+        side = megatron_side(self._spec, self._layout, self._group.rank)
+        return QuantizedLive(self._spec, self._scheme, side, live, self._group)
 
-        def read(piece: Piece) -> Tensor:
-            return packing.placed(piece.source, piece.shape, live).to(self._hf_dtypes[piece.hf_name])
+    def _encoded(self, deltas: DeltaSender, packer: Packer) -> Delta | None:
+        """What changed; `None` where an engine holds something else than the last version, or everything is not more."""
+        held: list[list[list[str | None]]] = []
+        self._group.first_rank_does(lambda: held.append(self._engines.proofs()))
+        base = deltas.base
+        others = base is None or any(proofs != base[1] for engines in held for proofs in engines)
+        if self._group.maximum(torch.tensor([int(others)])).item() or base is None:
+            return None
+        with self._group.together():
+            mine = deltas.encode(packer.pack)
+        delta = Delta.of(self._route, *base, self._group.sum(mine).tolist())
+        if delta.nbytes < sum(map(carried_bytes, self._route.workers)):
+            return delta
+        deltas.abort()
+        return None
 
-        for worker, index, part in self._route.parts_of(self._group.rank):
+    def _send(self, outlet: Outlet, packer: Packer, sent: Route, watch: Stopwatch) -> None:
+        """Packs and sends this rank's parts."""
+        own = self._route.parts_of(self._group.rank)
+        for (worker, index, part), (_, _, as_sent) in zip(own, sent.parts_of(self._group.rank), strict=True):
+            changes = self._deltas.take(worker, index) if self._deltas is not None else None
             with watch("wire"):
-                into = outlet.place(worker.rank, index, part)
+                into = outlet.place(worker.rank, index, as_sent)
             with watch("pack"):
-                if part.pieces:
-                    shares = digests[worker.rank] if self.options.verify else None
-                    for piece, share in packing.pack(part, into, read, shares):
-                        if piece.counted:
-                            counted[piece.hf_name] = add(counted.get(piece.hf_name, 0), share)
+                if changes is not None:
+                    into.copy_(changes)
                 else:
-                    packing.write_digests(worker, digests[worker.rank], into)
+                    packer.pack(worker, part, into)
+                    if self._deltas is not None and part.pieces:
+                        self._deltas.hold(worker, index, into)
             with watch("wire"):
-                outlet.send(worker.rank, index, part)
+                outlet.send(worker.rank, index, as_sent)
         with watch("wire"):
             outlet.finish()
-        return counted
 
-    def _verify(self, counted: packing.Digests) -> str | None:
-        """What arrived is what was packed; returns the digest of all weights."""
+    def _verify(self, version: int, packer: Packer) -> tuple[str | None, list[str]]:
+        """What arrived is what was packed; returns the digest of all weights, and the proofs of what the workers get."""
         with self._group.together():
             self._way.verify(self.options.verify)
         self._group.first_rank_does(lambda: self._engines.wait_for_arrival(self._patience))
-        if not self.options.verify:
-            return None
-        shares = torch.tensor([signed(counted.get(hf_name, 0)) for hf_name in self._spec.hf_shapes], dtype=torch.int64)
-        sums = self._group.sum(shares).tolist()
-        return combine({hf_name: unsigned(value) for hf_name, value in zip(self._spec.hf_shapes, sums, strict=True)})
+        return packer.proven(version, self._group) if self.options.verify else (None, [])
 
-    def _commit(self, version: int) -> list[dict[str, Any]]:
-        return self._engines.commit(version, self.options.requests, self.options.timeout)
+    def _commit(self, version: int) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
+        """Every engine's outcome, on all ranks; the reports of those that committed, on rank 0."""
+        said: list[tuple[list[EngineOutcome], list[dict[str, Any]]]] = []
+        options = self.options
+        self._group.first_rank_does(lambda: said.append(self._engines.commit(version, options.requests, options.timeout)))
+        outcomes, reports = said[0] if said else ([EngineOutcome(index, version) for index in range(self._replicas)], [])
+        failed = torch.tensor([sum(outcome.error is not None for outcome in outcomes)])
+        if self._group.maximum(failed).item():
+            outcomes = self._group.gather_object(outcomes)[0]
+        for outcome in outcomes:
+            if outcome.error is not None:
+                _log.warning("engine %d did not commit version %d, and refuses: %s", outcome.engine, version, outcome.error)
+        return outcomes, reports
 
     def _abort(self, version: int, error: BaseException) -> None:
         self._way.abandon()
+        if self._deltas is not None:
+            self._deltas.abort()
         if self._group.rank == 0:
             self._engines.abort(f"version {version} was given up: {type(error).__name__}: {error}")
 
@@ -366,7 +433,7 @@ class WeightSync:
         live = LiveParameters(self._model, 0)
         device = next((live.base(name).device for name in live), self._group.device)
         context = Context(self._group, self._route, self._replicas, self._store, self._patience, self.options.url, device)
-        staged_here = kind == "shared_memory" and self.options.mode == "staged"
+        staged_here = kind == "shared_memory" and self.options.mode == "staged" and not self.options.delta
         return kind, open_way("store" if staged_here else kind, context)
 
     def _require_same(self, mine: tuple[Any, ...]) -> None:

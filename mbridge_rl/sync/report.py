@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mbridge_rl.sync.phases import PLAN, lane
 from mbridge_rl.sync.timeline import Span, outermost, slowest
+
+
+@dataclass(frozen=True)
+class EngineOutcome:
+    """What became of one engine at a commit.
+
+    Attributes:
+        engine: its index among the engines of the sync.
+        version: that it serves; `None` where it failed, and refuses to generate until the next sync or a `catch_up`.
+        error: why it failed.
+    """
+
+    engine: int
+    version: int | None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -16,11 +31,14 @@ class SyncReport:
 
     Attributes:
         nbytes: that all workers of one engine received, weights alone.
+        full_nbytes: that they keep, and receive in a full sync.
+        base: the version that a delta started from; `None` for a full sync.
         digest: of all weights that the trainer meant; every engine's equals it, or the sync had raised.
         verified: the engines proved their live weights against the trainer's digests.
         seconds: wall time, all of it.
         attempts: how many it took.
-        engines: every engine's own report, on rank 0.
+        engines: the own report of every engine that committed, on rank 0.
+        outcomes: of every engine; empty in a record of a sync that raised.
         error: what ended it, in a record that sinks get of a sync that raised; empty otherwise.
         started: Unix seconds.
         rank: of the trainer, whose record this is.
@@ -42,11 +60,26 @@ class SyncReport:
     started: float = 0.0
     rank: int = 0
     spans: Sequence[Span] = field(default=())
+    full_nbytes: int = 0
+    base: int | None = None
+    outcomes: Sequence[EngineOutcome] = field(default=())
+
+    @property
+    def share(self) -> float:
+        """Of a full sync's bytes."""
+        return self.nbytes / self.full_nbytes
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Engines that did not commit while others did, by index, and why. They refuse to generate until the next sync, which
+        brings them everything, or until a `catch_up`."""
+        return {outcome.engine: outcome.error for outcome in self.outcomes if outcome.error is not None}
 
     @property
     def phases(self) -> dict[str, float]:
-        """Seconds of this rank's `check`, `begin`, `transfer`, `verify`, `decide`, `commit` (in which generation pauses) and
-        `report`; of all attempts together. They follow one another: what `seconds` has beyond their sum is nobody's."""
+        """Seconds of this rank's `check`, `encode` (of a delta), `begin`, `transfer`, `verify`, `decide`, `commit` (in which
+        generation pauses) and `report`; of all attempts together. They follow one another: what `seconds` has beyond their sum
+        is nobody's."""
         return outermost((span for span in self.spans if span.phase != PLAN), lane(self.rank))
 
     @property
@@ -85,12 +118,14 @@ class SyncReport:
             "slowest": self.slowest,
         }
         engines = [dict(engine) for engine in self.engines]
-        return {**own, **derived, "engines": engines, "spans": [span.to_json() for span in self.spans]}
+        outcomes = [asdict(outcome) for outcome in self.outcomes]
+        return {**own, **derived, "engines": engines, "outcomes": outcomes, "spans": [span.to_json() for span in self.spans]}
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> SyncReport:
         own = {name: said[name] for name in _PLAIN}
-        return cls(**own, engines=said["engines"], spans=[Span.from_json(span) for span in said["spans"]])
+        outcomes, spans = [EngineOutcome(**outcome) for outcome in said["outcomes"]], map(Span.from_json, said["spans"])
+        return cls(**own, engines=said["engines"], outcomes=outcomes, spans=list(spans))
 
 
-_PLAIN = tuple(name for name in SyncReport.__dataclass_fields__ if name not in ("engines", "spans"))
+_PLAIN = tuple(name for name in SyncReport.__dataclass_fields__ if name not in ("engines", "outcomes", "spans"))

@@ -23,6 +23,7 @@ class Serving:
         version: the last one committed; `None` for the initial weights.
         updating: the one whose update is open.
         written: the open update has changed live weights.
+        proof: identity of the live weights (`delta.proof_of`), where they were proven; what deltas may start from.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -30,6 +31,7 @@ class Serving:
         self.version: int | None = None
         self.updating: int | None = None
         self.written = False
+        self.proof: str | None = None
         self._lost: str | None = None
 
     @property
@@ -46,14 +48,15 @@ class Serving:
         """From here on the old version is not served."""
         self.guard.block(f"an update from {self.name} to version {self.updating} is under way")
 
-    def commit(self) -> None:
-        self.version, self.updating, self._lost = self.updating, None, None
+    def commit(self, proof: str | None = None) -> None:
+        self.version, self.updating, self._lost, self.proof = self.updating, None, None, proof
         self.guard.release()
 
     def abort(self, reason: str) -> None:
         """If nothing was written, the old version serves on; else the worker is unusable, and says what it lost."""
         version, self.updating = self.updating, None
         if self.written:
+            self.proof = None
             self._lost = f"version {version} was lost (before it: {self.name}), and a complete sync has to come: {reason}"
         if self._lost is None:
             self.guard.release()

@@ -21,8 +21,9 @@ from mbridge_rl.core.digest import add, combine, digest
 from mbridge_rl.core.errors import listed
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.delta import DeltaInlet, carried_bytes, proof_of, shrunk
 from mbridge_rl.sync.engine_side import WHOLE_TENSOR
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
+from mbridge_rl.sync.errors import DeltaRefused, DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.sync.packing import Digests
 from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute, fingerprint_of
 from mbridge_rl.sync.serving import Serving
@@ -40,7 +41,7 @@ class Model(Protocol):
     """The engine's model, as a worker changes it."""
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """The live parameters by name."""
+        """The live parameters by name, as a loader fills them; between updates they may be read while the engine generates."""
         ...
 
     def plain(self) -> AbstractContextManager[object]:
@@ -111,11 +112,23 @@ class ShardReceiver:
         self.abort("another trainer introduced itself")
         self._route, self._said = route, said
 
-    def receive(self, version: int, fingerprint: str, mode: Mode, wire: Wire, timeout: float) -> None:
+    def receive(
+        self,
+        version: int,
+        fingerprint: str,
+        mode: Mode,
+        wire: Wire,
+        timeout: float,
+        delta: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts to receive `version` and returns; `status` says how far it is.
 
+        Args:
+            delta: where it comes as changes: for every worker the proof of the weights that they start from (`base`), and what
+                `shrunk` takes (`sizes`).
+
         Raises:
-            EngineMismatch: the sender has another route.
+            EngineMismatch: the sender has another route. DeltaRefused: these weights are not what the changes start from.
         """
         if self.serving.updating is not None:
             self.abort(f"the update to version {version} began before it was committed")
@@ -125,17 +138,28 @@ class ShardReceiver:
                 f"the sender's plan has fingerprint {fingerprint!r}, this worker was given {self.fingerprint!r}: "
                 "make a new WeightSync for this engine"
             )
+        if delta is not None and delta["base"][route.rank] != self.serving.proof:
+            raise DeltaRefused(
+                f"the changes to version {version} do not start from what worker {route.rank} holds ({self.serving.name}): a "
+                "full sync has to come"
+            )
         self.serving.begin(version, serves_on=mode == "staged")
         with self.serving.failing(self.abort, f"the update to version {version} could not begin"):
-            self._update = _Update(self._model, self.serving, route, self._said, self._store_of(wire), mode, wire, timeout)
+            arriving = route if delta is None else shrunk(route, delta["sizes"][route.rank])
+            self._update = _Update(
+                self._model, self.serving, route, arriving, self._said, self._store_of(wire), mode, wire, timeout
+            )
             self._update.start()
 
     def status(self) -> dict[str, Any]:
-        """`{"arrived": whether everything is there and, if staged, verified, "error": what went wrong}`."""
-        if self._update is None:
-            return {"arrived": False, "error": None}
-        error = self._update.error
-        return {"arrived": self._update.finished, "error": None if error is None else [type(error).__name__, str(error)]}
+        """`{"arrived": whether everything is there and, if staged, verified, "error": what went wrong, "proof": of the live
+        weights}`."""
+        update, error = self._update, None if self._update is None else self._update.error
+        return {
+            "arrived": update is not None and update.finished,
+            "error": None if error is None else [type(error).__name__, str(error)],
+            "proof": self.serving.proof,
+        }
 
     def commit(self, version: int) -> dict[str, Any]:
         """Makes the live weights those that arrived, proves it, and serves them.
@@ -153,6 +177,7 @@ class ShardReceiver:
             raise SyncError("receive(version) has to come before commit(version)")
         if version != self.serving.updating:
             raise SyncError(f"version {version} cannot be committed: the open update is to version {self.serving.updating}")
+        self.serving.written = True  # it is decided: whatever fails now, the old version is not served beside others' new one
         with self.serving.failing(self.abort, f"the update to version {version} failed at commit"):
             update.join()
             if update.mode == "staged":
@@ -167,7 +192,7 @@ class ShardReceiver:
             update.keep()
         self._update = None
         update.close()
-        self.serving.commit()
+        self.serving.commit(None if update.expected is None else proof_of(version, update.expected))
         spans = [span.to_json() for span in update.watch.spans]
         return report | {"version": version, "rank": self.route.rank, "seconds": update.watch.seconds, "spans": spans}
 
@@ -243,16 +268,18 @@ class _Update:
         model: Model,
         serving: Serving,
         route: WorkerRoute,
+        arriving: WorkerRoute,
         said: Mapping[str, Any],
         store: WeightStore | None,
         mode: Mode,
         wire: Wire,
         timeout: float,
     ) -> None:
-        self._model, self._serving, self._route, self.mode = model, serving, route, mode
+        self._model, self._serving, self._route, self._arriving, self.mode = model, serving, route, arriving, mode
         self._said, self._verify, self._store = said, said["verify"], store
         self._wire, self._timeout = wire, timeout
         self.error: BaseException | None = None
+        self.expected: Digests | None = None  # the trainer's, once live weights were proven to be that
         self.finished = False
         self.opened = False
         self.watch = Stopwatch(f"worker {route.rank}")
@@ -315,6 +342,7 @@ class _Update:
         whole = {piece.hf_name for piece in self._route.pieces if _is_whole(piece)}
         counted: Digests = {}
         if self._verify:
+            self.expected = expected
             parameters = self._model.parameters()
             traced = [piece for piece in self._route.pieces if not _is_whole(piece)]
             rest = packing.live_digests((piece for piece in traced if not piece.counted), parameters)
@@ -332,7 +360,7 @@ class _Update:
             counted |= {name: self._proven_received[name] for name in first}
         return {
             "tensors": len(self._route.hf_names),
-            "bytes": self._route.payload_bytes,
+            "bytes": self._route.payload_bytes if self._arriving is self._route else carried_bytes(self._arriving),
             "digests": {hf_name: f"{value:016x}" for hf_name, value in counted.items()},
             "whole": sorted(whole),
         }
@@ -354,7 +382,7 @@ class _Update:
     def _guarded(self, action: Callable[[Inlet], None]) -> None:
         try:
             with self.watch("receive"):
-                inlet = open_inlet(self._wire, self._route, self._patience)
+                inlet = self._open_inlet()
                 try:
                     with torch.no_grad():
                         action(inlet)
@@ -363,6 +391,10 @@ class _Update:
         except BaseException as error:  # it is raised where the update is joined
             self.error = error
         self.finished = True
+
+    def _open_inlet(self) -> Inlet:
+        inlet = open_inlet(self._wire, self._arriving, self._patience)
+        return inlet if self._arriving is self._route else DeltaInlet(inlet, self._route, self._model.parameters())
 
     def _stage(self, inlet: Inlet) -> None:
         assert self._part is not None

@@ -168,9 +168,11 @@ class RewardConfig:
 class SyncConfig:
     """Attributes:
     verify: prove by digest after every sync that the engine holds the trainer's weights.
+    delta: send what changed since the last version, compressed, where that is less than everything.
     """
 
     verify: bool = True
+    delta: bool = False
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,7 @@ def _contradictions(config: RunConfig) -> list[str]:
         f"reward.function={reward.function}: a service computes its rewards itself, so reward.workers must be 0": (
             reward.function.startswith(("http://", "https://")) and reward.workers > 0
         ),
+        "sync.delta needs sync.verify: digests prove what changes lead to": config.sync.delta and not config.sync.verify,
         "runner.address is for runner.kind=ray": config.runner.address is not None and config.runner.kind != "ray",
     }
     return problems + [text for text, wrong in checks.items() if wrong]

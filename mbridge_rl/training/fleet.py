@@ -16,7 +16,7 @@ from torch import nn
 
 from mbridge_rl.sync.errors import EngineProcessError, SyncError
 from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.refit import SyncReport, WeightSync
+from mbridge_rl.sync.refit import SyncOptions, SyncReport, WeightSync
 from mbridge_rl.sync.sinks import Sink
 from mbridge_rl.sync.vllm.engine import Completion
 from mbridge_rl.training.rollout import on_first_rank
@@ -49,6 +49,7 @@ class EngineFleet:
         self.lost = 0
         self._engines: list[ServedEngine] = []
         self._sync: WeightSync | None = None
+        self._refusing: set[int] = set()
         self._calls = ThreadPoolExecutor(max_workers=count, thread_name_prefix="engine")
         self._group.first_rank_does(lambda: self._engines.extend(make(index) for index in range(count)))
 
@@ -58,22 +59,23 @@ class EngineFleet:
         model: Sequence[nn.Module],
         *,
         dtype: torch.dtype | None,
-        verify: bool,
+        options: SyncOptions,
         sinks: Sequence[Sink] = (),
     ) -> None:
         """Prepares every engine for the weights of `model`; `sinks` hear of every sync."""
         self._connected: Callable[[], WeightSync] = lambda: WeightSync(
-            bridge, model, self._engines or None, dtype=dtype, verify=verify, sinks=sinks
+            bridge, model, self._engines or None, dtype=dtype, options=options, sinks=sinks
         )
         self._sync = self._connected()
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
-        """Deals the prompts to the engines, as evenly as can be. Rank 0 only.
+        """Deals the prompts to the engines, as evenly as can be; those that failed the last commit get none. Rank 0 only.
 
         Raises:
             EngineProcessError: an engine was lost.
         """
-        each = max(1, -(-len(prompts) // len(self._engines)))
+        engines = [engine for index, engine in enumerate(self._engines) if index not in self._refusing]
+        each = max(1, -(-len(prompts) // len(engines)))
         parts = [slice(start, start + each) for start in range(0, len(prompts), each)]
 
         def ask(engine: ServedEngine, part: slice) -> list[Completion]:
@@ -81,16 +83,21 @@ class EngineFleet:
             found = engine.generate(prompts[part], **options | own)
             return [replace(completion, prompt_index=part.start + completion.prompt_index) for completion in found]
 
-        asked = [self._calls.submit(ask, engine, part) for engine, part in zip(self._engines, parts, strict=False)]
+        asked = [self._calls.submit(ask, engine, part) for engine, part in zip(engines, parts, strict=False)]
         return [completion for future in asked for completion in future.result()]
 
     def sync(self, version: int) -> SyncReport:
-        """Every engine gets the trainer's weights as `version`; one that is lost meanwhile is replaced."""
+        """Every engine gets the trainer's weights as `version`; one that is lost meanwhile is replaced. One that lives but
+        fails to commit rests until the next sync."""
         assert self._sync is not None
         try:
-            return self._sync.sync(version)
+            report = self._sync.sync(version)
         except SyncError as error:
             return self.replace_lost(version, error)
+        if not report.failed:
+            return self._noted(report)
+        failure = EngineProcessError(f"engines failed at the commit of version {version}: {report.failed}")
+        return self._replaced(version, failure) or self._noted(report)
 
     def replace_lost(self, version: int, error: Exception) -> SyncReport:
         """Starts lost engines anew, and gives all the present weights as `version`.
@@ -98,14 +105,10 @@ class EngineFleet:
         Raises:
             Exception: `error`, where no engine is lost; EngineProcessError: too many were.
         """
-        lost = on_first_rank(self._group, lambda: self._restart_lost(error))
-        if not lost:
+        report = self._replaced(version, error)
+        if report is None:
             raise error
-        self.lost += len(lost)
-        if self._sync is not None:
-            self._sync.close()
-        self._sync = self._connected()
-        return self._sync.sync(version)
+        return report
 
     def close(self) -> None:
         """Ends engines and frees what the syncs hold. Idempotent."""
@@ -115,6 +118,21 @@ class EngineFleet:
             engine.close()
         self._calls.shutdown()
         self._sync, self._engines = None, []
+
+    def _replaced(self, version: int, error: Exception) -> SyncReport | None:
+        """The sync with new engines in the place of lost ones; `None` if none is lost."""
+        lost = on_first_rank(self._group, lambda: self._restart_lost(error))
+        if not lost:
+            return None
+        self.lost += len(lost)
+        if self._sync is not None:
+            self._sync.close()
+        self._sync = self._connected()
+        return self._noted(self._sync.sync(version))
+
+    def _noted(self, report: SyncReport) -> SyncReport:
+        self._refusing = set(report.failed)
+        return report
 
     def _restart_lost(self, error: Exception) -> list[int]:
         lost = [index for index, engine in enumerate(self._engines) if not _is_alive(engine)]

@@ -160,7 +160,9 @@ def train(
             "refit_ms": synced.seconds * 1e3,
             "digest": synced.digest,
             "verified": synced.verified,
+            "refit_share": synced.share,
             "engines_lost": fleet.lost - lost,
+            "engines_resting": len(synced.failed),
             **memory_metrics(),
             **clock.metrics(rollouts.batch.num_tokens),
         }

@@ -22,6 +22,7 @@ import yaml
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.hf.bundled import bundled_names
 from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
+from mbridge_rl.sync.refit import SyncOptions
 from mbridge_rl.sync.vllm.process import EngineProcess
 from mbridge_rl.training import toy
 from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -217,7 +218,8 @@ def train_rank(
         if step:
             source.load_state(load_checkpoint(trainer, checkpoint_directory(config)).state["rollouts"])
         dtype, sinks = getattr(torch, config.engine_dtype), log.sinks if log is not None else ()
-        fleet.connect(bridge, trainer.model, dtype=dtype, verify=config.sync.verify, sinks=sinks)
+        options = SyncOptions(verify=config.sync.verify, delta=config.sync.delta)
+        fleet.connect(bridge, trainer.model, dtype=dtype, options=options, sinks=sinks)
         hooks = _hooks(config, trainer, source, task, log)
         trained = train(grpo, source, fleet, hooks, first_step=step + 1, last_step=config.steps)
         if config.checkpoint.export:
@@ -328,6 +330,8 @@ def _events(metrics: Metrics, rollouts: RolloutBatch) -> list[str]:
         events.append(f"no optimizer step: {metrics['skipped']}")
     if metrics["engines_lost"]:
         events.append(f"{metrics['engines_lost']} engines were lost and replaced")
+    if metrics["engines_resting"]:
+        events.append(f"{metrics['engines_resting']} engines failed to commit and rest until the next sync")
     return events
 
 

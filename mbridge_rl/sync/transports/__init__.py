@@ -83,7 +83,9 @@ class Context:
 class Way(Protocol):
     """A trainer's end of a transport, on every rank; made once, used for every version."""
 
-    def open(self, version: int) -> tuple[Wire, Outlet]: ...
+    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
+        """`route` is the context's, with parts of their size or smaller ones."""
+        ...
 
     def verify(self, with_digests: bool) -> None: ...
 

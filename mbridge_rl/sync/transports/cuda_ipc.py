@@ -93,9 +93,9 @@ class IpcWay(RingWay):
             for worker in context.route.workers
         ]
 
-    def open(self, version: int) -> tuple[Wire, Outlet]:
-        wire, _ = super().open(version)
+    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
+        wire, _ = super().open(version, route)
         context = self._context
         rings = [Ring(arena, context.group.size, context.replicas, 0) for arena in self._arenas]
-        outlet = IpcOutlet(rings, self._cells, context.route, context.group.rank, context.patience)
+        outlet = IpcOutlet(rings, self._cells, route, context.group.rank, context.patience)
         return {**wire, "kind": "cuda_ipc", "handles": self._handles}, outlet

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.route import Part, WorkerRoute
+from mbridge_rl.sync.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.waiting import Patience
 
@@ -116,7 +116,7 @@ class FilesWay:
         self._context = context
         self._folders: list[str] = []
 
-    def open(self, version: int) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         """All ranks together."""
         context = self._context
         url = context.from_first_rank(f"{context.url}/{version}-{secrets.token_hex(4)}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mbridge_rl.core.buckets import aligned
 from mbridge_rl.sync.errors import TransferTimeout
-from mbridge_rl.sync.route import Part, WorkerRoute
+from mbridge_rl.sync.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.waiting import Patience
 
@@ -128,7 +128,7 @@ class GroupWay:
         self._server: dist.TCPStore | None = None
         self._wire: dict[str, Any] | None = None
 
-    def open(self, version: int) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         """All ranks together."""
         context = self._context
         if self._wire is None:

@@ -162,7 +162,7 @@ class StoreWay:
         self._outlet: SlotOutlet | None = None
         self._opened: dict[str, SlotOutlet] = {}
 
-    def open(self, version: int) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         """All ranks together."""
         context, sizes = self._context, [worker.nbytes for worker in self._context.route.workers]
         made: list[Slot] = []
@@ -215,7 +215,7 @@ class RingWay:
         self._cell_bytes = [worker.bucket_bytes for worker in context.route.workers]
         self._arenas: list[Arena] = []
 
-    def open(self, version: int) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         """All ranks together. Every version gets counters that start at zero."""
         context = self._context
         sizes = [(context.group.size, context.replicas, cell_bytes) for cell_bytes in self._cell_bytes]
@@ -238,7 +238,7 @@ class RingWay:
             "replicas": context.replicas,
             "cell_bytes": self._cell_bytes,
         }
-        return wire, RingOutlet(rings, context.route, context.group.rank, context.patience)
+        return wire, RingOutlet(rings, route, context.group.rank, context.patience)
 
     def verify(self, with_digests: bool) -> None:
         """The workers do, from their live weights."""

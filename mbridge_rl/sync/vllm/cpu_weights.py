@@ -105,6 +105,12 @@ def restore_plain(model: nn.Module) -> None:
             module.weight.data = module.__dict__.pop(_PLAIN_CONVOLUTION)
 
 
+def plain_convolutions(model: nn.Module) -> dict[str, Tensor]:
+    """The plain weights that stand aside now, by parameter name."""
+    aside = {name: vars(module).get(_PLAIN_CONVOLUTION) for name, module in model.named_modules()}
+    return {f"{name}.weight": tensor for name, tensor in aside.items() if tensor is not None}
+
+
 @torch.no_grad()
 def derive(model: nn.Module, dtype: torch.dtype) -> None:
     """After a load: compute again whatever the engine computes from its weights. Needs the current vLLM config set."""

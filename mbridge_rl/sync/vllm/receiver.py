@@ -22,6 +22,7 @@ from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.engine_side import WorkerDescription
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, IncompleteSync, SyncError
 from mbridge_rl.sync.serving import Serving
+from mbridge_rl.sync.vllm import cpu_weights
 from mbridge_rl.sync.vllm.compatibility import require_same_config
 from mbridge_rl.sync.vllm.guard import Guard
 from mbridge_rl.sync.vllm.loading import loader_for
@@ -191,7 +192,8 @@ class Receiver:
     def parameters(self) -> dict[str, Tensor]:
         if self._targets is not None:
             return self._targets
-        return {name: tensor.data for name, tensor in parameters_and_buffers(self.model).items()}
+        live = {name: tensor.data for name, tensor in parameters_and_buffers(self.model).items()}
+        return live | cpu_weights.plain_convolutions(self.model)
 
     @contextmanager
     def plain(self) -> Iterator[None]:

@@ -135,7 +135,8 @@ def adopt(worker: Any, introduction: Mapping[str, Any]) -> None:
 def receive_shards(worker: Any, update: Mapping[str, Any]) -> None:
     receiver = backend_of(worker).receiver
     receiver.abort("another update started")
-    receiver.shards.receive(update["version"], update["fingerprint"], update["mode"], update["wire"], update["timeout"])
+    told = (update[name] for name in ("version", "fingerprint", "mode", "wire", "timeout", "delta"))
+    receiver.shards.receive(*told)
 
 
 def status(worker: Any) -> dict[str, Any]:
