@@ -20,6 +20,7 @@ from mbridge_rl.web_page import figure, page, plot, records, svg, table
 
 PHASE_COLORS = {
     "check": "#94a3b8",
+    "encode": "#a16207",
     "begin": "#64748b",
     "transfer": "#2563eb",
     "pack": "#60a5fa",
