@@ -228,9 +228,10 @@ class AutoBridge:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         ranks: Sequence[int] | None = None,
         transport: Transport = "auto",
+        merge_adapters: bool = True,
         layout: ParallelLayout | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Streams `(hf_name, tensor)`, whole tensors in checkpoint order; adapters are merged. Each tensor is the consumer's to
+        """Streams `(hf_name, tensor)`, whole tensors in checkpoint order. Each tensor is the consumer's to
         keep: on the CPU, or on the GPU where NCCL carries it.
 
         All ranks must iterate to the end, in lockstep; a rank that stops earlier makes the others raise. The first export of
@@ -243,6 +244,7 @@ class AutoBridge:
             ranks: that receive; `None` means all. Others contribute, receive nothing and yield nothing.
             transport: `"shared_memory"`, `"collective"` (torch.distributed), or `"auto"`: shared memory where all ranks share
                 a machine and hold their parameters on the CPU.
+            merge_adapters: `False` gives the base weights beside adapters.
 
         Raises:
             StateMismatchError, SyncError: on all ranks, before anything travels: the model is not the one of the mapping, or
@@ -256,7 +258,8 @@ class AutoBridge:
             live, _ = self._live(model, layout, group.rank)
             plan = self.export_plan(layout)
         arguments = (dtype or model_dtype(model), bucket_bytes, None if ranks is None else tuple(ranks), transport)
-        yield from self._stream(layout, plan, group, live, arguments).run(live)
+        tensors = live if merge_adapters else {name: live.base(name) for name in live}
+        yield from self._stream(layout, plan, group, live, arguments).run(tensors)
 
     def _stream(
         self, layout: ParallelLayout, plan: Plan, group: RankGroup, live: LiveParameters, arguments: tuple[Any, ...]

@@ -67,6 +67,8 @@ def build_model(
     grouped_experts: bool = True,
     overrides: Mapping[str, Any] | None = None,
     ddp: bool | Mapping[str, Any] = False,
+    config: Any | None = None,
+    before_wrapping: Callable[[list[nn.Module]], None] | None = None,
 ) -> list[nn.Module]:
     """Build this rank's part of the model: one chunk per virtual pipeline stage, in order.
 
@@ -84,6 +86,9 @@ def build_model(
         overrides: further arguments of Megatron's `TransformerConfig`, such as `recompute_granularity`.
         ddp: wrap in Megatron's `DistributedDataParallel`; a mapping gives arguments of its config. Without any, gradients are
             accumulated in fp32.
+        config: what `transformer_config` made of the same spec and layout, whatever was changed in it since; it stands for
+            `sequence_parallel`, `grouped_experts` and `overrides`, and its dtype for `dtype`.
+        before_wrapping: called with the bare chunks, such as to freeze parameters that DDP must not reduce.
 
     Raises:
         LayoutError: the model cannot be cut this way, or the layout is not the running one.
@@ -92,12 +97,28 @@ def build_model(
     """
     with megatron_runtime():
         layout = _running_layout(layout)
+        if config is None:
+            config = transformer_config(spec, layout, dtype, sequence_parallel, grouped_experts, overrides or {})
+        chunks = [build_chunk(spec, layout, config, chunk) for chunk in range(layout.vpp)]
+        if before_wrapping is not None:
+            before_wrapping(chunks)
+        return _wrap(chunks, config, config.params_dtype, ddp)
+
+
+def transformer_config(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool | None = None,
+    grouped_experts: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
+    """Megatron's `TransformerConfig` of a model under a layout; arguments and errors as of `build_model`."""
+    with megatron_runtime():
         spec.validate(layout)
         if layout.cp > 1 and spec.transformer_config.get("experimental_attention_variant") == "gated_delta_net":
             raise LayoutError(f"cp={layout.cp}: Megatron's gated delta nets have no context parallelism; use cp=1")
-        config = _transformer_config(spec, layout, dtype, sequence_parallel, grouped_experts, overrides or {})
-        chunks = [_build_chunk(spec, layout, config, chunk) for chunk in range(layout.vpp)]
-        return _wrap(chunks, config, dtype, ddp)
+        return _transformer_config(spec, layout, dtype, sequence_parallel, grouped_experts, overrides or {})
 
 
 def unwrap(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
@@ -196,7 +217,8 @@ def _pipeline_layout(spec: ModelSpec, layout: ParallelLayout) -> list[list[str]]
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
-def _build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: int) -> nn.Module:
+def build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: int) -> nn.Module:
+    """This rank's bare virtual stage `chunk`, of a `transformer_config`; inside of `megatron_runtime`."""
     from megatron.core import parallel_state
 
     stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()

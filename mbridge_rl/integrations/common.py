@@ -1,0 +1,78 @@
+"""What the stand-ins of other bridges share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.sync.group import RankGroup
+
+
+class NotOffered(BridgeError, NotImplementedError):
+    """Something that the other bridge has and this one does not."""
+
+
+def refuse(where: str, given: Mapping[str, Any], harmless: Sequence[str] = ()) -> None:
+    """Raises NotOffered for arguments that ask for something; those that are empty, or `harmless`, ask for nothing."""
+    asked = {name: value for name, value in given.items() if value and name not in harmless}
+    if asked:
+        said = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+        raise NotOffered(f"{where} does not offer {said}; leave it out, or use mbridge_rl.AutoBridge itself")
+
+
+def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    return [model] if isinstance(model, nn.Module) else list(model)
+
+
+class HFStream(Iterator[tuple[str, Tensor]]):
+    """An export that has not begun: `(hf_name, tensor)` on all ranks, or on those that it is narrowed to.
+
+    All ranks read it to its end. On a rank that receives nothing it ends without yielding, when its contribution is made.
+
+    Args:
+        start: the export, given the ranks that receive (`None`: all).
+    """
+
+    def __init__(self, start: Callable[[Sequence[int] | None], Iterator[tuple[str, Tensor]]]) -> None:
+        self._start = start
+        self._ranks: Sequence[int] | None = None
+        self._stream: Iterator[tuple[str, Tensor]] | None = None
+
+    def received_by(self, ranks: Sequence[int]) -> HFStream:
+        """Only these ranks receive; all ranks say the same, before the first tensor."""
+        if self._stream is not None:
+            raise BridgeError("this export is being read already: say who receives before its first tensor")
+        self._ranks = tuple(ranks)
+        return self
+
+    def __next__(self) -> tuple[str, Tensor]:
+        if self._stream is None:
+            self._stream = self._start(self._ranks)
+        return next(self._stream)
+
+
+def save_into(bridge: AutoBridge, models: Sequence[nn.Module], path: str | Path) -> None:
+    """Saves a checkpoint into a folder that may hold other files already (a tokenizer, a framework's own): they stay, unless
+    ours have the same names. Every rank writes its own bytes; all ranks call it together."""
+    path, group = Path(path), RankGroup()
+    staging = path / ".mbridge_rl-saving"
+    group.first_rank_does(lambda: path.mkdir(parents=True, exist_ok=True))
+    bridge.save_pretrained(models, staging)
+
+    def publish() -> None:
+        fresh = sorted(staging.iterdir())
+        for old in [*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")]:
+            if old.name not in {file.name for file in fresh}:
+                old.unlink()  # of a checkpoint that was cut into other files: it must not be read as part of this one
+        for file in fresh:
+            os.replace(file, path / file.name)
+        shutil.rmtree(staging)
+
+    group.first_rank_does(publish)
