@@ -99,6 +99,7 @@ class Bridge:
         wrap_with_ddp: bool = False,
         fp16: bool = False,
         bf16: bool = True,
+        *,
         ddp_config: dict[str, Any] | None = None,
         post_model_creation_callbacks: Sequence[Callable[..., Any]] = (),
         **kwargs: Any,

@@ -108,6 +108,7 @@ class Provider:
     def provide_distributed_model(
         self,
         ddp_config: Any = None,
+        *,
         wrap_with_ddp: bool = True,
         fp16: bool | None = None,
         bf16: bool | None = None,
@@ -124,7 +125,13 @@ class Provider:
             NotOffered: FSDP, or a hook that replaced the output layer (value models).
             LayoutError: the sizes that are set are not those of the running parallel state.
         """
-        harmless = ("use_cpu_initialization", "data_parallel_random_init", "pg_collection", "mixed_precision_wrapper")
+        harmless = (
+            "model_type",
+            "use_cpu_initialization",
+            "data_parallel_random_init",
+            "pg_collection",
+            "mixed_precision_wrapper",
+        )
         refuse("provide_distributed_model", kwargs, harmless)
         if fp16 or bf16:
             self.params_dtype = torch.float16 if fp16 else torch.bfloat16
