@@ -1,24 +1,39 @@
-"""Requests in flight when a version is committed: kept, waited for, or aborted, by a real vLLM engine."""
+"""Requests of a real vLLM engine that are more than one call: in flight when a version is committed (kept, waited for, or
+aborted), and turns of an episode."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
+import episode_scenarios as episodes
 import request_scenarios as scenarios
 from interpreter import Interpreter
+from transformers import AutoModelForCausalLM
+
+from mbridge_rl.training import toy
+from mbridge_rl.training.episodes import NOT_SAMPLED, Episode
+from mbridge_rl.training.rollout import assemble
+
+pytestmark = pytest.mark.slow
+TOKENIZER = toy.tokenizer()
 
 
-@pytest.mark.slow
-def test_requests_in_flight_at_a_commit(tmp_path: Path) -> None:
-    interpreter = Interpreter()
-    try:
-        found = interpreter.call(scenarios.commits_amid_requests, tmp_path)
-    finally:
-        interpreter.close()
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    started = Interpreter()
+    yield started
+    started.close()
+
+
+def test_requests_in_flight_at_a_commit(interpreter: Interpreter, tmp_path: Path) -> None:
+    found = interpreter.call(scenarios.commits_amid_requests, tmp_path)
     for mode in ("staged", "streaming"):
         before, after, kept, _ = found["keep", mode]
         assert kept.finish_reason == "length"
@@ -35,3 +50,38 @@ def test_requests_in_flight_at_a_commit(tmp_path: Path) -> None:
         assert pause > 0
     assert "requests did not finish within 0.3 s" in found["late"]
     assert found["serves on"]
+
+
+def _turns(episode: Episode) -> list[tuple[bool, list[int]]]:
+    """Whether the policy wrote it, and its tokens."""
+    written = groupby(zip(episode.tokens, episode.versions, strict=True), lambda pair: pair[1] != NOT_SAMPLED)
+    return [(sampled, [token for token, _ in turn]) for sampled, turn in written]
+
+
+def test_turns_are_sampled_given_everything_before_and_only_they_are_trained_on(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    found = interpreter.call(episodes.examined, tmp_path)
+    assert {episode.finish for episode in found} == {"stop", "turns", "length"}
+    batch = assemble(found, [episode.verdict for episode in found], pad_token_id=TOKENIZER.pad_token_id).batch
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path)(batch.tokens).logits
+    expected = logits[:, :-1].log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
+    counted, log_probs = batch.mask[:, :-1], batch.need("rollout_log_probs")[:, :-1]
+    # fp32 of two programs; without what the environment said they would be off by whole nats.
+    torch.testing.assert_close(log_probs[counted], expected[counted], atol=1e-4, rtol=1e-4)
+    assert not log_probs[~counted].any()
+
+    for row, episode in zip(counted, found, strict=True):
+        turns = _turns(episode)
+        written = [tokens for sampled, tokens in turns if sampled]
+        said = [TOKENIZER.decode(tokens).removesuffix("<eos>") for tokens in written]
+        assert said == episode.environment.turns
+        answers = [tokens for sampled, tokens in turns if not sampled]
+        assert answers == [TOKENIZER.encode(episodes.answer_to(turn)) for turn in said[:-1]]
+        assert int(row.sum()) == sum(map(len, written)) <= episodes.SAMPLING.max_tokens
+        assert len(episode.prompt) + len(episode.tokens) <= episodes.SAMPLING.max_context
+        assert episode.verdict.reward == len(said)
+        for text in map(TOKENIZER.decode, written[: episode.turns]):
+            assert text.endswith(("+", "<eos>"))
+            assert not {"+", "<eos>"} & set(TOKENIZER.tokenize(text)[:-1])

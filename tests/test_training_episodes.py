@@ -106,6 +106,9 @@ def test_episodes_end_with_their_turns_their_room_or_their_environment() -> None
     assert (two.finish, two.turns, two.verdict) == ("turns", 2, Verdict(2.0))
     full = _episode(engine, environment=Adder, max_tokens=4, max_turns=5)
     assert (full.finish, _text(full.tokens), full.verdict) == ("length", "12<eos>+2=3", Verdict(2.0))
+    for room in (10, 11):  # 4 of the prompt, 3 of the turn, 3 of the answer, and at least one more
+        answered = _episode(engine, environment=Adder, max_tokens=20, max_turns=5, max_context=room)
+        assert (answered.finish, _text(answered.tokens)) == ("length", "12<eos>" if room == 10 else "12<eos>+2=3")
     broken = _episode(WritingEngine(scripted("18<eos>", TOKENIZER, 4)), environment=Adder, max_tokens=20, max_turns=5)
     assert broken.finish == "error"
     assert broken.verdict == Verdict(error="environment Adder raised RuntimeError: no eights")

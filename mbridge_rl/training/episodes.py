@@ -154,11 +154,11 @@ class EpisodeRunner:
         """The policy's last turn, without the stop token that ended it."""
         return self._turn_text(episode.tokens[episode.turn_start :])
 
-    def _room(self, episode: Episode) -> int:
-        """How many tokens the policy may still write."""
+    def _room(self, episode: Episode, others: int = 0) -> int:
+        """How many tokens the policy may still write, behind so many that others are about to."""
         room = self.sampling.max_tokens - episode.sampled
         if self.sampling.max_context is not None:
-            room = min(room, self.sampling.max_context - len(episode.prompt) - len(episode.tokens))
+            room = min(room, self.sampling.max_context - len(episode.prompt) - len(episode.tokens) - others)
         return room
 
     def _take(self, episode: Episode, completion: Completion) -> None:
@@ -184,10 +184,11 @@ class EpisodeRunner:
             episode.finish = "turns"
         else:
             tokens = self._tokenizer.encode(said, add_special_tokens=False)
-            episode.add(tokens, [0.0] * len(tokens), [NOT_SAMPLED] * len(tokens))
-            episode.turn_start = len(episode.tokens)
-            if self._room(episode) <= 0:
+            if self._room(episode, len(tokens)) <= 0:  # nobody would read it
                 episode.finish = "length"
+            else:
+                episode.add(tokens, [0.0] * len(tokens), [NOT_SAMPLED] * len(tokens))
+                episode.turn_start = len(episode.tokens)
         if episode.finish:
             self._ask_reward(episode)
 
