@@ -1,4 +1,4 @@
-"""The toy task is learnt in every mode, with full weights and adapters, on forked ranks, torchrun and Ray.
+"""The toy task is learnt in every mode, with full weights and adapters, on forked ranks, torchrun and Ray, rewarded over HTTP.
 
 MBRIDGE_SEEDS=0,1,2 plays every case with these seeds (`make nightly`); otherwise there is one case and one seed.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from reward_service import reward_service, url_of
 
 pytest.importorskip("vllm")
 
@@ -42,7 +44,9 @@ CASES = (
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("mode", "weights", "way"), CASES)
-def test_the_toy_task_is_learnt(mode: str, weights: str, way: str, seed: int, tmp_path: Path) -> None:
+def test_the_toy_task_is_learnt(
+    mode: str, weights: str, way: str, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     if way == "ray":
         pytest.importorskip("ray")
     steps = 20 if NIGHTLY else 12
@@ -50,13 +54,18 @@ def test_the_toy_task_is_learnt(mode: str, weights: str, way: str, seed: int, tm
     changes += ["checkpoint={every: 0}", f"runner.kind={'ray' if way == 'ray' else 'local'}"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(with_overrides(yaml.safe_load(RECIPE.read_text()), changes)))
-    command = [sys.executable, *WAYS[way], "-m", "mbridge_rl.cli", "train", str(recipe)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    command = [sys.executable, *WAYS[way], "-m", "mbridge_rl.cli", "train", str(recipe), "logging.tensorboard=true"]
+    with reward_service() as service:
+        command.append(f"reward.function={url_of(service)}")
+        found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
 
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert (tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").exists() == (weights == "lora")
     history = read_lines(tmp_path / "run" / METRICS_FILE)
+    for name in ("reward", "accuracy"):  # for the table in docs/training.md
+        record_property(name, [line[name] for line in history if line[name] is not None])
+    assert _rewards_on_the_board(tmp_path / "run" / "tensorboard") == pytest.approx([line["reward"] for line in history])
     staleness = {"sync": 0, "one-step-off": 1, "async": 2}[mode]
     assert max(line["staleness_max"] for line in history) <= staleness
     assert history[-1]["staleness_max"] > 0 or mode == "sync"
@@ -65,3 +74,11 @@ def test_the_toy_task_is_learnt(mode: str, weights: str, way: str, seed: int, tm
     early, late = ([line["reward"] for line in part] for part in (history[:3], history[-3:]))
     assert sum(late) > sum(early) + 3 * 0.15
     assert max(line["accuracy"] or 0.0 for line in history) > 0.45  # 0.25 to 0.3 after the warm-up
+
+
+def _rewards_on_the_board(directory: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(directory))
+    board.Reload()
+    return [event.value for event in board.Scalars("reward")]

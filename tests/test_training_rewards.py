@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import threading
 import time
-from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from reward_service import reward_service, url_of
 
 from mbridge_rl.training import toy
 from mbridge_rl.training.config import RewardConfig, TaskConfig
@@ -83,38 +80,14 @@ def test_a_pool_whose_function_cannot_be_made_says_so() -> None:
     assert "reward.function: 'no.such:thing' cannot be imported" in verdict.error
 
 
-@pytest.fixture
-def service() -> Iterator[HTTPServer]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            items = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["items"]
-            rewards = [None if item["completion"] == "?" else float(item["completion"] == item["answer"]) for item in items]
-            if items[0]["completion"] == "short":
-                rewards = rewards[1:]
-            body = json.dumps({"rewards": rewards}).encode()
-            self.send_response(500 if items[0]["completion"] == "broken" else 200)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_service_rewards_and_its_failures_are_named(service: HTTPServer) -> None:
-    judge = make_judge(TaskConfig(), RewardConfig(f"http://127.0.0.1:{service.server_port}"))
-    assert isinstance(judge, HTTPJudge)
-    assert _ask(judge, "2", "3") == [Verdict(1.0), Verdict(0.0)]
-    assert [verdict.error is None for verdict in _ask(judge, "2", "?")] == [True, False]
-    assert all("1 rewards for 2 completions" in (verdict.error or "") for verdict in _ask(judge, "short", "2"))
-    assert all("HTTP Error 500" in (verdict.error or "") for verdict in _ask(judge, "broken", "2"))
-    service.shutdown()
-    service.server_close()
+def test_a_service_rewards_and_its_failures_are_named() -> None:
+    with reward_service() as service:
+        judge = make_judge(TaskConfig(), RewardConfig(url_of(service)))
+        assert isinstance(judge, HTTPJudge)
+        assert _ask(judge, "2", "3") == [Verdict(1.0), Verdict(0.0)]
+        assert [verdict.error is None for verdict in _ask(judge, "2", "?")] == [True, False]
+        assert all("1 rewards for 2 completions" in (verdict.error or "") for verdict in _ask(judge, "short", "2"))
+        assert all("HTTP Error 500" in (verdict.error or "") for verdict in _ask(judge, "broken", "2"))
     assert all("refused" in (verdict.error or "") for verdict in _ask(judge, "2"))
 
 
