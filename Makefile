@@ -5,6 +5,9 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+# Test files are dealt to this many processes: engines that start, and ranks that wait, leave half of two cores idle.
+TEST_WORKERS ?= 2
+PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 25
 
 .PHONY: demo test nightly bench support-table venv lint clean
 
@@ -14,7 +17,7 @@ demo: venv
 test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, three seeds each: some hours.
 nightly: venv
@@ -27,7 +30,7 @@ bench: venv
 
 support-table: venv
 	mkdir -p runs
-	$(BIN)/python -m pytest --junitxml=runs/tests.xml
+	$(PYTEST) --junitxml=runs/tests.xml
 	$(BIN)/python tools/support_table.py runs/tests.xml
 
 lint: venv
