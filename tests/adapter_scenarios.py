@@ -41,7 +41,6 @@ def put(engine: InProcessEngine, name: str, version: int, tensors: dict[str, Ten
                 "names": list(tensors),
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
                 "shapes": [list(tensor.shape) for tensor in tensors.values()],
-                "words": [1] * len(tensors),
                 "offsets": starts,
                 "digests": [f"{digest(tensor):016x}" for tensor in tensors.values()],
             }

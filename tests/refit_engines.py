@@ -83,8 +83,8 @@ def fresh_completions(directory: Path, family: str, tag: str) -> list[Completion
         return greedy(engine)
 
 
-def metadata_of(weights: dict[str, Tensor], word_elements: int = 1) -> list[HFTensor]:
-    return [HFTensor(hf_name, tensor.dtype, tuple(tensor.shape), word_elements) for hf_name, tensor in weights.items()]
+def metadata_of(weights: dict[str, Tensor]) -> list[HFTensor]:
+    return [HFTensor(hf_name, tensor.dtype, tuple(tensor.shape)) for hf_name, tensor in weights.items()]
 
 
 def config_of(directory: Path, family: str) -> dict[str, Any]:
@@ -119,8 +119,8 @@ def assert_serves(engine: Any, directory: Path, family: str, tag: str) -> None:
 class Sender:
     """A trainer's end: weights into an arena, batch by batch, over the five weight-sync methods of any client."""
 
-    def __init__(self, client: Any, weights: dict[str, Tensor], config: dict[str, Any], word_elements: int = 1) -> None:
-        self.client, self.metadata, self.words = client, metadata_of(weights, word_elements), word_elements
+    def __init__(self, client: Any, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+        self.client, self.metadata = client, metadata_of(weights)
         self.arena = Arena.create(sum(aligned(tensor.nbytes) for tensor in self.metadata))
         self.info = init_info(self.metadata, config)
         client.init_weight_transfer_engine(self.info | {"arena_path": self.arena.path, "arena_nbytes": self.arena.nbytes})
@@ -140,7 +140,7 @@ class Sender:
                 "version": version,
                 "names": names,
                 "offsets": [offsets[hf_name] for hf_name in names],
-                "digests": [f"{digest(weights[hf_name], self.words):016x}" for hf_name in names],
+                "digests": [f"{digest(weights[hf_name]):016x}" for hf_name in names],
                 "fingerprint": self.info["fingerprint"],
             }
 

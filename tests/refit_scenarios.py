@@ -54,7 +54,7 @@ def refit_equals_fresh_engine(directory: Path, family: str) -> list[Completion]:
 
 def scattered_batches_are_exact(directory: Path, family: str) -> None:
     engine = engine_of(directory, family)
-    sender = Sender(engine, weights_of(directory, family, "A"), config_of(directory, family), word_elements=2)
+    sender = Sender(engine, weights_of(directory, family, "A"), config_of(directory, family))
     for version, (tag, size) in enumerate([("A", 3), ("B", 1), ("A", 2), ("B", 5)], start=10):
         report = sender.sync(weights_of(directory, family, tag), version, size, seed=version)
         assert report["version"] == version

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mbridge_rl.core.digest import add, digest, digest_strided
+from mbridge_rl.core.digest import add, digest
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import EngineMismatch
-from mbridge_rl.sync.vllm.landing import Landing, View, times_covered
+from mbridge_rl.sync.vllm.landing import View, times_covered
 from mbridge_rl.sync.vllm.tracer import Trace, trace_load_weights
 
 CPU = torch.device("cpu")
@@ -224,33 +224,12 @@ def test_coverage_equals_counting_every_element(case: tuple[tuple[int, ...], tup
         assert found.gap == tuple(zip(holes.amin(0).tolist(), (holes.amax(0) + 1).tolist(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("source", "whole"),
-    [
-        (View(0, (3, 8), (8, 1)), True),
-        (View(12, (2, 4), (8, 1)), True),  # the right half of two rows
-        (View(2, (2, 4), (8, 1)), False),  # cut amid a word at both ends
-        (View(0, (2, 6), (8, 1)), False),
-        (View(0, (8, 3), (1, 8)), True),  # transposed: each word is still whole
-        (View(0, (3, 4), (8, 2)), False),  # every other column
-        (View(4, (3,), (8,)), False),  # a column
-    ],
-)
-def test_a_landing_knows_whether_it_cuts_words(source: View, whole: bool) -> None:
-    tensor = HFTensor("x", torch.bfloat16, (3, 8), word_elements=4)
-    landing = Landing("x", "parameter", source, source)
-    assert landing.has_whole_words(tensor) == whole
-    values = source.of(torch.randn(3, 8).to(torch.bfloat16))
-    expected = digest_strided(values, columns=8, offset=source.offset, strides=source.strides, word_elements=4 if whole else 1)
-    assert landing.digest(values, tensor) == expected
-
-
 def test_digests_of_landings_add_up_to_the_tensors() -> None:
     model = Model(fused, qkv=(12, 8))
     tensors = {name: torch.randn(rows, 8) for name, rows in (("q", 6), ("k", 3), ("v", 3))}
     trace = trace_of(model, **{name: tuple(tensor.shape) for name, tensor in tensors.items()})
     model.load_weights(iter(tensors.items()))
     for name, tensor in tensors.items():
-        meta = HFTensor(name, torch.float32, tuple(tensor.shape), word_elements=2)
+        meta = HFTensor(name, torch.float32, tuple(tensor.shape))
         parts = [landing.digest(landing.target.of(model.qkv.data), meta) for landing in trace.landings[name]]
-        assert add(*parts) == digest(tensor, 2)
+        assert add(*parts) == digest(tensor)

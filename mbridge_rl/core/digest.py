@@ -1,66 +1,57 @@
 """Additive digests: equality of two tensors, proven from pieces that never meet.
 
-    digest(T) = sum over rows r of R[r] * sum over columns c of C[c] * fold(T[r, c])      (mod 2^64)
+    digest(T) = sum over rows r of R[r] * sum over bytes b of row r of K[b] * T[r, b]      (mod 2^64)
 
-`C` and `R` are odd constants drawn by splitmix64 (Steele, Lea, Flood 2014) from the column and the row, so that every value is
-tied to its place in the HF tensor and the digests of disjoint pieces add up, whoever computes them and in whatever order.
-`fold(x) = x ^ (x >> 32)` of a word's bits keeps the top bit of 8-byte words from cancelling: 2^63 times any odd constant is
-2^63, so that two flipped signs would vanish; folded, each also flips bit 31, whose weight depends on its place. Shorter words
-are their own fold. It guards against mistakes and faults, not against an adversary.
+Bytes are signed; `R` and `K` are odd constants drawn by splitmix64 (Steele, Lea, Flood 2014) from the row and from the byte's
+place in it. So every byte is tied to its place in the HF tensor, and the digests of disjoint pieces add up, whoever computes
+them and in whatever order. A byte times 56 bits of `K` loses nothing to the modulus: no bit of a word is weaker than another,
+whatever the dtype. It guards against mistakes and faults, not against an adversary.
 
-The word is one element, or `word_elements` neighbours read as one integer where both sides' cuts allow it (8-byte words are
-several times faster on 2-byte dtypes).
+`K[b] = sum over n < 8 of 128^n * W[b, n]` in digits of 7 bits, so that the inner sum is a product of 8-bit integers, which
+processors have instructions for. Digits of 7 bits, because processors without VNNI add two products in 16 bits.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK_WORDS = 1 << 16  # 512 KiB of int64 temporaries: stays in a core's cache
-_LOW_BITS = (1 << 32) - 1  # torch's shift is arithmetic, the mask makes it logical
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_UNSIGNED_MASK = {2: 0xFFFF, 4: 0xFFFFFFFF}
+_DIGITS = 8
+_BLOCK_BYTES = 1 << 20  # of a matrix at a time: stays in a core's cache
+_LINE_BYTES = 1 << 15  # of a row at a time: 32768 products of 14 bits fit 32
+_FEW_BYTES = 1 << 14  # below, preparing the product of 8-bit integers takes longer than the product
+_SHIFTS = torch.arange(_DIGITS) * 7
 
 
-def digest(tensor: Tensor, word_elements: int = 1) -> int:
+def digest(tensor: Tensor) -> int:
     """Digest of a whole HF tensor, in [0, 2^64)."""
-    shape, strides = tuple(tensor.shape), contiguous_strides(tensor.shape)
-    return digest_strided(tensor, columns=_columns(shape), strides=strides, word_elements=word_elements)
+    shape = tuple(tensor.shape)
+    return digest_strided(tensor, columns=shape[-1] if shape else 1, strides=contiguous_strides(shape))
 
 
-def digest_strided(values: Tensor, *, columns: int, offset: int = 0, strides: Sequence[int], word_elements: int = 1) -> int:
+def digest_strided(values: Tensor, *, columns: int, offset: int = 0, strides: Sequence[int]) -> int:
     """Digest of a part of an HF tensor, in [0, 2^64).
 
     Args:
         values: the part, of any strides, dtype and device; `values[i0, i1, ...]` is element
             `offset + i0*strides[0] + i1*strides[1] + ...` of the HF tensor in row-major order.
         columns: size of the HF tensor's last dimension.
-        word_elements: how many neighbours of a row form one word; both ends must use the same number.
 
     Raises:
-        ValueError: `strides` don't fit `values`, cross rows unevenly, or words don't fit the part.
+        ValueError: `strides` don't fit `values`, or cross rows unevenly.
     """
     if len(strides) != values.dim():
         raise ValueError(f"{len(strides)} strides given for a part of {values.dim()} dimensions {tuple(values.shape)}")
     if values.numel() == 0:
         return 0
-    if values.dim() == 0:
-        values, strides = values.view(1), (1,)
-    row_dims = [dim for dim, stride in enumerate(strides) if values.shape[dim] > 1 and stride % columns == 0 and stride]
-    column_dims = [dim for dim in range(values.dim()) if dim not in row_dims]
-    column_dims.sort(key=lambda dim: (values.shape[dim] > 1, -strides[dim] if values.shape[dim] > 1 else 0))
-    rows = _positions(values.shape, strides, row_dims) // columns + offset // columns
-    cols = _positions(values.shape, strides, column_dims) + offset % columns
-    if cols[-1] >= columns:
-        raise ValueError(f"part {tuple(values.shape)} with strides {tuple(strides)} wraps around rows of {columns} columns")
-    matrix = values.permute(*row_dims, *column_dims)
-    return _digest_matrix(matrix, rows, _word_columns(cols, columns, word_elements), word_elements)
+    place = _place(tuple(values.shape), tuple(strides), columns, offset, values.element_size(), values.device)
+    return _digest_matrix(values.detach().permute(place.dims), place)
 
 
 def combine(digests: Mapping[str, int]) -> str:
@@ -93,8 +84,35 @@ def unsigned(value: int) -> int:
     return value % (1 << 64)
 
 
-def _columns(shape: Sequence[int]) -> int:
-    return shape[-1] if shape else 1
+@dataclass(frozen=True)
+class _Place:
+    """Where a part lies in its HF tensor, as constants.
+
+    Attributes:
+        dims: of the part, those along rows of the HF tensor first.
+        rows: int64, a constant for each row.
+        lines: int8 `[bytes, 8]`, the digits of each byte of a row, cut into what is multiplied at a time.
+        row_bytes: of the part.
+    """
+
+    dims: tuple[int, ...]
+    rows: Tensor
+    lines: tuple[Tensor, ...]
+    row_bytes: int
+
+
+@lru_cache(maxsize=1024)
+def _place(shape: Sequence[int], strides: Sequence[int], columns: int, offset: int, size: int, device: torch.device) -> _Place:
+    row_dims = [dim for dim, stride in enumerate(strides) if shape[dim] > 1 and stride % columns == 0 and stride]
+    column_dims = [dim for dim in range(len(shape)) if dim not in row_dims]
+    column_dims.sort(key=lambda dim: (shape[dim] > 1, -strides[dim] if shape[dim] > 1 else 0))
+    rows = _positions(shape, strides, row_dims) // columns + offset // columns
+    cols = _positions(shape, strides, column_dims) + offset % columns
+    if cols[-1] >= columns:
+        raise ValueError(f"part {tuple(shape)} with strides {tuple(strides)} wraps around rows of {columns} columns")
+    step = max(1, _LINE_BYTES // size)
+    lines = tuple(_digits(cols[start : start + step], size, device) for start in range(0, len(cols), step))
+    return _Place((*row_dims, *column_dims), _row_constants(rows).to(device), lines, len(cols) * size)
 
 
 def _positions(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]) -> np.ndarray:
@@ -104,77 +122,70 @@ def _positions(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]
     return positions
 
 
-def _word_columns(cols: np.ndarray, columns: int, word_elements: int) -> np.ndarray:
-    if word_elements == 1:
-        return cols
-    firsts = cols[::word_elements]
-    whole = len(cols) % word_elements == 0 and columns % word_elements == 0 and not np.any(firsts % word_elements)
-    if not whole or np.any(cols != np.repeat(firsts, word_elements) + np.tile(np.arange(word_elements), len(firsts))):
-        raise ValueError(f"words of {word_elements} elements do not fit columns {cols[0]}..{cols[-1]} of {columns}")
-    return firsts // word_elements
-
-
-def _digest_matrix(matrix: Tensor, rows: np.ndarray, cols: np.ndarray, word_elements: int) -> int:
-    """Sum over the words of `matrix`, whose dims are row dims then column dims, walked in cache-sized chunks."""
-    device = matrix.device
-    column_constants = _constants(cols, salt=1, device=device)
-    row_constants = _constants(rows, salt=2, device=device)
-    step = max(1, _CHUNK_WORDS // len(cols))
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    first = 0
-    for block in _row_blocks(matrix, len(rows), step):
-        folded = _folded_words(block, word_elements)
-        for start in range(0, len(cols), _CHUNK_WORDS):
-            words = folded[:, start : start + _CHUNK_WORDS]
-            row_sums = (words * column_constants[start : start + _CHUNK_WORDS]).sum(1)
-            total += (row_sums * row_constants[first : first + len(words)]).sum()
+def _digest_matrix(matrix: Tensor, place: _Place) -> int:
+    """Sum over `matrix`, whose dims are row dims then column dims, walked in cache-sized blocks."""
+    total, first = 0, 0
+    for block in _row_blocks(matrix, len(place.rows), max(1, _BLOCK_BYTES // place.row_bytes)):
+        data, start = block.view(torch.int8), 0
+        constants = place.rows[first : first + len(block)]
+        for digits in place.lines:
+            line = data if len(place.lines) == 1 else data[:, start : start + len(digits)]
+            total += _weighted_sum(line, digits, constants)
+            start += len(digits)
         first += len(block)
-    return int(total.item()) % (1 << 64)
+    return total % (1 << 64)
 
 
-def _row_blocks(matrix: Tensor, num_rows: int, step: int) -> list[Tensor]:
-    """`matrix` as `[rows, ...]` views where its strides allow, else its leading index split first."""
-    if num_rows == 1:
-        return [matrix.reshape(1, -1)]
+def _row_blocks(matrix: Tensor, num_rows: int, step: int) -> Iterator[Tensor]:
+    """`matrix` as `[rows, columns]` with neighbouring columns, as views where its strides allow, a few rows at a time."""
     try:
         flat = matrix.view(num_rows, -1)
     except RuntimeError:  # strides that no view can merge: split the outermost dimension
-        return [part for outer in matrix for part in _row_blocks(outer, num_rows // len(matrix), step)]
-    return list(flat.split(step))
+        if num_rows == 1:
+            yield matrix.contiguous().view(1, -1)
+            return
+        for outer in matrix:
+            yield from _row_blocks(outer, num_rows // len(matrix), step)
+        return
+    for block in flat.split(step):
+        yield block if block.stride(1) == 1 else block.clone(memory_format=torch.contiguous_format)
 
 
-def _folded_words(block: Tensor, word_elements: int) -> Tensor:
-    """`[rows, words]` int64: the bit patterns, zero-extended and folded."""
-    block = block.detach().contiguous()
-    size = block.element_size() * word_elements
-    if size not in _INTEGER_OF_SIZE:
-        raise ValueError(f"{word_elements} elements of {block.dtype} are {size} bytes, no word of 1, 2, 4 or 8")
-    if block.data_ptr() % size:  # a view of another dtype needs its alignment
-        block = block.clone()
-    words = block.view(_INTEGER_OF_SIZE[size])
-    if size == 8:
-        return words ^ ((words >> 32) & _LOW_BITS)
-    words = words.to(torch.int64)
-    return words & _UNSIGNED_MASK[size] if size > 1 else words
+def _weighted_sum(data: Tensor, digits: Tensor, rows: Tensor) -> int:
+    """Of the bytes of `data`, int8 `[rows, bytes]`, times the constants of their places and rows, modulo 2^64."""
+    if data.device.type == "cpu" and data.numel() >= _FEW_BYTES:
+        by_digit = (torch._int_mm(data, digits).to(torch.int64) * rows[:, None]).sum(0)
+        return sum(value << (7 * digit) for digit, value in enumerate(by_digit.tolist()))
+    constants = (digits.to(torch.int64) << _SHIFTS.to(digits.device)).sum(1)
+    return int(((data.to(torch.int64) * constants).sum(1) * rows).sum())
 
 
-def _constants(positions: np.ndarray, salt: int, device: torch.device) -> Tensor:
-    first, last = int(positions[0]), int(positions[-1])
-    if last - first + 1 == len(positions) and np.all(positions[1:] - positions[:-1] == 1):
-        return _constant_run(first, last + 1, salt, device)
-    return torch.from_numpy(_splitmix64(positions, salt)).to(device)
+def _digits(cols: np.ndarray, size: int, device: torch.device) -> Tensor:
+    """int8 `[bytes, 8]`, of the bytes of these columns of elements of `size` bytes."""
+    if cols[-1] - cols[0] + 1 == len(cols) and np.all(cols[1:] > cols[:-1]):
+        return _digits_of_run(int(cols[0]) * size, (int(cols[-1]) + 1) * size, device)
+    return _digits_at((cols[:, None] * size + np.arange(size)).reshape(-1), device)
 
 
 @lru_cache(maxsize=64)
-def _constant_run(first: int, stop: int, salt: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(_splitmix64(np.arange(first, stop), salt)).to(device)
+def _digits_of_run(first: int, stop: int, device: torch.device) -> Tensor:
+    return _digits_at(np.arange(first, stop), device)
+
+
+def _digits_at(places: np.ndarray, device: torch.device) -> Tensor:
+    drawn = _splitmix64(places, salt=1)[:, None] >> (np.arange(_DIGITS, dtype=np.uint64) * np.uint64(_DIGITS))
+    return torch.from_numpy((drawn & np.uint64(127)).astype(np.int8) - np.int8(64)).to(device)
+
+
+def _row_constants(rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(_splitmix64(rows, salt=2).view(np.int64))
 
 
 def _splitmix64(positions: np.ndarray, salt: int) -> np.ndarray:
-    """Odd 64-bit constants, as the int64 with the same bits (torch multiplies modulo 2^64)."""
+    """Odd 64-bit constants, uint64."""
     with np.errstate(over="ignore"):
         z = positions.astype(np.uint64) * np.uint64(4) + np.uint64(salt)
         z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+        return (z ^ (z >> np.uint64(31))) | np.uint64(1)

@@ -30,15 +30,11 @@ _HEADS = {
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """Name, dtype and shape of one HF tensor: what a sync announces before it sends.
-
-    `word_elements` neighbours of a row form one word of its digest (`core.digest`).
-    """
+    """Name, dtype and shape of one HF tensor: what a sync announces before it sends."""
 
     hf_name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    word_elements: int = 1
 
     @property
     def columns(self) -> int:

@@ -94,16 +94,6 @@ class Plan:
             state.update(repr(copy).encode())
         return state.hexdigest()
 
-    def word_elements(self, hf_name: str, element_size: int) -> int:
-        """How many elements of `hf_name` make one digest word: 8 bytes' worth where every cut allows it, else 1."""
-        wanted = 8 // element_size
-        columns = self.hf_shapes[hf_name][-1] if self.hf_shapes[hf_name] else 1
-        cuts = [columns]
-        for copy in self.by_hf_name[hf_name]:
-            cuts += [copy.hf.offset, *copy.shape[-1:]]
-            cuts += [stride for stride, size in zip(copy.hf.strides[:-1], copy.shape[:-1], strict=True) if size > 1]
-        return 1 if wanted < 1 or any(cut % wanted for cut in cuts) else wanted
-
 
 def compile_plan(spec: ModelSpec, source: Side, target: Side, *, same_ranks: bool = False) -> Plan:
     """Plans every byte that `target` holds, from `source`. Source ranks that hold the same box share the work evenly.
@@ -294,7 +284,5 @@ def _merged(run: list[Copy]) -> Copy:
 
 
 def copy_digest(copy: Copy, part: Tensor, tensor: HFTensor) -> int:
-    """Digest of the rectangle that `copy` moves, from its values `part` `[*copy.shape]`, in the words of `tensor`."""
-    return digest_strided(
-        part, columns=tensor.columns, offset=copy.hf.offset, strides=copy.hf.strides, word_elements=tensor.word_elements
-    )
+    """Digest of the rectangle that `copy` moves, from its values `part` `[*copy.shape]`."""
+    return digest_strided(part, columns=tensor.columns, offset=copy.hf.offset, strides=copy.hf.strides)

@@ -103,10 +103,7 @@ class AdapterSync:
         if not self._group.on_one_machine:
             raise SyncError("adapter sync through shared memory needs all trainer ranks on the engine's machine")
         self._dtype = getattr(torch, self._ask_engine()["dtype"])
-        self._tensors = [
-            replace(tensor, word_elements=self._plan.word_elements(tensor.hf_name, tensor.dtype.itemsize))
-            for tensor in self._spec.hf_tensors(self._dtype)
-        ]
+        self._tensors = list(self._spec.hf_tensors(self._dtype))
         self._offsets, nbytes = offsets(tensor.nbytes for tensor in self._tensors)
         self._arena = self._shared_arena(nbytes)
 
@@ -184,7 +181,6 @@ class AdapterSync:
             "names": [tensor.hf_name for tensor in self._tensors],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in self._tensors],
             "shapes": [list(tensor.shape) for tensor in self._tensors],
-            "words": [tensor.word_elements for tensor in self._tensors],
             "offsets": self._offsets,
             "digests": [f"{digests[tensor.hf_name]:016x}" for tensor in self._tensors],
         }

@@ -43,9 +43,7 @@ def placed(view: View, shape: Shape, tensors: Mapping[str, Tensor]) -> Tensor:
 
 def piece_digest(piece: Piece, values: Tensor) -> int:
     """Of the piece's values, wherever they lie, as part of the HF tensor."""
-    return digest_strided(
-        values, columns=piece.columns, offset=piece.hf.offset, strides=piece.hf.strides, word_elements=piece.words
-    )
+    return digest_strided(values, columns=piece.columns, offset=piece.hf.offset, strides=piece.hf.strides)
 
 
 def write_digests(worker: WorkerRoute, digests: Digests, into: Tensor) -> None:

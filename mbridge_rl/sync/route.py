@@ -32,7 +32,6 @@ class Piece:
     Attributes:
         dtype: of the parameter that it goes to, and so on the wire.
         offset: bytes into the image.
-        words: elements in a digest word.
         counted: no other piece holds the same elements of the HF tensor; such pieces together are the tensor.
     """
 
@@ -44,7 +43,6 @@ class Piece:
     hf: View
     columns: int
     offset: int
-    words: int
     counted: bool
 
     @property
@@ -115,7 +113,7 @@ class WorkerRoute:
                     [part.source_rank, part.start, part.nbytes, [
                         [index[piece.hf_name], piece.shape, str(piece.dtype).removeprefix("torch."), piece.target.name,
                          piece.target.offset, piece.target.strides, piece.hf.offset, piece.hf.strides, piece.columns,
-                         piece.offset, piece.words, piece.counted]
+                         piece.offset, piece.counted]
                         for piece in part.pieces
                     ]]
                     for part in bucket.parts
@@ -174,17 +172,11 @@ def plan_route(plan: Plan, workers: Sequence[int], dtypes: Mapping[str, torch.dt
     """
     by_worker: dict[int, list[Copy]] = {worker: [] for worker in workers}
     counted = _counted(plan)
-    words = {
-        hf_name: plan.word_elements(hf_name, dtypes[copies[0].target.name].itemsize)
-        for hf_name, copies in plan.by_hf_name.items()
-        if copies
-    }
     for copy in plan.copies:
         by_worker[copy.target_rank].append(copy)
     return Route(
         tuple(
-            _worker_route(worker, copies, counted, words, dtypes, plan.hf_shapes, bucket_bytes)
-            for worker, copies in by_worker.items()
+            _worker_route(worker, copies, counted, dtypes, plan.hf_shapes, bucket_bytes) for worker, copies in by_worker.items()
         )
     )
 
@@ -205,7 +197,6 @@ def _worker_route(
     worker: int,
     copies: Sequence[Copy],
     counted: set[int],
-    words: Mapping[str, int],
     dtypes: Mapping[str, torch.dtype],
     hf_shapes: Mapping[str, Shape],
     bucket_bytes: int,
@@ -218,7 +209,7 @@ def _worker_route(
         columns = hf_shapes[copy.hf_name][-1] if hf_shapes[copy.hf_name] else 1
         for chunk in chunks_of(copy, max(_LINE, bucket_bytes // dtype.itemsize)):
             piece = Piece(copy.hf_name, chunk.shape, dtype, chunk.source, chunk.target, chunk.hf, columns, 0,
-                          words[copy.hf_name], id(copy) in counted)  # fmt: skip
+                          id(copy) in counted)  # fmt: skip
             if filling and held + piece.nbytes > bucket_bytes:
                 buckets.append(_bucket(filling, end))
                 end += buckets[-1].nbytes
@@ -278,8 +269,8 @@ def _moved(view: View, dim: int, steps: int) -> View:
 
 
 def _piece_from_json(names: Sequence[str], said: Sequence[Any]) -> Piece:
-    name, shape, dtype, local, to, to_strides, offset, strides, columns, at, words, counted = said
+    name, shape, dtype, local, to, to_strides, offset, strides, columns, at, counted = said
     target = View(local, to, tuple(to_strides))
     hf = View(names[name], offset, tuple(strides))
     nowhere = View("", 0, tuple(strides))
-    return Piece(names[name], tuple(shape), getattr(torch, dtype), nowhere, target, hf, columns, at, words, counted)
+    return Piece(names[name], tuple(shape), getattr(torch, dtype), nowhere, target, hf, columns, at, counted)

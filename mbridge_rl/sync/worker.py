@@ -448,7 +448,7 @@ class _Update:
         if missing == prod(piece.shape):
             del self._whole[hf_name]
             shape = (tensor.numel() // piece.columns, piece.columns)
-            self._proven_received[hf_name] = digest(tensor.view(shape), piece.words)
+            self._proven_received[hf_name] = digest(tensor.view(shape))
             self._model.load_whole(hf_name, tensor)
 
     def _places(self, hf_name: str) -> set[str]:

@@ -80,10 +80,8 @@ class WorkerAdapters:
             DigestMismatch: bytes are not the trainer's; EngineMismatch: the engine has no place for them.
         """
         tensors = tuple(
-            HFTensor(name, getattr(torch, dtype), tuple(shape), word)
-            for name, dtype, shape, word in zip(
-                update["names"], update["dtypes"], update["shapes"], update["words"], strict=True
-            )
+            HFTensor(name, getattr(torch, dtype), tuple(shape))
+            for name, dtype, shape in zip(update["names"], update["dtypes"], update["shapes"], strict=True)
         )
         self._require_fitting(tensors, update["rank"])
         digests = {name: int(text, 16) for name, text in zip(update["names"], update["digests"], strict=True)}
@@ -145,7 +143,7 @@ class WorkerAdapters:
             raise SyncError(f"no adapter has slot id {slot_id}; found {listed(self._live)}")
         adapter = self._live[slot_id]
         found = self._read(slot_id, adapter)
-        return {tensor.hf_name: f"{digest(found[tensor.hf_name], tensor.word_elements):016x}" for tensor in adapter.tensors}
+        return {tensor.hf_name: f"{digest(found[tensor.hf_name]):016x}" for tensor in adapter.tensors}
 
     def _install(self, slot_id: int, adapter: _Adapter) -> None:
         self._manager.remove_adapter(slot_id)
@@ -259,9 +257,7 @@ def _by_name(tensors: tuple[HFTensor, ...], flat: Tensor) -> dict[str, Tensor]:
 def _require_digests(
     found: Mapping[str, Tensor], tensors: tuple[HFTensor, ...], expected: Mapping[str, int], complaint: str
 ) -> None:
-    wrong = [
-        tensor.hf_name for tensor in tensors if digest(found[tensor.hf_name], tensor.word_elements) != expected[tensor.hf_name]
-    ]
+    wrong = [tensor.hf_name for tensor in tensors if digest(found[tensor.hf_name]) != expected[tensor.hf_name]]
     if wrong:
         raise DigestMismatch(f"{len(wrong)} of {len(tensors)} factors {complaint}: {listed(wrong)}")
 

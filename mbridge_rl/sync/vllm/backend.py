@@ -31,7 +31,6 @@ class InitInfo(WeightTransferInitInfo):
         config: the trainer's `config_summary`; empty skips the comparison.
         arena_path, arena_nbytes: the shared memory that updates lie in; empty if tensors come in process.
         verify: whether each sync proves the live weights by digest.
-        words: how many neighbouring elements form one word of each tensor's digest; empty means one.
     """
 
     names: list[str]
@@ -42,7 +41,6 @@ class InitInfo(WeightTransferInitInfo):
     arena_path: str = ""
     arena_nbytes: int = 0
     verify: bool = True
-    words: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -155,24 +153,19 @@ def parse_metadata(init_info: InitInfo) -> list[HFTensor]:
     Raises:
         EngineMismatch: the lists do not go together, a dtype is unknown, or the fingerprint is not of these tensors.
     """
-    words = init_info.words or [1] * len(init_info.names)
     lengths = {
         "names": len(init_info.names),
         "dtypes": len(init_info.dtypes),
         "shapes": len(init_info.shapes),
-        "words": len(words),
     }
     if len(set(lengths.values())) > 1:
         raise EngineMismatch(f"the lists of the announced tensors differ in length: {lengths}")
     metadata = []
-    for name, dtype_name, shape, word in zip(init_info.names, init_info.dtypes, init_info.shapes, words, strict=True):
+    for name, dtype_name, shape in zip(init_info.names, init_info.dtypes, init_info.shapes, strict=True):
         dtype = getattr(torch, dtype_name, None)
         if not isinstance(dtype, torch.dtype):
             raise EngineMismatch(f"{name}: {dtype_name!r} is no dtype of torch")
-        tensor = HFTensor(name, dtype, tuple(shape), word)
-        if word < 1 or tensor.columns % word or word * dtype.itemsize > 8:
-            raise EngineMismatch(f"{name}: {word} elements of {dtype} are no word of its {tensor.columns} columns")
-        metadata.append(tensor)
+        metadata.append(HFTensor(name, dtype, tuple(shape)))
     found = metadata_fingerprint(metadata)
     if found != init_info.fingerprint:
         raise EngineMismatch(f"the announced tensors have fingerprint {found}, expected {init_info.fingerprint}")

@@ -338,7 +338,6 @@ def init_info(metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = N
         "names": [tensor.hf_name for tensor in tensors],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
         "shapes": [list(tensor.shape) for tensor in tensors],
-        "words": [tensor.word_elements for tensor in tensors],
         "fingerprint": metadata_fingerprint(tensors),
         "config": dict(config or {}),
     }

@@ -36,26 +36,9 @@ class Landing:
     target: View  # of the parameter as it lies in memory; same shape as `source`
 
     def digest(self, values: Tensor, tensor: HFTensor) -> int:
-        """Digest of this part of `tensor`, in HF coordinates, from `values` of the landing's shape.
-
-        In the trainer's words where this part consists of whole ones, else element by element.
-        """
-        words = tensor.word_elements if values.dtype == tensor.dtype and self.has_whole_words(tensor) else 1
+        """Digest of this part of `tensor`, in HF coordinates, from `values` of the landing's shape."""
         source = self.source
-        return digest_strided(values, columns=tensor.columns, offset=source.offset, strides=source.strides, word_elements=words)
-
-    def has_whole_words(self, tensor: HFTensor) -> bool:
-        """Whether this part cuts none of the trainer's words: its columns are one run of them, aligned at both ends."""
-        dims = [dim for dim in zip(self.source.shape, self.source.strides, strict=True) if dim[0] > 1]
-        along_columns = [dim for dim in dims if dim[1] % tensor.columns]
-        words = tensor.word_elements
-        if words == 1:
-            return True
-        return (
-            len(along_columns) == 1
-            and along_columns[0][1] == 1
-            and not (along_columns[0][0] % words or self.source.offset % words or tensor.columns % words)
-        )
+        return digest_strided(values, columns=tensor.columns, offset=source.offset, strides=source.strides)
 
 
 def times_covered(views: Iterable[View], shape: Sequence[int], strides: Sequence[int] | None = None) -> Coverage:

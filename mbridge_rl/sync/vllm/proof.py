@@ -64,8 +64,6 @@ class LandingMap:
         tensor, landings = self.tensors[hf_name], self.landings[hf_name]
         if any(self._dtypes[landing.parameter_name] != tensor.dtype for landing in landings):
             return False
-        if not all(landing.has_whole_words(tensor) for landing in landings):
-            return False
         return times_covered((landing.source for landing in landings), tensor.shape).exactly_once
 
     def description(

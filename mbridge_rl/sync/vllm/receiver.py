@@ -261,7 +261,7 @@ class Receiver:
             raise EngineMismatch(f"no digest was sent for {listed(absent)}; send one each, or none at all")
         wrong = []
         for hf_name, tensor in batch:
-            found = digest(tensor, self._landings.tensors[hf_name].word_elements)
+            found = digest(tensor)
             expected = found if digests is None else digests[hf_name]
             if found != expected:
                 wrong.append(f"{hf_name} (expected {expected:016x}, found {found:016x})")
