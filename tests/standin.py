@@ -56,6 +56,8 @@ class Latch:
 class PlainModel:
     """What `ShardReceiver` asks of an engine's model; tensors named in `whole` are placed by the worker's own loader."""
 
+    settles = False
+
     def __init__(self, worker: FusedWorker) -> None:
         self.worker = worker
 

@@ -22,24 +22,37 @@ class Packer:
         live: this rank's tensors, by the names of the route's sources.
         dtypes: of every HF tensor as it travels.
         with_digests: note them, of every part once, however often it is packed.
+        looks: whether to note the names of tensors that hold NaN or infinity.
+
+    Attributes:
+        strange: those names.
     """
 
     def __init__(
-        self, route: Route, live: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], *, with_digests: bool
+        self,
+        route: Route,
+        live: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        *,
+        with_digests: bool,
+        looks: bool,
     ) -> None:
         self._route, self._live, self._dtypes, self._with_digests = route, live, dtypes, with_digests
         self._of_workers: list[Digests] = [{} for _ in route.workers]
         self._counted: Digests = {}
         self._noted: set[tuple[int, int]] = set()
+        self.strange: set[str] = set()
+        self._looks = looks
 
     def pack(self, worker: WorkerRoute, part: Part, into: Tensor) -> None:
         """Writes `part` to `into` (uint8 `[part.nbytes]`); the digests are the last part of a worker."""
         if not part.pieces:
             packing.write_digests(worker, self._of_workers[worker.rank], into)
             return
-        new = self._with_digests and (worker.rank, part.start) not in self._noted
+        new = (worker.rank, part.start) not in self._noted
         self._noted.add((worker.rank, part.start))
-        for piece, share in packing.pack(part, into, self._read, self._of_workers[worker.rank] if new else None):
+        digests = self._of_workers[worker.rank] if new and self._with_digests else None
+        for piece, share in packing.pack(part, into, self._read, digests, self.strange if new and self._looks else None):
             if piece.counted:
                 self._counted[piece.hf_name] = add(self._counted.get(piece.hf_name, 0), share)
 

@@ -12,23 +12,49 @@ from mbridge_rl.core.errors import listed
 from mbridge_rl.core.plan import View
 from mbridge_rl.core.segments import Shape
 from mbridge_rl.sync.errors import DigestMismatch
+from mbridge_rl.sync.finite import is_finite
 from mbridge_rl.sync.route import Part, Piece, WorkerRoute
 
 Digests = dict[str, int]
+_BLOCK_BYTES = 1 << 20  # what is moved is digested while it is in a core's cache still
 
 
-def pack(part: Part, into: Tensor, read: Callable[[Piece], Tensor], digests: Digests | None) -> list[tuple[Piece, int]]:
+def pack(
+    part: Part, into: Tensor, read: Callable[[Piece], Tensor], digests: Digests | None, strange: set[str] | None = None
+) -> list[tuple[Piece, int]]:
     """Writes the pieces of `part` to `into` (uint8 `[part.nbytes]`); if `digests` are wanted adds each piece's, by HF name, to
-    them, and returns the pieces with theirs."""
+    them, and returns the pieces with theirs; adds to `strange` the names of sources that hold NaN or infinity."""
     found = []
     for piece in part.pieces:
-        values = rectangle(piece, into, part.start)
-        values.copy_(read(piece))
+        share = move(piece, read(piece), rectangle(piece, into, part.start), digests is not None, strange)
         if digests is not None:
-            share = piece_digest(piece, values)
             digests[piece.hf_name] = add(digests.get(piece.hf_name, 0), share)
             found.append((piece, share))
     return found
+
+
+def move(piece: Piece, values: Tensor, into: Tensor, with_digest: bool, strange: set[str] | None = None) -> int:
+    """Copies `values` to `into`, both `[*piece.shape]` and wherever they lie, block by block.
+
+    Args:
+        strange: gets the name of the source if a value is NaN or infinite.
+
+    Returns:
+        The digest of what `into` holds then; 0 if none is wanted.
+    """
+    dim = next((dim for dim, size in enumerate(piece.shape) if size > 1), 0)
+    size = piece.shape[dim] if piece.shape else 1
+    step = max(1, size * _BLOCK_BYTES // piece.nbytes) if into.device.type == "cpu" else size
+    share = 0
+    for first in range(0, size, step):
+        block = into if step >= size else into.narrow(dim, first, min(step, size - first))
+        block.copy_(values if step >= size else values.narrow(dim, first, block.shape[dim]))
+        if strange is not None and not is_finite(block):
+            strange.add(piece.source.name)
+        if with_digest:
+            offset = piece.hf.offset + first * piece.hf.strides[dim] if piece.shape else piece.hf.offset
+            share += digest_strided(block, columns=piece.columns, offset=offset, strides=piece.hf.strides)
+    return unsigned(share)
 
 
 def rectangle(piece: Piece, data: Tensor, start: int = 0) -> Tensor:

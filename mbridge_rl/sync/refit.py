@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.errors import listed
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.quantize import Fp8, quantized_spec
 from mbridge_rl.core.segments import megatron_side
@@ -29,7 +28,8 @@ from mbridge_rl.sync.arena import SHARED_MEMORY
 from mbridge_rl.sync.delta import Delta, DeltaSender, carried_bytes
 from mbridge_rl.sync.engine_side import WorkerDescription, engine_side, local_dtypes
 from mbridge_rl.sync.engines import Engine, Engines
-from mbridge_rl.sync.errors import DeltaRefused, DigestMismatch, NonFiniteWeights, SyncError, TransferTimeout
+from mbridge_rl.sync.errors import DeltaRefused, DigestMismatch, SyncError, TransferTimeout
+from mbridge_rl.sync.finite import refuse_strange, require_finite
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.host import machine_id
 from mbridge_rl.sync.packer import Packer
@@ -65,7 +65,7 @@ class SyncOptions:
         transport: `auto` takes shared memory where trainer and engines share a host, else a process group.
         bucket_bytes: of one bucket; larger tensors travel in chunks.
         verify: digests on both ends, compared before the commit.
-        nonfinite: whether NaN and infinite weights are refused before anything is sent, or passed on.
+        nonfinite: whether NaN and infinite weights are refused before anything that is served changes, or passed on.
         requests: what becomes of requests in flight at the commit (`sync.vllm.requests.RequestRunner.hold`).
         retries: attempts after one that timed out or arrived with other bytes.
         timeout: seconds, for every single wait.
@@ -219,9 +219,10 @@ class WeightSync:
         with watch("check"):
             with self._group.together():
                 live, _ = live_side(self._model, self._bridge.spec, self._layout, self._group.rank)
-                if self.options.nonfinite == "refuse":
+                if self.options.nonfinite == "refuse" and not self._looks_on_the_way:
                     require_finite(live, self._group.rank)
-            packer = Packer(self._route, self._quantized(live), self._hf_dtypes, with_digests=self.options.verify)
+            looks = self.options.nonfinite == "refuse" and self._looks_on_the_way
+            packer = Packer(self._route, self._quantized(live), self._hf_dtypes, with_digests=self.options.verify, looks=looks)
         began = False
         try:
             delta = None
@@ -303,6 +304,12 @@ class WeightSync:
             }
         )
 
+    @property
+    def _looks_on_the_way(self) -> bool:
+        """Whether packing finds NaN and infinity, without a pass of its own. It would be too late where live weights change as
+        they arrive, and quantized values are others."""
+        return self.options.mode == "staged" and self._scheme is None
+
     def _quantized(self, live: LiveParameters) -> Mapping[str, Tensor]:
         if self._scheme is None:
             return live
@@ -343,6 +350,7 @@ class WeightSync:
                 outlet.send(worker.rank, index, as_sent)
         with watch("wire"):
             outlet.finish()
+        refuse_strange(packer.strange, self._group.rank)
 
     def _verify(self, version: int, packer: Packer) -> tuple[str | None, list[str]]:
         """What arrived is what was packed; returns the digest of all weights, and the proofs of what the workers get."""
@@ -443,17 +451,3 @@ class WeightSync:
                 raise SyncError(
                     f"rank {rank} brings {theirs}, rank 0 {said[0]}: give every rank the same model, layout, dtype and options"
                 )
-
-
-def require_finite(tensors: Mapping[str, Tensor], rank: int) -> None:
-    """Raises NonFiniteWeights, naming the parameters that hold NaN or infinity."""
-    wrong = []
-    for name, tensor in tensors.items():
-        # A sum is the fastest pass that keeps every NaN and infinity; it may overflow by itself, so the verdict is exact.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
-            wrong.append(name)
-    if wrong:
-        raise NonFiniteWeights(
-            f"rank {rank}: {len(wrong)} parameters hold NaN or infinity: {listed(wrong)}. Nothing was sent, the engines serve "
-            "the old version; WeightSync(nonfinite='pass') sends them all the same"
-        )

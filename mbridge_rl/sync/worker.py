@@ -22,9 +22,9 @@ from mbridge_rl.core.errors import listed
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.delta import DeltaInlet, carried_bytes, proof_of, shrunk
-from mbridge_rl.sync.engine_side import WHOLE_TENSOR
 from mbridge_rl.sync.errors import DeltaRefused, DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.sync.packing import Digests
+from mbridge_rl.sync.places import each_written_once, is_whole, require_place
 from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute, fingerprint_of
 from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.store import StorePart, WeightStore
@@ -39,6 +39,8 @@ Mode = Literal["staged", "streaming"]
 
 class Model(Protocol):
     """The engine's model, as a worker changes it."""
+
+    settles: bool  # whether `settle` may change, or move, what was written before it
 
     def parameters(self) -> Mapping[str, Tensor]:
         """The live parameters by name, as a loader fills them; between updates they may be read while the engine generates."""
@@ -108,9 +110,10 @@ class ShardReceiver:
         with self._model.plain():
             parameters = self._model.parameters()
             for piece in route.pieces:
-                _require_place(piece, parameters)
+                require_place(piece, parameters)
+            final = not self._model.settles and each_written_once(route, parameters)
         self.abort("another trainer introduced itself")
-        self._route, self._said = route, said
+        self._route, self._said, self._writes_are_final = route, said, final
 
     def receive(
         self,
@@ -146,9 +149,8 @@ class ShardReceiver:
         self.serving.begin(version, serves_on=mode == "staged")
         with self.serving.failing(self.abort, f"the update to version {version} could not begin"):
             arriving = route if delta is None else shrunk(route, delta["sizes"][route.rank])
-            self._update = _Update(
-                self._model, self.serving, route, arriving, self._said, self._store_of(wire), mode, wire, timeout
-            )
+            store, final = self._store_of(wire), self._writes_are_final
+            self._update = _Update(self._model, self.serving, route, arriving, self._said, final, store, mode, wire, timeout)
             self._update.start()
 
     def status(self) -> dict[str, Any]:
@@ -232,7 +234,7 @@ class ShardReceiver:
         """
         if self.serving.guard.reason is not None:
             raise SyncError(f"this worker has no weights to give: {self.serving.guard.reason}")
-        if whole := {piece.hf_name for piece in self.route.pieces if _is_whole(piece)}:
+        if whole := {piece.hf_name for piece in self.route.pieces if is_whole(piece)}:
             raise SyncError(f"where this worker keeps {listed(whole)} only its own loader knows: they cannot be read back")
         found: Digests = {}
         with self._model.plain():
@@ -255,7 +257,7 @@ class ShardReceiver:
 
     def live_digests(self) -> Digests:
         """What the parameters hold now, by HF name, of the pieces that this worker counts."""
-        counted = (piece for piece in self.route.pieces if piece.counted and not _is_whole(piece))
+        counted = (piece for piece in self.route.pieces if piece.counted and not is_whole(piece))
         with self._model.plain():
             return packing.live_digests(counted, self._model.parameters())
 
@@ -270,6 +272,7 @@ class _Update:
         route: WorkerRoute,
         arriving: WorkerRoute,
         said: Mapping[str, Any],
+        writes_are_final: bool,
         store: WeightStore | None,
         mode: Mode,
         wire: Wire,
@@ -277,6 +280,7 @@ class _Update:
     ) -> None:
         self._model, self._serving, self._route, self._arriving, self.mode = model, serving, route, arriving, mode
         self._said, self._verify, self._store = said, said["verify"], store
+        self._verify_at_once = self._verify and writes_are_final
         self._wire, self._timeout = wire, timeout
         self.error: BaseException | None = None
         self.expected: Digests | None = None  # the trainer's, once live weights were proven to be that
@@ -287,6 +291,7 @@ class _Update:
         self._tables: list[Tensor] = []
         self._whole: dict[str, tuple[Tensor, int]] = {}
         self._proven_received: Digests = {}
+        self._live: dict[bool, Digests] = {}  # of what was written, by whether this worker counts it
         self._part: StorePart | None = None
         self._thread: threading.Thread | None = None
         self._patience = Patience(timeout, self._stopping)
@@ -339,14 +344,13 @@ class _Update:
 
     def _proven(self) -> dict[str, Any]:
         expected = packing.read_digests(self._route, self._tables)
-        whole = {piece.hf_name for piece in self._route.pieces if _is_whole(piece)}
+        whole = {piece.hf_name for piece in self._route.pieces if is_whole(piece)}
         counted: Digests = {}
         if self._verify:
             self.expected = expected
-            parameters = self._model.parameters()
-            traced = [piece for piece in self._route.pieces if not _is_whole(piece)]
-            rest = packing.live_digests((piece for piece in traced if not piece.counted), parameters)
-            counted = packing.live_digests((piece for piece in traced if piece.counted), parameters)
+            if not self._verify_at_once:
+                self._digest_again()
+            counted, rest = self._live[True], self._live[False]
             found = self._proven_received | {
                 name: add(counted.get(name, 0), rest.get(name, 0)) for name in counted.keys() | rest.keys()
             }
@@ -356,7 +360,7 @@ class _Update:
                     f"{len(wrong)} tensors of worker {self._route.rank} are not in the live weights as they were sent: "
                     f"{listed(f'{name} (in {listed(self._places(name))})' for name in wrong)}"
                 )
-            first = {piece.hf_name for piece in self._route.pieces if _is_whole(piece) and piece.counted}
+            first = {piece.hf_name for piece in self._route.pieces if is_whole(piece) and piece.counted}
             counted |= {name: self._proven_received[name] for name in first}
         return {
             "tensors": len(self._route.hf_names),
@@ -364,6 +368,13 @@ class _Update:
             "digests": {hf_name: f"{value:016x}" for hf_name, value in counted.items()},
             "whole": sorted(whole),
         }
+
+    def _digest_again(self) -> None:
+        """Where a loader had its own way with the parameters after they were written."""
+        parameters = self._model.parameters()
+        traced = [piece for piece in self._route.pieces if not is_whole(piece)]
+        for counts in (True, False):
+            self._live[counts] = packing.live_digests((piece for piece in traced if piece.counted == counts), parameters)
 
     def keep(self) -> None:
         """The image of this host's weight store becomes live, if this update brought one."""
@@ -411,7 +422,7 @@ class _Update:
 
     def _write_all(self, inlet: Inlet) -> None:
         parameters = self._model.parameters()
-        self._tables, self._whole = [], {}
+        self._tables, self._whole, self._live = [], {}, {True: {}, False: {}}
         for index, bucket in enumerate(self._route.buckets):
             data = self._taken(inlet, index)
             self._serving.written = True
@@ -431,10 +442,13 @@ class _Update:
                 self._tables.append(of_part.cpu().clone())
             for piece in part.pieces:
                 values = packing.rectangle(piece, of_part, part.start)
-                if _is_whole(piece):
+                if is_whole(piece):
                     self._collect(piece, values)
                 else:
-                    packing.placed(piece.target, piece.shape, parameters).copy_(values)
+                    place = packing.placed(piece.target, piece.shape, parameters)
+                    share = packing.move(piece, values, place, self._verify_at_once)
+                    live = self._live[piece.counted]
+                    live[piece.hf_name] = add(live.get(piece.hf_name, 0), share)
 
     def _collect(self, piece: Piece, values: Tensor) -> None:
         """Part of a tensor that the engine's loader takes whole; the last part hands it over."""
@@ -490,24 +504,6 @@ def merged_report(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "seconds": {phase: max(report["seconds"].get(phase, 0.0) for report in reports) for phase in sorted(phases)},
         "spans": [span for report in reports for span in report["spans"]],
     }
-
-
-def _is_whole(piece: Piece) -> bool:
-    return piece.target.name.startswith(WHOLE_TENSOR)
-
-
-def _require_place(piece: Piece, parameters: Mapping[str, Tensor]) -> None:
-    if _is_whole(piece):
-        return
-    name, parameter = piece.target.name, parameters.get(piece.target.name)
-    if parameter is None:
-        raise EngineMismatch(f"{piece.hf_name}: the plan writes to {name}, which this worker has not")
-    if parameter.dtype != piece.dtype:
-        raise EngineMismatch(f"{piece.hf_name}: the plan brings {piece.dtype}, {name} is {parameter.dtype}")
-    last = piece.target.offset + sum((size - 1) * step for size, step in zip(piece.shape, piece.target.strides, strict=True))
-    extent = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
-    if last > extent:
-        raise EngineMismatch(f"{piece.hf_name}: the plan writes past the end of {name} {list(parameter.shape)}")
 
 
 def load_from_store(receiver: ShardReceiver, store: WeightStore, token: str) -> dict[str, Any]:

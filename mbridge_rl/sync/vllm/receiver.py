@@ -189,6 +189,10 @@ class Receiver:
 
     # What `sync.worker.ShardReceiver` asks of an engine's model.
 
+    @property
+    def settles(self) -> bool:
+        return self._loader.keeps_references
+
     def parameters(self) -> dict[str, Tensor]:
         if self._targets is not None:
             return self._targets
