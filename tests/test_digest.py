@@ -69,7 +69,7 @@ def defined(tensor: torch.Tensor) -> int:
 
 def constant_of_byte(place: int) -> int:
     bits = drawn(place, 1)
-    return sum(((bits >> 8 * digit & 127) - 64) * 128**digit for digit in range(8))
+    return sum(((bits >> 8 * n & 127) - 64) * (drawn(n, 3) << (n > 0)) for n in range(4))
 
 
 def drawn(place: int, salt: int) -> int:

@@ -2,13 +2,14 @@
 
     digest(T) = sum over rows r of R[r] * sum over bytes b of row r of K[b] * T[r, b]      (mod 2^64)
 
-Bytes are signed; `R` and `K` are odd constants drawn by splitmix64 (Steele, Lea, Flood 2014) from the row and from the byte's
-place in it. So every byte is tied to its place in the HF tensor, and the digests of disjoint pieces add up, whoever computes
-them and in whatever order. A byte times 56 bits of `K` loses nothing to the modulus: no bit of a word is weaker than another,
-whatever the dtype. It guards against mistakes and faults, not against an adversary.
+Bytes are signed; `R` and `K` are odd constants of the row and of the byte's place in it, drawn by splitmix64 (Steele, Lea,
+Flood 2014). So every byte is tied to its place in the HF tensor, and the digests of disjoint pieces add up, whoever computes
+them and in whatever order. A byte times an odd constant is never 0 modulo 2^64, and no bit of a byte is weaker than another. It
+guards against mistakes and faults, not against an adversary.
 
-`K[b] = sum over n < 8 of 128^n * W[b, n]` in digits of 7 bits, so that the inner sum is a product of 8-bit integers, which
-processors have instructions for. Digits of 7 bits, because processors without VNNI add two products in 16 bits.
+`K[b] = sum over n < 4 of B[n] * W[n, b]`, where the `W` have 7 bits: each inner sum is four products of a matrix of 8-bit
+integers with a vector, exact in 32 bits, for which processors have instructions (and 7 bits, because those without VNNI add two
+products in 16 bits). What is left of 64-bit arithmetic is four numbers per row.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import mul
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_DIGITS = 8
-_BLOCK_BYTES = 1 << 20  # of a matrix at a time: stays in a core's cache
+_BLOCK_BYTES = 1 << 21  # of a matrix at a time: stays in a core's cache
 _LINE_BYTES = 1 << 15  # of a row at a time: 32768 products of 14 bits fit 32
 _FEW_BYTES = 1 << 14  # below, preparing the product of 8-bit integers takes longer than the product
-_SHIFTS = torch.arange(_DIGITS) * 7
 
 
 def digest(tensor: Tensor) -> int:
@@ -91,7 +91,7 @@ class _Place:
     Attributes:
         dims: of the part, those along rows of the HF tensor first.
         rows: int64, a constant for each row.
-        lines: int8 `[bytes, 8]`, the digits of each byte of a row, cut into what is multiplied at a time.
+        lines: int8 `[4, bytes]`, `W` of each byte of a row, cut into what is multiplied at a time.
         row_bytes: of the part.
     """
 
@@ -111,7 +111,7 @@ def _place(shape: Sequence[int], strides: Sequence[int], columns: int, offset: i
     if cols[-1] >= columns:
         raise ValueError(f"part {tuple(shape)} with strides {tuple(strides)} wraps around rows of {columns} columns")
     step = max(1, _LINE_BYTES // size)
-    lines = tuple(_digits(cols[start : start + step], size, device) for start in range(0, len(cols), step))
+    lines = tuple(_weights(cols[start : start + step], size, device) for start in range(0, len(cols), step))
     return _Place((*row_dims, *column_dims), _row_constants(rows).to(device), lines, len(cols) * size)
 
 
@@ -128,10 +128,10 @@ def _digest_matrix(matrix: Tensor, place: _Place) -> int:
     for block in _row_blocks(matrix, len(place.rows), max(1, _BLOCK_BYTES // place.row_bytes)):
         data, start = block.view(torch.int8), 0
         constants = place.rows[first : first + len(block)]
-        for digits in place.lines:
-            line = data if len(place.lines) == 1 else data[:, start : start + len(digits)]
-            total += _weighted_sum(line, digits, constants)
-            start += len(digits)
+        for weights in place.lines:
+            line = data if len(place.lines) == 1 else data[:, start : start + weights.shape[1]]
+            total += _weighted_sum(line, weights, constants)
+            start += weights.shape[1]
         first += len(block)
     return total % (1 << 64)
 
@@ -151,29 +151,29 @@ def _row_blocks(matrix: Tensor, num_rows: int, step: int) -> Iterator[Tensor]:
         yield block if block.stride(1) == 1 else block.clone(memory_format=torch.contiguous_format)
 
 
-def _weighted_sum(data: Tensor, digits: Tensor, rows: Tensor) -> int:
+def _weighted_sum(data: Tensor, weights: Tensor, rows: Tensor) -> int:
     """Of the bytes of `data`, int8 `[rows, bytes]`, times the constants of their places and rows, modulo 2^64."""
     if data.device.type == "cpu" and data.numel() >= _FEW_BYTES:
-        by_digit = (torch._int_mm(data, digits).to(torch.int64) * rows[:, None]).sum(0)
-        return sum(value << (7 * digit) for digit, value in enumerate(by_digit.tolist()))
-    constants = (digits.to(torch.int64) << _SHIFTS.to(digits.device)).sum(1)
+        sums = torch.cat([torch._int_mm(data, of_byte.unsqueeze(1)) for of_byte in weights], 1).to(torch.int64)
+        return sum(map(mul, torch.mv(sums.t(), rows).tolist(), _BASES))
+    constants = (weights.to(torch.int64) * torch.tensor(_BASES, device=weights.device).unsqueeze(1)).sum(0)
     return int(((data.to(torch.int64) * constants).sum(1) * rows).sum())
 
 
-def _digits(cols: np.ndarray, size: int, device: torch.device) -> Tensor:
-    """int8 `[bytes, 8]`, of the bytes of these columns of elements of `size` bytes."""
+def _weights(cols: np.ndarray, size: int, device: torch.device) -> Tensor:
+    """int8 `[4, bytes]`, of the bytes of these columns of elements of `size` bytes."""
     if cols[-1] - cols[0] + 1 == len(cols) and np.all(cols[1:] > cols[:-1]):
-        return _digits_of_run(int(cols[0]) * size, (int(cols[-1]) + 1) * size, device)
-    return _digits_at((cols[:, None] * size + np.arange(size)).reshape(-1), device)
+        return _weights_of_run(int(cols[0]) * size, (int(cols[-1]) + 1) * size, device)
+    return _weights_at((cols[:, None] * size + np.arange(size)).reshape(-1), device)
 
 
 @lru_cache(maxsize=64)
-def _digits_of_run(first: int, stop: int, device: torch.device) -> Tensor:
-    return _digits_at(np.arange(first, stop), device)
+def _weights_of_run(first: int, stop: int, device: torch.device) -> Tensor:
+    return _weights_at(np.arange(first, stop), device)
 
 
-def _digits_at(places: np.ndarray, device: torch.device) -> Tensor:
-    drawn = _splitmix64(places, salt=1)[:, None] >> (np.arange(_DIGITS, dtype=np.uint64) * np.uint64(_DIGITS))
+def _weights_at(places: np.ndarray, device: torch.device) -> Tensor:
+    drawn = _splitmix64(places, salt=1) >> (np.arange(len(_BASES), dtype=np.uint64) * np.uint64(8))[:, None]
     return torch.from_numpy((drawn & np.uint64(127)).astype(np.int8) - np.int8(64)).to(device)
 
 
@@ -189,3 +189,7 @@ def _splitmix64(positions: np.ndarray, salt: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+
+
+# `B`: the first is odd and so is each first weight, the others are even: so every `K` is odd.
+_BASES = tuple(signed(unsigned(int(drawn) << (n > 0))) for n, drawn in enumerate(_splitmix64(np.arange(4), salt=3)))
