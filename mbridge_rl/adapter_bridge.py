@@ -72,7 +72,7 @@ class LiveAdapterBridge:
         staging = StagingDirectory(directory, [file], durable=durable)
 
         def write_config() -> None:
-            write_lora_config(self._base, self.spec, self.config, base, staging.path)
+            write_lora_config(self._base, self.config, base, staging.path)
 
         save_together(staging, self._plan, self._live, self._group, write_config)
 
@@ -95,8 +95,8 @@ class LiveAdapterBridge:
                 virtual.run(plan, {0: whole}, {self._group.rank: targets})
 
     def _require_same_scale(self, found: LoRAConfig, where: str) -> None:
-        if (found.rank, found.scale) != (self.config.rank, self.config.scale):
+        if (found.rank, found.scale) != (self.config.peft_rank, self.config.scale):
             raise StateMismatchError(
-                f"{where} has rank {found.rank} and scale {found.scale:g}, the model's adapters have {self.config.rank} and "
+                f"{where} has rank {found.rank} and scale {found.scale:g}, the model's adapters {self.config.peft_rank} and "
                 f"{self.config.scale:g}: attach them with AutoBridge.adapter_config({where!r}). Nothing was changed"
             )

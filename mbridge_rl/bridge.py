@@ -168,12 +168,14 @@ class AutoBridge:
             CheckpointError, StateMismatchError: on all ranks: the source or the model does not match; checked before anything
                 is written. A file that becomes unreadable while it is read leaves an incomplete model; the error says so.
         """
+        from mbridge_rl.megatron.adapters import require_replaceable_base
         from mbridge_rl.megatron.parameters import layout_of
 
         if source is not None and not isinstance(source, str | Path | Mapping | nn.Module):
             return self.import_weights(model, source, layout=layout)
         group = RankGroup()
         with group.together():
+            require_replaceable_base(model)
             hf_state = self._opened(source)
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, side = self._live(model, layout, group.rank)
@@ -211,10 +213,12 @@ class AutoBridge:
             StateMismatchError: on all ranks: an unknown or repeated tensor, one of another shape or not floating point, or an
                 end before all have arrived. Whatever the stream itself raises comes out, too.
         """
+        from mbridge_rl.megatron.adapters import require_replaceable_base
         from mbridge_rl.megatron.parameters import layout_of
 
         group = RankGroup()
         with group.together():
+            require_replaceable_base(model)
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, side = self._live(model, layout, group.rank)
             plan = self._import_plan(layout, group.rank, side)

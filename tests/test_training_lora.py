@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from mbridge_rl.training.lora import (
     adapted_modules,
     adapters_disabled,
     add_lora,
-    merged_weight,
 )
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
@@ -37,6 +37,10 @@ CANONICAL = LoRAConfig(rank=3, alpha=6.0, canonical=True)
 SOME_PARTS = LoRAConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "up_proj"), canonical=True, rslora=True)
 LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 MLA_FUSED = LoRAConfig(rank=3, alpha=6.0, targets=(*LATENT, "linear_fc1", "linear_fc2"))
+DORA = LoRAConfig(rank=3, alpha=6.0, dora=True)
+DORA_PARTS = replace(SOME_PARTS, dora=True)
+MLA_DORA = replace(MLA_FUSED, dora=True)
+PISSA = LoRAConfig(rank=3, alpha=6.0, start="pissa")
 MLA_CANONICAL = LoRAConfig(rank=3, alpha=6.0, targets=MLA_FUSED.targets, canonical=True)
 SP: dict[str, Any] = {"sequence_parallel": True}
 RECOMPUTE = {"overrides": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}
@@ -90,7 +94,8 @@ def _train(rank: int, checkpoint: Path, layout: Layout, build: dict[str, Any], c
     return {
         "loss": [report.loss for report in reports],
         "grad_norm": [report.grad_norm for report in reports],
-        "starts_as_base": torch.equal(at_first, base),
+        # PiSSA: W x + B A x - B A x, each of the size of W x and rounded
+        "starts_as_base": torch.equal(at_first, base) or (config.keeps_start and torch.allclose(at_first, base, atol=1e-5)),
         "base_stays": all(torch.equal(dict(unwrap(model)[0].named_parameters())[name], p) for name, p in frozen.items()),
         "reference_is_base": torch.equal(trainer.reference_log_probs(batch), base),
         "adapted": adapted,
@@ -122,6 +127,12 @@ CASES: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
     (MOE, Layout(ep=2, dp=2), {"grouped_experts": False}, ADAPTERS),
     (MLA, Layout(tp=2), SP, MLA_CANONICAL),
     (MLA, Layout(tp=2, ep=2, etp=1), SP, MLA_FUSED),
+    (DENSE, Layout(tp=2), SP | RECOMPUTE, DORA),
+    (DENSE, Layout(pp=2, tp=2), {}, DORA_PARTS),
+    (MOE, Layout(tp=2), SP, DORA),
+    (MLA, Layout(tp=2, ep=2, etp=1), SP, MLA_DORA),
+    (DENSE, Layout(tp=2), SP, PISSA),
+    (MOE, Layout(tp=2), SP, replace(PISSA, canonical=True)),
 ]
 
 
@@ -185,7 +196,6 @@ def _initial(rank: int, checkpoint: Path, layout: Layout) -> dict[str, torch.Ten
         renamed[f"{int(local) + offset}.{rest}"] = module.lora_a.detach().clone()
         assert not module.lora_b.any()
         assert module.adapter_parameter_names == ("lora_a", "lora_b")
-        assert torch.equal(module.merged_weight(), merged_weight(module, module.weight))  # what an export reads
         assert torch.equal(module.merged_weight(), module.weight)
     return renamed
 

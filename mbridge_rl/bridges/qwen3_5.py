@@ -8,8 +8,8 @@ from typing import Any
 from mbridge_rl.bridges.blocks import Block, decoder, gated_mlp
 from mbridge_rl.bridges.gated_delta_net import gated_attention, gated_delta_net, projections_apart
 from mbridge_rl.bridges.qwen3_next import PREDICTION_LAYERS, experts_beside_gated
-from mbridge_rl.bridges.stacked_experts import with_stacked_experts
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.stacked_experts import with_stacked_experts
 
 
 def qwen3_5(hf: Any) -> ModelSpec:

@@ -12,6 +12,13 @@ with one axis replaced by the rank:
 The result is a `ModelSpec` of its own: plans, streams, digests and files of adapters are those of any model. In the *fused*
 form (one `A` for all parts) several PEFT tensors are one local tensor, and must be equal to be imported; in the *canonical*
 form every part has its own `A`, stacked `[parts * rank, in]`, which is what PEFT trains.
+
+DoRA (Liu et al., arXiv 2402.09353) adds a magnitude per row, dealt as a bias is:
+
+    W' = magnitude * (W + scale * B A) / |W + scale * B A| (of every row)
+
+Adapters that start from the weights themselves (PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775) leave `W` as it is, too:
+`W + scale * (B A - B0 A0)`. To PEFT that is one adapter of twice the rank, `[B, -B0] [A; A0]`.
 """
 
 from __future__ import annotations
@@ -19,12 +26,19 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import sqrt
+from math import prod, sqrt
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
 
 from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Axis, Part, Rule
+from mbridge_rl.core.stacked_experts import with_stacked_experts
+
+Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 
 PEFT_PREFIX = "base_model.model."
 ATTENTION_TARGETS = ("linear_qkv", "linear_proj")
@@ -41,7 +55,14 @@ class LoRAConfig:
     targets: which linears get adapters: names of Megatron linears (`linear_qkv`, `linear_fc1`, ...) or of HF linears (`q_proj`,
         which adapts that part of a fused linear alone), or patterns of their full names (`*.experts.*`).
     canonical: every HF linear has its own `A`, as PEFT's; otherwise the parts of a fused linear share one.
-    seed: of `A`; ranks with other parallel layouts start from the same adapters.
+    dora: train the magnitude of every row beside its direction.
+    dropout: probability that an element of `A`'s input is dropped in training.
+    start: the first factors. `kaiming` (uniform) and `gaussian`: random `A`, `B` zero; `orthogonal`: both random, `B A` zero
+        (rank even); `pissa`: the principal components of the weights; `olora`: the first columns of their QR decomposition.
+    stacked_experts: experts' adapters are those of PEFT's `target_parameters`: gate and up share one `A`, and all experts of a
+        layer are in one tensor, as Transformers 5 has them in memory. Otherwise one pair per expert and linear, under the
+        checkpoint's names.
+    seed: of random factors and of dropout; ranks with other parallel layouts start from the same adapters.
     """
 
     rank: int = 16
@@ -49,11 +70,41 @@ class LoRAConfig:
     targets: tuple[str, ...] = DENSE_TARGETS
     canonical: bool = False
     rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    start: Start = "kaiming"
+    stacked_experts: bool = False
     seed: int = 0
 
     @property
     def scale(self) -> float:
         return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the first factors are subtracted, and so kept."""
+        return self.start in ("pissa", "olora")
+
+    @property
+    def peft_rank(self) -> int:
+        """Rank of the same adapter in PEFT's words."""
+        return 2 * self.rank if self.keeps_start else self.rank
+
+    @property
+    def peft_alpha(self) -> float:
+        """`alpha` that gives the same scale at `peft_rank`."""
+        return self.scale * (sqrt(self.peft_rank) if self.rslora else self.peft_rank)
+
+    def require_valid(self) -> None:
+        """Raises ValueError where fields are out of range or contradict each other."""
+        if self.rank < 1:
+            raise ValueError(f"LoRA's rank must be at least 1, found {self.rank}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA's dropout is a probability below 1, found {self.dropout}")
+        if self.start not in get_args(Start):
+            raise ValueError(f"LoRA can start from {', '.join(get_args(Start))}, found {self.start}")
+        if self.start == "orthogonal" and self.rank % 2:
+            raise ValueError(f"orthogonal adapters have an even rank, found {self.rank}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +129,36 @@ class FusedRows:
         """No part lacks an adapter."""
         return all(which is not None for _, which in self.parts)
 
+    def adapter_numbers(self) -> Tensor:
+        """Which `A` each row has, `[rows]` int64; -1 where it has none. `B` and magnitudes hold the others in this order."""
+        of_group = [torch.full((size,), -1 if which is None else which) for size, which in self.parts]
+        return torch.cat(of_group).repeat(self.groups)
+
 
 def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
-    """The adapters of a model as a model: Megatron names `X.lora_a`, `X.lora_b`, HF names PEFT's.
+    """The adapters of a model as a model: Megatron names `X.lora_a`, `X.lora_b`, ..., HF names PEFT's.
 
     Raises:
-        ValueError: the rank is below 1, or a target names no linear of the model.
-        UnsupportedModelError: a target has no PEFT form (stacked or transposed experts).
+        ValueError: the config contradicts itself, or a target names no linear of the model.
+        UnsupportedModelError: a target has no PEFT form.
     """
-    if config.rank < 1:
-        raise ValueError(f"LoRA's rank must be at least 1, found {config.rank}")
+    config.require_valid()
+    spec = adapted_spec(spec, config)
     require_known_targets(spec, config.targets)
-    rules = tuple(
-        factor
-        for rule in spec.rules
-        if (parts := adapted_parts(rule, config.targets))
-        for factor in (*_factors_a(rule, parts, config), _factor_b(rule, parts, config))
-    )
+    adapted = [(rule, parts) for rule in spec.rules if (parts := adapted_parts(rule, config.targets))]
+    names = _peft_modules_of([part for _, parts in adapted for part in parts])
+    rules = tuple(factor for rule, parts in adapted for factor in _Factors(rule, parts, config, names).rules())
     return replace(spec, rules=rules, extras=(), ignored_hf_prefixes=())
+
+
+def adapted_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
+    """The model whose HF linears the adapters are of: as its checkpoints are or, with `stacked_experts`, as Transformers 5 has
+    it in memory."""
+    if not config.stacked_experts:
+        return spec
+    if not any("{expert}" in rule.megatron_name for rule in spec.rules):
+        raise ValueError(f"stacked_experts: {spec.architecture} has no experts")
+    return spec if _has_stacked_experts(spec) else with_stacked_experts(spec)
 
 
 def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[Part, ...]:
@@ -104,7 +167,7 @@ def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[Part, ...]:
         return ()
     if any(_names(target, module_name(rule.megatron_name)) for target in targets):
         return rule.parts
-    return tuple(part for part in rule.parts if any(_names(target, module_name(part.hf_name)) for target in targets))
+    return tuple(part for part in rule.parts if any(_names(target, linear_name(part.hf_name)) for target in targets))
 
 
 def is_linear(rule: Rule) -> bool:
@@ -117,7 +180,7 @@ def require_known_targets(spec: ModelSpec, targets: Sequence[str]) -> None:
     for target in targets:
         if not any(adapted_parts(rule, (target,)) for rule in spec.rules):
             known = sorted({_last(module_name(rule.megatron_name)) for rule in spec.rules if is_linear(rule)})
-            parts = sorted({_last(module_name(part.hf_name)) for rule in spec.rules if is_linear(rule) for part in rule.parts})
+            parts = sorted({_last(linear_name(part.hf_name)) for rule in spec.rules if is_linear(rule) for part in rule.parts})
             raise ValueError(
                 f"no layer of this model has a linear named {target}; choose from {', '.join(known)} (Megatron's) or "
                 f"{', '.join(parts)} (Hugging Face's)"
@@ -143,7 +206,7 @@ def fused_rows(rule: Rule, config: LoRAConfig, layout: ParallelLayout, at: Coord
     if len(chosen) < len(rule.parts):
         raise LayoutError(
             f"{rule.megatron_name}: {rule.axis}={shards} cuts through its {groups} groups, so its parts cannot be adapted one "
-            f"by one; adapt all of {', '.join(_last(module_name(part.hf_name)) for part in rule.parts)}"
+            f"by one; adapt all of {', '.join(_last(linear_name(part.hf_name)) for part in rule.parts)}"
         )
     rows = rule.extent // shards
     begin, start, pieces = rule.axis_rank(at) * rows, 0, []
@@ -165,13 +228,18 @@ def module_name(weight_name: str) -> str:
     return weight_name.rpartition(".")[0]
 
 
+def linear_name(hf_name: str) -> str:
+    """Of an HF tensor: `X.weight` -> `X`; a tensor of stacked experts, which is no module's `weight`, is a linear itself."""
+    return hf_name.removesuffix(_WEIGHT)
+
+
 def targets_of(spec: ModelSpec, modules: Set[str]) -> tuple[str, ...]:
     """The targets that adapt the HF linears `modules`, in as few and short names as say it exactly."""
     patterns: dict[str, set[str]] = {}
     for instance in spec.instances:
         if is_linear(instance.rule):
             for part, hf_name in zip(instance.rule.parts, instance.hf_names, strict=True):
-                patterns.setdefault(module_name(part.hf_name), set()).add(module_name(hf_name))
+                patterns.setdefault(linear_name(part.hf_name), set()).add(linear_name(hf_name))
     adapted = [pattern for pattern, names in patterns.items() if names & modules]
     of_last: dict[str, list[str]] = {}
     for pattern in patterns:
@@ -189,58 +257,138 @@ def equal_tensors(adapters: ModelSpec) -> list[tuple[str, ...]]:
     return [tuple(hf_names) for hf_names in shared.values() if len(hf_names) > 1]
 
 
-def peft_modules(adapters: ModelSpec) -> list[str]:
-    """Names of the HF linears that have adapters."""
-    suffix = ".lora_A.weight"
-    return [name.removeprefix(PEFT_PREFIX).removesuffix(suffix) for name in adapters.hf_shapes if name.endswith(suffix)]
+def adapted_linears(spec: ModelSpec, config: LoRAConfig) -> list[str]:
+    """Names of the HF linears that have adapters; of stacked experts those of the parameters."""
+    found = {
+        linear_name(part.hf_name.format(layer=instance.layer, expert=instance.expert)): None
+        for instance in adapted_spec(spec, config).instances
+        for part in adapted_parts(instance.rule, config.targets)
+    }
+    return list(found)
 
 
-def _factors_a(rule: Rule, parts: tuple[Part, ...], config: LoRAConfig) -> list[Rule]:
-    name = factor_name(rule.megatron_name, "lora_a")
-    whole_parts = {part.hf_name: _part_a(rule, part, config.rank) for part in parts}
-    if rule.dim == 1:
-        (part,) = whole_parts.values()
-        return [replace(rule, megatron_name=name, parts=(part,), shape=(config.rank, 0))]
-    unsharded = replace(rule, megatron_name=name, shape=(0, rule.shape[1]), axis=None, groups=None)
-    if config.canonical:
-        return [replace(unsharded, parts=tuple(whole_parts.values()))]
-    return [replace(unsharded, parts=(part,)) for part in whole_parts.values()]
+class _Factors:
+    """The rules of the factors of one rule's adapters.
 
+    Args:
+        parts: those that are adapted.
+        names: PEFT's name of every HF linear.
+    """
 
-def _factor_b(rule: Rule, parts: tuple[Part, ...], config: LoRAConfig) -> Rule:
-    name = factor_name(rule.megatron_name, "lora_b")
-    rows = tuple(_part_b(rule, part, config.rank) for part in parts)
-    if rule.dim == 1:
-        return replace(rule, megatron_name=name, parts=rows, shape=(0, config.rank), dim=0, axis=None, groups=None)
-    return replace(rule, megatron_name=name, parts=rows, shape=(0, config.rank))
+    def __init__(self, rule: Rule, parts: tuple[Part, ...], config: LoRAConfig, names: dict[str, str]) -> None:
+        self._rule, self._config, self._names = rule, config, names
+        self._parts = parts
+        self._axes = [_PartAxes(rule, part) for part in parts]
+        if rule.dim == 1 and len(parts) > 1:
+            raise UnsupportedModelError(
+                f"{rule.megatron_name} is made of {', '.join(part.hf_name for part in parts)} along its input: PEFT has no "
+                f"adapter for that; leave it out of the targets"
+            )
+        if (config.dora or config.dropout) and any(axes.expert for axes in self._axes):
+            raise UnsupportedModelError(
+                f"{rule.megatron_name} is made of {parts[0].hf_name}, all experts in one tensor: PEFT has neither DoRA nor "
+                f"dropout for it; leave it out of the targets, or use stacked_experts=False where checkpoints have them apart"
+            )
 
+    def rules(self) -> list[Rule]:
+        """In the order of PEFT's files."""
+        rank = self._config.rank
+        rules = [*self._a("lora_a", 0), self._b("lora_b", 0)]
+        if self._config.keeps_start:
+            rules += [*self._a("lora_start_a", rank), self._b("lora_start_b", rank)]
+        if self._config.dora:
+            rules.append(self._magnitude())
+        return rules
 
-def _part_a(rule: Rule, part: Part, rank: int) -> Part:
-    _, columns = _rows_and_columns(rule, part)
-    return Part(_peft_name(part, "lora_A"), (Axis(rank, 0), *columns), hf_shape=(rank, part.shape[1]))
+    def _a(self, factor: str, first: int) -> list[Rule]:
+        """`[rank, in]`, cut as the input is. Parts of one HF tensor have one."""
+        name, rank = factor_name(self._rule.megatron_name, factor), Axis(self._config.peft_rank, 0, first, self._config.rank)
+        of_tensor = {
+            part.hf_name: Part(
+                f"{self._names[part.hf_name]}.lora_A.weight",
+                (*axes.expert, rank, *axes.columns),
+                hf_shape=(axes.experts * rank.extent, axes.size_in),
+            )
+            for part, axes in zip(self._parts, self._axes, strict=True)
+        }
+        if self._rule.dim == 1:
+            return [replace(self._rule, megatron_name=name, parts=tuple(of_tensor.values()), shape=(self._config.rank, 0))]
+        shape = (0, self._rule.shape[1])
+        unsharded = replace(self._rule, megatron_name=name, shape=shape, axis=None, groups=None)
+        if self._config.canonical:
+            return [replace(unsharded, parts=tuple(of_tensor.values()))]
+        return [replace(unsharded, parts=(part,)) for part in of_tensor.values()]
 
-
-def _part_b(rule: Rule, part: Part, rank: int) -> Part:
-    rows, _ = _rows_and_columns(rule, part)
-    return Part(_peft_name(part, "lora_B"), (*rows, Axis(rank, 1)), hf_shape=(part.shape[0], rank))
-
-
-def _rows_and_columns(rule: Rule, part: Part) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
-    """The axes of `[out, in]`: those along the output first, then those along the input."""
-    first = next((place for place, axis in enumerate(part.axes) if axis.along == 1), len(part.axes))
-    rows, columns = part.axes[:first], part.axes[first:]
-    one_linear = len(part.shape) == 2 and part.hf_name.endswith(_WEIGHT)
-    several_along_input = rule.dim == 1 and len(rule.parts) > 1
-    if not one_linear or several_along_input or not rows or any(axis.along != 1 for axis in columns):
-        raise UnsupportedModelError(
-            f"{rule.megatron_name} is made of {part.hf_name} {list(part.shape)}, which is not the weight of one HF linear: "
-            f"PEFT has no adapter for it; leave it out of the targets"
+    def _b(self, factor: str, first: int) -> Rule:
+        """`[out, rank]`, cut as the output is."""
+        rank = Axis(self._config.peft_rank, 1, first, self._config.rank)
+        parts = tuple(
+            Part(
+                f"{self._names[part.hf_name]}.lora_B.weight",
+                (*axes.rows, rank, *axes.expert),
+                hf_shape=(axes.size_out, rank.extent * axes.experts),
+            )
+            for part, axes in zip(self._parts, self._axes, strict=True)
         )
-    return rows, columns
+        return self._by_rows(factor, parts, (0, self._config.rank))
+
+    def _magnitude(self) -> Rule:
+        """`[out]`, as a bias."""
+        parts = tuple(
+            Part(f"{self._names[part.hf_name]}.lora_magnitude_vector", axes.rows, hf_shape=(axes.size_out,))
+            for part, axes in zip(self._parts, self._axes, strict=True)
+        )
+        return self._by_rows("lora_magnitude", parts, (0,))
+
+    def _by_rows(self, factor: str, parts: tuple[Part, ...], shape: tuple[int, ...]) -> Rule:
+        name = factor_name(self._rule.megatron_name, factor)
+        if self._rule.dim == 1:
+            return replace(self._rule, megatron_name=name, parts=parts, shape=shape, dim=0, axis=None, groups=None)
+        return replace(self._rule, megatron_name=name, parts=parts, shape=shape)
 
 
-def _peft_name(part: Part, factor: str) -> str:
-    return f"{PEFT_PREFIX}{part.hf_name.removesuffix(_WEIGHT)}.{factor}.weight"
+class _PartAxes:
+    """The axes of a linear's weight by what they are: the stack of experts (one, or none), the output's and the input's.
+
+    Raises:
+        UnsupportedModelError: it is not the weight of one HF linear, nor a stack of such weights.
+    """
+
+    def __init__(self, rule: Rule, part: Part) -> None:
+        self.expert = tuple(axis for axis in part.axes if axis.index)
+        self.columns = tuple(axis for axis in part.axes if axis.along == 1)
+        self.rows = tuple(axis for axis in part.axes if axis.along != 1 and not axis.index)
+        self.size_out, self.size_in = (prod(axis.extent for axis in axes) for axes in (self.rows, self.columns))
+        self.experts = prod(axis.extent for axis in self.expert)
+        one_linear = part.hf_name.endswith(_WEIGHT) and part.shape == (self.size_out, self.size_in) and not self.expert
+        in_order = part.axes == (*self.rows, *self.columns)
+        stack = len(self.expert) == 1 and len(part.shape) == 3 and part.axes[0] == self.expert[0]
+        if not self.rows or not self.columns or not (stack or (one_linear and in_order)):
+            raise UnsupportedModelError(
+                f"{rule.megatron_name} is made of {part.hf_name} {list(part.shape)}, which is not the weight of one HF linear: "
+                f"PEFT has no adapter for it; leave it out of the targets"
+            )
+
+
+def _peft_modules_of(parts: list[Part]) -> dict[str, str]:
+    """Name of the module that holds each part's factors, by `hf_name`.
+
+    PEFT wraps a module once for each of its parameters that are targeted, so that the first one's factors lie innermost.
+    """
+    names, stacks = {}, {}
+    for hf_name in dict.fromkeys(part.hf_name for part in parts):
+        if hf_name.endswith(_WEIGHT):
+            names[hf_name] = PEFT_PREFIX + linear_name(hf_name)
+        else:
+            stacks.setdefault(module_name(hf_name), []).append(hf_name)
+    for module, hf_names in stacks.items():
+        for inside, hf_name in enumerate(reversed(hf_names)):
+            names[hf_name] = PEFT_PREFIX + module + ".base_layer" * inside
+    return names
+
+
+def _has_stacked_experts(spec: ModelSpec) -> bool:
+    return any(axis.index for rule in spec.rules for part in rule.parts for axis in part.axes)
 
 
 def _names(target: str, module: str) -> bool:

@@ -10,7 +10,7 @@ from math import prod
 from mbridge_rl.core.digest import contiguous_strides
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import Instance, Part
+from mbridge_rl.core.rules import Instance, Part, Rule
 
 Shape = tuple[int, ...]
 
@@ -191,32 +191,32 @@ class _Places:
 def _shard(instance: Instance, local_shape: Shape, shards: int, shard: int, ranks: tuple[int, ...]) -> Iterator[Segment]:
     """Segments of each part and group of the shard, clipped where padding begins."""
     dim, strides = instance.rule.dim, contiguous_strides(local_shape)
-    for hf_name, part, first, size, local_start in _pieces(instance, shards, shard, local_shape[dim]):
+    for index, first, size, local_start in pieces(instance.rule, shards, shard, local_shape[dim]):
+        hf_name, part = instance.hf_names[index], instance.rule.parts[index]
         for start, count in _boxes([axis.count for axis in part.axes if axis.along == dim], first, size):
             box, hf_strides = _slice_of_part(part, instance, start, count, strides)
             offset = (local_start + start - first) * strides[dim]
             yield Segment(hf_name, box, instance.megatron_name, offset, hf_strides, ranks, instance.rule.repeats)
 
 
-def _pieces(instance: Instance, shards: int, shard: int, local_extent: int) -> Iterator[tuple[str, Part, int, int, int]]:
-    """`(hf_name, part, first, size, local start)` along the rule's dim of every piece of one shard."""
-    rule = instance.rule
+def pieces(rule: Rule, shards: int, shard: int, local_extent: int) -> Iterator[tuple[int, int, int, int]]:
+    """`(index of the part, first, size, local start)` along the rule's dim of every piece of one shard, in its order."""
     if rule.padded:
         first = shard * local_extent
         size = min(local_extent, rule.extent - first)
         if size > 0:
-            yield instance.hf_names[0], rule.parts[0], first, size, 0
+            yield 0, first, size, 0
         return
     groups = rule.groups or shards
     group_extent = rule.extent // groups
     begin, stop = shard * local_extent, (shard + 1) * local_extent
     for group in range(begin // group_extent, -(-stop // group_extent)):
         at = group * group_extent
-        for hf_name, part in zip(instance.hf_names, rule.parts, strict=True):
+        for index, part in enumerate(rule.parts):
             size = part.size(rule.dim) // groups
             low, high = max(at, begin), min(at + size, stop)
             if low < high:
-                yield hf_name, part, group * size + low - at, high - low, low - begin
+                yield index, group * size + low - at, high - low, low - begin
             at += size
 
 

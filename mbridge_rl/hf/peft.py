@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mbridge_rl.core.adapters import PEFT_PREFIX, LoRAConfig, equal_tensors, module_name, peft_modules, targets_of
+from mbridge_rl.core.adapters import (
+    PEFT_PREFIX,
+    LoRAConfig,
+    adapted_linears,
+    adapted_spec,
+    equal_tensors,
+    linear_name,
+    targets_of,
+)
 from mbridge_rl.core.errors import CheckpointError, StateMismatchError, UnsupportedModelError, listed
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.hf.checkpoint import Checkpoint
@@ -19,13 +28,15 @@ from mbridge_rl.hf.writer import ShardFile, shard_file
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
+_FACTOR = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude_vector)$")
+_STACK = re.compile(r"\.experts(\.base_layer)*$")
+
 # What changes the meaning of the factors, and the values under which it does not; an absent field has its first one.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base weights, too
     "fan_in_fan_out": (False,),
-    "use_dora": (False,),
     "lora_bias": (False,),
     "use_qalora": (False,),
     **dict.fromkeys(("modules_to_save", "layer_replication", "trainable_token_indices"), (None, [])),
@@ -56,15 +67,39 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
         rank, alpha = int(said["r"]), float(said["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the config of a LoRA adapter: {error!r}") from error
+    if str(said.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise UnsupportedModelError(
+            f"{path}: init_lora_weights={said['init_lora_weights']!r} changed the base weights at first: save the adapter "
+            f"with save_pretrained(path_initial_model_for_weight_conversion=...), which makes it one of weights as they were"
+        )
     for name, plain in _PLAIN.items():
         if said.get(name, plain[0]) not in plain:
             raise UnsupportedModelError(f"{path}: {name}={said[name]!r} is not supported; only {name}={plain[0]!r} is")
-    modules = {module_name(module_name(name.removeprefix(PEFT_PREFIX))) for name in open_adapter(directory)}
-    linears = {module_name(hf_name) for hf_name in spec.hf_shapes}
+    modules = {_FACTOR.sub("", name.removeprefix(PEFT_PREFIX)) for name in open_adapter(directory)}
+    stacks = {module for module in modules if _STACK.search(module)}
+    config = LoRAConfig(
+        rank,
+        alpha,
+        canonical=True,
+        rslora=bool(said.get("use_rslora")),
+        dora=bool(said.get("use_dora")),
+        dropout=float(said.get("lora_dropout") or 0.0),
+        stacked_experts=bool(stacks),
+    )
+    config.require_valid()
+    hf_names = set(adapted_spec(spec, config).hf_shapes)
+    linears = {linear_name(hf_name) for hf_name in hf_names}
+    if stacks:
+        modules = modules - stacks | _targeted(said.get("target_parameters") or (), linears & hf_names)
     if unknown := modules - linears:
         raise StateMismatchError(f"{directory} adapts what {spec.architecture} does not have: {listed(unknown)}")
     _require_one_rank(said, modules, path)
-    return LoRAConfig(rank, alpha, targets_of(spec, modules), canonical=True, rslora=bool(said.get("use_rslora")))
+    return replace(config, targets=targets_of(adapted_spec(spec, config), modules))
+
+
+def _targeted(target_parameters: Sequence[str], parameters: Set[str]) -> set[str]:
+    """Those of `parameters` that PEFT's `target_parameters` name, by their full names or the ends of these."""
+    return {name for name in parameters if any(name == target or name.endswith(f".{target}") for target in target_parameters)}
 
 
 def _require_one_rank(said: Mapping[str, Any], modules: Set[str], path: Path) -> None:
@@ -83,22 +118,25 @@ def adapter_file(tensors: Sequence[HFTensor]) -> ShardFile:
     return shard_file(ADAPTER_FILE, tensors)
 
 
-def write_lora_config(spec: ModelSpec, adapters: ModelSpec, config: LoRAConfig, base: str | None, directory: Path) -> None:
+def write_lora_config(spec: ModelSpec, config: LoRAConfig, base: str | None, directory: Path) -> None:
     """Writes `adapter_config.json`.
 
     Args:
-        spec, adapters: of the base model and of its adapters.
+        spec: of the base model.
         base: name or path of the base model, for whoever loads the adapter.
     """
+    parameters, modules = _targets_in_peft(spec, config)
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
+        "r": config.peft_rank,
+        "lora_alpha": config.peft_alpha,
         "use_rslora": config.rslora,
-        "target_modules": _target_modules(spec, adapters),
-        "lora_dropout": 0.0,
+        "use_dora": config.dora,
+        "target_modules": modules,
+        **({"target_parameters": parameters} if parameters else {}),
+        "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -107,13 +145,21 @@ def write_lora_config(spec: ModelSpec, adapters: ModelSpec, config: LoRAConfig, 
     (directory / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _target_modules(spec: ModelSpec, adapters: ModelSpec) -> list[str]:
-    """Last names of the adapted linears, or full ones where a last name would adapt others, too."""
-    modules = peft_modules(adapters)
-    wanted = {name.rpartition(".")[2] for name in modules}
-    others = {module_name(hf_name) for hf_name in spec.hf_shapes} - set(modules)
-    ambiguous = {name.rpartition(".")[2] for name in others} & wanted
-    return sorted({name if (last := name.rpartition(".")[2]) in ambiguous else last for name in modules})
+def _targets_in_peft(spec: ModelSpec, config: LoRAConfig) -> tuple[list[str], list[str]]:
+    """The adapted parameters (of stacked experts) and modules: their last names, or full ones where a last name would adapt
+    others, too."""
+    adapted = adapted_linears(spec, config)
+    hf_names = adapted_spec(spec, config).hf_shapes
+    others = {linear_name(hf_name) for hf_name in hf_names} - set(adapted)
+    ambiguous = {_last(name) for name in others} & {_last(name) for name in adapted}
+    short = {name: name if _last(name) in ambiguous else _last(name) for name in adapted}
+    of_modules = {name for name in adapted if f"{name}.weight" in hf_names}
+    parameters = {name if name != _last(name) else f"experts.{name}" for full, name in short.items() if full not in of_modules}
+    return sorted(parameters), sorted({name for full, name in short.items() if full in of_modules})
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def require_loadable(adapters: ModelSpec, tensors: Mapping[str, Tensor], where: str) -> None:

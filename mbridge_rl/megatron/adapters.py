@@ -6,6 +6,7 @@ innermost model `lora_config`; their placement follows from the rules (`core.ada
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.segments import Side, megatron_side
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parameters import check_held, global_name_of
+
+_OF_OUTPUT = re.compile(r"\.lora_(start_)?b\d*$")
 
 
 class LiveAdapters(Mapping[str, Tensor]):
@@ -38,7 +41,7 @@ class LiveAdapters(Mapping[str, Tensor]):
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         factor = self._parameters[megatron_name].detach()
-        if self._scale == 1.0 or ".lora_b" not in megatron_name:
+        if self._scale == 1.0 or not _OF_OUTPUT.search(megatron_name):
             return factor
         return factor.float() * self._scale  # rounded once, to the dtype that travels
 
@@ -67,6 +70,20 @@ def lora_config_of(model: Sequence[nn.Module]) -> LoRAConfig:
     if config is None:
         raise StateMismatchError("this model has no adapters: attach them with training.lora.add_lora before")
     return config
+
+
+def require_replaceable_base(model: Sequence[nn.Module]) -> None:
+    """Raises StateMismatchError where adapters are merged into the weights of a live model, or were made from them."""
+    chunks = unwrap(model)
+    config = getattr(chunks[0], "lora_config", None)
+    if config is not None and (config.dora or config.keeps_start):
+        what = "DoRA's magnitudes" if config.dora else f"{config.start} adapters"
+        raise StateMismatchError(
+            f"{what} were made from the weights that this model has: load weights before add_lora. Nothing was changed"
+        )
+    adapters = (getattr(module, "lora", None) for chunk in chunks for module in chunk.modules())
+    if any(getattr(adapter, "base", None) is not None for adapter in adapters):
+        raise StateMismatchError("adapters are merged into this model's weights: call unmerge_adapters. Nothing was changed")
 
 
 def live_adapter_side(

@@ -25,16 +25,17 @@ from mbridge_rl.megatron.parallel import current_layout
 from mbridge_rl.megatron.runtime import megatron_runtime
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias|lora_a|lora_b))(\d+)$")
-_SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias|lora_a|lora_b))$")
+_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias|lora_[a-z_]+))(\d+)$")
+_SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias|lora_[a-z_]+))$")
 
 
 class LiveParameters(Mapping[str, Tensor]):
     """This rank's parameters by global `megatron_name`, looked up now; made anew for every transfer. Of the buffers, those in
     `buffer_names` count (a router's expert bias is one); the rest are derived state.
 
-    A module that carries adapters offers `merged_weight(name)` of its `adapted_weights`, which are then merged when they are
-    asked for, one tensor at a time (the last one is kept, since the parts of a fused tensor are read one after the other).
+    A module that carries adapters offers `merging()`, a function that merges one of its `adapted_weights` when it is asked for
+    (the last one is kept, since the parts of a fused tensor are read one after the other). It is made here, by all ranks
+    together: DoRA sums the norms of rows that ranks cut.
     """
 
     def __init__(self, model: Sequence[nn.Module], experts_before: int, buffer_names: Container[str] = ()) -> None:
@@ -51,13 +52,14 @@ class LiveParameters(Mapping[str, Tensor]):
 
     def _add_module(self, module_name: str, module: nn.Module, layers: list[int], experts_before: int) -> None:
         adapters = getattr(module, "adapter_parameter_names", ())
+        merge = module.merging() if adapters else None
         for name, parameter in module.named_parameters(recurse=False):
             if name in adapters:
                 continue
             global_name = global_name_of(f"{module_name}.{name}" if module_name else name, layers, experts_before)
             self._parameters[global_name] = parameter
-            if adapters and name in module.adapted_weights:
-                self._merged[global_name] = partial(module.merged_weight, name)
+            if merge is not None and name in module.adapted_weights:
+                self._merged[global_name] = partial(merge, name)
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         if megatron_name not in self._merged:

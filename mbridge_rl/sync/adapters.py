@@ -23,7 +23,7 @@ from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.megatron.adapters import live_adapter_side, lora_config_of
 from mbridge_rl.megatron.parameters import layout_of
 from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.errors import EngineMismatch, SyncError
 from mbridge_rl.sync.group import RankGroup
 
 _log = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ class AdapterSync:
         self._model, self._base, self._client, self.adapter = model, bridge.spec, client, adapter
         self._group = RankGroup()
         with self._group.together():
+            if lora_config_of(model).dora:
+                raise EngineMismatch("vLLM has no DoRA: start the engine without LoRA and sync merged weights (WeightSync)")
             self._layout = layout_of(model, bridge.spec)
             _, self._spec, _ = self._live()
             self._plan = compile_plan(self._spec, megatron_side(self._spec, self._layout), hf_side(self._spec))
@@ -175,7 +177,7 @@ class AdapterSync:
         return {
             "adapter": self.adapter,
             "version": version,
-            "rank": lora_config_of(self._model).rank,
+            "rank": lora_config_of(self._model).peft_rank,
             "arena_path": self._arena.path,
             "arena_nbytes": self._arena.nbytes,
             "names": [tensor.hf_name for tensor in self._tensors],

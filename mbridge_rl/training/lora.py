@@ -9,14 +9,13 @@ Adapters are parameters on the linear module itself, so every other name stays a
     decoder.layers.0.mlp.linear_fc2.lora_b  [out, rank]         replicated
     decoder.layers.0.mlp.experts.linear_fc1.lora_a3             of one expert of a grouped linear
 
-`B A` has the shape of the local weight in all cases, so merging never communicates. What is cut how follows from the model's
-mapping table (`core.adapters`), which also says how the factors are PEFT's.
+`B A` has the shape of the local weight in all cases, so merging communicates nothing but DoRA's norms of rows that ranks cut.
+What is cut how follows from the model's mapping table (`core.adapters`), which also says how the factors are PEFT's. Besides
+`lora_a` and `lora_b` a linear may have `lora_magnitude` (DoRA) and the frozen `lora_start_a`, `lora_start_b` (PiSSA, OLoRA).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,16 +32,18 @@ from mbridge_rl.core.adapters import (
     FusedRows,
     LoRAConfig,
     adapted_parts,
+    adapted_spec,
     adapter_spec,
     factor_name,
     fused_rows,
     module_name,
 )
-from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.rules import Rule
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parameters import world_rank
-from mbridge_rl.training.lora_layers import Adapter, Mode, install, merged_weight
+from mbridge_rl.training.lora_dropout import seed_dropout
+from mbridge_rl.training.lora_layers import Adapter, Mode, install, merged_weight, merging, row_norms
+from mbridge_rl.training.lora_start import Start
 
 __all__ = [
     "ATTENTION_TARGETS",
@@ -50,8 +51,11 @@ __all__ = [
     "LoRAConfig",
     "adapted_modules",
     "adapters_disabled",
+    "adapters_merged",
     "add_lora",
+    "merge_adapters",
     "merged_weight",
+    "unmerge_adapters",
 ]
 
 _LOCAL_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
@@ -68,11 +72,28 @@ class _Target:
     rows: FusedRows
     first_expert: int | None
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of its weights: `("",)`, or one per expert of a grouped linear."""
+        names = [name for name, _ in self.module.named_parameters(recurse=False)]
+        return tuple(name.removeprefix("weight") for name in names if _WEIGHT.fullmatch(name))
+
+    @property
+    def mode(self) -> Mode:
+        cut: Mode = "row" if self.rule.dim == 1 else "column"
+        return "replicated" if self.rule.axis is None else cut if self.rule.axis == "tp" else f"expert_{cut}"
+
+    def weight_name(self, index: int) -> str:
+        """Global name of its `index`-th weight."""
+        return f"{self.name}.weight{'' if self.first_expert is None else self.first_expert + index}"
+
 
 def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
-    """Freezes the model and adds trainable adapters, `B` zero and `A` Kaiming-uniform: the output is unchanged at first.
+    """Freezes the model and adds trainable adapters that leave its output unchanged at first (with `start` other than
+    `kaiming` and `gaussian` but for rounding).
 
-    Call it before wrapping in DDP and before making the optimizer, which both look at what requires a gradient.
+    Call it after loading the weights, from which DoRA and some `start`s begin, and before wrapping in DDP and making the
+    optimizer, which both look at what requires a gradient. All ranks call it together.
 
     Args:
         model: this rank's chunks, as `build_model` returns them.
@@ -91,12 +112,16 @@ def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
     if not hasattr(chunks[0], "model_spec"):
         raise ValueError("LoRA needs chunks that know their mapping: build them with AutoBridge.build_model")
     adapter_spec(chunks[0].model_spec, config)  # raises where the config does not fit the model
+    layout = chunks[0].parallel_layout
     targets = [target for chunk in chunks for target in _targets(chunk, config)]
+    factors = [_first_factors(target, Start(config, target.rule, target.rows, target.mode, layout)) for target in targets]
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.requires_grad_(False)
-    for target in targets:
-        _attach(target, config, chunks[0].parallel_layout)
+    for target, of_target in zip(targets, factors, strict=True):
+        _attach(target, config, of_target)
+    if config.dropout:
+        seed_dropout(config.seed, world_rank(), layout.coordinates(world_rank()))
     for chunk in chunks:
         chunk.lora_config = config
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
@@ -127,9 +152,54 @@ def adapters_disabled(model: Sequence[nn.Module]) -> Iterator[None]:
             module.lora.enabled = enabled
 
 
+def merge_adapters(model: Sequence[nn.Module]) -> None:
+    """Adds the adapters to the weights in place, for whoever knows nothing of adapters. The weights as they were wait on the
+    host. Merged models export what they exported, don't train, and have no reference policy. All ranks call it together.
+
+    Raises:
+        ValueError: they are merged already, or there are none.
+    """
+    modules = [module for _, module in adapted_modules(model)]
+    if not modules or any(module.lora.base is not None for module in modules):
+        raise ValueError("this model has no adapters that are not merged")
+    for module in modules:
+        names = module.adapted_weights
+        merge = merging(module)
+        merged = [merge(name) for name in names]
+        base = {name: getattr(module, name).detach().to("cpu", copy=True) for name in names}
+        for name, weight in zip(names, merged, strict=True):
+            getattr(module, name).data.copy_(weight)
+        module.lora.base = base
+
+
+def unmerge_adapters(model: Sequence[nn.Module]) -> None:
+    """Undoes `merge_adapters`: every weight has the bits it had.
+
+    Raises:
+        ValueError: nothing is merged.
+    """
+    merged = [module for _, module in adapted_modules(model) if module.lora.base is not None]
+    if not merged:
+        raise ValueError("this model has no merged adapters")
+    for module in merged:
+        for name, weight in module.lora.base.items():
+            getattr(module, name).data.copy_(weight)
+        module.lora.base = None
+
+
+@contextmanager
+def adapters_merged(model: Sequence[nn.Module]) -> Iterator[None]:
+    """The adapters are part of the weights within."""
+    merge_adapters(model)
+    try:
+        yield
+    finally:
+        unmerge_adapters(model)
+
+
 def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
     """The linears of a chunk to adapt."""
-    spec, layout = chunk.model_spec, chunk.parallel_layout
+    spec, layout = adapted_spec(chunk.model_spec, config), chunk.parallel_layout
     rule_of = {module_name(rule.megatron_name): rule for rule in spec.rules if adapted_parts(rule, config.targets)}
     at = layout.coordinates(world_rank())
     experts_before = at.ep * (spec.num_experts or 0) // layout.ep
@@ -153,36 +223,42 @@ def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
             yield _Target(_LOCAL_EXPERT.sub(".", global_name), module, rule, rows, first_expert)
 
 
-def _attach(target: _Target, config: LoRAConfig, layout: ParallelLayout) -> None:
-    module, rule, rows = target.module, target.rule, target.rows
-    weight_names = [name for name, _ in module.named_parameters(recurse=False) if _WEIGHT.fullmatch(name)]
-    mode: Mode = "replicated" if rule.axis is None else "row" if rule.dim == 1 else "column"
-    if rule.axis == "etp":
-        mode = "expert_row" if rule.dim == 1 else "expert_column"
-    for index, name in enumerate(weight_names):
-        expert = "" if target.first_expert is None else str(target.first_expert + index)
-        global_name = factor_name(f"{target.name}.weight{expert}", "lora_a")
-        weight = getattr(module, name)
-        factors = {
-            "lora_a": _initial_a(global_name, config, rule, layout).to(weight),
-            "lora_b": weight.new_zeros(rows.adapted_rows, config.rank),
-        }
-        for factor, value in factors.items():
-            parameter = nn.Parameter(value)
-            _mark(parameter, factor, mode, module, weight)
-            module.register_parameter(f"{factor}{name.removeprefix('weight')}", parameter)
-    suffixes = tuple(name.removeprefix("weight") for name in weight_names)
-    module.adapter_parameter_names = tuple(f"{factor}{suffix}" for suffix in suffixes for factor in ("lora_a", "lora_b"))
-    module.adapted_weights = tuple(weight_names)
-    module.merged_weight = partial(_merged_weight_of, module)
-    install(module, Adapter(config.scale, mode, rows, suffixes))
+def _first_factors(target: _Target, start: Start) -> list[dict[str, Tensor]]:
+    """Of every weight of a linear."""
+    return [
+        start.factors(factor_name(target.weight_name(index), "lora_a"), getattr(target.module, f"weight{suffix}"))
+        for index, suffix in enumerate(target.suffixes)
+    ]
+
+
+def _attach(target: _Target, config: LoRAConfig, factors: list[dict[str, Tensor]]) -> None:
+    module, rows, suffixes = target.module, target.rows, target.suffixes
+    module.adapted_weights = tuple(f"weight{suffix}" for suffix in suffixes)
+    module.adapter_parameter_names = ()
+    module.merging, module.merged_weight = partial(merging, module), partial(merged_weight, module)
+    install(module, Adapter(config.scale, target.mode, rows, suffixes, config.dropout))
+
+    def register(factor: str, suffix: str, value: Tensor) -> None:
+        weight = getattr(module, f"weight{suffix}")
+        parameter = nn.Parameter(value.to(weight), requires_grad=not factor.startswith("lora_start"))
+        _mark(parameter, factor, target.mode, module, weight)
+        module.register_parameter(f"{factor}{suffix}", parameter)
+        module.adapter_parameter_names += (f"{factor}{suffix}",)
+
+    for suffix, of_weight in zip(suffixes, factors, strict=True):
+        for factor, value in of_weight.items():
+            register(factor, suffix, value)
+        if config.dora:
+            norms = row_norms(module, suffix)
+            register("lora_magnitude", suffix, norms[(rows.adapter_numbers() >= 0).to(norms.device)])
 
 
 def _mark(parameter: nn.Parameter, factor: str, mode: Mode, module: nn.Module, weight: Tensor) -> None:
     """What Megatron's DDP, gradient finalization and gradient norm read: with which replicas it is reduced, whether it saw only
     this rank's part of the sequence, and whether other ranks count it in the norm."""
-    sharded = mode.endswith("column") if factor == "lora_b" else mode.endswith("row")
-    parameter.partition_dim, parameter.partition_stride = (0 if factor == "lora_b" else 1), 1
+    of_columns = factor in ("lora_a", "lora_start_a")
+    sharded = mode.endswith("row" if of_columns else "column")
+    parameter.partition_dim, parameter.partition_stride = int(of_columns), 1
     if mode.startswith("expert"):
         # Unmarked parameters count on the first rank of the dense layers' group, which holds some experts only.
         parameter.tensor_model_parallel = True
@@ -199,25 +275,6 @@ def _expert_tensor_rank() -> int:
     from megatron.core import parallel_state
 
     return parallel_state.get_expert_tensor_parallel_rank()
-
-
-def _merged_weight_of(module: nn.Module, name: str = "weight") -> Tensor:
-    return merged_weight(module, getattr(module, name).detach(), name.removeprefix("weight"))
-
-
-def _initial_a(name: str, config: LoRAConfig, rule: Rule, layout: ParallelLayout) -> Tensor:
-    """This rank's part of `A [adapters * rank, in]` fp32: one draw per name, whatever the layout, as wide as the whole layer's
-    input."""
-    columns = rule.extent if rule.dim == 1 else rule.shape[1]
-    seed = hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
-    bound = 1 / math.sqrt(columns)  # Kaiming uniform with a = sqrt(5), as PEFT initialises it
-    adapters = len({part.hf_name for part in adapted_parts(rule, config.targets)}) if config.canonical else 1
-    whole = torch.rand(adapters * config.rank, columns, generator=generator) * (2 * bound) - bound
-    if rule.dim == 0:
-        return whole
-    shards, shard = rule.axis_size(layout), rule.axis_rank(layout.coordinates(world_rank()))
-    return whole.chunk(shards, dim=1)[shard].contiguous()
 
 
 def _require_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
