@@ -40,8 +40,11 @@ from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.hf.peft import ADAPTER_CONFIG, ADAPTER_FILE, read_lora_config
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.grpo import supervised_loss
 from mbridge_rl.training.lora import adapted_modules, adapters_disabled, add_lora
 from mbridge_rl.training.lora_layers import expand
+from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
 LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -274,6 +277,25 @@ def test_adapters_of_peft_load_act_alike_and_come_back(
             torch.testing.assert_close(logits, expected, atol=LOGITS_TOLERANCE, rtol=0)
     assert_same_state(load_file(tmp_path / "ours" / ADAPTER_FILE), made)
     assert torch.equal(_logits_of_peft(base, tmp_path / "ours"), expected)
+
+
+def _train_and_save(rank: int, base: Path, adapter: Path, saved: Path) -> Tensor | None:
+    bridge, model = _attached(base, ParallelLayout(tp=2), AutoBridge.from_pretrained(base).adapter_config(adapter))
+    bridge.load_adapter(model, adapter)
+    trainer = MegatronTrainer(model, TrainerConfig(learning_rate=1e-2))
+    batch = Batch.from_completions(_tokens()[:, :4].tolist(), _tokens()[:, 4:].tolist(), pad_token_id=0)
+    losses = [trainer.step(batch, supervised_loss).loss for _ in range(3)]
+    assert losses[2] < losses[0]
+    bridge.save_adapter(trainer.model, saved)
+    return forward_logits(trainer.model, _tokens())
+
+
+def test_dora_of_peft_trains_on_here_and_goes_back(scratch: Path, tmp_path: Path) -> None:
+    base = _base(scratch, "qwen2")
+    before = _peft_adapter(base, tmp_path / "peft", target_modules="all-linear", use_dora=True, use_rslora=True)
+    trained = run_ranks(_train_and_save, 2, base, tmp_path / "peft", tmp_path / "ours")[0]
+    assert (trained - before).abs().max() > 0.1
+    torch.testing.assert_close(_logits_of_peft(base, tmp_path / "ours"), trained, atol=LOGITS_TOLERANCE, rtol=0)
 
 
 def _random_and_save(rank: int, base: Path, layout: ParallelLayout, config: LoRAConfig, saved: Path) -> Any:

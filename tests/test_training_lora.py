@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,13 +12,17 @@ import pytest
 import test_deepseek
 import torch
 from ranks import RankError, run_ranks
+from safetensors.torch import load_file
 from tiny import tiny_model
 from torch import nn
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.sync.adapters import AdapterSync
+from mbridge_rl.sync.errors import EngineMismatch
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.grpo import supervised_loss
 from mbridge_rl.training.lora import (
@@ -25,7 +30,10 @@ from mbridge_rl.training.lora import (
     LoRAConfig,
     adapted_modules,
     adapters_disabled,
+    adapters_merged,
     add_lora,
+    merge_adapters,
+    unmerge_adapters,
 )
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
@@ -39,7 +47,8 @@ LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "line
 MLA_FUSED = LoRAConfig(rank=3, alpha=6.0, targets=(*LATENT, "linear_fc1", "linear_fc2"))
 DORA = LoRAConfig(rank=3, alpha=6.0, dora=True)
 DORA_PARTS = replace(SOME_PARTS, dora=True)
-MLA_DORA = replace(MLA_FUSED, dora=True)
+# column-parallel linears alone: of the others' inputs every rank drops elements of its own
+DROPPING = LoRAConfig(rank=3, alpha=6.0, targets=("linear_qkv", "linear_fc1"), dropout=0.3)
 PISSA = LoRAConfig(rank=3, alpha=6.0, start="pissa")
 MLA_CANONICAL = LoRAConfig(rank=3, alpha=6.0, targets=MLA_FUSED.targets, canonical=True)
 SP: dict[str, Any] = {"sequence_parallel": True}
@@ -89,17 +98,22 @@ def _train(rank: int, checkpoint: Path, layout: Layout, build: dict[str, Any], c
     reports = [trainer.step(batch, supervised_loss) for _ in range(4)]
     adapted = trainer.compute_log_probs(batch).log_probs
     merged = dict(bridge.export_weights(trainer.model))
+    with adapters_merged(trainer.model):
+        in_place = trainer.compute_log_probs(batch).log_probs
+        exported = dict(bridge.export_weights(trainer.model))
     plain = bridge.build_model(layout, **build)
     bridge.load_weights(plain, merged)
+    merged_log_probs = MegatronTrainer(plain, TrainerConfig(micro_batch_size=2)).compute_log_probs(batch).log_probs
     return {
         "loss": [report.loss for report in reports],
         "grad_norm": [report.grad_norm for report in reports],
         # PiSSA: W x + B A x - B A x, each of the size of W x and rounded
         "starts_as_base": torch.equal(at_first, base) or (config.keeps_start and torch.allclose(at_first, base, atol=1e-5)),
         "base_stays": all(torch.equal(dict(unwrap(model)[0].named_parameters())[name], p) for name, p in frozen.items()),
+        "merges": torch.equal(in_place, merged_log_probs) and all(torch.equal(exported[name], merged[name]) for name in merged),
         "reference_is_base": torch.equal(trainer.reference_log_probs(batch), base),
         "adapted": adapted,
-        "merged": MegatronTrainer(plain, TrainerConfig(micro_batch_size=2)).compute_log_probs(batch).log_probs,
+        "merged": merged_log_probs,
         "base": base,
     }
 
@@ -121,7 +135,6 @@ CASES: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
     (DENSE, Layout(tp=2), {}, SOME_PARTS),
     (DENSE, Layout(pp=2, vpp=2), {}, CANONICAL),
     (FEW_KV_HEADS, Layout(tp=2), SP, CANONICAL),
-    (MOE, Layout(tp=2, ep=2, etp=1), SP, ATTENTION),
     (MOE, Layout(tp=2, ep=2, etp=1), SP, ADAPTERS),
     (MOE, Layout(tp=2), SP, CANONICAL),
     (MOE, Layout(ep=2, dp=2), {"grouped_experts": False}, ADAPTERS),
@@ -129,10 +142,9 @@ CASES: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
     (MLA, Layout(tp=2, ep=2, etp=1), SP, MLA_FUSED),
     (DENSE, Layout(tp=2), SP | RECOMPUTE, DORA),
     (DENSE, Layout(pp=2, tp=2), {}, DORA_PARTS),
+    (DENSE, Layout(tp=2), {}, DROPPING),
     (MOE, Layout(tp=2), SP, DORA),
-    (MLA, Layout(tp=2, ep=2, etp=1), SP, MLA_DORA),
     (DENSE, Layout(tp=2), SP, PISSA),
-    (MOE, Layout(tp=2), SP, replace(PISSA, canonical=True)),
 ]
 
 
@@ -143,7 +155,8 @@ def test_adapters_train_as_in_one_process(
     alone = _alone(variant, scratch, config)
     for found in run_ranks(_train, layout.world_size, _checkpoint(variant, scratch), layout, build, config):
         assert found["starts_as_base"]
-        assert found["base_stays"]
+        assert found["base_stays"]  # bit for bit, also after merging and unmerging
+        assert found["merges"]
         assert found["reference_is_base"]
         # fp32, reductions in another order; the gradient norm counts every adapter exactly once
         assert found["loss"] == pytest.approx(alone["loss"], rel=1e-4)
@@ -151,40 +164,6 @@ def test_adapters_train_as_in_one_process(
         assert (found["adapted"] - found["base"]).abs().max() > 0.1
         # fp32: W x + B A x against (W + B A) x
         torch.testing.assert_close(found["merged"], found["adapted"], atol=2e-5, rtol=1e-5)
-
-
-def _gradients(rank: int, checkpoint: Path, layout: Layout, build: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Gradients of the adapters, by name; `B` is made not zero, so that `A` has one."""
-    model, batch = _adapted(checkpoint, layout, build, ADAPTERS), _batch()
-    for _, module in adapted_modules(model):
-        whole = torch.randn(module.weight.shape[0] * 2, 3, generator=torch.Generator().manual_seed(5)) * 0.1
-        # the same rows whatever the rank: gate and up, or q, k and v, need no sorting then
-        module.lora_b.data.copy_(whole[0].expand_as(module.lora_b))
-    trainer = MegatronTrainer(model, TrainerConfig(learning_rate=0.0, clip_grad=0.0, micro_batch_size=2))
-    trainer.step(batch, supervised_loss)
-    return {
-        f"{name}.{factor}": getattr(module, factor).main_grad.clone()
-        for name, module in adapted_modules(trainer.model)
-        for factor in ("lora_a", "lora_b")
-    }
-
-
-@pytest.mark.parametrize("build", [{}, SP], ids=str)
-def test_every_gradient_equals_one_process(build: dict[str, Any], scratch: Path) -> None:
-    checkpoint = _checkpoint(DENSE, scratch)
-    alone = run_ranks(_gradients, 1, checkpoint, Layout(), {})[0]
-    ranks = run_ranks(_gradients, 2, checkpoint, Layout(tp=2), build)
-    for name, expected in alone.items():
-        parts = [rank[name] for rank in ranks]
-        if name.endswith(("linear_proj.lora_a", "linear_fc2.lora_a")):
-            found = torch.cat(parts, dim=1)
-        elif name.endswith(("linear_qkv.lora_b", "linear_fc1.lora_b")):
-            found, expected = torch.cat(parts).sum(0), expected.sum(0)  # rows are dealt to ranks by groups and halves
-        else:
-            assert torch.equal(parts[0], parts[1])
-            found = parts[0]
-        # fp32, gradients of the order of 1
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def _initial(rank: int, checkpoint: Path, layout: Layout) -> dict[str, torch.Tensor]:
@@ -213,12 +192,75 @@ def test_adapters_start_equal_on_every_layout(scratch: Path) -> None:
     assert all(torch.equal((stages[0] | stages[1])[name], whole) for name, whole in alone.items())
 
 
+def _merge_twice(rank: int, checkpoint: Path) -> None:
+    model = _adapted(checkpoint, Layout(), {}, DORA)
+    bridge, trainer = AutoBridge.from_pretrained(checkpoint), MegatronTrainer(model, TrainerConfig())
+    with pytest.raises(ValueError, match="no merged adapters"):
+        unmerge_adapters(trainer.model)
+    with pytest.raises(StateMismatchError, match="DoRA's magnitudes were made from the weights that this model has"):
+        bridge.load_weights(trainer.model)
+    with pytest.raises(EngineMismatch, match=r"vLLM has no DoRA: .*sync merged weights"):
+        AdapterSync(bridge, trainer.model, None)
+    merge_adapters(trainer.model)
+    with pytest.raises(ValueError, match="no adapters that are not merged"):
+        merge_adapters(trainer.model)
+    for use in (lambda: trainer.step(_batch(), supervised_loss), lambda: trainer.reference_log_probs(_batch())):
+        with pytest.raises(RuntimeError, match="merged into its weights: call unmerge_adapters"):
+            use()
+
+
+def test_merged_adapters_neither_train_nor_have_a_reference(scratch: Path) -> None:
+    run_ranks(_merge_twice, 1, _checkpoint(DENSE, scratch))
+
+
+def _start(rank: int, checkpoint: Path, layout: Layout, config: LoRAConfig) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    model = _adapted(checkpoint, layout, {}, config)
+    trainer, bridge = MegatronTrainer(model, TrainerConfig(micro_batch_size=4)), AutoBridge.from_pretrained(checkpoint)
+    with adapters_disabled(trainer.model):
+        base = trainer.compute_log_probs(_batch()).log_probs
+    difference = (trainer.compute_log_probs(_batch()).log_probs - base).abs().max()
+    return dict(bridge.export_adapter_weights(trainer.model)), difference
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "olora", "pissa"])
+def test_starts_leave_the_output_and_are_equal_on_every_layout(start: Any, scratch: Path) -> None:
+    config, checkpoint = LoRAConfig(rank=4, alpha=6.0, canonical=True, start=start), _checkpoint(DENSE, scratch)
+    (alone, difference), *_ = run_ranks(_start, 1, checkpoint, Layout(), config)
+    ranks = run_ranks(_start, 2, checkpoint, Layout(tp=2), config)
+    assert max(difference, *(found for _, found in ranks)) < 1e-5
+    prefix = "base_model.model.model.layers.2.self_attn.v_proj"
+    for (found, _), name in itertools.product(ranks, (name for name in alone if name.endswith("lora_A.weight"))):
+        if start in ("gaussian", "orthogonal"):
+            assert torch.equal(found[name], alone[name])
+            assert torch.equal(found[name.replace("A", "B")], alone[name.replace("A", "B")])
+        else:  # signs of components depend on the order of rows; the product does not. fp32 decompositions
+            b_name = name.replace("lora_A", "lora_B")
+            product, expected = (side[b_name][:, :4] @ side[name][:4] for side in (found, alone))
+            torch.testing.assert_close(product, expected, atol=1e-5, rtol=1e-4)
+    factor_a, factor_b = (alone[f"{prefix}.lora_{which}.weight"] for which in "AB")
+    match start:
+        case "gaussian":
+            assert factor_a.std() == pytest.approx(1 / 4, rel=0.2)
+            assert not factor_b.any()
+        case "orthogonal":
+            assert factor_b.any()
+            torch.testing.assert_close(factor_b @ factor_a, torch.zeros(len(factor_b), factor_a.shape[1]), atol=1e-6, rtol=0)
+        case _:
+            weight = load_file(checkpoint / "model.safetensors")[f"{prefix.removeprefix('base_model.model.')}.weight"]
+            left, values, right = torch.linalg.svd(weight)
+            best = (left[:, :4] * values[:4]) @ right[:4]
+            if start == "pissa":
+                torch.testing.assert_close(config.scale * factor_b[:, :4] @ factor_a[:4], best, atol=1e-5, rtol=1e-4)
+            assert torch.equal(factor_a[4:], factor_a[:4])
+            assert torch.equal(factor_b[:, 4:], -factor_b[:, :4])
+
+
 def _refuse(rank: int, checkpoint: Path, config: LoRAConfig, twice: bool = False) -> None:
     initialize_parallel(Layout())
     model = AutoBridge.from_pretrained(checkpoint).build_model(Layout())
     try:
         add_lora(model, config)
-    except (NotImplementedError, ValueError):
+    except (NotImplementedError, ValueError, UnsupportedModelError):
         assert all(parameter.requires_grad for parameter in model[0].parameters())  # nothing was changed
         raise
     if twice:
@@ -233,5 +275,15 @@ def test_refusals_name_the_layer_and_what_is_supported(scratch: Path) -> None:
         run_ranks(_refuse, 1, dense, LoRAConfig(targets=("in_proj",)))
     with pytest.raises(RankError, match="rank must be at least 1"):
         run_ranks(_refuse, 1, dense, LoRAConfig(rank=0))
+    with pytest.raises(RankError, match=r"dropout is a probability below 1, found 1\.0"):
+        run_ranks(_refuse, 1, dense, LoRAConfig(dropout=1.0))
+    with pytest.raises(RankError, match="orthogonal adapters have an even rank, found 3"):
+        run_ranks(_refuse, 1, dense, LoRAConfig(rank=3, start="orthogonal"))
+    with pytest.raises(RankError, match=r"layers\.0\..* has fewer than 65 components for pissa: lower the rank"):
+        run_ranks(_refuse, 1, dense, LoRAConfig(rank=65, start="pissa"))
+    with pytest.raises(RankError, match="has no experts"):
+        run_ranks(_refuse, 1, dense, LoRAConfig(stacked_experts=True))
+    with pytest.raises(RankError, match=r"UnsupportedModelError: .*PEFT has neither DoRA nor dropout for it"):
+        run_ranks(_refuse, 1, moe, LoRAConfig(targets=("*.experts.*",), stacked_experts=True, dora=True))
     with pytest.raises(RankError, match="has an adapter already"):
         run_ranks(_refuse, 1, dense, ADAPTERS, True)

@@ -21,7 +21,6 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.training import toy
 from mbridge_rl.training.config import TOY, RunConfig
 from mbridge_rl.training.config_file import parse_config
-from mbridge_rl.training.lora import ATTENTION_TARGETS, DENSE_TARGETS
 from mbridge_rl.training.report import write_report
 from mbridge_rl.training.run import SUMMARY_FILE, run_training
 from mbridge_rl.training.run_log import EVALUATION_FILE, METRICS_FILE, read_lines
@@ -77,8 +76,7 @@ def demo_config(options: DemoOptions) -> RunConfig:
         "task": {"kind": "sums", "order": "unsolved-first", "evaluate_every": 5},
     }
     if options.lora:
-        targets = ATTENTION_TARGETS if options.model == "qwen3-moe" else DENSE_TARGETS
-        sections["lora"] = {"rank": LORA_RANK, "alpha": 2 * LORA_RANK, "targets": list(targets), "seed": options.seed}
+        sections["lora"] = {"rank": LORA_RANK, "alpha": 2 * LORA_RANK, "seed": options.seed}
     sections["layout"] = {axis: getattr(layout, axis) for axis in ("tp", "pp", "ep", "etp", "dp")}
     return parse_config(RunConfig, sections)
 

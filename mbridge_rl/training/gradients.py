@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.adapters import adapter_spec
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.megatron.adapters import LiveAdapters, lora_config_of
 from mbridge_rl.megatron.parameters import LiveParameters
 from mbridge_rl.megatron.runtime import megatron_runtime
 from mbridge_rl.sync.group import RankGroup
@@ -22,14 +26,24 @@ class LiveGradients(LiveParameters):
     """This rank's gradients under the global names of the parameters; zeros for what has none (frozen parameters, buffers)."""
 
     def __getitem__(self, megatron_name: str) -> Tensor:
-        parameter = self._parameters[megatron_name]
-        gradient = getattr(parameter, "main_grad", None)
-        return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.detach()
+        return _gradient_of(self._parameters[megatron_name])
+
+
+class LiveAdapterGradients(LiveAdapters):
+    """The same of the adapters."""
+
+    def __getitem__(self, megatron_name: str) -> Tensor:
+        return _gradient_of(self.parameter(megatron_name))
+
+
+def _gradient_of(parameter: Tensor) -> Tensor:
+    gradient = getattr(parameter, "main_grad", None)
+    return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.detach()
 
 
 def hf_gradients(trainer: MegatronTrainer, bridge: AutoBridge) -> dict[str, Tensor]:
-    """The whole gradients that `trainer.compute_gradients` left, `{hf_name: fp32 tensor}`, not clipped. For comparisons: all
-    ranks get all of it.
+    """The whole gradients that `trainer.compute_gradients` left, `{hf_name: fp32 tensor}`, not clipped; with adapters theirs,
+    by PEFT name. For comparisons: all ranks get all of it.
 
     Where a bridge adds or casts something (a zero-centred norm's `+1`), so it does to the gradient.
     """
@@ -37,8 +51,14 @@ def hf_gradients(trainer: MegatronTrainer, bridge: AutoBridge) -> dict[str, Tens
     with megatron_runtime():
         _complete(trainer.model)
     experts_before = layout.coordinates(group.rank).ep * (spec.num_experts or 0) // layout.ep
-    live = LiveGradients(trainer.model, experts_before, buffer_names=_source_names(bridge, trainer, group.rank))
-    plan = bridge.export_plan(layout)
+    live: LiveGradients | LiveAdapterGradients
+    if trainer.has_adapters:
+        live = LiveAdapterGradients(trainer.model, experts_before)
+        spec = adapter_spec(spec, lora_config_of(trainer.model))
+        plan = compile_plan(spec, megatron_side(spec, layout), hf_side(spec))
+    else:
+        live = LiveGradients(trainer.model, experts_before, buffer_names=_source_names(bridge, trainer, group.rank))
+        plan = bridge.export_plan(layout)
     stream = TensorStream(plan, spec.hf_dtypes(torch.float32), group, device=next(trainer.model[0].parameters()).device)
     try:
         return dict(stream.run(live))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbridge_rl.core.layout import Coordinates
+from mbridge_rl.megatron.runtime import megatron_runtime
 
 _OWN, _OF_TENSOR_RANKS, _OF_EXPERT_TENSOR_RANKS = "adapter-dropout", "adapter-dropout-tp", "adapter-dropout-etp"
 
@@ -30,11 +31,11 @@ def seed_dropout(seed: int, rank: int, at: Coordinates) -> None:
     }
     tracker = get_cuda_rng_tracker()
     for name, key in shared_by.items():
+        number = int.from_bytes(hashlib.blake2b(f"{seed}:{name}:{key}".encode(), digest_size=6).digest(), "big")
         tracker.states_.pop(name, None)
-        digest = hashlib.blake2b(f"{seed}:{name}:{key}".encode(), digest_size=6).digest()
-        number = int.from_bytes(digest, "big")
         tracker.seeds_.discard(number)
-        tracker.add(name, number)
+        with megatron_runtime():
+            tracker.add(name, number)
 
 
 def drop(x: Tensor, probability: float, mode: str, *, sequence_parallel: bool) -> Tensor:
