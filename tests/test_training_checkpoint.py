@@ -133,7 +133,7 @@ def test_another_layout_goes_on(variant: str, before: Case, after: Case, scratch
 
 def test_adapters_alone_are_saved(scratch: Path, tmp_path: Path) -> None:
     """With what some adapters have beside their factors: magnitudes, which train, and first factors, which don't."""
-    source, lora = _checkpoint(DENSE, scratch), LoRAConfig(rank=4, dora=True, dropout=0.1, start="olora")
+    source, lora = _checkpoint(DENSE, scratch), LoRAConfig(rank=4, dora=True, start="olora")
     case, other = (Layout(tp=2), {}, {}), (Layout(dp=2), SHARDED, {})
     saved = run_ranks(_save, 2, source, case, tmp_path, lora)
     resumed = run_ranks(_resume, 2, source, case, tmp_path, lora)

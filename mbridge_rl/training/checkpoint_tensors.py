@@ -56,12 +56,18 @@ class TrainerTensors:
         found: dict[str, list[Any]] = defaultdict(list)
         for segment, replica in self._segments:
             parameter = self._live.parameter(segment.local_name)
-            tensors = states.get(parameter, {"master": parameter.detach()})
+            tensors = states.get(parameter) or self._untrained(parameter)
             for kind, tensor in tensors.items():
                 if replica == 0:
                     shard = self._view(segment, tensor.float()).contiguous()
                     found[f"{kind}.{segment.hf_name}"].append(self._sharded(kind, segment, replica, shard))
         return dict(found)
+
+    def _untrained(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What is saved of a parameter without optimizer state. A frozen factor of an adapter is a part of a PEFT tensor whose
+        rest is trained, and a checkpoint's tensors have no holes."""
+        moments = MOMENTS if self._trainer.has_adapters else ()
+        return {"master": parameter.detach(), **{kind: torch.zeros_like(parameter) for kind in moments}}
 
     def requests(self, kind: str) -> dict[str, list[Any]]:
         """What this rank wants of `kind`, with memory to load it into."""
