@@ -28,12 +28,12 @@ _MOST_JOINED = 16
 _joined: dict[tuple[str, int], Any] = {}  # this process's process groups, by id and rank; kept between two versions
 
 
-def _join(wire: Wire, rank: int, seconds: float) -> Any:
+def join(wire: Wire, rank: int, seconds: float) -> Any:
     """The process group of `wire`; all its members come within `seconds`."""
     if (member := (wire["group"], rank)) in _joined:
         return _joined[member]
     timeout = timedelta(seconds=seconds)
-    with _explained("cannot meet the trainer and the other workers"):
+    with explained("cannot meet the trainer and the other workers"):
         store = dist.TCPStore(wire["host"], wire["port"], is_master=False, timeout=timeout)
         store = dist.PrefixStore(wire["group"], store)
         if wire["backend"] == "nccl":
@@ -46,7 +46,12 @@ def _join(wire: Wire, rank: int, seconds: float) -> Any:
     return group
 
 
-def _device(wire: Wire) -> torch.device:
+def leave(wire: Wire, rank: int) -> None:
+    """The group failed, or is not needed any more."""
+    _joined.pop((wire["group"], rank), None)
+
+
+def device_of(wire: Wire) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if wire["backend"] == "nccl" else torch.device("cpu")
 
 
@@ -55,7 +60,7 @@ class GroupOutlet:
 
     def __init__(self, wire: Wire, rank: int, largest: int, patience: Patience) -> None:
         self._wire, self._rank, self._patience = wire, rank, patience
-        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=_device(wire)) for _ in range(_DEPTH)]
+        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
         self._works: deque[Any] = deque()
         self._sent = 0
 
@@ -65,9 +70,9 @@ class GroupOutlet:
         return self._buffers[self._sent % _DEPTH][: part.nbytes]
 
     def send(self, worker: int, index: int, part: Part) -> None:
-        group = _join(self._wire, self._rank, self._patience.seconds)
+        group = join(self._wire, self._rank, self._patience.seconds)
         message = self._buffers[self._sent % _DEPTH][: part.nbytes]
-        with _explained(f"cannot send to worker {worker}"):
+        with explained(f"cannot send to worker {worker}"):
             self._works.append(group.send([message], self._wire["trainers"] + worker, index))
         self._sent += 1
 
@@ -87,9 +92,9 @@ class GroupInlet:
         first = wire["trainers"] + wire["replica"] * wire["workers"]
         self._before = first - wire["workers"] + route.rank if wire["replica"] else None
         self._after = first + wire["workers"] + route.rank if wire["replica"] + 1 < wire["replicas"] else None
-        self._group = _join(wire, first + route.rank, patience.seconds)
+        self._group = join(wire, first + route.rank, patience.seconds)
         size = aligned(route.bucket_bytes)
-        self._buffers = [torch.empty(size, dtype=torch.uint8, device=_device(wire)) for _ in range(_DEPTH)]
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
         self._posted: deque[list[Any]] = deque()
         self._forwarded: dict[int, list[Any]] = {}
         self._next = 0
@@ -112,7 +117,7 @@ class GroupInlet:
         self._posted.clear()
 
     def _receive(self, index: int, part: Part, data: Tensor) -> Any:
-        with _explained(f"cannot receive bucket {index}"):
+        with explained(f"cannot receive bucket {index}"):
             return self._group.recv([data], part.source_rank if self._before is None else self._before, index)
 
     def _parts(self, index: int) -> list[tuple[Part, Tensor]]:
@@ -133,7 +138,7 @@ class GroupWay:
         context = self._context
         if self._wire is None:
             if context.group.rank == 0 and self._server is None:
-                self._server = dist.TCPStore(_address(), 0, is_master=True, wait_for_workers=False)
+                self._server = dist.TCPStore(own_address(), 0, is_master=True, wait_for_workers=False)
             self._wire = context.from_first_rank(self._described() if self._server is not None else None)
         assert self._wire is not None
         largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
@@ -162,7 +167,7 @@ class GroupWay:
 
     def abandon(self) -> None:
         if self._wire is not None:
-            _joined.pop((self._wire["group"], self._context.group.rank), None)
+            leave(self._wire, self._context.group.rank)
         self._wire = None
 
     def close(self) -> None:
@@ -171,11 +176,11 @@ class GroupWay:
 
 
 def _wait(work: Any, patience: Patience, complaint: str) -> None:
-    with _explained(complaint):
+    with explained(complaint):
         work.wait(timedelta(seconds=patience.seconds))
 
 
-class _explained:
+class explained:
     """Turns a backend's error into ours, with who did not come."""
 
     def __init__(self, complaint: str) -> None:
@@ -189,7 +194,7 @@ class _explained:
             raise TransferTimeout(f"{self._complaint} (the backend: {str(error).splitlines()[0]})") from error
 
 
-def _address() -> str:
+def own_address() -> str:
     """This host's address, as other hosts reach it; the loopback where it has no other."""
     try:
         return socket.gethostbyname(socket.gethostname())

@@ -1,0 +1,1 @@
+"""Stands for verl where it is not installed."""
