@@ -133,3 +133,8 @@ def test_attaching_to_nothing_or_to_too_little_says_so(tmp_path: Path) -> None:
 
 def test_aligned() -> None:
     assert [aligned(nbytes) for nbytes in (0, 1, ALIGNMENT, ALIGNMENT + 1)] == [0, ALIGNMENT, ALIGNMENT, 2 * ALIGNMENT]
+
+
+def test_attaching_writes_nothing_that_a_fellow_writer_could_lose(tmp_path: Path) -> None:
+    with Arena.create(4096 * 3, tmp_path) as first, Arena.attach(first.path, first.nbytes, writable=True) as second:
+        assert second.view(0, (second.nbytes,), torch.uint8)._version == 0  # no operation has changed it in place

@@ -40,7 +40,7 @@ class Arena:
         self.writable = writable
         storage = torch.UntypedStorage.from_file(self.path, writable, nbytes)
         self._bytes: Tensor | None = torch.empty(0, dtype=torch.uint8).set_(storage)
-        _touch(self._bytes, writable)
+        _touch(self._bytes)
         self._finalizer = weakref.finalize(self, _release, self.path, lock, os.getpid())
 
     @classmethod
@@ -160,12 +160,10 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _touch(data: Tensor, writable: bool) -> None:
-    pages = data[::_PAGE]
-    if writable:
-        pages.bitwise_or_(0)  # a write that changes nothing: a fellow writer may have been faster
-    else:
-        pages.sum()
+def _touch(data: Tensor) -> None:
+    """Reads a byte of every page: the pages exist (`allocate`), and a shared mapping's are writable once they are mapped. Not even
+    the same byte may be written: a fellow writer's, written between the read and the write, would be undone."""
+    data[::_PAGE].sum()
 
 
 def _release(path: str, lock: int | None, owner: int) -> None:
