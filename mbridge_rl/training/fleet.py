@@ -27,7 +27,7 @@ _PER_PROMPT = ("max_tokens", "seed")
 
 
 class ServedEngine(Protocol):
-    """An engine outside of this process: `EngineProcess`, `ray_runner.RayEngine`. Lost, it raises `EngineProcessError`."""
+    """An engine outside of this process: `EngineProcess`, `ray_actor.RayEngine`. Lost, it raises `EngineProcessError`."""
 
     @property
     def weight_version(self) -> int: ...

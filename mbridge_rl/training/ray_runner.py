@@ -18,9 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mbridge_rl.core.errors import BridgeError
-from mbridge_rl.sync.errors import EngineProcessError
-from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine
+from mbridge_rl.sync.vllm.ray_actor import RayEngine, import_ray
 from mbridge_rl.training.config import RunConfig
 from mbridge_rl.training.config_file import ConfigError
 from mbridge_rl.training.launcher import LaunchError
@@ -36,7 +34,7 @@ def launch_on_ray(config: RunConfig, *, resume: bool) -> dict[str, Any]:
     Raises:
         ConfigError: the cluster cannot hold the actors; LaunchError: a rank failed or was lost; ImportError: Ray is missing.
     """
-    ray = _import_ray()
+    ray = import_ray()
     bundles = _bundles(config)
     own_cluster = not ray.is_initialized()
     if own_cluster:
@@ -73,7 +71,7 @@ class TrainerRank:
 
     def where(self) -> tuple[str, str, int]:
         """Its node, that node's address, and a port that is free there."""
-        ray = _import_ray()
+        ray = import_ray()
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
@@ -92,85 +90,29 @@ class TrainerRank:
             world_size=self._world_size,
             timeout=timedelta(seconds=config.engine.call_timeout + config.engine.start_timeout),
         )
-        make_engine = partial(RayEngine.start, group=group)
+        make_engine = partial(start_engine_actor, group=group)
         return train_rank(config, resume, make_engine, make_ray_judge)
 
 
-class EngineActor:
-    """Actor: holds an in-process engine, which is the way to run vLLM on Ray that works without a GPU, too."""
+def start_engine_actor(config: RunConfig, index: int, *, group: Any) -> RayEngine:
+    """Engine `index` in its place; returns before it is up."""
+    from mbridge_rl.training.run import engine_arguments, model_directory
 
-    def __init__(self, model_dir: str, threads: int, settings: dict[str, Any]) -> None:
-        torch.set_num_threads(threads)
-        self._engine = InProcessEngine(model_dir, **settings)
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        member = getattr(self._engine, method)
-        return member(*args, **options) if callable(member) else member
-
-
-class RayEngine:
-    """An engine actor with the interface of an engine; what `EngineProcess` is without Ray."""
-
-    def __init__(self, actor: Any, start_timeout: float, call_timeout: float) -> None:
-        self._actor, self._call_timeout, self._first_timeout = actor, call_timeout, start_timeout + call_timeout
-
-    @classmethod
-    def start(cls, config: RunConfig, index: int, *, group: Any) -> RayEngine:
-        """Engine `index` in its place; returns before it is up."""
-        from mbridge_rl.training.run import engine_arguments, model_directory
-
-        ray, engine = _import_ray(), config.engine
-        gpus = engine.tensor_parallel_size * _gpu_share(config) if torch.cuda.is_available() else 0
-        bundle = index % config.layout.world_size if _colocated(config) else config.layout.world_size + index
-        actor = ray.remote(EngineActor).options(
-            num_cpus=config.runner.cpus_per_engine,
-            num_gpus=gpus,
-            max_concurrency=8,  # a commit comes while requests are in flight
-            scheduling_strategy=_at(ray, group, bundle),
-        )
-        return cls(
-            actor.remote(str(model_directory(config).absolute()), engine.threads, engine_arguments(config)),
-            engine.start_timeout,
-            engine.call_timeout,
-        )
-
-    @property
-    def weight_version(self) -> int:
-        return self._call("weight_version")
-
-    @property
-    def pid(self) -> int:
-        """Of the actor's process."""
-        return _import_ray().get(self._actor.pid.remote(), timeout=self._first_timeout)
-
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
-        return self._call("generate", [list(prompt) for prompt in prompts], **options)
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        """The calls of a weight sync (`sync.engines.Engine`), whose arguments and results are plain JSON types."""
-        if method.startswith("_"):
-            raise AttributeError(method)
-        return partial(self._call, method)
-
-    def close(self) -> None:
-        """Ends the actor's process."""
-        _import_ray().kill(self._actor)
-
-    def _call(self, method: str, *args: Any, **options: Any) -> Any:
-        ray = _import_ray()
-        try:
-            found = ray.get(self._actor.call.remote(method, args, options), timeout=self._first_timeout)
-        except ray.exceptions.GetTimeoutError as error:
-            raise EngineProcessError(f"the engine actor did not answer {method} within {self._first_timeout:g} s") from error
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, BridgeError) else error from None
-        except ray.exceptions.RayError as error:  # the actor died, or cannot be reached
-            raise EngineProcessError(f"the engine actor was lost during {method}: {error}") from error
-        self._first_timeout = self._call_timeout
-        return found
+    engine = config.engine
+    gpus = engine.tensor_parallel_size * _gpu_share(config) if torch.cuda.is_available() else 0
+    bundle = index % config.layout.world_size if _colocated(config) else config.layout.world_size + index
+    return RayEngine.start(
+        model_directory(config),
+        threads=engine.threads,
+        ray_options={
+            "num_cpus": config.runner.cpus_per_engine,
+            "num_gpus": gpus,
+            "scheduling_strategy": _at(group, bundle),
+        },
+        start_timeout=engine.start_timeout,
+        call_timeout=engine.call_timeout,
+        **engine_arguments(config),
+    )
 
 
 class RewardActor:
@@ -191,7 +133,7 @@ class RayJudge:
     """
 
     def __init__(self, factory: Callable[[], RewardFunction], workers: int, timeout: float) -> None:
-        self._ray, self._factory, self._timeout = _import_ray(), factory, timeout
+        self._ray, self._factory, self._timeout = import_ray(), factory, timeout
         self._workers = [self._start() for _ in range(workers)]
 
     def judge(self, questions: Sequence[Question]) -> list[Verdict]:
@@ -244,16 +186,6 @@ def make_ray_judge(task: Any, reward: Any) -> Judge:
     return make_judge(task, reward)
 
 
-def _import_ray() -> Any:
-    try:
-        import ray
-        import ray.exceptions
-        import ray.util
-    except ImportError as error:
-        raise ImportError("runner.kind=ray needs Ray: pip install 'mbridge-rl[ray]'") from error
-    return ray
-
-
 def _colocated(config: RunConfig) -> bool:
     return config.runner.placement == "colocated"
 
@@ -296,12 +228,12 @@ def _placement_group(ray: Any, bundles: list[dict[str, float]]) -> Any:
 def _start_rank(ray: Any, config: RunConfig, group: Any, rank: int) -> Any:
     gpus = _gpu_share(config) if torch.cuda.is_available() else 0
     actor = ray.remote(TrainerRank).options(
-        num_cpus=config.runner.cpus_per_rank, num_gpus=gpus, scheduling_strategy=_at(ray, group, rank)
+        num_cpus=config.runner.cpus_per_rank, num_gpus=gpus, scheduling_strategy=_at(group, rank)
     )
     return actor.remote(rank, config.layout.world_size, config.runner.threads)
 
 
-def _at(ray: Any, group: Any, bundle: int) -> Any:
+def _at(group: Any, bundle: int) -> Any:
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
