@@ -9,14 +9,29 @@ from typing import Any
 import torch
 from live import live, raised
 from ranks import run_ranks
+from tiny import assert_same_state, hf_state
 
 from mbridge_rl.core.layout import ParallelLayout
 
 
-def passes_of_all_ranks(directory: Path, layout: ParallelLayout) -> list[dict[str, Any]]:
+def passes_of_all_ranks(directory: Path, layout: ParallelLayout) -> None:
     importlib.import_module("mbridge_rl.sync.vllm.source")
     importlib.import_module("vllm.distributed.weight_transfer.nccl_engine")
-    return run_ranks(passes, layout.world_size, directory, layout, timeout=180)
+    ranks = run_ranks(passes, layout.world_size, directory, layout, timeout=180)
+    expected = hf_state(directory)
+    for rank, found in enumerate(ranks):
+        assert list(found["whole"]) == list(found["again"])
+        assert_same_state(found["whole"], expected)
+        assert_same_state(found["again"], expected)
+        assert list(found["first"]) == (list(found["whole"]) if rank == 0 else [])
+        stage = layout.coordinates(rank).pp
+        assert found["held"]
+        for name, tensor in found["held"].items():
+            assert torch.equal(tensor, expected[name])
+        assert all(int(name.split(".")[2]) // 2 == stage for name in found["held"] if name.startswith("model.layers."))
+        assert found["no gpu"].startswith("SyncError: vLLM's weight-transfer backend 'ipc' moves CUDA tensors")
+    assert {name for found in ranks for name in found["held"]} == expected.keys()
+    assert [found["live"] for found in ranks] == [0] * len(ranks)
 
 
 def passes(rank: int, directory: Path, layout: ParallelLayout) -> dict[str, Any]:
@@ -56,3 +71,7 @@ def passes(rank: int, directory: Path, layout: ParallelLayout) -> dict[str, Any]
     for source in (whole, first, staged):
         source.close()
     return found
+
+
+def native_backend(directory: Path) -> None:
+    importlib.import_module("gloo_backend").a_native_backend_takes_our_source(directory)

@@ -82,14 +82,14 @@ class AsyncEngine(AttachedEngine):
     def _rpc(self, method: str, args: list[Any]) -> list[Any]:
         return self._run(self._llm.collective_rpc(method, args=tuple(args)), self._call_timeout)
 
-    def _pause(self, requests: InFlight, timeout: float) -> None:
+    def _halt(self, requests: InFlight, timeout: float) -> None:
         try:
             self._run(self._llm.pause_generation(mode=requests, clear_cache=True), timeout)
         except TimeoutError as error:
-            self._unpause()
+            self._go_on()
             raise TransferTimeout(f"requests did not finish within {timeout:g} s; use 'keep' or 'abort'") from error
 
-    def _unpause(self) -> None:
+    def _go_on(self) -> None:
         self._run(self._llm.resume_generation(), self._call_timeout)
 
     def _label(self) -> str:

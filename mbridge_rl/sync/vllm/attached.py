@@ -70,11 +70,11 @@ class AttachedEngine(TransactionalEngine):
 
     def _hold(self, requests: InFlight, timeout: float) -> None:
         lost = requests == "wait" and any(self._call_workers(worker_calls.unusable))
-        self._pause("keep" if lost else requests, timeout)  # what waits for weights cannot be waited for
+        self._halt("keep" if lost else requests, timeout)  # what waits for weights cannot be waited for
 
     def _resume(self) -> None:
         if not any(self._call_workers(worker_calls.unusable)):
-            self._unpause()
+            self._go_on()
 
     def _serve(self, version: int) -> None:
         self._set_label(str(version))
@@ -90,14 +90,14 @@ class AttachedEngine(TransactionalEngine):
         """vLLM's `collective_rpc`."""
 
     @abstractmethod
-    def _pause(self, requests: InFlight, timeout: float) -> None:
+    def _halt(self, requests: InFlight, timeout: float) -> None:
         """
         Raises:
             TransferTimeout: requests did not finish in time; generation goes on.
         """
 
     @abstractmethod
-    def _unpause(self) -> None: ...
+    def _go_on(self) -> None: ...
 
     @abstractmethod
     def _label(self) -> str: ...

@@ -78,14 +78,14 @@ class ServerEngine(AttachedEngine):
     def _rpc(self, method: str, args: list[Any]) -> list[Any]:
         return self._post("/collective_rpc", {"method": method, "args": args})["results"]
 
-    def _pause(self, requests: InFlight, timeout: float) -> None:
+    def _halt(self, requests: InFlight, timeout: float) -> None:
         try:
             self._post(f"/pause?mode={requests}&clear_cache=true", {}, timeout)
         except TransferTimeout as error:
-            self._unpause()
+            self._go_on()
             raise TransferTimeout(f"requests did not finish within {timeout:g} s; use 'keep' or 'abort'") from error
 
-    def _unpause(self) -> None:
+    def _go_on(self) -> None:
         self._post("/resume", {})
 
     def _label(self) -> str:
