@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.engine_side import alike
-from mbridge_rl.sync.errors import EngineMismatch, SyncError
+from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, SyncError
 from mbridge_rl.sync.report import EngineOutcome
 from mbridge_rl.sync.waiting import Patience
 
+_log = logging.getLogger(__name__)
+
+_MOST_AT_ONCE = 256  # engines that are asked at the same time
+
 
 class Engine(Protocol):
-    """What a sync asks of an engine: `sync.vllm.engine.InProcessEngine` and `sync.vllm.process.EngineProcess` have it.
+    """What a sync asks of an engine; every kind in `sync.vllm` has it. One that is dead raises `EngineProcessError`.
 
     All arguments and results are plain JSON types, so that they cross processes, Ray or HTTP alike.
     """
@@ -28,12 +36,76 @@ class Engine(Protocol):
     def publish_weights(self, paths: Sequence[str]) -> list[str]: ...
 
 
+@dataclass(frozen=True)
+class Member:
+    """An engine that takes part.
+
+    Attributes:
+        number: its own for as long as it does, whoever joins and leaves.
+        hosts: of its workers.
+    """
+
+    number: int
+    engine: Engine
+    hosts: frozenset[str]
+
+
 class Engines:
-    """One engine, or several replicas of equal layout."""
+    """One engine, or several replicas of equal layout, which may join and leave between syncs.
+
+    Attributes:
+        generation: changes with every one that joins or leaves.
+        turn: held by a sync while it runs, and by whoever changes the members.
+    """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
-        self.all = tuple(engines)
-        self._pool = ThreadPoolExecutor(max(1, len(self.all)), thread_name_prefix="mbridge-engine")
+        self._members = [Member(number, engine, frozenset()) for number, engine in enumerate(engines)]
+        self._numbers = itertools.count(len(self._members))
+        self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="mbridge-engine")
+        self.generation, self.turn = 0, threading.Lock()
+
+    @property
+    def all(self) -> tuple[Engine, ...]:
+        return tuple(member.engine for member in self._members)
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        return frozenset().union(*(member.hosts for member in self._members))
+
+    def admit(self, engine: Engine, hosts: Iterable[str]) -> None:
+        self._members.append(Member(next(self._numbers), engine, frozenset(hosts)))
+        self.generation += 1
+
+    def dismiss(self, engine: Engine) -> None:
+        """
+        Raises:
+            SyncError: it takes no part.
+        """
+        if not any(member.engine is engine for member in self._members):
+            raise SyncError("this engine takes no part in the sync: it has left, was lost, or never joined")
+        self._members = [member for member in self._members if member.engine is not engine]
+        self.generation += 1
+
+    def dismiss_lost(self) -> int:
+        """How many engines were found dead and take part no longer. Where all are, none is dismissed."""
+
+        def ask(_: int, engine: Engine) -> EngineProcessError | None:
+            try:
+                engine.update_status()
+            except EngineProcessError as error:
+                return error
+            except BridgeError:
+                pass  # it lives, and has its own trouble
+            return None
+
+        found = self._each(ask)
+        lost = [(member, error) for member, error in zip(self._members, found, strict=True) if error is not None]
+        if len(lost) == len(self._members):
+            return 0
+        for member, error in lost:
+            _log.warning("engine %d is lost and takes part no longer: %s", member.number, error)
+            self.dismiss(member.engine)
+        return len(lost)
 
     def describe(self, info: dict[str, Any]) -> list[list[dict[str, Any]]]:
         """The workers of every engine.
@@ -48,6 +120,10 @@ class Engines:
                     f"engine {index} keeps its weights in another layout than engine 0: give engines of each layout a "
                     "WeightSync of their own"
                 )
+        self._members = [
+            replace(member, hosts=frozenset(worker["host"] for worker in workers))
+            for member, workers in zip(self._members, said, strict=True)
+        ]
         return said
 
     def adopt(self, introduction: dict[str, Any]) -> None:
@@ -55,7 +131,10 @@ class Engines:
 
     def begin(self, update: dict[str, Any]) -> None:
         def call(index: int, engine: Engine) -> None:
-            engine.begin_update({**update, "wire": {**update["wire"], **_of_replica(update["wire"], index)}})
+            wire = {**update["wire"], "replica": index}
+            if "store" in wire:  # replicas on one host keep images of their own
+                wire["store"] = f"{wire['store']}.{self._members[index].number}"
+            engine.begin_update({**update, "wire": wire})
 
         self._each(call)
 
@@ -133,11 +212,6 @@ class Engines:
         kind = type(first) if isinstance(first, BridgeError) else SyncError
         said = "; ".join(f"engine {index}: {type(error).__name__}: {error}" for index, error in failures.items())
         raise kind(f"{len(failures)} of {len(self.all)} engines failed: {said}") from first
-
-
-def _of_replica(wire: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Replicas on one host keep images of their own."""
-    return {"replica": index, **({"store": f"{wire['store']}.{index}"} if "store" in wire else {})}
 
 
 def _rebuilt(kind: str, message: str) -> Exception:

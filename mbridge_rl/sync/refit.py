@@ -14,13 +14,13 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.plan import compile_plan
-from mbridge_rl.core.quantize import Fp8, quantized_spec
+from mbridge_rl.core.quantize import quantized_spec
 from mbridge_rl.core.segments import megatron_side
 from mbridge_rl.megatron.parameters import LiveParameters, layout_of, live_side, model_dtype
 from mbridge_rl.sync import phases
@@ -28,10 +28,19 @@ from mbridge_rl.sync.arena import SHARED_MEMORY
 from mbridge_rl.sync.delta import Delta, DeltaSender, carried_bytes
 from mbridge_rl.sync.engine_side import WorkerDescription, engine_side, local_dtypes
 from mbridge_rl.sync.engines import Engine, Engines
-from mbridge_rl.sync.errors import DeltaRefused, DigestMismatch, SyncError, TransferTimeout
+from mbridge_rl.sync.errors import (
+    DeltaRefused,
+    DigestMismatch,
+    EngineMismatch,
+    RanksUnreachable,
+    SyncError,
+    TransferTimeout,
+)
 from mbridge_rl.sync.finite import refuse_strange, require_finite
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.joining import bring_up, introduce
+from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.sync.packer import Packer
 from mbridge_rl.sync.pull import published, restore
 from mbridge_rl.sync.quantized import QuantizedLive
@@ -43,56 +52,12 @@ from mbridge_rl.sync.timeline import Span, Stopwatch, of_engine
 from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import init_info
-from mbridge_rl.sync.vllm.requests import InFlight
 from mbridge_rl.sync.waiting import Patience
-from mbridge_rl.sync.worker import Mode
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_BUCKET_BYTES = 32 << 20
 _TRANSIENT = (TransferTimeout, DigestMismatch, DeltaRefused)  # worth another attempt; whatever else fails would fail again
-
-Transport = Literal["auto", "shared_memory", "process_group", "files", "cuda_ipc"]
-
-
-@dataclass(frozen=True)
-class SyncOptions:
-    """How a sync goes about it.
-
-    Attributes:
-        mode: `staged` keeps the old version serving until the commit and needs memory for two more versions per host;
-            `streaming` needs a few buckets, holds generation for the whole transfer, and loses the old version if it fails.
-        transport: `auto` takes shared memory where trainer and engines share a host, else a process group.
-        bucket_bytes: of one bucket; larger tensors travel in chunks.
-        verify: digests on both ends, compared before the commit.
-        nonfinite: whether NaN and infinite weights are refused before anything that is served changes, or passed on.
-        requests: what becomes of requests in flight at the commit (`sync.vllm.requests.RequestRunner.hold`).
-        retries: attempts after one that timed out or arrived with other bytes.
-        timeout: seconds, for every single wait.
-        store: name of the weight store; named ones outlive the trainer. `None` makes one that ends with it.
-        url: where the transport `files` puts them.
-        delta: send what changed since the last committed version, compressed, where the engines have that version and it is
-            less than everything (`sync.delta`). The trainer keeps a packed copy of what it sends in host memory; staged on one
-            host, workers keep the images, as those on other hosts do.
-        quantization: weights of linears in fp8 with scales, made by the trainer; the engine runs that format.
-    """
-
-    mode: Mode = "staged"
-    transport: Transport = "auto"
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES
-    verify: bool = True
-    nonfinite: Literal["refuse", "pass"] = "refuse"
-    requests: InFlight = "keep"
-    retries: int = 1
-    timeout: float = 120.0
-    store: str | None = None
-    url: str | None = None
-    delta: bool = False
-    quantization: Fp8 | None = None
-
-    def __post_init__(self) -> None:
-        if self.delta and not self.verify:
-            raise SyncError("delta=True needs verify=True: digests prove what a delta starts from and leads to")
+_ON_ONE_HOST = ("shared_memory", "cuda_ipc")
 
 
 @dataclass(frozen=True)
@@ -148,6 +113,7 @@ class WeightSync:
         self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])
         self._patience = Patience(self.options.timeout)
         self._sinks = sinks if self._group.rank == 0 else ()
+        self._generation = 0  # of the engines
         self._slot = 0  # of the two that workers on other hosts fill in turn
         self._planning = Stopwatch(phases.lane(self._group.rank))
         with self._planning(phases.PLAN):
@@ -166,12 +132,19 @@ class WeightSync:
                 then serve the old version or, where live weights were written already, refuse to generate and say which version
                 they lost. If but some fail to commit, the others serve the new version, and the report names the failed ones.
         """
+        with self._engines.turn:
+            self._meet_members()
+            return self._sync(version)
+
+    def _sync(self, version: int) -> SyncReport:
         watches: list[Stopwatch] = []  # one for each attempt
         while True:
             watches.append(Stopwatch(phases.lane(self._group.rank)))
             try:
                 done = self._attempt(version, watches[-1], can_be_delta=len(watches) == 1)
             except Exception as error:
+                if self._goes_on_without_lost(error):
+                    continue
                 if isinstance(error, _TRANSIENT) and len(watches) <= self.options.retries:
                     _log.warning("version %d, attempt %d failed, trying again: %s", version, len(watches), error)
                     continue
@@ -180,6 +153,42 @@ class WeightSync:
             report = self._report(version, watches, done)
             tell(self._sinks, report)
             return report
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Those that take part, on rank 0."""
+        return self._engines.all
+
+    def add_engine(self, engine: Engine) -> int | None:
+        """One more engine takes part, from the next sync on. On rank 0 alone, from any thread; a sync that runs is waited for.
+
+        Returns:
+            The version that it serves now: the one committed last, where the weight store of its host holds it; otherwise
+            `None`, and it gets its first version from the next sync.
+
+        Raises:
+            EngineMismatch: its model or layout is not the others', or the chosen transport does not reach it.
+        """
+        hosts = introduce(engine, self._said)
+        here = hosts == {machine_id()}
+        if not here and self.options.transport in _ON_ONE_HOST:
+            raise EngineMismatch(
+                f"the engine that joins is on {sorted(hosts)}, where the transport {self.options.transport!r} does not reach"
+            )
+        how = self._route.fingerprint, self.options.requests, self.options.timeout
+        with self._engines.turn:
+            version = bring_up(engine, self._store, *how) if here else None
+            self._engines.admit(engine, hosts)
+        return version
+
+    def remove_engine(self, engine: Engine) -> None:
+        """Lets an engine go, with the weights it has. On rank 0 alone, from any thread; a sync that runs is waited for.
+
+        Raises:
+            SyncError: it takes no part.
+        """
+        with self._engines.turn:
+            self._engines.dismiss(engine)
 
     def pull(self, engine: int = 0) -> None:
         """The way back: gives the trainer's live model the weights that an engine serves, under whatever layout it has, proven
@@ -386,7 +395,7 @@ class WeightSync:
         self._info = init_info(self._spec.hf_tensors(self._dtype), config_summary(self._bridge.hf_config))
         workers, self._replicas, hosts = self._introduction()
         self._route = self._planned(workers)
-        introduction = {
+        self._said = {
             "route": [worker.to_json() for worker in self._route.workers],
             "fingerprint": self._route.fingerprint,
             "verify": self.options.verify,
@@ -394,9 +403,32 @@ class WeightSync:
             "init_info": self._info,
             "model": self._spec.fingerprint,
         }
-        self._group.first_rank_does(lambda: self._engines.adopt(introduction))
-        self._store = self._make_store(introduction)
+        self._group.first_rank_does(lambda: self._engines.adopt(self._said))
+        self._store = self._make_store(self._said)
         self._transport, self._way = self._choose_way(hosts)
+
+    def _meet_members(self) -> None:
+        """Where engines joined or left, the way is opened anew for those that are there."""
+        generation = int(self._group.maximum(torch.tensor([self._engines.generation])).item())
+        if generation == self._generation:
+            return
+        self._replicas, hosts = self._group.gather_object((len(self._engines.all), self._engines.hosts))[0]
+        if not self._replicas:
+            raise SyncError("no engine takes part any more: add_engine comes first")
+        self._way.close()
+        self._transport, self._way = self._choose_way(set(hosts))
+        self._generation = generation
+
+    def _goes_on_without_lost(self, error: Exception) -> bool:
+        """Whether the failure is of engines that died, and the others can go on."""
+        if self.options.lost_engines == "raise" or not isinstance(error, SyncError) or isinstance(error, RanksUnreachable):
+            return False
+        lost: list[int] = []
+        self._group.first_rank_does(lambda: lost.append(self._engines.dismiss_lost()))
+        if not self._group.maximum(torch.tensor(lost or [0])).item():
+            return False
+        self._meet_members()
+        return True
 
     def _introduction(self) -> tuple[list[WorkerDescription], int, set[str]]:
         """The workers of one engine, the number of engines, and the hosts of all of them."""
@@ -436,7 +468,7 @@ class WeightSync:
         kind = self.options.transport
         if kind == "auto":
             kind = "shared_memory" if len(hosts | engine_hosts) == 1 else "process_group"
-        if kind in ("shared_memory", "cuda_ipc") and len(hosts | engine_hosts) > 1:
+        if kind in _ON_ONE_HOST and len(hosts | engine_hosts) > 1:
             raise SyncError(f"the transport {kind!r} needs one host, found {sorted(hosts | engine_hosts)}; use 'process_group'")
         live = LiveParameters(self._model, 0)
         device = next((live.base(name).device for name in live), self._group.device)

@@ -1,0 +1,58 @@
+"""The choices that a user of `sync.refit.WeightSync` has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mbridge_rl.core.quantize import Fp8
+from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.vllm.requests import InFlight
+from mbridge_rl.sync.worker import Mode
+
+DEFAULT_BUCKET_BYTES = 32 << 20
+
+Transport = Literal["auto", "shared_memory", "process_group", "files", "cuda_ipc"]
+
+
+@dataclass(frozen=True)
+class SyncOptions:
+    """How a sync goes about it.
+
+    Attributes:
+        mode: `staged` keeps the old version serving until the commit and needs memory for two more versions per host;
+            `streaming` needs a few buckets, holds generation for the whole transfer, and loses the old version if it fails.
+        transport: `auto` takes shared memory where trainer and engines share a host, else a process group.
+        bucket_bytes: of one bucket; larger tensors travel in chunks.
+        verify: digests on both ends, compared before the commit.
+        nonfinite: whether NaN and infinite weights are refused before anything that is served changes, or passed on.
+        requests: what becomes of requests in flight at the commit (`sync.vllm.requests.RequestRunner.hold`).
+        retries: attempts after one that timed out or arrived with other bytes.
+        timeout: seconds, for every single wait.
+        store: name of the weight store; named ones outlive the trainer. `None` makes one that ends with it.
+        url: where the transport `files` puts them.
+        lost_engines: `raise` fails a sync whose engine died before the commit; `drop` goes on with the others, as long as
+            there are any.
+        delta: send what changed since the last committed version, compressed, where the engines have that version and it is
+            less than everything (`sync.delta`). The trainer keeps a packed copy of what it sends in host memory; staged on one
+            host, workers keep the images, as those on other hosts do.
+        quantization: weights of linears in fp8 with scales, made by the trainer; the engine runs that format.
+    """
+
+    mode: Mode = "staged"
+    transport: Transport = "auto"
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    verify: bool = True
+    nonfinite: Literal["refuse", "pass"] = "refuse"
+    requests: InFlight = "keep"
+    retries: int = 1
+    timeout: float = 120.0
+    store: str | None = None
+    url: str | None = None
+    lost_engines: Literal["raise", "drop"] = "raise"
+    delta: bool = False
+    quantization: Fp8 | None = None
+
+    def __post_init__(self) -> None:
+        if self.delta and not self.verify:
+            raise SyncError("delta=True needs verify=True: digests prove what a delta starts from and leads to")
