@@ -1,0 +1,191 @@
+"""What `test_attached_engines.py` runs on engines that it started itself: an `AsyncLLM`, a `vllm serve`, an actor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standin import light_model
+from tiny import hf_state, tiny_checkpoint
+
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.sync.errors import EngineUnusable, SyncError, TransferTimeout
+from mbridge_rl.sync.refit import WeightSync
+from mbridge_rl.sync.transports.shared_memory import RingOutlet
+from mbridge_rl.sync.vllm.engine import InProcessEngine
+
+SIZES = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
+LIMITS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
+PROMPT = [5, 9, 33, 100, 514]
+LENGTH = 200
+# The same fp32 kernels in another process, in batches of other sizes; measured at 2e-6.
+LOGPROB_TOLERANCE = 1e-4
+
+
+def make_checkpoints(directory: Path) -> None:
+    for seed, tag in enumerate("AB"):
+        tiny_checkpoint(directory / tag, "qwen3", seed=seed, **SIZES)
+
+
+def trainer_of(directory: Path, tag: str, engine: Any, **options: Any) -> WeightSync:
+    bridge, model = light_model("qwen3", ParallelLayout(), 0, hf_state(directory / tag), SIZES)
+    return WeightSync(bridge, model, engine, **{"bucket_bytes": 1 << 16, "timeout": 30.0, **options})
+
+
+def greedy(engine: Any, length: int = 8) -> Any:
+    return engine.generate([PROMPT], temperature=0.0, max_tokens=length, ignore_eos=True)[0]
+
+
+def fresh(directory: Path, tag: str) -> Any:
+    with InProcessEngine(directory / tag, **LIMITS, kv_cache_bytes=1 << 26) as engine:
+        return greedy(engine)
+
+
+def is_refitted_exactly(engine: Any, directory: Path, url: str) -> None:
+    """Both checkpoints in turn, by every transport that fits a host; then as `is_fresh` says."""
+    wanted = {tag: fresh(directory, tag) for tag in "AB"}
+    assert_same(greedy(engine), wanted["A"])
+    ways = [("staged", "auto"), ("staged", "files"), ("streaming", "shared_memory"), ("streaming", "process_group")]
+    for version, (mode, transport) in enumerate(ways, start=1):
+        tag = "BA"[version % 2 == 0]
+        sync = trainer_of(directory, tag, engine, mode=mode, transport=transport, url=url)
+        report = sync.sync(version)
+        sync.close()
+        assert report.digest == report.engine["digest"]
+        assert report.engine["proven_live"] == report.tensors
+        assert engine.weight_version == version
+        found = greedy(engine)
+        assert_same(found, wanted[tag])
+        assert set(found.token_versions) == {version}
+    several = engine.generate([PROMPT, PROMPT, [7]], n=2, temperature=1.0, seed=3, max_tokens=[4, 5, 6])
+    assert [(one.prompt_index, len(one.tokens), len(one.logprobs)) for one in several] == [
+        (index, 4 + index, 4 + index) for index in (0, 0, 1, 1, 2, 2)
+    ]
+    assert several[0].tokens != several[1].tokens
+    again = engine.generate([PROMPT, PROMPT, [7]], n=2, temperature=1.0, seed=3, max_tokens=[4, 5, 6])
+    assert [one.tokens for one in again] == [one.tokens for one in several]
+
+
+def holds_requests_in_flight(engine: Any, directory: Path) -> None:
+    """Kept, waited for, or aborted; by the versions of their tokens."""
+    found = {}
+    for index, requests in enumerate(("keep", "wait", "abort")):
+        version = 10 + index
+        before = engine.weight_version
+        sync = trainer_of(directory, "BA"[index % 2], engine, requests=requests)
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda to=answers: to.append(greedy(engine, LENGTH)))
+        asking.start()
+        time.sleep(0.3)
+        sync.sync(version)
+        asking.join(60)
+        sync.close()
+        found[requests] = (before, version, *answers)
+    before, after, kept = found["keep"]
+    assert (kept.finish_reason, len(kept.tokens)) == ("length", LENGTH)
+    assert set(kept.token_versions) == {before, after}
+    assert list(kept.token_versions) == sorted(kept.token_versions)
+    before, _, waited = found["wait"]
+    assert (len(waited.tokens), set(waited.token_versions)) == (LENGTH, {before})
+    before, _, aborted = found["abort"]
+    assert aborted.finish_reason == "abort"
+    assert 0 < len(aborted.tokens) < LENGTH
+    assert set(aborted.token_versions) == {before}
+
+
+def outlives_a_lost_version(engine: Any, directory: Path) -> None:
+    """An update that fails half-way: nothing is generated, nothing dies, and requests wait until the next sync mends it."""
+    sync = trainer_of(directory, "B", engine, mode="streaming", retries=0, timeout=2.0)
+    asking = threading.Thread(target=lambda: answers.append(greedy(engine, LENGTH)))
+    answers: list[Any] = []
+    asking.start()
+    time.sleep(0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RingOutlet, "finish", stalls)
+        with pytest.raises(SyncError, match="the trainer stalls"):
+            sync.sync(20)
+    with pytest.raises(EngineUnusable, match="version 20 was lost"):
+        greedy(engine)
+    assert not answers
+    sync.sync(21)
+    asking.join(60)
+    assert answers[0].token_versions[-1] == 21
+    assert greedy(engine).weight_version == 21
+    sync.close()
+
+
+def stalls(outlet: RingOutlet) -> None:
+    raise TransferTimeout("the trainer stalls")
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    assert found.tokens == wanted.tokens
+    assert found.logprobs == pytest.approx(wanted.logprobs, abs=LOGPROB_TOLERANCE)
+
+
+async def of_async_llm(directory: Path) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from mbridge_rl.sync.vllm.async_engine import AsyncEngine
+    from mbridge_rl.sync.vllm.extension import engine_args
+
+    arguments = AsyncEngineArgs(
+        model=str(directory / "A"),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 26,
+        **LIMITS,
+        **engine_args(),
+    )
+    llm = AsyncLLM.from_engine_args(arguments)
+    engine = await AsyncEngine.connect(llm)
+    assert await asyncio.to_thread(lambda: engine.weight_version) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mbridge_rl.sync.vllm.async_engine._LOOP_SECONDS", 0.2)
+        with pytest.raises(SyncError, match="A sync must not run on it"):
+            greedy(engine)
+    await asyncio.to_thread(is_refitted_exactly, engine, directory, str(directory / "files"))
+    await asyncio.to_thread(holds_requests_in_flight, engine, directory)
+    await asyncio.to_thread(outlives_a_lost_version, engine, directory)
+    llm.shutdown()
+
+
+def an_async_llm(directory: Path) -> None:
+    make_checkpoints(directory)
+    asyncio.run(of_async_llm(directory))
+
+
+def a_server(directory: Path, url: str) -> None:
+    from mbridge_rl.sync.vllm.server import ServerEngine
+
+    engine = ServerEngine(url)
+    is_refitted_exactly(engine, directory, str(directory / "files"))
+    holds_requests_in_flight(engine, directory)
+    outlives_a_lost_version(engine, directory)
+    engine.close()
+
+
+def a_ray_actor(directory: Path) -> None:
+    import ray
+
+    from mbridge_rl.sync.errors import EngineProcessError
+    from mbridge_rl.sync.vllm.ray_actor import RayEngine
+
+    make_checkpoints(directory)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, logging_level="error")
+    options = {"num_cpus": 0, "name": "engine-0"}
+    started = RayEngine.start(directory / "A", threads=1, ray_options=options, **LIMITS, kv_cache_bytes=1 << 26)
+    engine = RayEngine(ray.get_actor("engine-0"))  # as another process would find it
+    is_refitted_exactly(engine, directory, str(directory / "files"))
+    holds_requests_in_flight(engine, directory)
+    started.close()
+    with pytest.raises(EngineProcessError, match="the engine actor was lost during generate"):
+        greedy(engine)
+    ray.shutdown()

@@ -1,0 +1,125 @@
+"""Engines that somebody else runs: a user's `AsyncLLM`, a `vllm serve`, a Ray actor. All are real, and all take the same
+transaction; `make nightly` plays what takes longest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import contextlib
+
+import attached_scenarios as scenarios
+from interpreter import Interpreter
+
+from mbridge_rl.sync.errors import EngineProcessError, SyncError
+from mbridge_rl.sync.vllm.server import ServerEngine
+
+nightly = pytest.mark.skipif("MBRIDGE_SEEDS" not in os.environ, reason="part of `make nightly`")
+ENVIRONMENT = {"VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+START_SECONDS = 300.0
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Interpreter]:
+    interpreter = Interpreter(**ENVIRONMENT)
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.mark.slow
+@nightly
+def test_an_async_llm(elsewhere: Interpreter, tmp_path: Path) -> None:
+    elsewhere.call(scenarios.an_async_llm, tmp_path, timeout=500)
+
+
+@pytest.mark.slow
+@nightly
+def test_a_ray_actor(elsewhere: Interpreter, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    elsewhere.call(scenarios.a_ray_actor, tmp_path, timeout=500)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    scenarios.make_checkpoints(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "A")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--enforce-eager", "--enable-scale-out"]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 26)]
+    command += ["--weight-transfer-config", '{"backend": "mbridge"}', "--logprobs-mode", "processed_logprobs"]
+    command += ["--worker-extension-cls", "mbridge_rl.sync.vllm.extension.WorkerExtension"]
+    environment = os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _listens(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail((tmp_path / "server.log").read_text()[-3000:])
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.slow
+@nightly
+def test_a_server(server: str, elsewhere: Interpreter, tmp_path: Path) -> None:
+    elsewhere.call(scenarios.a_server, tmp_path, server, timeout=500)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class OtherServer(BaseHTTPRequestHandler):
+    """A server that was started without what a trainer needs."""
+
+    answers: dict[str, tuple[int, bytes]] = {}  # noqa: RUF012  one for all requests
+
+    def do_GET(self) -> None:
+        status, body = self.answers.get(self.path.partition("?")[0], (404, b"{}"))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+def test_a_server_that_cannot_be_synced_says_what_it_lacks() -> None:
+    with HTTPServer(("127.0.0.1", 0), OtherServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(SyncError, match=r"has no /get_world_size.*VLLM_SERVER_DEV_MODE=1"):
+            ServerEngine(url)
+        OtherServer.answers["/get_world_size"] = (200, b'{"world_size": 2}')
+        OtherServer.answers["/collective_rpc"] = (500, b"Method 'mbridge_rl_call' is not implemented.")
+        with pytest.raises(SyncError, match=r"--worker-extension-cls mbridge_rl.sync.vllm.extension.WorkerExtension"):
+            ServerEngine(url)
+        server.shutdown()
+    with pytest.raises(EngineProcessError, match="cannot be reached"):
+        ServerEngine(url)
