@@ -22,7 +22,7 @@ test: venv
 # The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, three seeds each: some hours.
 nightly: venv
 	mkdir -p runs
-	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest --junitxml=runs/nightly.xml tests/test_training_learns.py tests/test_training_run.py
+	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest --junitxml=runs/nightly.xml tests/test_training_learns.py tests/test_training_run.py tests/test_attached_engines.py
 
 bench: venv
 	$(BIN)/pip install --no-deps -r benchmarks/requirements.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import time
@@ -17,7 +18,9 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.sync.errors import EngineUnusable, SyncError, TransferTimeout
 from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.transports.shared_memory import RingOutlet
+from mbridge_rl.sync.vllm.attached import AttachedEngine
 from mbridge_rl.sync.vllm.engine import InProcessEngine
+from mbridge_rl.sync.vllm.extension import EXTENSION
 
 SIZES = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
 LIMITS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
@@ -126,6 +129,61 @@ def stalls(outlet: RingOutlet) -> None:
 def assert_same(found: Any, wanted: Any) -> None:
     assert found.tokens == wanted.tokens
     assert found.logprobs == pytest.approx(wanted.logprobs, abs=LOGPROB_TOLERANCE)
+
+
+class ByName(AttachedEngine):
+    """An engine in this process, reached as from outside: by names of methods, and JSON."""
+
+    def __init__(self, engine: InProcessEngine) -> None:
+        self._engine, self.halted = engine, False
+        self._attach(0)
+
+    def _sizes(self) -> tuple[int, int]:
+        return 1, 1
+
+    def _rpc(self, method: str, args: list[Any]) -> list[Any]:
+        return json.loads(json.dumps(self._engine.llm.collective_rpc(method, args=tuple(json.loads(json.dumps(args))))))
+
+    def _halt(self, requests: str, timeout: float) -> None:
+        self.halted = True
+
+    def _go_on(self) -> None:
+        self.halted = False
+
+    def _label(self) -> str:
+        return self._engine.llm.get_weight_version()
+
+    def _set_label(self, label: str) -> None:
+        self._engine.llm.update_weight_version(label)
+
+    def _reset_caches(self) -> bool:
+        return self._engine.llm.reset_prefix_cache(reset_running_requests=True)
+
+    def _completions(self, prompts: list[list[int]], fields: list[dict[str, Any]]) -> list[Any]:
+        return self._engine.generate(prompts, temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+def by_names_and_json(directory: Path) -> None:
+    make_checkpoints(directory)
+    with InProcessEngine(directory / "A", **LIMITS, kv_cache_bytes=1 << 26, worker_extension_cls=EXTENSION) as inner:
+        engine = ByName(inner)
+        sync = trainer_of(directory, "B", engine)
+        report = sync.sync(1)
+        assert report.digest == report.engine["digest"]
+        assert greedy(engine).token_versions == (1,) * 8
+        sync.close()
+        sync = trainer_of(directory, "A", engine, mode="streaming", retries=0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RingOutlet, "finish", stalls)
+            with pytest.raises(SyncError, match="the trainer stalls"):
+                sync.sync(2)
+        assert engine.halted  # vLLM's engine core would die of another step
+        with pytest.raises(EngineUnusable, match=r"version 2 was lost \(before it: version 1\)"):
+            greedy(engine)
+        sync.sync(3)
+        assert not engine.halted
+        assert_same(greedy(engine), fresh(directory, "A"))
+        sync.close()
 
 
 async def of_async_llm(directory: Path) -> None:

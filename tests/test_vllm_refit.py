@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+import attached_scenarios
 import refit_engines
 import refit_scenarios as scenarios
 from interpreter import Interpreter
@@ -137,6 +138,11 @@ def test_the_trainers_end_imports_no_vllm() -> None:
 
 def test_engines_without_the_backend_are_left_alone(engines: Interpreter, checkpoints: Path) -> None:
     engines.call(scenarios.other_engines_are_left_alone, checkpoints)
+
+
+def test_an_engine_is_reached_by_names_and_json_alone(engines: Interpreter, tmp_path: Path) -> None:
+    """As an `AsyncLLM` and a server are (`test_attached_engines.py`)."""
+    engines.call(attached_scenarios.by_names_and_json, tmp_path)
 
 
 @pytest.mark.slow
