@@ -83,11 +83,16 @@ class AsyncEngine(AttachedEngine):
         return self._run(self._llm.collective_rpc(method, args=tuple(args)), self._call_timeout)
 
     def _halt(self, requests: InFlight, timeout: float) -> None:
-        try:
-            self._run(self._llm.pause_generation(mode=requests, clear_cache=True), timeout)
-        except TimeoutError as error:
-            self._go_on()
-            raise TransferTimeout(f"requests did not finish within {timeout:g} s; use 'keep' or 'abort'") from error
+        async def paused() -> bool:
+            try:
+                await asyncio.wait_for(self._llm.pause_generation(mode=requests, clear_cache=True), timeout)
+            except TimeoutError:
+                await self._llm.resume_generation()
+                return False
+            return True
+
+        if not self._run(paused(), timeout + self._call_timeout):
+            raise TransferTimeout(f"requests did not finish within {timeout:g} s; use 'keep' or 'abort'")
 
     def _go_on(self) -> None:
         self._run(self._llm.resume_generation(), self._call_timeout)
@@ -105,7 +110,7 @@ class AsyncEngine(AttachedEngine):
         """On the engine's event loop.
 
         Raises:
-            EngineProcessError: the engine's process died; SyncError: its event loop does not run; TimeoutError.
+            EngineProcessError: the engine's process died, or did not answer in time; SyncError: its event loop does not run.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -114,10 +119,14 @@ class AsyncEngine(AttachedEngine):
         except SyncError:
             call.close()
             raise
+        running = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
-            return asyncio.run_coroutine_threadsafe(call, self._loop).result(timeout)
+            return running.result(timeout)
         except EngineDeadError as error:
             raise EngineProcessError(f"{self} died: {error}") from error
+        except TimeoutError as error:
+            running.cancel()
+            raise EngineProcessError(f"{self} did not answer within {timeout:g} s") from error
 
     def _require_loop(self) -> None:
         came = threading.Event()

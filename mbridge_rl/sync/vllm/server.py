@@ -11,6 +11,7 @@ weights themselves take whatever transport both ends share.
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -112,7 +113,7 @@ class ServerEngine(AttachedEngine):
             raise self._refused(path, error) from error
         except TimeoutError as error:
             raise TransferTimeout(f"{self} did not answer {path} within {timeout:g} s") from error
-        except OSError as error:  # refused, reset, unreachable
+        except (OSError, http.client.HTTPException) as error:  # refused, reset, cut short
             raise EngineProcessError(f"{self} cannot be reached for {path}: {error}") from error
 
     def _refused(self, path: str, error: urllib.error.HTTPError) -> Exception:
@@ -121,6 +122,8 @@ class ServerEngine(AttachedEngine):
                 f"{self} has no {path}: start it with VLLM_SERVER_DEV_MODE=1, or vLLM does not serve its routes for RL"
             )
         said = error.read().decode(errors="replace")[:_SHOWN]
+        if "EngineDead" in said:
+            return EngineProcessError(f"the engine of {self} died: {said}")
         return SyncError(f"{self} answered {path} with status {error.code}: {said}")
 
 
