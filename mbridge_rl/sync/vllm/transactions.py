@@ -19,7 +19,7 @@ from mbridge_rl.sync.worker import merged_report
 class TransactionalEngine(ABC):
     """What `sync.refit.WeightSync` asks of an engine (`sync.engines.Engine`); arguments and results are plain JSON types."""
 
-    _pause: Stopwatch | None = None  # of a streaming update that is under way
+    _streaming_pause: Stopwatch | None = None  # of a streaming update that is under way
 
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         """Learn where the announced tensors (`init_info`) land in each worker; see `Receiver.prepare` for what is raised."""
@@ -37,7 +37,7 @@ class TransactionalEngine(ABC):
             update: `version`, `fingerprint`, `mode`, `wire`, `timeout` (seconds).
         """
         if update["mode"] == "streaming":
-            self._pause = _paused()
+            self._streaming_pause = _paused()
             self._hold(update.get("requests", "keep"), update["timeout"])
         try:
             self._in_workers(worker_calls.receive_shards, update)
@@ -58,7 +58,10 @@ class TransactionalEngine(ABC):
         Returns:
             `sync.worker.merged_report`, with `seconds["pause"]`: in which the engine did not generate.
         """
-        watch, self._pause = self._pause or _paused(), None  # a streaming update has held generation since it began
+        watch, self._streaming_pause = (
+            self._streaming_pause or _paused(),
+            None,
+        )  # a streaming update has held generation since it began
         with watch("hold"):
             self._hold(requests, timeout)
         try:
@@ -75,7 +78,7 @@ class TransactionalEngine(ABC):
 
     def abort_update(self, reason: str) -> None:
         """Drop an open update. If live weights were written, the engine refuses to generate until the next one."""
-        self._pause = None
+        self._streaming_pause = None
         self._call_workers(worker_calls.abandon, reason)
         self._resume()
 
