@@ -161,8 +161,8 @@ def _is_alive(pid: int) -> bool:
 
 
 def _touch(data: Tensor) -> None:
-    """Reads a byte of every page: the pages exist (`allocate`), and a shared mapping's are writable once they are mapped. Not even
-    the same byte may be written: a fellow writer's, written between the read and the write, would be undone."""
+    """Reads a byte of every page: the pages exist (`allocate`), and a shared mapping's may be written once they are mapped.
+    Not even the same byte may be written back: what a fellow writer wrote in between would be undone."""
     data[::_PAGE].sum()
 
 
