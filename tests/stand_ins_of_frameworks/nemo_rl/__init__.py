@@ -1,0 +1,1 @@
+"""Stands for NeMo-RL, which is no package of an index."""
