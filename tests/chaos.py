@@ -3,7 +3,8 @@
     python tests/chaos.py 200 [seed]      # 200 runs, some minutes; prints what happened to them
 
 Each run has two trainer ranks, an engine of two workers in a process of its own (plain tensors, but the library's own receiver,
-store, transports and proofs; see `standin.py`) and a store by name. Afterwards, whatever was hit:
+store, transports and proofs; see `standin.py`) and a store by name, which has version 1. Half of the runs send version 2 as a
+delta. Afterwards, whatever was hit:
 
 * the engine serves exactly version 1 or exactly version 2, as it says, by digest; or refuses and says what it lost;
 * every trainer rank that lives has finished or raised;
@@ -34,6 +35,7 @@ import torch
 import torch.distributed as dist
 from fused_engine import EngineLayout
 from standin import RemoteEngine, light_model, random_weights, serve, served, set_weights
+from torch import Tensor
 
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.core.layout import ParallelLayout
@@ -60,7 +62,14 @@ class Case:
     transport: str
     fault: str
     moment: float  # of the second sync, 0..1
+    delta: bool
     seed: int
+
+    @property
+    def store(self) -> str:
+        """What the name of the store has more where workers keep their own images, as on other hosts."""
+        own = self.transport != "shared_memory" or (self.delta and self.mode == "staged")
+        return ".0" if own else ""
 
 
 @dataclass
@@ -72,14 +81,29 @@ class Outcome:
 
 def cases(count: int, seed: int) -> list[Case]:
     draw = random.Random(seed)
-    return [Case(*WAYS[index % len(WAYS)], draw.choice(FAULTS), draw.random(), seed + index) for index in range(count)]
+    return [
+        Case(*WAYS[index % len(WAYS)], draw.choice(FAULTS), draw.random(), draw.random() < 0.5, seed + index)
+        for index in range(count)
+    ]
+
+
+def weights(version: int) -> dict[str, Tensor]:
+    """Version 2 is version 1 with other values in one of fifty elements."""
+    if version != 2:
+        return random_weights(VARIANT, version)
+    generator = torch.Generator().manual_seed(2)
+    before, after = random_weights(VARIANT, 1), random_weights(VARIANT, 2)
+    return {
+        name: torch.where(torch.rand(tensor.shape, generator=generator) < 0.02, after[name], tensor)
+        for name, tensor in before.items()
+    }
 
 
 def run(case: Case) -> Outcome:
     """One run; raises AssertionError where something does not hold."""
     started = time.monotonic()
     name = f"chaos.{os.getpid()}.{secrets.token_hex(4)}"
-    digests = {version: served(random_weights(VARIANT, version), VARIANT, ENGINE) for version in (0, 1, 2, 3)}
+    digests = {version: served(weights(version), VARIANT, ENGINE) for version in (0, 1, 2, 3)}
     with tempfile.TemporaryDirectory(prefix="mbridge_chaos_") as folder:
         engine = _fork(lambda: serve(Path(folder) / "engine", VARIANT, ENGINE))
         pids = [engine]
@@ -120,15 +144,20 @@ def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list
     torch.set_num_threads(1)
     try:
         _meet(folder, rank, "-".join(map(str, versions)))
-        bridge, model = light_model(VARIANT, LAYOUT, rank, random_weights(VARIANT, versions[0]))
+        bridge, model = light_model(VARIANT, LAYOUT, rank, weights(versions[0]))
         address = folder / ("engine2" if (folder / "engine2").exists() else "engine")
         mode, transport = (case.mode, case.transport) if case else ("staged", "shared_memory")
+        engine = RemoteEngine(address) if rank == 0 else None
+        if mode == "streaming":  # which leaves nothing in the store
+            staged = WeightSync(bridge, model, engine, transport=transport, store=name, bucket_bytes=1 << 11)
+            staged.sync(versions[0])
+            staged.close()
         sync = WeightSync(
-            bridge, model, RemoteEngine(address) if rank == 0 else None, mode=mode, transport=transport, store=name,
-            url=str(folder / "files"), bucket_bytes=1 << 11, timeout=WAIT_SECONDS if case else 20.0, retries=0,
+            bridge, model, engine, mode=mode, transport=transport, store=name, url=str(folder / "files"), bucket_bytes=1 << 11,
+            timeout=WAIT_SECONDS if case else 20.0, retries=0, delta=case is not None and case.delta,
         )  # fmt: skip
         for version in versions:
-            set_weights(bridge, model, rank, random_weights(VARIANT, version))
+            set_weights(bridge, model, rank, weights(version))
             (folder / f"at-{version}-{rank}").touch()
             if version == 2 and case is not None:
                 _sabotage(case, rank, len(list(sync.route.parts_of(rank))))
@@ -186,15 +215,14 @@ def _strike(case: Case, ranks: list[int], engine: int, folder: Path) -> None:
 
 def _examine(case: Case, folder: Path, name: str, engine: int, digests: dict[int, str], pids: list[int]) -> str:
     """What the engine serves now; one that was killed is started again and catches up."""
-    store = f"{name}.0" if case.transport != "shared_memory" else name  # workers on other hosts keep their own
+    store = name + case.store
     head = WeightStore(store).head()
     if _has_ended(engine):
         assert case.fault == "kill the engine", f"the engine died of {case}"
         pids.append(_fork(lambda: serve(folder / "engine2", VARIANT, ENGINE)))
         _wait_for(lambda: (folder / "engine2").exists(), "the next engine's socket")
         client = RemoteEngine(folder / "engine2")
-        if head is None:
-            return "nothing in the store"
+        assert head is not None, f"{case}: the store is empty"
         client.catch_up(store, "/dev/shm")
         version, digest = client.generate()
         assert (version, digest) == (head.version, digests[head.version]), case
@@ -266,7 +294,7 @@ def main() -> None:
     started, failures = time.monotonic(), 0
     for case in cases(count, seed):
         try:
-            tally[case.fault, run(case).served] += 1
+            tally[case.fault, f"{case.mode}: {run(case).served}"] += 1
         except Exception as error:
             failures += 1
             print(f"FAILED {case}: {type(error).__name__}: {error}", flush=True)
