@@ -40,7 +40,7 @@ from torch import Tensor
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.sync.arena import remove_stale
-from mbridge_rl.sync.errors import EngineUnusable
+from mbridge_rl.sync.errors import EngineUnusable, SyncError
 from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.store import WeightStore, remove_stale_stores
 from mbridge_rl.sync.transports.files import FilesOutlet
@@ -150,7 +150,7 @@ def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list
         engine = RemoteEngine(address) if rank == 0 else None
         if mode == "streaming":  # which leaves nothing in the store
             staged = WeightSync(bridge, model, engine, transport=transport, store=name, bucket_bytes=1 << 11)
-            staged.sync(versions[0])
+            _undisturbed(staged, versions[0])
             staged.close()
         sync = WeightSync(
             bridge, model, engine, mode=mode, transport=transport, store=name, url=str(folder / "files"), bucket_bytes=1 << 11,
@@ -161,7 +161,10 @@ def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list
             (folder / f"at-{version}-{rank}").touch()
             if version == 2 and case is not None:
                 _sabotage(case, rank, len(list(sync.route.parts_of(rank))))
-            sync.sync(version)
+            if version == 2:
+                sync.sync(version)
+            else:
+                _undisturbed(sync, version)
             (folder / f"done-{version}-{rank}").touch()
         sync.close()
         result = str(versions[-1])
@@ -171,6 +174,17 @@ def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list
         result = traceback.format_exc()
     (folder / f"said-{rank}.partial").write_text(result)
     (folder / f"said-{rank}.partial").rename(folder / f"said-{rank}")
+
+
+def _undisturbed(sync: WeightSync, version: int) -> None:
+    """What nobody strikes may still be late on a machine that does much else."""
+    for attempt in range(8):
+        try:
+            sync.sync(version)
+            return
+        except SyncError:
+            if attempt == 7:
+                raise
 
 
 def _meet(folder: Path, rank: int, tag: str = "") -> None:
