@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import LargestAllocation
 from fused_engine import EngineLayout
 from ranks import run_ranks
 from standin import StandInEngine, light_model, random_weights, served, set_weights
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.plan import compile_plan
@@ -33,22 +33,6 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     mine = [path for path in set(Path("/dev/shm").glob("mbridge_rl-*")) - before if f"{os.getpid()}" in path.name]
     assert not mine
-
-
-class LargestAllocation(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation made anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
-        return result
 
 
 def every_way(rank: int, variant: str, layout: ParallelLayout, engine_layout: EngineLayout, replicas: int, url: str) -> Any:
@@ -249,7 +233,7 @@ def test_late_engines_and_lost_trainers_catch_up_from_the_store() -> None:
 
 
 def one_commit_fails(rank: int) -> None:
-    """Of two engines the second cannot commit, in a worker that nothing was written to yet."""
+    """Of two engines the second cannot commit, in its second worker, when the first has committed."""
     engines = [StandInEngine(), StandInEngine()] if rank == 0 else None
     for mode in ("staged", "streaming"):
         sync, bridge, model = sync_of(rank, engines, mode=mode)
@@ -257,7 +241,8 @@ def one_commit_fails(rank: int) -> None:
         set_weights(bridge, model, rank, random_weights("qwen3", 2))
         with pytest.MonkeyPatch.context() as patch:
             if engines is not None:
-                patch.setattr(engines[1].receivers[1]._model, "settle", _out_of_memory, raising=False)
+                moment = "open" if mode == "staged" else "settle"  # the first comes before anything of this worker is written
+                patch.setattr(engines[1].receivers[1]._model, moment, _out_of_memory)
             report = sync.sync(2)
         assert report.failed.keys() == {1}
         assert "out of memory" in report.failed[1]
