@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mbridge_rl.core.buckets import aligned
 from mbridge_rl.core.digest import digest
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.vllm import worker_calls
 from mbridge_rl.sync.vllm.compatibility import config_summary
-from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine, init_info
+from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine
 
 PROMPTS = [[5, 9, 33, 100, 514], [11, 22, 33, 44, 55, 66, 77, 514], [400]]
 FAMILIES = ("qwen3", "llama_tied", "qwen2_tied", "qwen3_moe")
@@ -116,41 +115,45 @@ def assert_serves(engine: Any, directory: Path, family: str, tag: str) -> None:
     assert without_versions(greedy(engine)) == without_versions(fresh_completions(directory, family, tag))
 
 
+@dataclass
+class TensorBatch:
+    """Copies of some tensors, which a test may spoil, and the digests that they should have."""
+
+    tensors: list[tuple[str, Tensor]]
+    digests: dict[str, int]
+
+    @property
+    def names(self) -> list[str]:
+        return [hf_name for hf_name, _ in self.tensors]
+
+    def flip(self, index: int, bit: int) -> None:
+        self.tensors[index][1].view(-1).view(torch.uint8)[0] ^= bit
+
+
 class Sender:
-    """A trainer's end: weights into an arena, batch by batch, over the five weight-sync methods of any client."""
+    """Whole tensors from this process, batch by batch, as `InProcessEngine.refit` hands them over."""
 
-    def __init__(self, client: Any, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-        self.client, self.metadata = client, metadata_of(weights)
-        self.arena = Arena.create(sum(aligned(tensor.nbytes) for tensor in self.metadata))
-        self.info = init_info(self.metadata, config)
-        client.init_weight_transfer_engine(self.info | {"arena_path": self.arena.path, "arena_nbytes": self.arena.nbytes})
+    def __init__(self, engine: InProcessEngine, weights: dict[str, Tensor], config: dict[str, Any] | None = None) -> None:
+        self.engine = engine
+        engine.prepare(metadata_of(weights), config)
 
-    def batches(self, weights: dict[str, Tensor], version: int, size: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-        """Write everything, then describe it in batches of `size` tensors in random order: qkv and experts fall apart."""
-        order = list(self.metadata)
+    def batches(self, weights: dict[str, Tensor], size: int, seed: int = 0) -> list[TensorBatch]:
+        """Of `size` tensors in random order: qkv and experts fall apart."""
+        order = list(weights)
         random.Random(seed).shuffle(order)
-        offset, offsets = 0, {}
-        for tensor in order:
-            offsets[tensor.hf_name] = offset
-            self.arena.view(offset, tensor.shape, tensor.dtype).copy_(weights[tensor.hf_name])
-            offset += aligned(tensor.nbytes)
-        for first in range(0, len(order), size):
-            names = [tensor.hf_name for tensor in order[first : first + size]]
-            yield {
-                "version": version,
-                "names": names,
-                "offsets": [offsets[hf_name] for hf_name in names],
-                "digests": [f"{digest(weights[hf_name]):016x}" for hf_name in names],
-                "fingerprint": self.info["fingerprint"],
-            }
+        parts = [order[first : first + size] for first in range(0, len(order), size)]
+        return [
+            TensorBatch([(name, weights[name].clone()) for name in part], {name: digest(weights[name]) for name in part})
+            for part in parts
+        ]
+
+    def send(self, batch: TensorBatch, version: int) -> None:
+        self.engine._in_workers(worker_calls.receive, version, batch.tensors, batch.digests)
+        for _, tensor in batch.tensors:
+            tensor.fill_(7.0)  # a trainer uses the memory again
 
     def sync(self, weights: dict[str, Tensor], version: int, size: int = 1000, seed: int = 0) -> dict[str, Any]:
-        self.client.start_weight_update()
-        for batch in self.batches(weights, version, size, seed):
-            self.client.update_weights(batch)
-            for hf_name, offset in zip(batch["names"], batch["offsets"], strict=True):
-                self.arena.view(offset, weights[hf_name].shape, weights[hf_name].dtype).fill_(7.0)  # a trainer reuses the bytes
-        return self.client.finish_weight_update(str(version))
-
-
-# The scenarios.
+        self.engine.start_weight_update()
+        for batch in self.batches(weights, size, seed):
+            self.send(batch, version)
+        return self.engine.finish_weight_update(str(version))

@@ -81,12 +81,12 @@ def flipped_bit_before_the_first_write(directory: Path) -> None:
     sender = Sender(engine, weights, {})
     sender.sync(weights_of(directory, "qwen3", "A"), 20)
     before = parameters_of(engine)
-    (batch,) = sender.batches(weights, 21, 1000)
-    victim = batch["names"][7]
-    sender.arena.view(batch["offsets"][7], (1,), torch.uint8).bitwise_xor_(1)
+    (batch,) = sender.batches(weights, 1000)
+    victim = batch.names[7]
+    batch.flip(7, 1)
     engine.start_weight_update()
     with pytest.raises(DigestMismatch, match=rf"1 of \d+ tensors arrived with other bytes: {victim} "):
-        engine.update_weights(batch)
+        sender.send(batch, 21)
     after = parameters_of(engine)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert engine.weight_version == 20
@@ -99,14 +99,14 @@ def flipped_bit_after_a_write(directory: Path) -> None:
     engine, weights = engine_of(directory, family), weights_of(directory, family, "B")
     sender = Sender(engine, weights, {})
     sender.sync(weights_of(directory, family, "A"), 30)
-    batches = list(sender.batches(weights, 31, 20))
-    sender.arena.view(batches[1]["offsets"][3], (1,), torch.uint8).bitwise_xor_(128)
+    batches = sender.batches(weights, 20)
+    batches[1].flip(3, 128)
     engine.start_weight_update()
-    engine.update_weights(batches[0])
+    sender.send(batches[0], 31)
     with pytest.raises(EngineUnusable, match="an update from version 30 to version 31 is under way"):
         greedy(engine)
-    with pytest.raises(DigestMismatch, match=batches[1]["names"][3]):
-        engine.update_weights(batches[1])
+    with pytest.raises(DigestMismatch, match=batches[1].names[3]):
+        sender.send(batches[1], 31)
     for _ in range(2):
         with pytest.raises(EngineUnusable, match=r"version 31 was lost \(before it: version 30\)"):
             greedy(engine)
@@ -236,23 +236,17 @@ def misuse_of_an_update(directory: Path) -> None:
     engine.start_weight_update()
     with pytest.raises(SyncError, match="begin"):
         engine.finish_weight_update("61")
-    with pytest.raises(RuntimeError, match="start_weight_update must be called"):
-        engine.update_weights(next(sender.batches(weights, 61, 5)))
+    with pytest.raises(SyncError, match="start_weight_update must be called"):
+        sender.send(sender.batches(weights, 5)[0], 61)
     engine.start_weight_update()
-    with pytest.raises(EngineMismatch, match="fingerprint"):
-        engine.update_weights(next(sender.batches(weights, 61, 5)) | {"fingerprint": "0"})
-    engine.start_weight_update()
-    with pytest.raises(EngineMismatch, match="do not go together"):
-        engine.update_weights(next(sender.batches(weights, 61, 5)) | {"offsets": [0]})
-    engine.start_weight_update()
-    with pytest.raises(SyncError, match="dropped, as asked"):
-        engine.update_weights({"version": 61, "abort": True})
+    with pytest.raises(SyncError, match="weights come by a planned sync"):
+        engine.llm.update_weights({"update_info": {}})
     assert_serves(engine, directory, "qwen3", "A")  # nothing of the above wrote a weight
     engine.start_weight_update()
-    batches = list(sender.batches(weights, 61, 20))
-    engine.update_weights(batches[0])
+    batches = sender.batches(weights, 20)
+    sender.send(batches[0], 61)
     with pytest.raises(SyncError, match="version 62 came amid the update to version 61"):
-        engine.update_weights(batches[1] | {"version": 62})
+        sender.send(batches[1], 62)
     sender.sync(weights, 63)
     assert_serves(engine, directory, "qwen3", "A")
     with pytest.raises(ValueError, match="boom"):
@@ -262,7 +256,7 @@ def misuse_of_an_update(directory: Path) -> None:
     sender.sync(weights, 65)
     assert_serves(engine, directory, "qwen3", "A")
     engine.start_weight_update()
-    engine.update_weights(next(sender.batches(weights, 66, 20)))
+    sender.send(sender.batches(weights, 20)[0], 66)
     successor = Sender(engine, weights, {})  # a trainer that died amid a sync is started again
     with pytest.raises(EngineUnusable, match=r"version 66 was lost.*another trainer introduced itself"):
         greedy(engine)
@@ -315,9 +309,9 @@ def layerwise_reload_is_exact(directory: Path) -> None:
         with pytest.raises(EngineMismatch, match="was not announced"):
             engine.refit([("other.weight", torch.zeros(3))], 83)
         assert_serves(engine, directory, "qwen3", "B")  # nothing was written: the old weights are back in place
-        batches = list(sender.batches(weights_of(directory, "qwen3", "A"), 84, 9))
+        batches = sender.batches(weights_of(directory, "qwen3", "A"), 9)
         engine.start_weight_update()
-        engine.update_weights(batches[0])
+        sender.send(batches[0], 84)
         engine.start_weight_update()  # drops it, half of its layers without weights
         with pytest.raises(EngineUnusable, match="version 84 was lost"):
             greedy(engine)
@@ -413,7 +407,7 @@ def unmodified_vllm_loads_the_backend(directory: Path) -> None:
             weight_transfer_config=WeightTransferConfig(backend="mbridge"),
         )
     worker = llm.llm_engine.model_executor.driver_worker.worker
-    assert type(worker.weight_transfer_engine).__name__ == "SharedMemoryEngine"
+    assert type(worker.weight_transfer_engine).__name__ == "PlannedSyncEngine"
     llm.init_weight_transfer_engine({"init_info": init_info(metadata_of(weights_of(directory, "llama_tied", "A")))})
     info = init_info(metadata_of(weights_of(directory, "llama_tied", "A"))) | {"fingerprint": "feed"}
     with pytest.raises(EngineMismatch, match="fingerprint"):

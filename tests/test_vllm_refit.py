@@ -20,7 +20,7 @@ import refit_engines
 import refit_scenarios as scenarios
 from interpreter import Interpreter
 
-from mbridge_rl.sync.errors import DigestMismatch, EngineProcessError, EngineUnusable
+from mbridge_rl.sync.errors import EngineProcessError
 from mbridge_rl.sync.vllm.process import EngineProcess
 
 # fp32 kernels of two libraries over three layers of width 192: sums in another order, measured at 5e-6
@@ -178,36 +178,6 @@ def test_stop_tokens_end_a_completion(engines: Interpreter, checkpoints: Path) -
 
 
 @pytest.mark.slow
-def test_engine_process_refits_through_shared_memory(process: EngineProcess, engines: Interpreter, checkpoints: Path) -> None:
-    weights = {tag: refit_engines.weights_of(checkpoints, "qwen3_moe", tag) for tag in "AB"}
-    sender = refit_engines.Sender(process, weights["A"], refit_engines.config_of(checkpoints, "qwen3_moe"))
-    for version, tag in enumerate("BAB", start=1):
-        report = sender.sync(weights[tag], version, size=17, seed=version)
-        assert report["proven_live"] == len(weights[tag])
-        assert process.weight_version == version
-        completions = refit_engines.greedy(process)
-        fresh = engines.call(refit_engines.fresh_completions, checkpoints, "qwen3_moe", tag)
-        assert refit_engines.without_versions(completions) == refit_engines.without_versions(fresh)
-        assert {completion.weight_version for completion in completions} == {version}
-
-
-@pytest.mark.slow
-def test_engine_process_reports_errors_by_their_type(process: EngineProcess, checkpoints: Path) -> None:
-    weights = refit_engines.weights_of(checkpoints, "qwen3_moe", "B")
-    sender = refit_engines.Sender(process, weights, {})
-    batches = list(sender.batches(weights, 90, 50))
-    sender.arena.view(batches[1]["offsets"][0], (1,), torch.uint8).bitwise_xor_(1)
-    process.start_weight_update()
-    process.update_weights(batches[0])
-    with pytest.raises(DigestMismatch, match=batches[1]["names"][0]):
-        process.update_weights(batches[1])
-    with pytest.raises(EngineUnusable, match="version 90 was lost"):
-        refit_engines.greedy(process)
-    sender.sync(weights, 91)
-    assert refit_engines.greedy(process)[0].weight_version == 91
-
-
-@pytest.mark.slow
 def test_a_slow_answer_is_an_error_and_does_not_confuse_the_next(process: EngineProcess) -> None:
     expected = refit_engines.greedy(process)
     process._call_timeout, kept = 1e-6, process._call_timeout
@@ -267,35 +237,3 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_tensor_parallel_engine(engines: Interpreter, checkpoints: Path, family: str) -> None:
-    """Each worker proves its own part; a failure in the workers leaves neither with answers of the other's."""
-    weights = {tag: refit_engines.weights_of(checkpoints, family, tag) for tag in "AB"}
-    shm = {path.name for path in Path("/dev/shm").iterdir()}
-    with EngineProcess(checkpoints / family / "A", max_model_len=64, max_num_seqs=8, tensor_parallel_size=2) as engine:
-        sender = refit_engines.Sender(engine, weights["A"], refit_engines.config_of(checkpoints, family))
-        report = sender.sync(weights["B"], 1, size=7)
-        assert (report["workers"], report["proven_live"]) == (2, len(weights["B"]))
-        batches = list(sender.batches(weights["A"], 2, 20))
-        sender.arena.view(batches[1]["offsets"][2], (1,), torch.uint8).bitwise_xor_(1)
-        engine.start_weight_update()
-        engine.update_weights(batches[0])
-        with pytest.raises(DigestMismatch, match=batches[1]["names"][2]):
-            engine.update_weights(batches[1])
-        with pytest.raises(EngineUnusable, match="version 2 was lost"):
-            refit_engines.greedy(engine)
-        sender.sync(weights["B"], 3, size=50)
-        completions = refit_engines.greedy(engine)
-    sender.arena.close()
-    fresh = engines.call(refit_engines.fresh_completions, checkpoints, family, "B")
-    assert [completion.tokens for completion in completions] == [completion.tokens for completion in fresh]
-    for completion, expected in zip(completions, fresh, strict=True):
-        assert completion.weight_version == 3
-        assert all(
-            math.isclose(found, wanted, abs_tol=LOGPROB_TOLERANCE)
-            for found, wanted in zip(completion.logprobs, expected.logprobs, strict=True)
-        )
-    assert {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("vllm_dist")} <= shm

@@ -125,7 +125,7 @@ class InProcessEngine(TransactionalEngine):
             SyncError: with tensor parallelism the workers are other processes.
         """
         if self._tensor_parallel_size > 1:
-            raise SyncError("a tensor-parallel engine's receivers are in its worker processes: sync through an arena")
+            raise SyncError("a tensor-parallel engine's receivers are in its worker processes: sync with WeightSync")
         return worker_calls.backend_of(self.llm.llm_engine.model_executor.driver_worker).receiver
 
     def generate(
@@ -251,11 +251,6 @@ class InProcessEngine(TransactionalEngine):
         self._updating = None
         self._in_workers(worker_calls.start)
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """One batch; see `backend.UpdateInfo` for the fields, and `Receiver.load` for what is raised."""
-        self._in_workers(worker_calls.update, update_info)
-        self._updating = update_info["version"]
-
     def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
         """Prove and commit the update, drop the prefix cache, and return the first worker's report.
 
@@ -332,7 +327,7 @@ class InProcessEngine(TransactionalEngine):
 
 
 def init_info(metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The part of `backend.InitInfo` that describes tensors, as JSON; a sync through an arena adds its path and size."""
+    """`backend.InitInfo` in plain JSON types."""
     tensors = list(metadata)
     return {
         "names": [tensor.hf_name for tensor in tensors],

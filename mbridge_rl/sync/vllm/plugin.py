@@ -11,7 +11,7 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if cpu_weights.BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(cpu_weights.BACKEND, "mbridge_rl.sync.vllm.backend", "SharedMemoryEngine")
+        WeightTransferEngineFactory.register_engine(cpu_weights.BACKEND, "mbridge_rl.sync.vllm.backend", "PlannedSyncEngine")
     if current_platform.is_cpu():
         cpu_weights.install()
         cpu_routing.install()

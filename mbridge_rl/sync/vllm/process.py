@@ -111,18 +111,6 @@ class EngineProcess:
         """The version that is being served, or was last."""
         return self._call("weight_version")
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", init_info)
-
-    def start_weight_update(self) -> None:
-        self._call("start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._call("update_weights", update_info)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
-        return self._call("finish_weight_update", weight_version)
-
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         return self._call("describe_workers", info)
 

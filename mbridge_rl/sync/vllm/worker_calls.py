@@ -22,7 +22,7 @@ from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.worker import load_from_store
 
 if TYPE_CHECKING:
-    from mbridge_rl.sync.vllm.backend import SharedMemoryEngine
+    from mbridge_rl.sync.vllm.backend import PlannedSyncEngine
 
 Answer = tuple[bool, Any]  # (True, result) or (False, described error)
 
@@ -63,12 +63,12 @@ def results_of(answers: Iterable[Answer]) -> list[Any]:
     return [result for _, result in answers]
 
 
-def backend_of(worker: Any) -> SharedMemoryEngine:
+def backend_of(worker: Any) -> PlannedSyncEngine:
     """The worker's weight-transfer engine, if it is ours."""
-    from mbridge_rl.sync.vllm.backend import SharedMemoryEngine
+    from mbridge_rl.sync.vllm.backend import PlannedSyncEngine
 
     engine = worker.weight_transfer_engine
-    if not isinstance(engine, SharedMemoryEngine):
+    if not isinstance(engine, PlannedSyncEngine):
         raise SyncError(f"this engine's weight transfer is {type(engine).__name__}, expected backend 'mbridge'")
     return engine
 
@@ -81,10 +81,6 @@ def start(worker: Any) -> None:
     """Start an update; one that is still open is dropped first."""
     _inner(worker)._weight_update_active = False
     worker.start_weight_update()
-
-
-def update(worker: Any, update_info: dict[str, Any]) -> None:
-    worker.update_weights(update_info)
 
 
 def finish(worker: Any) -> dict[str, Any] | None:
