@@ -70,9 +70,12 @@ def sabotage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(undisturbed: Path, sabotage: Path) -> None:
-    config = config_of(sabotage / "run", "reward.function=saboteurs:kill_engine_then_rank", "runner.restarts=1")
+    """With deltas, which leave it as it is too: they begin anew where an engine or the trainer does."""
+    changes = ["runner.restarts=1", "sync.delta=true"]
+    config = config_of(sabotage / "run", "reward.function=saboteurs:kill_engine_then_rank", *changes)
     summary = run_training(config)
     assert curve(config.run_dir) == curve(undisturbed)
+    assert any(line["refit_share"] < 1 for line in read_lines(config.run_dir / METRICS_FILE))
     assert (sabotage / "engine.done").read_text() != "[]"
     assert (sabotage / "rank.done").read_text() != "[]"
     assert summary["engines_lost"] == 1
