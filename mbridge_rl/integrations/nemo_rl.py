@@ -26,7 +26,7 @@ except ImportError as error:
 class RefitMixin:
     """Put it before `MegatronPolicyWorkerImpl`: `class Worker(RefitMixin, MegatronPolicyWorkerImpl)`.
 
-    It uses the worker's `model`, `megatron_bridge` (an `integrations.megatron_bridge.AutoBridge`), `dtype`, `cfg`, `draft_model`.
+    It uses `model`, `megatron_bridge` (an `integrations.megatron_bridge.AutoBridge`), `dtype`, `cfg` and `draft_model` of it.
     """
 
     model: Any
