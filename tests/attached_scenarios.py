@@ -26,6 +26,7 @@ SIZES = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2, "max_positi
 LIMITS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
 PROMPT = [5, 9, 33, 100, 514]
 LENGTH = 200
+DELAYS = (0.2, 0.3, 0.1, 0.5, 0.8, 1.3, 2.0)  # until a request is under way, seconds: machines and their load differ
 # The same fp32 kernels in another process, in batches of other sizes; measured at 2e-6.
 LOGPROB_TOLERANCE = 1e-4
 
@@ -76,50 +77,69 @@ def is_refitted_exactly(engine: Any, directory: Path, url: str) -> None:
 
 def holds_requests_in_flight(engine: Any, directory: Path) -> None:
     """Kept, waited for, or aborted; by the versions of their tokens."""
-    found = {}
-    for index, requests in enumerate(("keep", "wait", "abort")):
-        version = 10 + index
-        before = engine.weight_version
-        sync = trainer_of(directory, "BA"[index % 2], engine, requests=requests)
+    before, after, kept = amid_a_request(engine, directory, "keep", lambda answer: len(set(answer.token_versions)) == 2)
+    assert (kept.finish_reason, len(kept.tokens)) == ("length", LENGTH)
+    assert list(kept.token_versions) == sorted(kept.token_versions)
+    assert set(kept.token_versions) == {before, after}
+    before, _, waited = amid_a_request(
+        engine, directory, "wait", lambda answer: answer.token_versions[0] != engine.weight_version
+    )
+    assert (len(waited.tokens), set(waited.token_versions)) == (LENGTH, {before})
+    before, _, aborted = amid_a_request(
+        engine, directory, "abort", lambda answer: answer.tokens and len(answer.tokens) < LENGTH
+    )
+    assert (aborted.finish_reason, set(aborted.token_versions)) == ("abort", {before})
+
+
+def amid_a_request(engine: Any, directory: Path, requests: str, was_amid: Any) -> tuple[int, int, Any]:
+    """The versions before and after a sync, and the answer to a request; the sync begins at other times until it is amid it."""
+    for delay in DELAYS:
+        before, version = engine.weight_version, engine.weight_version + 1
+        sync = trainer_of(directory, "BA"[version % 2], engine, requests=requests)
         answers: list[Any] = []
         asking = threading.Thread(target=lambda to=answers: to.append(greedy(engine, LENGTH)))
         asking.start()
-        time.sleep(0.3)
+        time.sleep(delay)
         sync.sync(version)
         asking.join(60)
         sync.close()
-        found[requests] = (before, version, *answers)
-    before, after, kept = found["keep"]
-    assert (kept.finish_reason, len(kept.tokens)) == ("length", LENGTH)
-    assert set(kept.token_versions) == {before, after}
-    assert list(kept.token_versions) == sorted(kept.token_versions)
-    before, _, waited = found["wait"]
-    assert (len(waited.tokens), set(waited.token_versions)) == (LENGTH, {before})
-    before, _, aborted = found["abort"]
-    assert aborted.finish_reason == "abort"
-    assert 0 < len(aborted.tokens) < LENGTH
-    assert set(aborted.token_versions) == {before}
+        if was_amid(answers[0]):
+            return before, version, answers[0]
+    raise AssertionError(f"no sync of requests={requests!r} began amid a request, or it was not held")
 
 
 def outlives_a_lost_version(engine: Any, directory: Path) -> None:
     """An update that fails half-way: nothing is generated, nothing dies, and requests wait until the next sync mends it."""
-    sync = trainer_of(directory, "B", engine, mode="streaming", retries=0, timeout=2.0)
-    asking = threading.Thread(target=lambda: answers.append(greedy(engine, LENGTH)))
-    answers: list[Any] = []
-    asking.start()
-    time.sleep(0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RingOutlet, "finish", stalls)
-        with pytest.raises(SyncError, match="the trainer stalls"):
-            sync.sync(20)
-    with pytest.raises(EngineUnusable, match="version 20 was lost"):
-        greedy(engine)
-    assert not answers
-    sync.sync(21)
-    asking.join(60)
-    assert answers[0].token_versions[-1] == 21
-    assert greedy(engine).weight_version == 21
-    sync.close()
+    waited = False
+    for delay in DELAYS:
+        lost = engine.weight_version + 1
+        sync = trainer_of(directory, "B", engine, mode="streaming", retries=0, timeout=5.0)
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda to=answers: to.append(answer_or_error(engine)))
+        asking.start()
+        time.sleep(delay)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RingOutlet, "finish", stalls)
+            with pytest.raises(SyncError, match="the trainer stalls"):
+                sync.sync(lost)
+        with pytest.raises(EngineUnusable, match=f"version {lost} was lost"):
+            greedy(engine)
+        waited = not answers
+        sync.sync(lost + 1)
+        asking.join(60)
+        assert greedy(engine).weight_version == lost + 1
+        sync.close()
+        if waited:
+            assert answers[0].token_versions[-1] == lost + 1
+            return
+    raise AssertionError("no version was lost amid a request, or the request did not wait")
+
+
+def answer_or_error(engine: Any) -> Any:
+    try:
+        return greedy(engine, LENGTH)
+    except EngineUnusable as error:
+        return error
 
 
 def stalls(outlet: RingOutlet) -> None:

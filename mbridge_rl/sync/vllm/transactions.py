@@ -58,10 +58,8 @@ class TransactionalEngine(ABC):
         Returns:
             `sync.worker.merged_report`, with `seconds["pause"]`: in which the engine did not generate.
         """
-        watch, self._streaming_pause = (
-            self._streaming_pause or _paused(),
-            None,
-        )  # a streaming update has held generation since it began
+        watch = self._streaming_pause or _paused()  # a streaming update has held generation since it began
+        self._streaming_pause = None
         with watch("hold"):
             self._hold(requests, timeout)
         try:
