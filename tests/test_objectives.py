@@ -19,7 +19,7 @@ from mbridge_rl.training.objectives.config import GRPOConfig, objective
 from mbridge_rl.training.objectives.correction import ImportanceCorrection, importance_weights
 from mbridge_rl.training.objectives.kl import kl_penalty
 from mbridge_rl.training.objectives.metrics import mismatch_metrics
-from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
+from mbridge_rl.training.objectives.prepare import Selection, prepare_batch, select_rows
 from mbridge_rl.training.objectives.shaping import overlong_penalty
 
 GROUP, MAX_LENGTH = 4, 9
@@ -405,8 +405,25 @@ def test_truncated_completions_can_be_masked() -> None:
     )
     assert selection.metrics["truncated_rows"] == 4
     assert torch.equal(selection.batch.mask.any(dim=1), ~truncated)
-    with pytest.raises(ValueError, match="mask_truncated needs to know"):
+    with pytest.raises(ValueError, match="needs to know which completions were truncated"):
         select_rows(GRPOConfig(group_size=GROUP, mask_truncated=True), sample.batch, sample.rewards)
+
+
+def test_truncated_completions_are_punished_replaced_or_ignored() -> None:
+    rewards, truncated = torch.tensor([1.0, 0.5, 3.0, 0.25]), torch.tensor([True, False, False, True])
+    batch = Batch.from_completions([[1]] * 4, [[2, 3]] * 4, pad_token_id=0)
+
+    def shaped(**changes: Any) -> Selection:
+        return select_rows(GRPOConfig(group_size=4, **changes), batch, rewards, truncated=truncated)
+
+    assert shaped(truncation_penalty=0.5).rewards.tolist() == [0.5, 0.5, 3.0, -0.25]
+    assert shaped(truncated_reward=0.0).rewards.tolist() == [0.0, 0.5, 3.0, 0.0]
+    assert shaped(truncated_reward=0.0, truncation_penalty=1.0).rewards.tolist() == [-1.0, 0.5, 3.0, -1.0]
+    ignored = shaped(ignore_truncated=True)
+    assert ignored.metrics["rewards_not_finite"] == 0
+    assert ignored.batch.mask.any(dim=1).tolist() == [False, True, True, False]
+    prepared = prepare_batch(GRPOConfig(group_size=4, normalize_std="none"), ignored.batch, ignored.rewards)
+    assert prepared.batch.need("advantages")[:, 0].tolist() == [0.0, -1.25, 1.25, 0.0]  # of 0.5 and 3 alone
 
 
 def test_numbers_that_are_none_are_refused_by_name() -> None:
@@ -437,6 +454,9 @@ def test_numbers_that_are_none_are_refused_by_name() -> None:
         ({"kl_in": "reward", "kl_coefficient": 0.1, "kl_straight_through": True}, "kl_straight_through is about gradients"),
         ({"old_log_probs": "rollout", "correction": ImportanceCorrection()}, "would count twice"),
         ({"overlong_buffer": 4}, "overlong_buffer=4 needs overlong_length"),
+        ({"mask_truncated": True, "ignore_truncated": True}, "ignore_truncated leaves mask_truncated nothing to do"),
+        ({"truncated_reward": 0.0, "ignore_truncated": True}, "rewards that ignore_truncated ignores"),
+        ({"truncation_penalty": -1.0}, "truncation_penalty=-1.0 must not be negative"),
         ({"overlong_buffer": 4, "overlong_length": 3}, "overlong_buffer=4 is longer than overlong_length=3"),
     ],
 )

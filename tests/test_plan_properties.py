@@ -123,3 +123,27 @@ def check_balance(layout: ParallelLayout, sharded: Side, exported: Plan) -> None
         return
     load = [sum(copy.numel for copy in exported.from_rank(rank)) for rank in range(layout.world_size)]
     assert max(load) <= sum(load) / len(load) + max(copy.numel for copy in exported.copies)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(), data=st.data())
+def test_a_range_of_a_local_tensor_is_a_few_boxes(case: Case, data: st.DataObject) -> None:
+    """What a rank of the distributed optimizer holds: elements `[begin, stop)` of a flattened parameter."""
+    side = megatron_side(case.spec, case.first, 0)
+    for segment in side.segments[:: max(1, len(side.segments) // 5)]:
+        shape = side.shapes[segment.local_name]
+        local = torch.arange(prod(shape))
+        begin = data.draw(st.integers(0, prod(shape)))
+        stop = data.draw(st.integers(begin, prod(shape)))
+        whole = local.as_strided(segment.box.size, segment.strides, segment.offset)
+        pieces, found = list(segment.within(begin, stop)), []
+        for piece in pieces:
+            cut = tuple(
+                slice(at - first, at - first + size)
+                for at, first, size in zip(piece.box.start, segment.box.start, piece.box.size, strict=True)
+            )
+            view = local.as_strided(piece.box.size, piece.strides, piece.offset)
+            assert torch.equal(view, whole[cut])
+            found += view.flatten().tolist()
+        assert sorted(found) == sorted(index for index in whole.flatten().tolist() if begin <= index < stop)
+        assert len(pieces) <= 2 * len(segment.box.size)

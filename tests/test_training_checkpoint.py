@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
@@ -210,3 +213,30 @@ def test_bad_checkpoints_say_what_is_wrong(scratch: Path, tmp_path: Path) -> Non
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(RankError, match="cannot load"):
         run_ranks(_resume, 1, source, ONE, tmp_path, None)
+
+
+def _fill_the_disk(rank: int, source: Path, directory: Path, full_on: tuple[int, ...]) -> Any:
+    """Writes beyond a few hundred bytes of a file fail, as on a full disk."""
+    trainer = _trainer(source, Layout(dp=2), SHARDED)
+    _steps(trainer, 0, 1)
+    save_checkpoint(trainer, directory, 1)
+    curve = _steps(trainer, 1, 2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank in full_on:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot save .*step_00000002"):
+            save_checkpoint(trainer, directory, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert latest_checkpoint(directory) == directory / "step_00000001"
+    load_checkpoint(trainer, directory)
+    assert _steps(trainer, 1, 2) == curve
+    return save_checkpoint(trainer, directory, 2, keep=1)
+
+
+@pytest.mark.parametrize("full_on", [(0, 1), (1,)], ids=["everywhere", "on-one-rank"])
+def test_a_full_disk_leaves_the_checkpoint_before_valid(full_on: tuple[int, ...], scratch: Path, tmp_path: Path) -> None:
+    run_ranks(_fill_the_disk, 2, _checkpoint(TIED, scratch), tmp_path, full_on)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]

@@ -71,6 +71,36 @@ class Segment:
     def only_on(self, rank: int) -> Segment:
         return Segment(self.hf_name, self.box, self.local_name, self.offset, self.strides, (rank,), self.repeats)
 
+    def within(self, begin: int, stop: int) -> Iterator[Segment]:
+        """What of it lies in elements `[begin, stop)` of the flattened local tensor, as the fewest segments that are boxes."""
+        axes = sorted(range(len(self.strides)), key=lambda axis: (-self.strides[axis], self.box.size[axis]))
+        axes = [axis for axis in axes if self.box.size[axis] > 1]
+        digits = [self.box.size[axis] for axis in axes]
+        first, last = (self._elements_before(position - self.offset, axes) for position in (begin, stop))
+        for start, count in _boxes(digits, first, last - first):
+            low, size, faster = list(self.box.start), [1] * len(self.box.size), prod(digits)
+            for axis in axes:
+                faster //= self.box.size[axis]
+                low[axis] += start // faster
+                size[axis] = max(1, count // faster)
+                start, count = start % faster, min(count, faster)
+            box = Box(tuple(low), tuple(size))
+            yield Segment(self.hf_name, box, self.local_name, self.offset_of(box), self.strides, self.ranks, self.repeats)
+
+    def _elements_before(self, position: int, axes: Sequence[int]) -> int:
+        """How many of its elements lie before `position`, counted from its first."""
+        found, faster = 0, prod(self.box.size)
+        if position <= 0:
+            return 0
+        for axis in axes:
+            faster //= self.box.size[axis]
+            digit = position // self.strides[axis]
+            if digit >= self.box.size[axis]:
+                return found + self.box.size[axis] * faster
+            found += digit * faster
+            position -= digit * self.strides[axis]
+        return found + (position > 0)
+
     def offset_of(self, box: Box) -> int:
         """Where the sub-box `box` begins in the local tensor."""
         offset = self.offset

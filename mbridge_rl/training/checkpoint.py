@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
@@ -35,6 +36,8 @@ from mbridge_rl.training.trainer import MegatronTrainer
 _log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8})")
+_ROOM = "room"  # for what the first rank writes at the end
+_METADATA_BYTES = 512  # of one shard, at most
 _DESCRIPTION = "trainer.json"
 
 
@@ -83,7 +86,11 @@ def save_checkpoint(
         if group.rank == 0:
             _make_room(final, partial)
     with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
-        _save(trainer, partial, dict(state or {}))
+        content = _content(trainer, dict(state or {}))
+        if group.rank == 0:
+            _take_room(content, partial, group.size)
+    with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+        _save(content, partial)
     with group.together():
         if group.rank == 0:
             _write_description(partial / _DESCRIPTION, trainer, step)
@@ -130,12 +137,9 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return max(_complete(Path(directory)), default=None)
 
 
-def _save(trainer: MegatronTrainer, partial: Path, state: dict[str, Any]) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-    content = {
+def _content(trainer: MegatronTrainer, state: dict[str, Any]) -> dict[str, Any]:
+    """What this rank writes, and what the first rank writes for all."""
+    return {
         "tensors": TrainerTensors(trainer).shards(),
         "random_state": _random_state_shard(random_state()),
         "optimizer_steps": trainer.scheduler.num_steps,
@@ -143,10 +147,28 @@ def _save(trainer: MegatronTrainer, partial: Path, state: dict[str, Any]) -> Non
         "grad_scaler": _grad_scaler_state(trainer),
         "state": state,
     }
+
+
+def _take_room(content: dict[str, Any], partial: Path, world_size: int) -> None:
+    """Writes as much as Megatron's first rank will write alone: if it failed there, the others would wait for it in vain."""
+    common = {name: value for name, value in content.items() if name not in ("tensors", "random_state")}
+    shards = sum(map(len, content["tensors"].values())) + 1
+    (partial / _ROOM).write_bytes(bytes((1 << 16) + _METADATA_BYTES * shards * world_size))
+    torch.save(common, partial / "common.pt")
+
+
+def _save(content: dict[str, Any], partial: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
     # Megatron would start a process to hold the queue of results, which outlives a rank that is killed. Nobody else needs it.
     filesystem_async._results_queue = queue.Queue()
     # One writer per rank: there are as many ranks as a machine has devices.
-    dist_checkpointing.save(content, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    request = dist_checkpointing.save(content, str(partial), strategy, async_sharded_save=True)
+    request.finalize_fns.insert(0, lambda: (partial / _ROOM).unlink(missing_ok=True))
+    request.execute_sync()
 
 
 def _load(trainer: MegatronTrainer, tensors: TrainerTensors, path: Path, same_layout: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mbridge_rl.core.segments import Segment, Side, megatron_side
 from mbridge_rl.megatron.adapters import LiveAdapters, live_adapter_side, lora_config_of
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parameters import LiveParameters, live_side
-from mbridge_rl.training.optimizer_state import MOMENTS, parameter_states, whole_states
+from mbridge_rl.training.optimizer_state import MOMENTS, ParameterState, dealt_parameters, parameter_states
 from mbridge_rl.training.trainer import MegatronTrainer
 
 KINDS = ("master", *MOMENTS)
@@ -38,6 +38,7 @@ class TrainerTensors:
         self._trainer = trainer
         self._live, self._spec, side = _live_side(trainer)
         self._segments = list(_with_replicas(side, dist.get_rank()))
+        self._dealt = dealt_parameters(trainer.optimizer)
         self._shapes = side.shapes
 
     @property
@@ -51,17 +52,23 @@ class TrainerTensors:
         return self._spec.fingerprint
 
     def shards(self) -> dict[str, list[Any]]:
-        """Megatron's `ShardedTensor`s by key, to be saved; all ranks call it together."""
-        states = whole_states(self._trainer.optimizer)
-        found: dict[str, list[Any]] = defaultdict(list)
-        for segment, replica in self._segments:
+        """Megatron's `ShardedTensor`s by key, to be saved: of what several ranks hold, the first's; of what the distributed
+        optimizer deals to the first and its data-parallel replicas, every one's own part. No communication."""
+        states, found = parameter_states(self._trainer.optimizer), defaultdict(list)
+        for segment, replica, first in self._segments:
             parameter = self._live.parameter(segment.local_name)
-            tensors = states.get(parameter) or self._untrained(parameter)
-            for kind, tensor in tensors.items():
-                if replica == 0:
-                    shard = self._view(segment, tensor.float()).contiguous()
-                    found[f"{kind}.{segment.hf_name}"].append(self._sharded(kind, segment, replica, shard))
-        return dict(found)
+            state = states.get(parameter)
+            dealt = self._dealt.get(parameter)
+            if replica if dealt is None else first not in dealt:
+                continue
+            if state is None and dealt is None:
+                pieces = {kind: [(segment, self._view(segment, whole))] for kind, whole in self._untrained(parameter).items()}
+            else:
+                pieces = {kind: list(self._pieces(segment, state, kind)) for kind in KINDS if state is not None}
+            for kind, of_kind in pieces.items():
+                shards = (self._sharded(kind, piece, 0, view.float().contiguous()) for piece, view in of_kind)
+                found[f"{kind}.{segment.hf_name}"] += shards
+        return {key: shards for key, shards in found.items() if shards}
 
     def _untrained(self, parameter: Tensor) -> dict[str, Tensor]:
         """What is saved of a parameter without optimizer state. A frozen factor of an adapter is a part of a PEFT tensor whose
@@ -71,12 +78,10 @@ class TrainerTensors:
 
     def requests(self, kind: str) -> dict[str, list[Any]]:
         """What this rank wants of `kind`, with memory to load it into."""
-        trained = parameter_states(self._trainer.optimizer) if kind != "master" else {}
         wanted: dict[str, list[Any]] = defaultdict(list)
-        for segment, replica in self._segments:
-            if kind == "master" or self._requires(segment, trained):
-                shard = torch.empty(segment.box.size)
-                wanted[f"{kind}.{segment.hf_name}"].append(self._sharded(kind, segment, replica, shard))
+        for segment, replica, piece in self._wanted(kind):
+            shard = torch.empty(piece.box.size)
+            wanted[f"{kind}.{segment.hf_name}"].append(self._sharded(kind, piece, replica, shard))
         return dict(wanted)
 
     def write(self, kind: str, loaded: dict[str, list[Tensor]]) -> None:
@@ -84,24 +89,39 @@ class TrainerTensors:
         states = parameter_states(self._trainer.optimizer)
         wholes: dict[str, Tensor] = {}
         taken: dict[str, int] = defaultdict(int)
-        for segment, _ in self._segments:
+        for segment, _, piece in self._wanted(kind):
             key = f"{kind}.{segment.hf_name}"
-            if key not in loaded or (kind != "master" and not self._requires(segment, states)):
+            if key not in loaded:
                 continue
-            shape = self._shapes[segment.local_name]
-            whole = wholes.setdefault(segment.local_name, torch.zeros(shape))
-            self._view(segment, whole).copy_(loaded[key][taken[key]])
+            shard, name = loaded[key][taken[key]], segment.local_name
             taken[key] += 1
+            if kind == "master":
+                whole = wholes.setdefault(name, torch.zeros(self._shapes[name]))
+                self._view(piece, whole).copy_(shard)
+            else:
+                states[self._live.parameter(name)].view(kind, piece).copy_(shard)
         for name, whole in wholes.items():
             parameter = self._live.parameter(name)
-            if kind == "master":
-                parameter.detach().copy_(whole)
+            parameter.detach().copy_(whole)
             if parameter in states:
-                states[parameter].write(kind, whole)
+                states[parameter].write_master(whole)
 
-    def _requires(self, segment: Segment, states: dict[Tensor, Any]) -> bool:
-        """Moments belong to what is trained here. With the distributed optimizer a rank may have no part of a parameter."""
-        return self._live.parameter(segment.local_name) in states
+    def _wanted(self, kind: str) -> Iterator[tuple[Segment, int, Segment]]:
+        """`(segment, replica, piece of it)`: whole weights, and of moments what is trained here, of which the distributed
+        optimizer leaves each rank a part."""
+        states = parameter_states(self._trainer.optimizer) if kind != "master" else {}
+        for segment, replica, _ in self._segments:
+            if kind == "master":
+                yield segment, replica, segment
+            elif (state := states.get(self._live.parameter(segment.local_name))) is not None:
+                for piece, _ in self._pieces(segment, state, kind):
+                    yield segment, replica, piece
+
+    @staticmethod
+    def _pieces(segment: Segment, state: ParameterState, kind: str) -> Iterator[tuple[Segment, Tensor]]:
+        """The boxes of a segment that this rank's part of the parameter covers, and where they are in the state."""
+        for piece in segment.within(state.begin, state.begin + state.master.numel()):
+            yield piece, state.view(kind, piece)
 
     @staticmethod
     def _view(segment: Segment, tensor: Tensor) -> Tensor:
@@ -133,11 +153,14 @@ def _live_side(trainer: MegatronTrainer) -> tuple[LiveParameters | LiveAdapters,
     return live, spec, megatron_side(spec, layout)
 
 
-def _with_replicas(side: Side, rank: int) -> Iterator[tuple[Segment, int]]:
-    """This rank's segments, each with how many others hold the same box before it."""
+def _with_replicas(side: Side, rank: int) -> Iterator[tuple[Segment, int, int]]:
+    """This rank's segments, each with how many others hold the same box before it, and which rank is the first of them."""
     seen: dict[tuple[str, Any], int] = defaultdict(int)
+    first: dict[tuple[str, Any], int] = {}
     for segment in side.segments:
-        before = seen[segment.hf_name, segment.box]
-        seen[segment.hf_name, segment.box] += len(segment.ranks)
+        box = (segment.hf_name, segment.box)
+        before = seen[box]
+        seen[box] += len(segment.ranks)
+        first.setdefault(box, segment.ranks[0])
         if rank in segment.ranks:
-            yield segment, before + segment.ranks.index(rank)
+            yield segment, before + segment.ranks.index(rank), first[box]

@@ -206,7 +206,8 @@ class RunnerConfig:
     """Attributes:
     kind: `local` forks trainer ranks on this machine (or takes those of torchrun); `ray` makes trainer ranks, engines and
         reward workers actors of a Ray cluster.
-    restarts: how often the run goes on from its last checkpoint after a trainer rank was lost.
+    restarts: how often the run goes on from its last checkpoint after a trainer rank was lost; not after the same failure at
+        the same step twice.
     address: of a Ray cluster; `None` starts one on this machine.
     placement: on Ray: engines on the trainer's devices or on their own.
     cpus_per_rank, cpus_per_engine: on Ray.

@@ -28,6 +28,7 @@ from mbridge_rl.training.run_log import EVALUATION_FILE, METRICS_FILE, read_line
 PROMPTS_PER_STEP = 64
 GROUP_SIZE = 16
 LORA_RANK = 32
+_LEARNING_RATE = {(False, False): 1e-3, (False, True): 1e-3, (True, False): 3e-3, (True, True): 1e-3}  # (LoRA, with experts)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def demo_config(options: DemoOptions) -> RunConfig:
     """The run that the options mean."""
     layout = options.layout
     rows = PROMPTS_PER_STEP * GROUP_SIZE
+    learning_rate = _LEARNING_RATE[options.lora, options.model == "qwen3-moe"]
     sections: dict[str, Any] = {
         "model": {"path": f"{TOY}{options.model}", "dtype": "fp32", "toy": {"num_layers": max(2, options.pp)}},
         "run_dir": options.run_dir,
@@ -69,7 +71,7 @@ def demo_config(options: DemoOptions) -> RunConfig:
         "stop_at_accuracy": 0.93,
         "warm_up": {"accuracy": 0.25},
         # One micro-batch per pipeline stage.
-        "trainer": {"learning_rate": 3e-3 if options.lora else 1e-3, "micro_batch_size": -(-rows // (layout.dp * layout.pp))},
+        "trainer": {"learning_rate": learning_rate, "micro_batch_size": -(-rows // (layout.dp * layout.pp))},
         "algorithm": {"group_size": GROUP_SIZE, "entropy_coefficient": 0.01},
         "rollout": {"prompts_per_step": PROMPTS_PER_STEP, "max_tokens": toy.ANSWER_TOKENS},
         "engine": {"max_model_len": 16, "max_num_seqs": rows, "kv_cache_bytes": 1 << 26},

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from mbridge_rl.core.plan import View
+from mbridge_rl.core.segments import Segment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,10 +30,19 @@ class ParameterState:
     moments: dict[str, Tensor]
     part: slice | None = None
 
-    def write(self, kind: str, whole: Tensor) -> None:
-        """Takes this rank's part of the whole `kind` ("master" or a moment), of the parameter's shape."""
-        target = self.master if kind == "master" else self.moments[kind]
-        target.detach().copy_(whole if self.part is None else whole.flatten()[self.part])
+    @property
+    def begin(self) -> int:
+        """Where in the flattened parameter this state begins."""
+        return 0 if self.part is None else self.part.start
+
+    def view(self, kind: str, piece: Segment) -> Tensor:
+        """Where `piece`, a segment of the parameter that lies in this state, is in its `kind`."""
+        held = (self.master if kind == "master" else self.moments[kind]).detach()
+        return View(piece.local_name, piece.offset - self.begin, piece.strides).of(held, piece.box.size)
+
+    def write_master(self, whole: Tensor) -> None:
+        """Takes this rank's part of the whole parameter."""
+        self.master.detach().copy_(whole if self.part is None else whole.flatten()[self.part])
 
 
 def parameter_states(optimizer: Any) -> dict[Tensor, ParameterState]:
@@ -47,20 +60,16 @@ def parameter_states(optimizer: Any) -> dict[Tensor, ParameterState]:
     return found
 
 
-def whole_states(optimizer: Any) -> dict[Tensor, dict[str, Tensor]]:
-    """`{parameter: {"master", "exp_avg", "exp_avg_sq"}}`, each of the parameter's shape, for every model parameter that this
-    rank holds and that is trained. The distributed optimizer's are gathered into host memory; all ranks call it together."""
-    states = parameter_states(optimizer)
-    whole = {
-        parameter: {"master": state.master.detach(), **state.moments}
-        for parameter, state in states.items()
-        if state.part is None
+def dealt_parameters(optimizer: Any) -> dict[Tensor, frozenset[int]]:
+    """The parameters whose state the distributed optimizer deals to several ranks, and to which; also those of which this rank
+    has no part."""
+    return {
+        parameter: frozenset(dist.get_process_group_ranks(part.data_parallel_group))
+        for part in optimizer.chained_optimizers
+        if _is_distributed(part)
+        for buffer in part.buffers
+        for parameter in buffer.param_index_map
     }
-    for part in optimizer.chained_optimizers:
-        if _is_distributed(part):
-            gathered = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
-            whole.update(_unflattened(part, gathered))
-    return whole
 
 
 def set_step_count(optimizer: Any, steps: int) -> None:
@@ -90,16 +99,6 @@ def _masters(part: Any) -> Iterator[tuple[Tensor, Tensor, slice | None]]:
     else:
         for group in part.optimizer.param_groups:
             yield from ((parameter, parameter, None) for parameter in group["params"])
-
-
-def _unflattened(part: Any, gathered: dict[Any, Any]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    for index, ranges in enumerate(part.gbuf_ranges):
-        buffer = part.buffers[index]
-        for dtype in ranges:
-            flat = gathered[index][dtype]
-            for parameter, (start, end, _) in buffer.param_index_map.items():
-                named = {"master": flat["param"], **{kind: flat[kind] for kind in MOMENTS}}
-                yield parameter, {kind: values[start:end].view(parameter.shape) for kind, values in named.items()}
 
 
 def _is_distributed(part: Any) -> bool:

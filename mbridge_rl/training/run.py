@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,19 +63,26 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError, LayoutError: the configuration cannot be run; nothing was started.
         RunExists: the folder has a run in it and `resume` is not set.
-        LaunchError: a rank failed, and `runner.restarts` are used up.
+        LaunchError: a rank failed, and `runner.restarts` are used up, or the same failure came again at the same step.
     """
     started = time.perf_counter()
     if int(os.environ.get("RANK", 0)) > 0:  # of torchrun; it starts when the first rank is prepared, too
         return _launch(config, resume=resume)
     prepare_run(config, resume=resume)
+    before: tuple[int, str] | None = None
     for attempt in range(config.runner.restarts + 1):
         try:
             summary = _launch(config, resume=resume or attempt > 0)
             break
         except LaunchError as error:
+            failure = _failure_of(config, error)
+            if failure == before:
+                raise LaunchError(
+                    f"the run failed twice in the same way after step {failure[0]}, so that a restart does not help: {error}"
+                ) from error
             if attempt == config.runner.restarts:
                 raise
+            before = failure
             _log.warning("the run was interrupted and goes on from its last checkpoint: %s", error)
             event = {"step": newest_step(config), "event": f"restarted after: {str(error).splitlines()[0]}"}
             with (config.run_dir / EVENTS_FILE).open("a") as events:
@@ -82,6 +90,14 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     summary["seconds"] = round(time.perf_counter() - started, 1)
     (config.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _failure_of(config: RunConfig, error: LaunchError) -> tuple[int, str]:
+    """The step that was logged last, and what happened then: the last line of the traceback, without numbers, which may be
+    process ids or seconds."""
+    metrics = config.run_dir / METRICS_FILE
+    steps = [line["step"] for line in read_lines(metrics)] if metrics.exists() else []
+    return max(steps, default=0), re.sub(r"\d+", "#", str(error).strip().splitlines()[-1])
 
 
 def prepare_run(config: RunConfig, *, resume: bool) -> None:

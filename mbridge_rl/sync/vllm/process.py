@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _READY = -1  # the reply id under which a child reports that its engine is up
 _LOG_LINES = 30
+_PROOF_OF_LIFE = 5.0  # seconds that a call gets while an earlier one is unanswered: a hung engine costs one call_timeout
 _CALLS_AT_ONCE = 8
 
 
@@ -43,7 +44,7 @@ class EngineProcess:
     Args:
         model_dir: see `InProcessEngine`, which gets `engine_args` too.
         start_timeout: seconds until the engine must be up.
-        call_timeout: seconds until a call must be answered.
+        call_timeout: seconds until a call must be answered; five at most after one that was not, until any answer comes.
         environment: variables for the child on top of this process's.
         log_path: the child's output; default: a temporary file, shown when the child fails.
     """
@@ -70,6 +71,7 @@ class EngineProcess:
         self._replies: dict[int, tuple[bool, Any]] = {}
         self._awaited: set[int] = set()
         self._reading = False
+        self._silent = False
         self._lock = threading.Condition()
 
     def start(self) -> EngineProcess:
@@ -187,7 +189,8 @@ class EngineProcess:
                 self._connection.send((call, method, args, kwargs))
             except OSError as error:
                 raise self._failed(f"is gone, so that {method} could not be called") from error
-            return self._reply(call, self._call_timeout, f"did not answer {method}")
+            timeout = min(_PROOF_OF_LIFE, self._call_timeout) if self._silent else self._call_timeout
+            return self._reply(call, timeout, f"did not answer {method}")
 
     def _wait_ready(self, timeout: float | None) -> None:
         if not self._ready:
@@ -206,6 +209,7 @@ class EngineProcess:
                 else:
                     self._read(remaining)
                 if call not in self._replies and time.monotonic() >= deadline:
+                    self._silent = True
                     raise self._failed(f"{complaint} within {timeout:g} s")
         finally:
             self._awaited.discard(call)
@@ -228,6 +232,7 @@ class EngineProcess:
         finally:
             self._lock.acquire()
             self._reading = False
+            self._silent = self._silent and answer is None
             if answer is not None and answer[0] in self._awaited:
                 self._replies[answer[0]] = answer[1:]
             self._lock.notify_all()

@@ -37,6 +37,9 @@ class GRPOConfig:
             buffer of 0 punishes nothing.
         overlong_penalty: factor of that penalty.
         mask_truncated: no gradient from completions that were cut off (DAPO's overlong filtering); their rewards count.
+        ignore_truncated: neither their gradients nor their rewards count: their groups are compared without them.
+        truncated_reward: their reward, whatever the reward function said; `None` keeps that.
+        truncation_penalty: taken off their reward.
 
     Raises:
         ValueError: values that contradict each other, naming both.
@@ -64,6 +67,14 @@ class GRPOConfig:
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
     mask_truncated: bool = False
+    ignore_truncated: bool = False
+    truncated_reward: float | None = None
+    truncation_penalty: float = 0.0
+
+    @property
+    def knows_truncation(self) -> bool:
+        """Whether completions that were cut off are treated in a way of their own."""
+        return self.mask_truncated or self.ignore_truncated or self.truncated_reward is not None or self.truncation_penalty > 0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -115,6 +126,12 @@ def _contradictions(c: GRPOConfig) -> list[tuple[bool, str]]:
         ),
         (buffer < 0 or (buffer > 0) != (c.overlong_length is not None), f"overlong_buffer={buffer} needs overlong_length"),
         (buffer > (c.overlong_length or 0), f"overlong_buffer={buffer} is longer than overlong_length={c.overlong_length}"),
+        (c.mask_truncated and c.ignore_truncated, "ignore_truncated leaves mask_truncated nothing to do"),
+        (
+            c.ignore_truncated and (c.truncated_reward is not None or c.truncation_penalty > 0),
+            "truncated_reward and truncation_penalty are of rewards that ignore_truncated ignores",
+        ),
+        (c.truncation_penalty < 0, f"truncation_penalty={c.truncation_penalty} must not be negative"),
         (c.overlong_penalty <= 0, f"overlong_penalty={c.overlong_penalty} must be positive; overlong_buffer=0 turns it off"),
     ]
 

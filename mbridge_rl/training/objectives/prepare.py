@@ -13,7 +13,7 @@ from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.objectives.advantages import group_advantages, informative_groups
 from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.objectives.correction import importance_weights
-from mbridge_rl.training.objectives.shaping import kl_rewards, overlong_penalty
+from mbridge_rl.training.objectives.shaping import kl_rewards, overlong_penalty, truncated_rewards
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,21 @@ def select_rows(config: GRPOConfig, batch: Batch, rewards: Tensor, *, truncated:
         `overlong_rows` (with a penalty).
 
     Raises:
-        ValueError: rewards that are not one per row, not whole groups, or all not finite; `mask_truncated` without `truncated`.
+        ValueError: rewards that are not one per row, not whole groups, or all not finite; a config that treats truncated
+            completions in a way of their own, without `truncated`.
     """
     if len(rewards) != len(batch):
         raise ValueError(f"{len(rewards)} rewards for {len(batch)} rows")
-    if config.mask_truncated and truncated is None:
-        raise ValueError("mask_truncated needs to know which completions were truncated")
+    if config.knows_truncation and truncated is None:
+        raise ValueError("this objective needs to know which completions were truncated")
     rewards = rewards.float()
     unknown = ~rewards.isfinite()
     if len(batch) and unknown.all():
         raise ValueError(f"none of the {len(rewards)} rewards is finite: the reward function is broken")
+    if truncated is not None:
+        rewards = truncated_rewards(
+            rewards, truncated, config.truncated_reward, config.truncation_penalty, ignore=config.ignore_truncated
+        )
     informative = informative_groups(rewards, config.group_size)
     metrics = {
         "rewards_not_finite": float(unknown.sum()),
@@ -67,7 +72,7 @@ def select_rows(config: GRPOConfig, batch: Batch, rewards: Tensor, *, truncated:
         rewards = rewards + config.overlong_penalty * penalty
         metrics["overlong_rows"] = float((penalty < 0).sum())
     batch = batch.without_rows(unknown)
-    if config.mask_truncated and truncated is not None:
+    if (config.mask_truncated or config.ignore_truncated) and truncated is not None:
         batch = batch.without_rows(truncated)
     if config.dynamic_sampling:
         metrics["dropped_groups"] = metrics["constant_groups"]

@@ -22,6 +22,22 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     return ((max_length - buffer - lengths.float()) / buffer).clamp(-1.0, 0.0)
 
 
+def truncated_rewards(
+    rewards: Tensor, truncated: Tensor, reward: float | None, penalty: float, *, ignore: bool = False
+) -> Tensor:
+    """Of completions that were cut off: `reward` in the place of their own (unless that is unknown), less `penalty`; NaN, which
+    is unknown, with `ignore`. DAPO (arXiv:2503.14476, section 3.4) compares such treatments.
+
+    Args:
+        rewards: `[batch]`.
+        truncated: `[batch]` bool.
+    """
+    if ignore:
+        return torch.where(truncated, torch.nan, rewards)
+    instead = rewards if reward is None else torch.where(rewards.isfinite(), reward, rewards)
+    return torch.where(truncated, instead - penalty, rewards)
+
+
 def kl_rewards(
     rewards: Tensor, log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor, coefficient: float, estimator: KLEstimator
 ) -> Tensor:
