@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 
 from mbridge_rl.training.config import RunConfig
 from mbridge_rl.training.config_file import parse_config, with_overrides
+from mbridge_rl.training.launcher import LaunchError
 from mbridge_rl.training.run import RunExists, run_training
 from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, read_lines
 
@@ -67,6 +68,23 @@ def sabotage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(saboteurs.FOLDER, str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]))
     return tmp_path
+
+
+def test_a_failure_that_comes_again_at_the_same_step_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, "runner.restarts=9")
+    failing = iter([(3, "ValueError: reward of row 17"), (5, "ValueError: of row 2"), (5, "OSError: 8"), (5, "OSError: 9")])
+
+    def launch(config: RunConfig, *, resume: bool) -> dict[str, Any]:
+        step, what = next(failing)
+        (tmp_path / METRICS_FILE).write_text(f'{{"step": {step}}}\n')
+        raise LaunchError(f"rank 0 of 2 failed:\nTraceback (most recent call last):\n{what}")
+
+    monkeypatch.setattr("mbridge_rl.training.run.prepare_run", lambda config, resume: None)
+    monkeypatch.setattr("mbridge_rl.training.run._launch", launch)
+    with pytest.raises(LaunchError, match=r"(?s)failed twice in the same way after step 5.*does not help.*OSError: 9"):
+        run_training(config)
+    assert next(failing, None) is None
+    assert events(tmp_path).count("restarted after") == 3
 
 
 def test_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(undisturbed: Path, sabotage: Path) -> None:
