@@ -194,7 +194,7 @@ def test_a_slow_answer_is_an_error_and_does_not_confuse_the_next(process: Engine
 @pytest.mark.slow
 def test_a_hung_engine_costs_one_time_out(process: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks after a time-out whether the engine lives waits no second one."""
-    monkeypatch.setattr("mbridge_rl.sync.vllm.process._PROOF_OF_LIFE", 0.1)
+    monkeypatch.setattr("mbridge_rl.sync.vllm.process.PROOF_OF_LIFE", 0.1)
     monkeypatch.setattr(process, "_call_timeout", 2.0)
     os.kill(process._process.pid, signal.SIGSTOP)
     try:
@@ -205,7 +205,7 @@ def test_a_hung_engine_costs_one_time_out(process: EngineProcess, monkeypatch: p
         assert 2.0 < time.monotonic() - started < 3.5
     finally:
         os.kill(process._process.pid, signal.SIGCONT)
-    monkeypatch.setattr("mbridge_rl.sync.vllm.process._PROOF_OF_LIFE", 60.0)
+    monkeypatch.setattr("mbridge_rl.sync.vllm.process.PROOF_OF_LIFE", 60.0)
     assert process.weight_version >= 0  # it woke up, and has its time again
 
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _READY = -1  # the reply id under which a child reports that its engine is up
 _LOG_LINES = 30
-_PROOF_OF_LIFE = 5.0  # seconds that a call gets while an earlier one is unanswered: a hung engine costs one call_timeout
+PROOF_OF_LIFE = 5.0  # seconds that a call gets while an earlier one is unanswered: a hung engine costs one call_timeout
 _CALLS_AT_ONCE = 8
 
 
@@ -189,7 +189,7 @@ class EngineProcess:
                 self._connection.send((call, method, args, kwargs))
             except OSError as error:
                 raise self._failed(f"is gone, so that {method} could not be called") from error
-            timeout = min(_PROOF_OF_LIFE, self._call_timeout) if self._silent else self._call_timeout
+            timeout = min(PROOF_OF_LIFE, self._call_timeout) if self._silent else self._call_timeout
             return self._reply(call, timeout, f"did not answer {method}")
 
     def _wait_ready(self, timeout: float | None) -> None:

@@ -14,6 +14,7 @@ from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.errors import EngineProcessError
 from mbridge_rl.sync.vllm.completions import Completion
 from mbridge_rl.sync.vllm.engine import InProcessEngine
+from mbridge_rl.sync.vllm.process import PROOF_OF_LIFE
 
 CALLS_AT_ONCE = 8  # a commit comes while requests are in flight
 
@@ -43,7 +44,7 @@ class RayEngine:
     Args:
         actor: handle of an `EngineActor`, such as `ray.get_actor(name)`; its owner keeps it until `close`.
         start_timeout: seconds until the engine must be up.
-        call_timeout: seconds until a call must be answered.
+        call_timeout: seconds until a call must be answered; five at most after one that was not, until one is.
 
     Raises (every method):
         EngineProcessError: the actor died, cannot be reached, or did not answer in time; otherwise what the engine raised.
@@ -51,6 +52,7 @@ class RayEngine:
 
     def __init__(self, actor: Any, *, start_timeout: float = 300.0, call_timeout: float = 600.0) -> None:
         self._actor, self._call_timeout, self._first_timeout = actor, call_timeout, start_timeout + call_timeout
+        self._silent = False
 
     @classmethod
     def start(
@@ -98,16 +100,17 @@ class RayEngine:
         import_ray().kill(self._actor)
 
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
-        ray = import_ray()
+        ray, timeout = import_ray(), min(PROOF_OF_LIFE, self._first_timeout) if self._silent else self._first_timeout
         try:
-            found = ray.get(self._actor.call.remote(method, args, options), timeout=self._first_timeout)
+            found = ray.get(self._actor.call.remote(method, args, options), timeout=timeout)
         except ray.exceptions.GetTimeoutError as error:
-            raise EngineProcessError(f"the engine actor did not answer {method} within {self._first_timeout:g} s") from error
+            self._silent = True
+            raise EngineProcessError(f"the engine actor did not answer {method} within {timeout:g} s") from error
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, BridgeError) else error from None
         except ray.exceptions.RayError as error:  # the actor died, or cannot be reached
             raise EngineProcessError(f"the engine actor was lost during {method}: {error}") from error
-        self._first_timeout = self._call_timeout
+        self._first_timeout, self._silent = self._call_timeout, False
         return found
 
 
