@@ -7,17 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+import worker_probe
+from allocations import LargestAllocation
 from ranks import run_ranks
 from test_deepseek import checkpoint as deepseek_checkpoint
+from test_delta_sync import grpo
 from test_refit_end_to_end import ENGINE, greedy
-from test_shard_sync import LargestAllocation
 from tiny import tiny_checkpoint
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.refit import WeightSync
+from mbridge_rl.sync.engine_side import WorkerDescription, kept_bytes
+from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.refit import SyncReport, WeightSync
 from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
 pytestmark = pytest.mark.slow
 
@@ -27,12 +33,18 @@ BUCKET = 1 << 15
 def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_args: dict[str, Any]) -> dict[str, Any]:
     initialize_parallel(layout)
     bridge = AutoBridge.from_pretrained(start)
-    model = bridge.build_model(layout)
+    model = bridge.build_model(layout, dtype=getattr(torch, engine_args.get("dtype", "float32")))
     answers = "enable_expert_parallel" not in engine_args  # vLLM's expert kernel for CPUs crashes on experts of other workers
-    engine = EngineProcess(start, **ENGINE, tensor_parallel_size=2, **engine_args).start() if rank == 0 else None
+    probe = start.parent / "probe"
+    environment = {worker_probe.VARIABLE: str(probe)}
+    probed = {"worker_extension_cls": "worker_probe.Probe", "environment": environment, **engine_args}
+    engine = EngineProcess(start, **ENGINE, tensor_parallel_size=2, **probed).start() if rank == 0 else None
     if engine is not None:
+        probe.mkdir()
         engine.wait_ready()
-    found: dict[str, Any] = {"answers": [], "largest": 0, "reports": []}
+        with pytest.raises(SyncError, match="has to come before commit"):  # in both workers, and neither is left with an answer
+            engine.commit_update(9)
+    found: dict[str, Any] = {"answers": [], "largest": 0, "reports": [], "in_workers": []}
     ways = [("staged", "shared_memory"), ("streaming", "process_group"), ("streaming", "shared_memory")]
     for version, (mode, transport) in enumerate(ways, start=1):
         bridge.load_weights(model, trained if version % 2 else start)
@@ -41,8 +53,11 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
             report = sync.sync(version)
         if version == 1:  # with digests, their constants would be the largest
             found["largest"] = largest.nbytes
-            found["kept"] = [worker.payload_bytes for worker in sync.route.workers]
+            workers = sync.store.description(sync.route.fingerprint)["workers"] if rank == 0 else []
+            found["kept"] = [kept_bytes(WorkerDescription.from_json(worker)) for worker in workers]
         found["reports"].append(report)
+        if engine is not None:
+            found["in_workers"].append(sorted(worker_probe.largest(probe).values()))
         if engine is not None and answers:
             found["answers"].append(greedy(engine))
         if version == 3:
@@ -52,6 +67,8 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
             bridge.load_weights(model, trained)
             assert all(torch.equal(saved[name], tensor) for name, tensor in bridge.export_weights(model))
         sync.close()
+    if engine_args.get("dtype") == "bfloat16":
+        found["deltas"] = step_by_delta(bridge, model, engine)
     if engine is not None:
         engine.close()
     if engine is not None and answers:
@@ -61,6 +78,19 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
     return found
 
 
+def step_by_delta(bridge: AutoBridge, model: Any, engine: EngineProcess | None) -> list[SyncReport]:
+    """A GRPO step at a usual learning rate, and what of it travels."""
+    trainer = MegatronTrainer(model, TrainerConfig(learning_rate=1e-6, micro_batch_size=4))
+    sync = WeightSync(bridge, trainer.model, engine, transport="process_group", delta=True)
+    reports = [sync.sync(4)]
+    tokens = torch.randint(2, 515, (4, 12), generator=torch.Generator().manual_seed(0))
+    batch = Batch.from_completions(tokens[:, :5].tolist(), tokens[:, 5:].tolist(), pad_token_id=0)
+    trainer.step(batch, grpo)
+    reports.append(sync.sync(5))
+    sync.close()
+    return reports
+
+
 NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # as in config.json of the released checkpoints: vLLM reads it
 MLA = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}  # vLLM's rotary kernel for CPUs is wrong
 
@@ -68,7 +98,7 @@ MLA = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}  # vL
 @pytest.mark.parametrize(
     ("variant", "layout", "engine_args"),
     [
-        pytest.param("qwen3", ParallelLayout(tp=2, pp=2), {}, id="qwen3-tp2xpp2"),
+        pytest.param("qwen3", ParallelLayout(tp=2, pp=2), {"dtype": "bfloat16"}, id="qwen3-tp2xpp2-bf16"),
         pytest.param("qwen3-moe", ParallelLayout(tp=2, ep=2, etp=1), {}, id="qwen3-moe-tp2xep2"),
         pytest.param("qwen3-moe", ParallelLayout(ep=2, dp=2), {"enable_expert_parallel": True}, id="qwen3-moe-ep2-to-ep2"),
         pytest.param("deepseek", ParallelLayout(tp=2, ep=2, etp=1), MLA, id="deepseek-tp2xep2"),
@@ -96,9 +126,20 @@ def test_two_workers_equal_a_fresh_engine(
         assert found["answers"][0] == found["answers"][2] == found["fresh"]  # the same bits: tokens and log-probabilities
         assert found["answers"][1] != found["fresh"]
     for report in found["reports"]:
-        assert report.engine["bytes_per_worker"] == found["kept"]  # not a byte besides what it keeps
+        for received, kept in zip(report.engine["bytes_per_worker"], found["kept"], strict=True):
+            assert kept <= received <= 1.05 * kept  # not a byte besides what it keeps, but for what the loader takes whole
         assert report.engine["digest"] == report.digest
     assert found["reports"][2].engine["proven_live"] == report.tensors
-    largest_tensor = 515 * 256 * 4
-    for rank in ranks:
-        assert rank["largest"] <= max(4 * BUCKET, 1 << 17) < largest_tensor // 2
+    if "deltas" in found:
+        full, delta = found["deltas"]
+        assert (full.base, delta.base) == (None, 4)
+        assert delta.share < 0.05
+        assert delta.engine["digest"] == delta.digest != full.digest
+    # No rank and no worker makes a tensor of the size of a full one, nor of a shard of it (an embedding's: 288 x 256 numbers):
+    # they make buckets, and what digests need.
+    size = 2 if "deltas" in found else 4
+    bound = max(4 * BUCKET, 1 << 17)
+    assert bound < 288 * 256 * size
+    assert all(rank["largest"] <= bound for rank in ranks)
+    assert [len(workers) for workers in found["in_workers"]] == [2, 2, 2]
+    assert all(nbytes <= bound for workers in found["in_workers"] for nbytes in workers), found["in_workers"]
