@@ -40,7 +40,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
     tied = draw(st.booleans())
     layer_rules = [
         replicated(f"{OURS}.norm", f"{THEIRS}.norm", (hidden,)),
-        *draw(st.sampled_from([_attention, _gated_attention, _shared_key_value]))(hidden, kv_heads, queries, head_dim),
+        *draw(st.sampled_from([_attention, _gated_attention, shared_key_value]))(hidden, kv_heads, queries, head_dim),
         row_parallel(f"{OURS}.proj", f"{THEIRS}.o", (hidden, kv_heads * queries * head_dim)),
         *draw(st.sampled_from([_gated_mlp, _recurrent]))(hidden, ffn, unit),
     ]
@@ -79,7 +79,7 @@ def _gated_attention(hidden: int, kv_heads: int, queries: int, head_dim: int) ->
     return [Rule(f"{OURS}.qkv", (half(0), half(1), *keys), (0, hidden), axis="tp", groups=kv_heads)]
 
 
-def _shared_key_value(hidden: int, kv_heads: int, queries: int, head_dim: int) -> list[Rule]:
+def shared_key_value(hidden: int, kv_heads: int, queries: int, head_dim: int) -> list[Rule]:
     """Keys and values are one tensor: Megatron holds it twice."""
     query = Part(f"{THEIRS}.q", (Axis(kv_heads * queries * head_dim, 0), Axis(hidden, 1)))
     key = Part(f"{THEIRS}.k", (Axis(kv_heads * head_dim, 0), Axis(hidden, 1)))

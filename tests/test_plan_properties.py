@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_models import layouts, models, random_state
+from random_models import layouts, models, random_state, shared_key_value
 
 from mbridge_rl.core import virtual
 from mbridge_rl.core.digest import add, digest
@@ -147,3 +147,15 @@ def test_a_range_of_a_local_tensor_is_a_few_boxes(case: Case, data: st.DataObjec
             found += view.flatten().tolist()
         assert sorted(found) == sorted(index for index in whole.flatten().tolist() if begin <= index < stop)
         assert len(pieces) <= 2 * len(segment.box.size)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_keys_that_are_values_may_be_cut_inside_of_a_group(tp: int) -> None:
+    """The boxes of different ranks then overlap without being equal; each element still has one sender."""
+    spec = ModelSpec("Shared", 1, 3, False, {}, {}, tuple(shared_key_value(hidden=3, kv_heads=1, queries=1, head_dim=4)))
+    whole, sharded = hf_side(spec), megatron_side(spec, ParallelLayout(tp=tp))
+    state = random_state(spec)
+    shards = moved(compile_plan(spec, whole, sharded), {0: state}, sharded).ranks
+    exported = compile_plan(spec, sharded, whole)
+    check_reads(spec, exported)
+    assert torch.equal(moved(exported, shards, whole).flat, torch.cat([tensor.flatten() for tensor in state.values()]))

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import combinations, groupby
 from math import ceil, prod
 from operator import mul
 
@@ -195,13 +195,29 @@ def _copies_wanted(boxes: Iterable[tuple[str, Box, object]], wanted: Mapping[str
 
 
 def _holders(segments: Sequence[Segment]) -> dict[Box, Mapping[int, Segment]]:
-    """Who holds each box; a rank that holds one twice (tied embeddings) counts once."""
+    """Who holds each of disjoint boxes; a rank that holds one twice (tied embeddings) counts once."""
+    boxes = list(dict.fromkeys(segment.box for segment in segments))
+    cuts: list[set[int]] = []
+    if _some_overlap(boxes):  # a tensor that is K and V of one group, which two ranks share, lies in halves and whole
+        cuts = [
+            {place for box in boxes for place in (box.start[dim], box.start[dim] + box.size[dim])}
+            for dim in range(len(boxes[0].size))
+        ]
     holders: dict[Box, dict[int, Segment]] = {}
     for segment in segments:
-        of_box = holders.setdefault(segment.box, {})
-        for rank in segment.ranks:
-            of_box.setdefault(rank, segment)
+        for box in segment.box.cut_at(cuts) if cuts else [segment.box]:
+            of_box = holders.setdefault(box, {})
+            for rank in segment.ranks:
+                of_box.setdefault(rank, segment)
     return holders
+
+
+def _some_overlap(boxes: Sequence[Box]) -> bool:
+    """Whether some of these boxes, no two of which are equal, overlap."""
+    sizes = {box.size for box in boxes}
+    if len(sizes) == 1 and not any(start % size for box in boxes for start, size in zip(box.start, box.size, strict=True)):
+        return False  # cells of one grid
+    return any(one.intersect(other) is not None for one, other in combinations(boxes, 2))
 
 
 def _overlaps(target: Segment, offers: Sequence[_Offer], hf_strides: Shape) -> list[_Overlap]:

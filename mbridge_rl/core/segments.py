@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 
 from mbridge_rl.core.digest import contiguous_strides
@@ -53,6 +53,14 @@ class Box:
             for first, stop in pairwise(cuts)
             if stop > first
         ]
+
+    def cut_at(self, cuts: Sequence[Iterable[int]]) -> list[Box]:
+        """The disjoint boxes that make up this one if it is cut at these places of each dimension."""
+        edges = []
+        for start, size, places in zip(self.start, self.size, cuts, strict=True):
+            inside = {place for place in places if start < place < start + size}
+            edges.append(list(pairwise(sorted({start, start + size, *inside}))))
+        return [Box(tuple(first for first, _ in cell), tuple(stop - first for first, stop in cell)) for cell in product(*edges)]
 
 
 @dataclass(frozen=True, slots=True)
