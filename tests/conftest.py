@@ -1,6 +1,13 @@
 """Environment of all tests. It must be set before torch and vLLM are imported, so it comes before every import of them."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
+from pathlib import Path
+
+import pytest
 
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
@@ -19,3 +26,30 @@ for _name, _value in {
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests marked `alone` have the machine to themselves: vLLM's workers wait for each other by spinning, and where they have
+    to share cores with other tests, every token takes some slices of the scheduler."""
+    with _turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+@contextmanager
+def _turn(alone: bool) -> Iterator[None]:
+    """Of one test among the processes of a run. Whoever waits to be alone holds the door, so that nobody else comes in."""
+    if _RUN is None:
+        yield
+        return
+    folder = Path(tempfile.gettempdir())
+    with (folder / f"mbridge-tests-{_RUN}.door").open("w") as door, (folder / f"mbridge-tests-{_RUN}.room").open("w") as room:
+        flock(door, LOCK_EX)
+        flock(room, LOCK_EX if alone else LOCK_SH)
+        flock(door, LOCK_UN)
+        try:
+            yield
+        finally:
+            flock(room, LOCK_UN)

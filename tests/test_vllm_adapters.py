@@ -26,7 +26,7 @@ from mbridge_rl.training.grpo import supervised_loss
 from mbridge_rl.training.lora import LoRAConfig, adapted_modules, add_lora
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PROMPTS = [[5, 9, 33, 100, 514], [1, 2, 3]]
 SIZES = {"hidden_size": 256, "head_dim": 32}  # heads of 32: the smallest that vLLM computes on a CPU

@@ -25,7 +25,7 @@ from mbridge_rl.sync.vllm.process import EngineProcess
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 BUCKET = 1 << 15
 
