@@ -12,7 +12,7 @@ from typing import Any
 
 from allocations import LargestAllocation
 
-from mbridge_rl.sync import worker
+from mbridge_rl.sync import update
 
 VARIABLE = "MBRIDGE_TEST_PROBE"
 
@@ -44,4 +44,4 @@ def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
 
 if VARIABLE in os.environ:
     for step in ("_guarded", "load_staged", "prove"):  # the first in a thread of its own
-        setattr(worker._Update, step, _noted(getattr(worker._Update, step)))
+        setattr(update.Update, step, _noted(getattr(update.Update, step)))

@@ -7,8 +7,8 @@ from typing import Literal
 
 from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.update import Mode
 from mbridge_rl.sync.vllm.requests import InFlight
-from mbridge_rl.sync.worker import Mode
 
 DEFAULT_BUCKET_BYTES = 32 << 20
 

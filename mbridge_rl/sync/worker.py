@@ -7,60 +7,25 @@ Nothing here knows the engine: it is reached through `Model`.
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from math import prod
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.digest import add, combine, digest
+from mbridge_rl.core.digest import add, combine
 from mbridge_rl.core.errors import listed
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.delta import DeltaInlet, carried_bytes, proof_of, shrunk
-from mbridge_rl.sync.errors import DeltaRefused, DigestMismatch, EngineMismatch, SyncError
+from mbridge_rl.sync.delta import proof_of, shrunk
+from mbridge_rl.sync.errors import DeltaRefused, EngineMismatch, SyncError
 from mbridge_rl.sync.packing import Digests
 from mbridge_rl.sync.places import each_written_once, is_whole, require_place
-from mbridge_rl.sync.route import Bucket, Piece, WorkerRoute, fingerprint_of
+from mbridge_rl.sync.route import WorkerRoute, fingerprint_of
 from mbridge_rl.sync.serving import Serving
-from mbridge_rl.sync.store import StorePart, WeightStore
-from mbridge_rl.sync.timeline import Stopwatch
-from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
-from mbridge_rl.sync.waiting import Patience
-
-logger = logging.getLogger(__name__)
-
-Mode = Literal["staged", "streaming"]
-
-
-class Model(Protocol):
-    """The engine's model, as a worker changes it."""
-
-    settles: bool  # whether `settle` may change, or move, what was written before it
-
-    def parameters(self) -> Mapping[str, Tensor]:
-        """The live parameters by name, as a loader fills them; between updates they may be read while the engine generates."""
-        ...
-
-    def plain(self) -> AbstractContextManager[object]:
-        """A scope in which the parameters may be read as a loader fills them, between updates."""
-        ...
-
-    def open(self) -> None:
-        """Called once before the first write of an update."""
-
-    def load_whole(self, hf_name: str, tensor: Tensor) -> None:
-        """Hands a whole HF tensor to the engine's own loader; the tensor is the loader's to keep."""
-
-    def settle(self) -> None:
-        """Called once after the last write: whatever the engine's own loader deferred is done."""
-
-    def derive(self) -> None:
-        """Called once after `settle`: the engine computes what it derives from its parameters."""
+from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.transports import Wire
+from mbridge_rl.sync.update import Mode, Model, Update
 
 
 class ShardReceiver:
@@ -75,7 +40,7 @@ class ShardReceiver:
         self._model, self.serving = model, serving
         self._route: WorkerRoute | None = None
         self._said: Mapping[str, Any] = {}
-        self._update: _Update | None = None
+        self._update: Update | None = None
         self._store: WeightStore | None = None  # where images go that come from other hosts
 
     @property
@@ -150,7 +115,7 @@ class ShardReceiver:
         with self.serving.failing(self.abort, f"the update to version {version} could not begin"):
             arriving = route if delta is None else shrunk(route, delta["sizes"][route.rank])
             store, final = self._store_of(wire), self._writes_are_final
-            self._update = _Update(self._model, self.serving, route, arriving, self._said, final, store, mode, wire, timeout)
+            self._update = Update(self._model, self.serving, route, arriving, self._said, final, store, mode, wire, timeout)
             self._update.start()
 
     def status(self) -> dict[str, Any]:
@@ -260,229 +225,6 @@ class ShardReceiver:
         counted = (piece for piece in self.route.pieces if piece.counted and not is_whole(piece))
         with self._model.plain():
             return packing.live_digests(counted, self._model.parameters())
-
-
-class _Update:
-    """One version on its way in."""
-
-    def __init__(
-        self,
-        model: Model,
-        serving: Serving,
-        route: WorkerRoute,
-        arriving: WorkerRoute,
-        said: Mapping[str, Any],
-        writes_are_final: bool,
-        store: WeightStore | None,
-        mode: Mode,
-        wire: Wire,
-        timeout: float,
-    ) -> None:
-        self._model, self._serving, self._route, self._arriving, self.mode = model, serving, route, arriving, mode
-        self._said, self._verify, self._store = said, said["verify"], store
-        self._verify_at_once = self._verify and writes_are_final
-        self._wire, self._timeout = wire, timeout
-        self.error: BaseException | None = None
-        self.expected: Digests | None = None  # the trainer's, once live weights were proven to be that
-        self.finished = False
-        self.opened = False
-        self.watch = Stopwatch(f"worker {route.rank}")
-        self._stopping = threading.Event()
-        self._tables: list[Tensor] = []
-        self._whole: dict[str, tuple[Tensor, int]] = {}
-        self._proven_received: Digests = {}
-        self._live: dict[bool, Digests] = {}  # of what was written, by whether this worker counts it
-        self._part: StorePart | None = None
-        self._thread: threading.Thread | None = None
-        self._patience = Patience(timeout, self._stopping)
-
-    def start(self) -> None:
-        if self.mode == "staged" and self._wire["kind"] == "store":
-            self.finished = True  # trainer ranks fill and verify the slot; it is read at commit
-            return
-        if self.mode == "staged":
-            assert self._store is not None
-            self._part = self._store.part(self._wire["token"], self._route.rank, self._route.nbytes)
-        else:
-            self._open()
-        action = self._stage if self.mode == "staged" else self._write_all
-        self._thread = threading.Thread(target=self._guarded, args=(action,), name="mbridge-receive", daemon=True)
-        self._thread.start()
-
-    def join(self) -> None:
-        """Waits until everything has arrived; raises what went wrong."""
-        if self._thread is not None:
-            self._thread.join(self._timeout)
-            if self._thread.is_alive():
-                raise SyncError(f"not everything arrived within {self._timeout:g} s")
-        if self.error is not None:
-            raise self.error
-
-    def load_staged(self) -> None:
-        """From the image into the parameters."""
-        with self.watch("load"):
-            inlet = open_inlet(self._wire, self._route, self._patience) if self._part is None else self._arrived()
-            try:
-                self._open()
-                with torch.no_grad():
-                    self._write_all(inlet)
-            finally:
-                inlet.close()
-
-    def _arrived(self) -> Inlet:
-        assert self._part is not None
-        return _ImageInlet(self._part.image, self._route)
-
-    def _open(self) -> None:
-        self.opened = True
-        self._model.open()
-
-    def prove(self) -> dict[str, Any]:
-        """Live weights against the trainer's digests."""
-        with self.watch("verify"):
-            return self._proven()
-
-    def _proven(self) -> dict[str, Any]:
-        expected = packing.read_digests(self._route, self._tables)
-        whole = {piece.hf_name for piece in self._route.pieces if is_whole(piece)}
-        counted: Digests = {}
-        if self._verify:
-            self.expected = expected
-            if not self._verify_at_once:
-                self._digest_again()
-            counted, rest = self._live[True], self._live[False]
-            found = self._proven_received | {
-                name: add(counted.get(name, 0), rest.get(name, 0)) for name in counted.keys() | rest.keys()
-            }
-            wrong = [hf_name for hf_name, value in expected.items() if found.get(hf_name) != value]
-            if wrong:
-                raise DigestMismatch(
-                    f"{len(wrong)} tensors of worker {self._route.rank} are not in the live weights as they were sent: "
-                    f"{listed(f'{name} (in {listed(self._places(name))})' for name in wrong)}"
-                )
-            first = {piece.hf_name for piece in self._route.pieces if is_whole(piece) and piece.counted}
-            counted |= {name: self._proven_received[name] for name in first}
-        return {
-            "tensors": len(self._route.hf_names),
-            "bytes": self._route.payload_bytes if self._arriving is self._route else carried_bytes(self._arriving),
-            "digests": {hf_name: f"{value:016x}" for hf_name, value in counted.items()},
-            "whole": sorted(whole),
-        }
-
-    def _digest_again(self) -> None:
-        """Where a loader had its own way with the parameters after they were written."""
-        parameters = self._model.parameters()
-        traced = [piece for piece in self._route.pieces if not is_whole(piece)]
-        for counts in (True, False):
-            self._live[counts] = packing.live_digests((piece for piece in traced if piece.counted == counts), parameters)
-
-    def keep(self) -> None:
-        """The image of this host's weight store becomes live, if this update brought one."""
-        if self._part is not None:
-            self._part.commit(self._wire["version"], self._said, self._wire["sizes"])
-
-    def stop(self) -> None:
-        self._stopping.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(self._timeout)
-
-    def close(self) -> None:
-        if self._part is not None:
-            self._part.close()
-
-    def _guarded(self, action: Callable[[Inlet], None]) -> None:
-        try:
-            with self.watch("receive"):
-                inlet = self._open_inlet()
-                try:
-                    with torch.no_grad():
-                        action(inlet)
-                finally:
-                    inlet.close()
-        except BaseException as error:  # it is raised where the update is joined
-            self.error = error
-        self.finished = True
-
-    def _open_inlet(self) -> Inlet:
-        inlet = open_inlet(self._wire, self._arriving, self._patience)
-        return inlet if self._arriving is self._route else DeltaInlet(inlet, self._route, self._model.parameters())
-
-    def _stage(self, inlet: Inlet) -> None:
-        assert self._part is not None
-        image = self._part.image
-        for index, bucket in enumerate(self._route.buckets):
-            taken = self._taken(inlet, index)
-            with self.watch("stage"):
-                for part, data in zip(bucket.parts, taken, strict=True):
-                    image[part.start : part.start + part.nbytes].copy_(data)
-            inlet.give_back(index)
-        if self._verify:
-            with self.watch("verify"):
-                packing.require_expected(self._route, image)
-
-    def _write_all(self, inlet: Inlet) -> None:
-        parameters = self._model.parameters()
-        self._tables, self._whole, self._live = [], {}, {True: {}, False: {}}
-        for index, bucket in enumerate(self._route.buckets):
-            data = self._taken(inlet, index)
-            self._serving.written = True
-            with self.watch("write"):
-                self._write(bucket, data, parameters)
-            inlet.give_back(index)
-
-    def _taken(self, inlet: Inlet, index: int) -> Sequence[Tensor]:
-        if self._stopping.is_set():
-            raise SyncError("the update was given up")
-        with self.watch("wire"):
-            return inlet.take(index)
-
-    def _write(self, bucket: Bucket, data: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
-        for part, of_part in zip(bucket.parts, data, strict=True):
-            if not part.pieces:
-                self._tables.append(of_part.cpu().clone())
-            for piece in part.pieces:
-                values = packing.rectangle(piece, of_part, part.start)
-                if is_whole(piece):
-                    self._collect(piece, values)
-                else:
-                    place = packing.placed(piece.target, piece.shape, parameters)
-                    share = packing.move(piece, values, place, self._verify_at_once)
-                    live = self._live[piece.counted]
-                    live[piece.hf_name] = add(live.get(piece.hf_name, 0), share)
-
-    def _collect(self, piece: Piece, values: Tensor) -> None:
-        """Part of a tensor that the engine's loader takes whole; the last part hands it over."""
-        hf_name = piece.hf_name
-        if hf_name not in self._whole:
-            total = sum(prod(other.shape) for other in self._route.pieces if other.target.name == piece.target.name)
-            self._whole[hf_name] = torch.empty(total, dtype=piece.dtype), total
-        tensor, missing = self._whole[hf_name]
-        piece.target.of(tensor, piece.shape).copy_(values)
-        self._whole[hf_name] = tensor, missing - prod(piece.shape)
-        if missing == prod(piece.shape):
-            del self._whole[hf_name]
-            shape = (tensor.numel() // piece.columns, piece.columns)
-            self._proven_received[hf_name] = digest(tensor.view(shape))
-            self._model.load_whole(hf_name, tensor)
-
-    def _places(self, hf_name: str) -> set[str]:
-        return {piece.target.name for piece in self._route.pieces if piece.hf_name == hf_name}
-
-
-class _ImageInlet:
-    """What has arrived already."""
-
-    def __init__(self, image: Tensor, route: WorkerRoute) -> None:
-        self._image, self._route = image, route
-
-    def take(self, index: int) -> Sequence[Tensor]:
-        return [self._image[part.start : part.start + part.nbytes] for part in self._route.buckets[index].parts]
-
-    def give_back(self, index: int) -> None:
-        """It stays."""
-
-    def close(self) -> None:
-        """The image is the update's."""
 
 
 def merged_report(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
