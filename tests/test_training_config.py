@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mbridge_rl.cli import app
 from mbridge_rl.training.config import RunConfig, load_run_config
 from mbridge_rl.training.config_file import ConfigError, as_mapping, parse_config, read_config, with_overrides
+from mbridge_rl.training.objectives.config import objective
 
 BASE: dict[str, Any] = {"model": {"path": "toy:qwen3"}, "run_dir": "runs/x"}
 
@@ -29,6 +30,12 @@ def test_defaults_fill_what_is_left_out_and_the_whole_comes_back() -> None:
     assert config.run_dir == Path("runs/x")
     assert config.layout.etp == 2
     assert parse_config(RunConfig, yaml.safe_load(yaml.safe_dump(as_mapping(config)))) == config
+
+
+def test_a_published_objective_stands_for_its_fields_and_those_beside_it_win() -> None:
+    config = _parse(algorithm={"objective": "gspo", "clip_high": 0.01, "group_size": 4})
+    assert config.algorithm == objective("gspo", clip_high=0.01, group_size=4)
+    assert parse_config(RunConfig, as_mapping(config)) == config
 
 
 def test_overrides_are_yaml_and_make_their_sections(tmp_path: Path) -> None:
@@ -48,6 +55,7 @@ def test_overrides_are_yaml_and_make_their_sections(tmp_path: Path) -> None:
     ("sections", "message"),
     [
         ({"rollot": {}}, r"rollot: there is no such field; .*did you mean rollout\?"),
+        ({"algorithm": {"objective": "gpso"}}, r"algorithm\.objective: 'gpso' is none of grpo, .*did you mean gspo\?"),
         ({"trainer": {"learnin_rate": 1}}, r"trainer\.learnin_rate: .*did you mean learning_rate\?"),
         ({"trainer": {"micro_batch_size": "many"}}, r"trainer\.micro_batch_size: a whole number is needed, found 'many'"),
         ({"steps": True}, r"steps: a whole number is needed, found True"),

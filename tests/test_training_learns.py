@@ -1,4 +1,5 @@
-"""The toy task is learnt in every mode, with full weights and adapters, on forked ranks, torchrun and Ray, rewarded over HTTP.
+"""The toy task is learnt in every mode, with full weights and adapters, on forked ranks, torchrun and Ray, rewarded over HTTP;
+and with every published objective.
 
 MBRIDGE_SEEDS=0,1,2 plays every case with these seeds (`make nightly`); otherwise there is one case and one seed.
 """
@@ -18,6 +19,7 @@ from reward_service import reward_service, url_of
 pytest.importorskip("vllm")
 
 from mbridge_rl.training.config_file import with_overrides
+from mbridge_rl.training.objectives.config import OBJECTIVES
 from mbridge_rl.training.run_log import METRICS_FILE, read_lines
 
 RECIPE = Path(__file__).parent.parent / "examples" / "recipes" / "toy.yaml"
@@ -36,22 +38,40 @@ MODES = {
 WEIGHTS = {"full": [], "lora": ["lora={rank: 32, alpha: 64}", "trainer.learning_rate=3e-3"]}
 WAYS = {"fork": [], "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "ray": []}
 NIGHTLY = "MBRIDGE_SEEDS" in os.environ
+OBJECTIVE_CHANGES = {
+    "default": [],
+    **{name: [f"algorithm.objective={name}"] for name in OBJECTIVES},
+    "dr_grpo": ["algorithm.objective=dr_grpo", "algorithm.aggregation_length=3"],
+    "dapo": ["algorithm.objective=dapo", "rollout.max_rejected=4"],
+}
 CASES = (
-    [(mode, weights, way) for mode in MODES for weights in WEIGHTS for way in WAYS] if NIGHTLY else [("async", "lora", "fork")]
+    [
+        *((mode, weights, way, "default") for mode in MODES for weights in WEIGHTS for way in WAYS),
+        *(("sync", "full", "fork", name) for name in OBJECTIVES),
+    ]
+    if NIGHTLY
+    else [("async", "lora", "fork", "default")]
 )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("mode", "weights", "way"), CASES)
+@pytest.mark.parametrize(("mode", "weights", "way", "objective"), CASES)
 def test_the_toy_task_is_learnt(
-    mode: str, weights: str, way: str, seed: int, tmp_path: Path, record_property: Callable[[str, object], None]
+    mode: str,
+    weights: str,
+    way: str,
+    objective: str,
+    seed: int,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     if way == "ray":
         pytest.importorskip("ray")
     steps = 20 if NIGHTLY else 12
     changes = [*MODES[mode], *WEIGHTS[weights], f"steps={steps}", f"seed={seed}", f"run_dir={tmp_path / 'run'}"]
     changes += ["checkpoint={every: 0}", f"runner.kind={'ray' if way == 'ray' else 'local'}"]
+    changes += OBJECTIVE_CHANGES[objective]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(with_overrides(yaml.safe_load(RECIPE.read_text()), changes)))
     command = [sys.executable, *WAYS[way], "-m", "mbridge_rl.cli", "train", str(recipe), "logging.tensorboard=true"]

@@ -1,6 +1,7 @@
 """Configuration files: YAML and `name.name=value` overrides into dataclasses, checked field by field.
 
-Any dataclass is a schema: its fields' names, types and defaults are the file's. An error names the path of the wrong field,
+Any dataclass is a schema: its fields' names, types and defaults are the file's. Its `PRESETS`, `{name: {choice: fields}}`, are
+names that stand for several fields, of which those that the file sets itself win. An error names the path of the wrong field,
 what was found there and what is allowed, and the nearest name where one was misspelt. All errors of a file come at once.
 """
 
@@ -100,8 +101,11 @@ def _dataclass(cls: type[Any], found: Any, path: str, problems: list[str]) -> An
         return None
     hints = get_type_hints(cls)
     known = [field for field in fields(cls) if field.init]
-    names = [field.name for field in known]
     before = len(problems)
+    presets = getattr(cls, "PRESETS", {})
+    names = [*presets, *(field.name for field in known)]
+    for name in presets.keys() & found.keys():
+        found = _with_preset(name, presets[name], found, path, problems)
     for name in found:
         if name not in names:
             problems.append(f"{_joined(path, name)}: there is no such field; {_nearest(str(name), names)}")
@@ -122,6 +126,17 @@ def _dataclass(cls: type[Any], found: Any, path: str, problems: list[str]) -> An
     except (ValueError, TypeError) as error:  # what the dataclass itself checks
         problems.append(f"{path or 'the configuration'}: {error}")
         return None
+
+
+def _with_preset(
+    name: str, choices: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any], path: str, problems: list[str]
+) -> Mapping[str, Any]:
+    chosen = found[name]
+    if not isinstance(chosen, str) or chosen not in choices:
+        problems.append(f"{_joined(path, name)}: {chosen!r} is none of {', '.join(choices)}{_suggestion(str(chosen), choices)}")
+        chosen = None
+    stated = {other: value for other, value in found.items() if other != name}
+    return stated if chosen is None else {**choices[chosen], **stated}
 
 
 def _value(hint: Any, found: Any, path: str, problems: list[str]) -> Any:
@@ -217,7 +232,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"fields here are {', '.join(names)}{_suggestion(name, names)}"
 
 
-def _suggestion(name: str, names: Sequence[str]) -> str:
+def _suggestion(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from mbridge_rl.training.objectives.advantages import Baseline, Normalization
 from mbridge_rl.training.objectives.aggregation import Aggregation
 from mbridge_rl.training.objectives.correction import ImportanceCorrection
 from mbridge_rl.training.objectives.kl import KLEstimator
+
+OBJECTIVES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "grpo": {"clip_high": 0.2, "aggregation": "seq-mean-token-mean", "kl_coefficient": 0.04},
+        "dr_grpo": {"clip_high": 0.2, "normalize_std": "none", "aggregation": "seq-mean-token-sum-norm"},
+        "dapo": {"clip_high": 0.28, "aggregation": "token-mean", "dynamic_sampling": True},
+        "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq-mean-token-mean"},
+        "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "aggregation": "token-mean"},
+        "rloo": {
+            "surrogate": "policy_gradient",
+            "baseline": "leave_one_out",
+            "normalize_std": "none",
+            "aggregation": "seq-mean-token-sum",
+        },
+        "reinforce++": {"baseline": "group_mean", "normalize_std": "batch", "clip_high": 0.2, "aggregation": "token-mean"},
+    }
+)
+"""What the published objectives say of `GRPOConfig`; `docs/training.md` has formulas and sources."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,8 @@ class GRPOConfig:
     Raises:
         ValueError: values that contradict each other, naming both.
     """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {"objective": OBJECTIVES}
 
     group_size: int = 8
     baseline: Baseline = "group_mean"
@@ -134,25 +154,6 @@ def _contradictions(c: GRPOConfig) -> list[tuple[bool, str]]:
         (c.truncation_penalty < 0, f"truncation_penalty={c.truncation_penalty} must not be negative"),
         (c.overlong_penalty <= 0, f"overlong_penalty={c.overlong_penalty} must be positive; overlong_buffer=0 turns it off"),
     ]
-
-
-OBJECTIVES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "grpo": {"clip_high": 0.2, "aggregation": "seq-mean-token-mean", "kl_coefficient": 0.04},
-        "dr_grpo": {"clip_high": 0.2, "normalize_std": "none", "aggregation": "seq-mean-token-sum-norm"},
-        "dapo": {"clip_high": 0.28, "aggregation": "token-mean", "dynamic_sampling": True},
-        "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "seq-mean-token-mean"},
-        "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "aggregation": "token-mean"},
-        "rloo": {
-            "surrogate": "policy_gradient",
-            "baseline": "leave_one_out",
-            "normalize_std": "none",
-            "aggregation": "seq-mean-token-sum",
-        },
-        "reinforce++": {"baseline": "group_mean", "normalize_std": "batch", "clip_high": 0.2, "aggregation": "token-mean"},
-    }
-)
-"""What the published objectives say of `GRPOConfig`; `docs/training.md` has formulas and sources."""
 
 
 def objective(name: str, **changes: Any) -> GRPOConfig:
