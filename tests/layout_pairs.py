@@ -25,6 +25,7 @@ from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.engine_side import WorkerDescription, engine_side, local_dtypes
+from mbridge_rl.sync.packer import Packer
 from mbridge_rl.sync.route import Route, WorkerRoute, fingerprint_of, plan_route
 
 _ENGINES_PER_MODEL = 5
@@ -106,18 +107,16 @@ def _packed(route: Route, ranks: dict[int, dict[str, Tensor]], with_digests: boo
     images = {worker.rank: torch.full((worker.nbytes,), 0xAB, dtype=torch.uint8) for worker in route.workers}
     counted: dict[str, int] = {}
     for rank, tensors in ranks.items():
-        sums: dict[int, packing.Digests] = {worker.rank: {} for worker in route.workers}
+        dtypes = {piece.hf_name: piece.dtype for worker in route.workers for piece in worker.pieces}
+        packer = Packer(route, rank, tensors, dtypes)
+        assert not packer.examine(with_digests=with_digests, looks=True)
         for worker, _, part in route.parts_of(rank):
             into = images[worker.rank][part.start : part.start + part.nbytes]
-            if not part.pieces:
-                packing.write_digests(worker, sums[worker.rank], into)
-                continue
-            shares = sums[worker.rank] if with_digests else None
-            packing.pack(part, into, lambda piece, t=tensors: packing.placed(piece.source, piece.shape, t), shares)
+            packer.pack(worker, part, into)
             for piece in part.pieces:
                 assert piece.offset % 64 == 0
                 if piece.counted and with_digests:
-                    share = packing.piece_digest(piece, packing.rectangle(piece, into, part.start))
+                    share = packing.examine(piece, packing.rectangle(piece, into, part.start), with_digest=True)
                     counted[piece.hf_name] = add(counted.get(piece.hf_name, 0), share)
     return images, counted
 

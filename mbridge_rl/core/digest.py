@@ -28,6 +28,8 @@ _BLOCK_BYTES = 1 << 21  # of a matrix at a time: stays in a core's cache
 _LINE_BYTES = 1 << 15  # of a row at a time: 32768 products of 14 bits fit 32
 _FEW_BYTES = 1 << 14  # below, preparing the product of 8-bit integers takes longer than the product
 
+_Weights = tuple[Tensor, ...]
+
 
 def digest(tensor: Tensor) -> int:
     """Digest of a whole HF tensor, in [0, 2^64)."""
@@ -91,13 +93,13 @@ class _Place:
     Attributes:
         dims: of the part, those along rows of the HF tensor first.
         rows: int64, a constant for each row.
-        lines: int8 `[4, bytes]`, `W` of each byte of a row, cut into what is multiplied at a time.
+        lines: `W` of each byte of a row, cut into what is multiplied at a time: four times int8 `[bytes, 1]`.
         row_bytes: of the part.
     """
 
     dims: tuple[int, ...]
     rows: Tensor
-    lines: tuple[Tensor, ...]
+    lines: tuple[_Weights, ...]
     row_bytes: int
 
 
@@ -129,9 +131,9 @@ def _digest_matrix(matrix: Tensor, place: _Place) -> int:
         data, start = block.view(torch.int8), 0
         constants = place.rows[first : first + len(block)]
         for weights in place.lines:
-            line = data if len(place.lines) == 1 else data[:, start : start + weights.shape[1]]
-            total += _weighted_sum(line, weights, constants)
-            start += weights.shape[1]
+            stop = start + len(weights[0])
+            total += _weighted_sum(data if len(place.lines) == 1 else data[:, start:stop], weights, constants)
+            start = stop
         first += len(block)
     return total % (1 << 64)
 
@@ -151,30 +153,32 @@ def _row_blocks(matrix: Tensor, num_rows: int, step: int) -> Iterator[Tensor]:
         yield block if block.stride(1) == 1 else block.clone(memory_format=torch.contiguous_format)
 
 
-def _weighted_sum(data: Tensor, weights: Tensor, rows: Tensor) -> int:
+def _weighted_sum(data: Tensor, weights: _Weights, rows: Tensor) -> int:
     """Of the bytes of `data`, int8 `[rows, bytes]`, times the constants of their places and rows, modulo 2^64."""
     if data.device.type == "cpu" and data.numel() >= _FEW_BYTES:
-        sums = torch.cat([torch._int_mm(data, of_byte.unsqueeze(1)) for of_byte in weights], 1).to(torch.int64)
-        return sum(map(mul, torch.mv(sums.t(), rows).tolist(), _BASES))
-    constants = (weights.to(torch.int64) * torch.tensor(_BASES, device=weights.device).unsqueeze(1)).sum(0)
+        # what is small from here on is NumPy's, whose calls take a fraction of the time
+        sums = np.concatenate([torch._int_mm(data, of_byte).numpy() for of_byte in weights], axis=1)
+        return sum(map(mul, (rows.numpy() @ sums).tolist(), _BASES))
+    constants = sum(of_byte[:, 0].to(torch.int64) * base for of_byte, base in zip(weights, _BASES, strict=True))
     return int(((data.to(torch.int64) * constants).sum(1) * rows).sum())
 
 
-def _weights(cols: np.ndarray, size: int, device: torch.device) -> Tensor:
-    """int8 `[4, bytes]`, of the bytes of these columns of elements of `size` bytes."""
+def _weights(cols: np.ndarray, size: int, device: torch.device) -> _Weights:
+    """Of the bytes of these columns of elements of `size` bytes."""
     if cols[-1] - cols[0] + 1 == len(cols) and np.all(cols[1:] > cols[:-1]):
         return _weights_of_run(int(cols[0]) * size, (int(cols[-1]) + 1) * size, device)
     return _weights_at((cols[:, None] * size + np.arange(size)).reshape(-1), device)
 
 
 @lru_cache(maxsize=64)
-def _weights_of_run(first: int, stop: int, device: torch.device) -> Tensor:
+def _weights_of_run(first: int, stop: int, device: torch.device) -> _Weights:
     return _weights_at(np.arange(first, stop), device)
 
 
-def _weights_at(places: np.ndarray, device: torch.device) -> Tensor:
-    drawn = _splitmix64(places, salt=1) >> (np.arange(len(_BASES), dtype=np.uint64) * np.uint64(8))[:, None]
-    return torch.from_numpy((drawn & np.uint64(127)).astype(np.int8) - np.int8(64)).to(device)
+def _weights_at(places: np.ndarray, device: torch.device) -> _Weights:
+    drawn = _splitmix64(places, salt=1)
+    of_bytes = (((drawn >> np.uint64(8 * n)) & np.uint64(127)).astype(np.int8) - np.int8(64) for n in range(len(_BASES)))
+    return tuple(torch.from_numpy(weights).unsqueeze(1).to(device) for weights in of_bytes)
 
 
 def _row_constants(rows: np.ndarray) -> Tensor:

@@ -196,7 +196,7 @@ class DeltaInlet:
         def held(piece: Piece) -> Tensor:
             return packing.placed(piece.target, piece.shape, self._parameters)
 
-        packing.pack(part, into, held, None)
+        packing.pack(part, into, held)
         try:
             _apply(part, data.cpu(), into)
         except (ValueError, struct.error) as error:  # the digests refuse it at the end, when no sender waits for this worker

@@ -1,4 +1,4 @@
-"""What one trainer rank packs in one sync, and the digests of it."""
+"""What one trainer rank sends in one sync: examined where it is, then packed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.digest import add, combine, signed, unsigned
+from mbridge_rl.core.plan import View
+from mbridge_rl.core.segments import Shape
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.delta import proof_of
 from mbridge_rl.sync.group import RankGroup
@@ -16,45 +18,49 @@ from mbridge_rl.sync.route import Part, Piece, Route, WorkerRoute
 
 
 class Packer:
-    """Packs parts from live tensors.
+    """Reads live tensors twice: `examine` takes their digests and finds NaN and infinity, before anything is sent; `pack` moves
+    them. What arrives is compared with the digests of where it came from, so the moving is proven as well.
 
     Args:
-        live: this rank's tensors, by the names of the route's sources.
+        rank: of the trainer.
+        live: its tensors, by the names of the route's sources.
         dtypes: of every HF tensor as it travels.
-        with_digests: note them, of every part once, however often it is packed.
-        looks: whether to note the names of tensors that hold NaN or infinity.
-
-    Attributes:
-        strange: those names.
     """
 
-    def __init__(
-        self,
-        route: Route,
-        live: Mapping[str, Tensor],
-        dtypes: Mapping[str, torch.dtype],
-        *,
-        with_digests: bool,
-        looks: bool,
-    ) -> None:
-        self._route, self._live, self._dtypes, self._with_digests = route, live, dtypes, with_digests
+    def __init__(self, route: Route, rank: int, live: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+        self._route, self._rank, self._live, self._dtypes = route, rank, live, dtypes
         self._of_workers: list[Digests] = [{} for _ in route.workers]
         self._counted: Digests = {}
-        self._noted: set[tuple[int, int]] = set()
-        self.strange: set[str] = set()
-        self._looks = looks
+
+    def examine(self, *, with_digests: bool, looks: bool) -> set[str]:
+        """All that this rank sends, once, however many workers get it.
+
+        Args:
+            looks: for NaN and infinity.
+
+        Returns:
+            The names of the tensors that hold some.
+        """
+        strange: set[str] = set()
+        shares: dict[tuple[View, View, Shape], int] = {}
+        for worker, _, part in self._route.parts_of(self._rank) if with_digests or looks else ():
+            of_worker = self._of_workers[worker.rank]
+            for piece in part.pieces:
+                rectangle = piece.source, piece.hf, piece.shape
+                if rectangle not in shares:
+                    look = strange if looks else None
+                    shares[rectangle] = packing.examine(piece, self._read(piece), with_digest=with_digests, strange=look)
+                of_worker[piece.hf_name] = add(of_worker.get(piece.hf_name, 0), shares[rectangle])
+                if piece.counted:
+                    self._counted[piece.hf_name] = add(self._counted.get(piece.hf_name, 0), shares[rectangle])
+        return strange
 
     def pack(self, worker: WorkerRoute, part: Part, into: Tensor) -> None:
         """Writes `part` to `into` (uint8 `[part.nbytes]`); the digests are the last part of a worker."""
-        if not part.pieces:
+        if part.pieces:
+            packing.pack(part, into, self._read)
+        else:
             packing.write_digests(worker, self._of_workers[worker.rank], into)
-            return
-        new = (worker.rank, part.start) not in self._noted
-        self._noted.add((worker.rank, part.start))
-        digests = self._of_workers[worker.rank] if new and self._with_digests else None
-        for piece, share in packing.pack(part, into, self._read, digests, self.strange if new and self._looks else None):
-            if piece.counted:
-                self._counted[piece.hf_name] = add(self._counted.get(piece.hf_name, 0), share)
 
     def proven(self, version: int, group: RankGroup) -> tuple[str, list[str]]:
         """The digest of all weights, and every worker's proof (`delta.proof_of`). All ranks together."""
@@ -67,4 +73,5 @@ class Packer:
         return combine(whole), [proof_of(version, digests) for digests in of_workers]
 
     def _read(self, piece: Piece) -> Tensor:
-        return packing.placed(piece.source, piece.shape, self._live).to(self._dtypes[piece.hf_name])
+        values = packing.placed(piece.source, piece.shape, self._live)
+        return values.to(self._dtypes[piece.hf_name]).to(piece.dtype)

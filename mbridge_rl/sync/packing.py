@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,45 +16,60 @@ from mbridge_rl.sync.finite import is_finite
 from mbridge_rl.sync.route import Part, Piece, WorkerRoute
 
 Digests = dict[str, int]
-_BLOCK_BYTES = 1 << 20  # what is moved is digested while it is in a core's cache still
+_BLOCK_BYTES = 1 << 20  # what is read once, to be moved or looked at, is digested while it is in a core's cache still
 
 
-def pack(
-    part: Part, into: Tensor, read: Callable[[Piece], Tensor], digests: Digests | None, strange: set[str] | None = None
-) -> list[tuple[Piece, int]]:
-    """Writes the pieces of `part` to `into` (uint8 `[part.nbytes]`); if `digests` are wanted adds each piece's, by HF name, to
-    them, and returns the pieces with theirs; adds to `strange` the names of sources that hold NaN or infinity."""
-    found = []
+def pack(part: Part, into: Tensor, read: Callable[[Piece], Tensor]) -> None:
+    """Writes the pieces of `part` to `into` (uint8 `[part.nbytes]`)."""
     for piece in part.pieces:
-        share = move(piece, read(piece), rectangle(piece, into, part.start), digests is not None, strange)
-        if digests is not None:
-            digests[piece.hf_name] = add(digests.get(piece.hf_name, 0), share)
-            found.append((piece, share))
-    return found
+        rectangle(piece, into, part.start).copy_(read(piece))
 
 
-def move(piece: Piece, values: Tensor, into: Tensor, with_digest: bool, strange: set[str] | None = None) -> int:
-    """Copies `values` to `into`, both `[*piece.shape]` and wherever they lie, block by block.
+def examine(piece: Piece, values: Tensor, *, with_digest: bool, strange: set[str] | None = None) -> int:
+    """Reads `values`, `[*piece.shape]` and wherever they lie, once.
 
     Args:
         strange: gets the name of the source if a value is NaN or infinite.
 
     Returns:
-        The digest of what `into` holds then; 0 if none is wanted.
+        Their digest as part of the HF tensor; 0 if none is wanted.
     """
-    dim = next((dim for dim, size in enumerate(piece.shape) if size > 1), 0)
-    size = piece.shape[dim] if piece.shape else 1
-    step = max(1, size * _BLOCK_BYTES // piece.nbytes) if into.device.type == "cpu" else size
     share = 0
-    for first in range(0, size, step):
-        block = into if step >= size else into.narrow(dim, first, min(step, size - first))
-        block.copy_(values if step >= size else values.narrow(dim, first, block.shape[dim]))
+    for block, hf_offset in _blocks(piece, values):
         if strange is not None and not is_finite(block):
             strange.add(piece.source.name)
         if with_digest:
-            offset = piece.hf.offset + first * piece.hf.strides[dim] if piece.shape else piece.hf.offset
-            share += digest_strided(block, columns=piece.columns, offset=offset, strides=piece.hf.strides)
+            share += _share(piece, block, hf_offset)
     return unsigned(share)
+
+
+def move(piece: Piece, values: Tensor, into: Tensor, with_digest: bool) -> int:
+    """Copies `values` to `into`, both `[*piece.shape]` and wherever they lie, block by block.
+
+    Returns:
+        The digest of what `into` holds then; 0 if none is wanted.
+    """
+    share = 0
+    for (block, hf_offset), (incoming, _) in zip(_blocks(piece, into), _blocks(piece, values), strict=True):
+        block.copy_(incoming)
+        if with_digest:
+            share += _share(piece, block, hf_offset)
+    return unsigned(share)
+
+
+def _blocks(piece: Piece, values: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """`values` a cache's size at a time, each with the place of its first element in the HF tensor."""
+    dim = next((dim for dim, size in enumerate(piece.shape) if size > 1), None)
+    if dim is None or piece.nbytes <= _BLOCK_BYTES or values.device.type != "cpu":
+        yield values, piece.hf.offset
+        return
+    step = max(1, piece.shape[dim] * _BLOCK_BYTES // piece.nbytes)
+    for index, block in enumerate(values.split(step, dim)):
+        yield block, piece.hf.offset + index * step * piece.hf.strides[dim]
+
+
+def _share(piece: Piece, block: Tensor, hf_offset: int) -> int:
+    return digest_strided(block, columns=piece.columns, offset=hf_offset, strides=piece.hf.strides)
 
 
 def rectangle(piece: Piece, data: Tensor, start: int = 0) -> Tensor:
@@ -65,11 +80,6 @@ def rectangle(piece: Piece, data: Tensor, start: int = 0) -> Tensor:
 
 def placed(view: View, shape: Shape, tensors: Mapping[str, Tensor]) -> Tensor:
     return view.of(tensors[view.name], shape)
-
-
-def piece_digest(piece: Piece, values: Tensor) -> int:
-    """Of the piece's values, wherever they lie, as part of the HF tensor."""
-    return digest_strided(values, columns=piece.columns, offset=piece.hf.offset, strides=piece.hf.strides)
 
 
 def write_digests(worker: WorkerRoute, digests: Digests, into: Tensor) -> None:
@@ -97,7 +107,7 @@ def expected_digests(worker: WorkerRoute, image: Tensor) -> Digests:
 
 
 def require_expected(worker: WorkerRoute, image: Tensor) -> None:
-    """Raises DigestMismatch, with the tensors, where an image is not what the trainer ranks say that they packed."""
+    """Raises DigestMismatch, with the tensors, where an image is not what the trainer ranks say that they hold."""
     expected, found = expected_digests(worker, image), image_digests(worker, image)
     if wrong := [hf_name for hf_name, value in expected.items() if found.get(hf_name, 0) != value]:
         raise DigestMismatch(f"{len(wrong)} tensors arrived with other bytes for worker {worker.rank}: {listed(wrong)}")
@@ -111,5 +121,5 @@ def live_digests(pieces: Iterable[Piece], parameters: Mapping[str, Tensor]) -> D
 def _digests_of(pieces: Iterable[Piece], values: Callable[[Piece], Tensor]) -> Digests:
     found: Digests = {}
     for piece in pieces:
-        found[piece.hf_name] = add(found.get(piece.hf_name, 0), piece_digest(piece, values(piece)))
+        found[piece.hf_name] = add(found.get(piece.hf_name, 0), examine(piece, values(piece), with_digest=True))
     return found

@@ -226,12 +226,7 @@ class WeightSync:
 
     def _attempt(self, version: int, watch: Stopwatch, *, can_be_delta: bool) -> _Done:
         with watch("check"):
-            with self._group.together():
-                live, _ = live_side(self._model, self._bridge.spec, self._layout, self._group.rank)
-                if self.options.nonfinite == "refuse" and not self._looks_on_the_way:
-                    require_finite(live, self._group.rank)
-            looks = self.options.nonfinite == "refuse" and self._looks_on_the_way
-            packer = Packer(self._route, self._quantized(live), self._hf_dtypes, with_digests=self.options.verify, looks=looks)
+            packer = self._examined()
         began = False
         try:
             delta = None
@@ -313,11 +308,17 @@ class WeightSync:
             }
         )
 
-    @property
-    def _looks_on_the_way(self) -> bool:
-        """Whether packing finds NaN and infinity, without a pass of its own. It would be too late where live weights change as
-        they arrive, and quantized values are others."""
-        return self.options.mode == "staged" and self._scheme is None
+    def _examined(self) -> Packer:
+        """What this rank sends, proven to be sendable: the model is the mapped one, and holds no NaN."""
+        rank, looks = self._group.rank, self.options.nonfinite == "refuse"
+        with self._group.together():
+            live, _ = live_side(self._model, self._bridge.spec, self._layout, rank)
+            if looks and self._scheme is not None:  # quantized, values are others
+                require_finite(live, rank)
+        packer = Packer(self._route, rank, self._quantized(live), self._hf_dtypes)
+        with self._group.together():
+            refuse_strange(packer.examine(with_digests=self.options.verify, looks=looks and self._scheme is None), rank)
+        return packer
 
     def _quantized(self, live: LiveParameters) -> Mapping[str, Tensor]:
         if self._scheme is None:
@@ -359,10 +360,9 @@ class WeightSync:
                 outlet.send(worker.rank, index, as_sent)
         with watch("wire"):
             outlet.finish()
-        refuse_strange(packer.strange, self._group.rank)
 
     def _verify(self, version: int, packer: Packer) -> tuple[str | None, list[str]]:
-        """What arrived is what was packed; returns the digest of all weights, and the proofs of what the workers get."""
+        """What arrived is what the trainer holds; returns the digest of all weights, and the proofs of what the workers get."""
         with self._group.together():
             self._way.verify(self.options.verify)
         self._group.first_rank_does(lambda: self._engines.wait_for_arrival(self._patience))

@@ -201,13 +201,13 @@ class ShardReceiver:
             raise SyncError(f"this worker has no weights to give: {self.serving.guard.reason}")
         if whole := {piece.hf_name for piece in self.route.pieces if is_whole(piece)}:
             raise SyncError(f"where this worker keeps {listed(whole)} only its own loader knows: they cannot be read back")
-        found: Digests = {}
         with self._model.plain():
             parameters = self._model.parameters()
+            found = packing.live_digests(self.route.pieces, parameters)
             for bucket in self.route.buckets:
                 for part in bucket.parts:
                     target = into[part.start : part.start + part.nbytes]
-                    packing.pack(part, target, lambda piece: packing.placed(piece.target, piece.shape, parameters), found)
+                    packing.pack(part, target, lambda piece: packing.placed(piece.target, piece.shape, parameters))
         for position, part in enumerate(self.route.digest_parts):
             into_part = into[part.start : part.start + part.nbytes]
             packing.write_digests(self.route, found if position == 0 else {}, into_part)
