@@ -17,6 +17,7 @@ from standin import StandInEngine, light_model, random_weights, served, set_weig
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.sync import packing
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, EngineUnusable, NonFiniteWeights, SyncError
 from mbridge_rl.sync.pull import restore_from_store
 from mbridge_rl.sync.refit import WeightSync
@@ -118,6 +119,29 @@ def torn_wires(rank: int) -> None:
 
 def test_a_torn_bucket_is_sent_again_and_never_served() -> None:
     run_ranks(torn_wires, 2)
+
+
+def wrong_packing(rank: int) -> None:
+    engine = StandInEngine() if rank == 0 else None
+    sync = sync_of(rank, engine, retries=0)[0]
+    sync.sync(1)
+
+    def pack_one_wrong(part: Any, into: torch.Tensor, read: Any) -> None:
+        pack(part, into, read)
+        if rank == 1:
+            into[:4] = into[4:8].clone()
+
+    pack = packing.pack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "pack", pack_one_wrong)
+        with pytest.raises(DigestMismatch, match=r"worker [01]"):
+            sync.sync(2)
+    assert engine is None or engine.generate() == (1, served(random_weights("qwen3", 1)))
+    sync.close()
+
+
+def test_the_proof_covers_the_packing() -> None:
+    run_ranks(wrong_packing, 2)
 
 
 def refusals(rank: int) -> None:
