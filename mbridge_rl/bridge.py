@@ -7,7 +7,6 @@ import logging
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -18,7 +17,7 @@ from mbridge_rl.adapter_bridge import LiveAdapterBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
 from mbridge_rl.core.adapters import LoRAConfig
-from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError
+from mbridge_rl.core.errors import LayoutError, StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
@@ -26,15 +25,16 @@ from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import copy_companions, load_config, local_directory, save_config
-from mbridge_rl.hf.dequantize import Dequantized, require_supported
+from mbridge_rl.hf.dequantize import require_supported
 from mbridge_rl.hf.module import HFModule
 from mbridge_rl.hf.peft import read_lora_config
+from mbridge_rl.hf.source import HfSource, HfState, open_source, spelled_as_in
 from mbridge_rl.hf.state import Contiguous, check_hf_state
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 from mbridge_rl.quantized_bridge import LiveQuantizedBridge
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.importing import import_stream
-from mbridge_rl.sync.rank_files import Weights, is_rank_files, open_rank_files
+from mbridge_rl.sync.rank_files import Weights, held
 from mbridge_rl.sync.saving import save_together
 from mbridge_rl.sync.stream import DEFAULT_BUCKET_BYTES, TensorStream, Transport
 from mbridge_rl.sync.verify import Digests, differing, digests_of_model, digests_of_side
@@ -46,8 +46,6 @@ _log = logging.getLogger(__name__)
 
 _PREPARED_STREAMS = 4  # kept for the next export of the same kind; each may hold shared memory
 
-HfState = Mapping[str, Tensor]
-HfSource = str | Path | HfState | nn.Module
 Shards = Mapping[int, Mapping[str, Tensor]]
 
 
@@ -64,7 +62,7 @@ class AutoBridge:
         if quantization := getattr(hf_config, "quantization_config", None):
             require_supported(quantization)
         self.hf_config = hf_config
-        self.spec: ModelSpec = _spelled_as_in(model_spec(hf_config, mtp=mtp), directory)
+        self.spec: ModelSpec = spelled_as_in(model_spec(hf_config, mtp=mtp), directory)
         self.directory = directory
         self._export_plans: dict[ParallelLayout, Plan] = {}
         self._sides: dict[tuple[ParallelLayout, int], Side] = {}
@@ -176,7 +174,7 @@ class AutoBridge:
         group = RankGroup()
         with group.together():
             require_replaceable_base(model)
-            hf_state = self._opened(source)
+            hf_state = open_source(self.spec, self.hf_config, self._given_or_own(source))
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, side = self._live(model, layout, group.rank)
             if isinstance(hf_state, HFModule):
@@ -353,7 +351,7 @@ class AutoBridge:
         with group.together() if group is not None else contextlib.nullcontext():
             if group is not None:
                 layout = _checked_layout(layout or layout_of(models[0], self.spec), group)
-            opened = [side if _is_megatron(side) else self._held(side) for side in (first, second)]
+            opened = [side if _is_megatron(side) else held(self.spec, self.hf_config, side) for side in (first, second)]
         digests: list[Digests] = []
         for given, side in zip((first, second), opened, strict=True):
             if isinstance(side, Weights):
@@ -364,17 +362,6 @@ class AutoBridge:
                 digests.append(digests_of_model(self.spec, side, self.export_plan(layout), layout, dtype, group))
         optional = self.spec.repeated_hf_names - (digests[0].keys() & digests[1].keys())
         return [hf_name for hf_name in differing(*digests) if hf_name not in optional]
-
-    def _held(self, source: HfSource) -> Weights:
-        """What is not a Megatron model, as a side and its tensors."""
-        if isinstance(source, str | Path) and is_rank_files(Path(source)):
-            return open_rank_files(Path(source), self.spec)[0]
-        opened = self._opened(source)
-        if isinstance(opened, HFModule):
-            return Weights(opened.side, {0: opened}, opened.hf_dtypes())
-        whole = hf_side(self.spec)
-        segments = tuple(segment for segment in whole.segments if segment.hf_name in opened)
-        return Weights(replace(whole, segments=segments), {0: opened}, {})
 
     @torch.no_grad()
     def save_pretrained(
@@ -511,46 +498,20 @@ class AutoBridge:
             self._import_plans[layout, rank] = compile_plan(self.spec, hf_side(self.spec), side)
         return self._import_plans[layout, rank]
 
+    def _given_or_own(self, given: HfSource | None) -> HfSource:
+        source = self.directory if given is None else given
+        if source is None:
+            raise StateMismatchError("this bridge came from a bare config: give load_weights a source")
+        return source
+
     def _write_companions(self, path: Path, dtype: torch.dtype) -> None:
         save_config(self.hf_config, path, dtype)
         if self.directory is not None:
             copy_companions(self.directory, path)
 
-    def _opened(self, source: HfSource | None) -> Checkpoint | HFModule | HfState:
-        """The tensors of `source`, checked against the mapping, contiguous when they are read (a module's as they lie)."""
-        if source is None:
-            if self.directory is None:
-                raise StateMismatchError("this bridge came from a bare config: give load_weights a source")
-            source = self.directory
-        if isinstance(source, nn.Module):
-            return HFModule(self.spec, source)
-        where = "the given source"
-        if isinstance(source, str | Path):
-            directory = local_directory(source)
-            source, where = Checkpoint(directory), str(directory)
-        hf_state = self._plain(source)
-        check_hf_state(self.spec, hf_state.entries if isinstance(hf_state, Checkpoint) else hf_state, where)
-        return hf_state if isinstance(hf_state, Checkpoint) else Contiguous(hf_state)
-
-    def _plain(self, tensors: HfState) -> HfState:
-        """`tensors` as they are or, for a quantized checkpoint, as what they stand for."""
-        quantization = getattr(self.hf_config, "quantization_config", None)
-        return Dequantized(tensors, quantization, self.hf_config.dtype or torch.bfloat16) if quantization else tensors
-
 
 def _is_megatron(side: HfSource | Sequence[nn.Module]) -> TypeGuard[Sequence[nn.Module]]:
     return not isinstance(side, str | Path | Mapping | nn.Module)
-
-
-def _spelled_as_in(spec: ModelSpec, directory: Path | None) -> ModelSpec:
-    """The alternative of `spec` that a checkpoint follows; an export then has the same names and shapes."""
-    if directory is None or not spec.alternatives:
-        return spec
-    try:
-        tensors = Checkpoint(directory).tensors
-    except CheckpointError:  # no weights, or broken ones: whoever asks for them will hear of it
-        return spec
-    return spec.for_checkpoint({hf_name: tuple(tensor.shape) for hf_name, tensor in tensors.items()})
 
 
 def _checked_layout(layout: ParallelLayout, group: RankGroup) -> ParallelLayout:

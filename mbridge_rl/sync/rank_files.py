@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
+from mbridge_rl.hf.module import HFModule
+from mbridge_rl.hf.source import HfSource, open_source
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 
 LAYOUT_FILE = "layout.json"
@@ -53,6 +55,22 @@ WriteCompanions = Callable[[Path], None]
 
 def is_rank_files(directory: Path) -> bool:
     return (directory / LAYOUT_FILE).is_file()
+
+
+def held(spec: ModelSpec, hf_config: Any, source: HfSource) -> Weights:
+    """What is not a live Megatron model, as a side and its tensors.
+
+    Raises:
+        CheckpointError, StateMismatchError: see `open_rank_files` and `hf.source.open_source`.
+    """
+    if isinstance(source, str | Path) and is_rank_files(Path(source)):
+        return open_rank_files(Path(source), spec)[0]
+    opened = open_source(spec, hf_config, source)
+    if isinstance(opened, HFModule):
+        return Weights(opened.side, {0: opened}, opened.hf_dtypes())
+    whole = hf_side(spec)
+    segments = tuple(segment for segment in whole.segments if segment.hf_name in opened)
+    return Weights(replace(whole, segments=segments), {0: opened}, {})
 
 
 def of_hf_state(spec: ModelSpec, hf_state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Weights:
