@@ -19,7 +19,8 @@ test: venv
 	$(BIN)/ruff format --check .
 	$(PYTEST)
 
-# The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, and with every objective, three seeds each: hours.
+# The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, and with every objective, and
+# the game of several turns, three seeds each: hours.
 nightly: venv
 	mkdir -p runs
 	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest --junitxml=runs/nightly.xml tests/test_training_learns.py tests/test_training_run.py tests/test_attached_engines.py

@@ -14,6 +14,7 @@ from scripted_engine import WritingEngine, hashed, scripted
 from mbridge_rl.training import toy
 from mbridge_rl.training.episodes import NOT_SAMPLED, Episode, EpisodeRunner, SamplingConfig
 from mbridge_rl.training.generator import Generator, GeneratorConfig, Group
+from mbridge_rl.training.guessing import DIGITS, GuessingGame, hidden_digits
 from mbridge_rl.training.rewards import InProcessJudge, Problem, Verdict
 from mbridge_rl.training.rollout import RewardFailed, assemble
 from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
@@ -112,6 +113,45 @@ def test_episodes_end_with_their_turns_their_room_or_their_environment() -> None
     broken = _episode(WritingEngine(scripted("18<eos>", TOKENIZER, 4)), environment=Adder, max_tokens=20, max_turns=5)
     assert broken.finish == "error"
     assert broken.verdict == Verdict(error="environment Adder raised RuntimeError: no eights")
+
+
+GUESSES = toy.tokenizer(DIGITS + "?<>")
+
+
+def _halving(context: list[int], seed: int) -> int:
+    """Guesses the middle of what the answers so far leave."""
+    said, first, last = GUESSES.decode(context)[1:], 0, 9
+    for guess, answer in zip(said[::2], said[1::2], strict=False):
+        first, last = (int(guess) + 1, last) if answer == ">" else (first, int(guess) - 1)
+    return GUESSES.encode(str((first + last) // 2))[0]
+
+
+def _counting(context: list[int], seed: int) -> int:
+    """Guesses 0, 1, 2 and 3, whatever is answered."""
+    return GUESSES.encode(str(len(context) // 2))[0]
+
+
+def _games(writer: Any) -> list[Episode]:
+    sampling = SamplingConfig(max_tokens=4, max_turns=4, stop=tuple(DIGITS))
+    runner = EpisodeRunner(WritingEngine(writer), GUESSES, sampling, GuessingGame)
+    episodes = [runner.start(problem, index) for index, problem in enumerate(hidden_digits())]
+    runner.run(episodes)
+    assert [runner.transcript(episode) for episode in episodes][:4] == (
+        ["4<1<0", "4<1", "4<1>2", "4<1>2>3"] if writer is _halving else ["0", "0>1", "0>1>2", "0>1>2>3"]
+    )
+    return episodes
+
+
+def test_only_who_reads_the_answers_finds_every_hidden_digit() -> None:
+    found = _games(_halving)
+    assert [episode.verdict for episode in found] == [Verdict(1.0)] * 10
+    assert [episode.turns for episode in found] == [3, 2, 3, 4, 1, 3, 4, 2, 3, 4]
+    assert found[3].versions == [1, NOT_SAMPLED, 1, NOT_SAMPLED, 1, NOT_SAMPLED, 1]
+    blind = _games(_counting)
+    assert [episode.verdict for episode in blind] == [Verdict(1.0)] * 4 + [Verdict(0.0)] * 6
+    assert {episode.finish for episode in blind[4:]} == {"turns"}
+    silent = GuessingGame(hidden_digits()[3])
+    assert (silent.respond(""), silent.reward(), silent.respond("?3"), silent.reward()) == ("?", 0.0, None, 1.0)
 
 
 def test_rewards_that_are_missing_are_unknown_zero_or_the_end() -> None:

@@ -1,5 +1,5 @@
 """The toy task is learnt in every mode, with full weights and adapters, on forked ranks, torchrun and Ray, rewarded over HTTP;
-and with every published objective.
+and with every published objective. The guessing game is learnt, which takes several turns.
 
 MBRIDGE_SEEDS=0,1,2 plays every case with these seeds (`make nightly`); otherwise there is one case and one seed.
 """
@@ -7,6 +7,7 @@ MBRIDGE_SEEDS=0,1,2 plays every case with these seeds (`make nightly`); otherwis
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,9 +21,10 @@ pytest.importorskip("vllm")
 
 from mbridge_rl.training.config_file import with_overrides
 from mbridge_rl.training.objectives.config import OBJECTIVES
-from mbridge_rl.training.run_log import METRICS_FILE, read_lines
+from mbridge_rl.training.run_log import METRICS_FILE, SAMPLES_FILE, read_lines
 
-RECIPE = Path(__file__).parent.parent / "examples" / "recipes" / "toy.yaml"
+RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+RECIPE = RECIPES / "toy.yaml"
 SEEDS = [int(seed) for seed in os.environ.get("MBRIDGE_SEEDS", "0").split(",")]
 
 MODES = {
@@ -94,6 +96,29 @@ def test_the_toy_task_is_learnt(
     early, late = ([line["reward"] for line in part] for part in (history[:3], history[-3:]))
     assert sum(late) > sum(early) + 3 * 0.15
     assert max(line["accuracy"] or 0.0 for line in history) > 0.45  # 0.25 to 0.3 after the warm-up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_guessing_game_is_learnt(seed: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    """Episodes of several turns, of which the policy's are trained on."""
+    steps = 30 if NIGHTLY else 6
+    changes = [f"steps={steps}", f"seed={seed}", f"run_dir={tmp_path}", "checkpoint.every=0", "logging.samples=640"]
+    command = [sys.executable, "-m", "mbridge_rl.cli", "train", str(RECIPES / "guessing.yaml"), *changes]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    history = read_lines(tmp_path / METRICS_FILE)
+    rewards = [line["reward"] for line in history]
+    record_property("reward", rewards)
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 2 * 0.1
+    # Guesses that ignore the answers find 4 digits of 10.
+    assert not NIGHTLY or max(rewards) > 0.6
+    samples = read_lines(tmp_path / SAMPLES_FILE)
+    for line in history:
+        said = [sample["completion"] for sample in samples if sample["step"] == line["step"]]
+        assert any(re.fullmatch(r"(\d[<>]){3}\d", text) for text in said)  # seven tokens, four of them the policy's
+        assert line["length_max"] == 4
+        assert line["turns"] > 1.5 * len(said)
 
 
 def _rewards_on_the_board(directory: Path) -> list[float]:

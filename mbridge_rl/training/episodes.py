@@ -154,6 +154,10 @@ class EpisodeRunner:
         """The policy's last turn, without the stop token that ended it."""
         return self._turn_text(episode.tokens[episode.turn_start :])
 
+    def transcript(self, episode: Episode) -> str:
+        """Everything after the prompt, of the policy and its environment, without the stop token that ended it."""
+        return self._turn_text(episode.tokens)
+
     def _room(self, episode: Episode, others: int = 0) -> int:
         """How many tokens the policy may still write, behind so many that others are about to."""
         room = self.sampling.max_tokens - episode.sampled

@@ -45,7 +45,7 @@ class RolloutBatch:
         truncated: `[batch]` bool, the completion was cut off.
         counts: of the step: groups thrown away and the like.
         errors: the first few reasons of missing rewards.
-        samples: `(prompt, completion)` texts.
+        samples: `(prompt, completion)` texts; of several turns all that was said.
     """
 
     batch: Batch
@@ -185,7 +185,8 @@ class Rollout:
             length=self._config.length,
             failed_rewards=self._failed_rewards,
         )
-        found.samples.extend((episode.problem.prompt, self._text(episode)) for episode in episodes)
+        assert self._runner is not None
+        found.samples.extend((episode.problem.prompt, self._runner.transcript(episode)) for episode in episodes)
         return found
 
     def _finished(self, problems: Sequence[Problem], group_size: int, *, greedy: bool = False) -> list[Episode]:

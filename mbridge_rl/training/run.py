@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from mbridge_rl.training import toy
 from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mbridge_rl.training.config import TOY, RunConfig, ToyConfig
 from mbridge_rl.training.config_file import ConfigError, as_mapping
-from mbridge_rl.training.episodes import EpisodeRunner, SamplingConfig
+from mbridge_rl.training.episodes import Environment, EpisodeRunner, SamplingConfig
 from mbridge_rl.training.fleet import EngineFleet
 from mbridge_rl.training.generator import Generator, GeneratorConfig
 from mbridge_rl.training.launcher import LaunchError, launch
@@ -124,6 +125,7 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
     bridge.spec.validate(config.layout)
     tokenizer = load_tokenizer(config)
     problems_of(config, tokenizer)
+    environment_of(config)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
 
 
@@ -157,6 +159,16 @@ def problems_of(config: RunConfig, tokenizer: Any) -> tuple[Task, dict[str, int]
     limit = config.engine.max_model_len - rollout.max_tokens if rollout.max_prompt_tokens is None else rollout.max_prompt_tokens
     problems, dropped = usable_problems(task.problems, tokenizer, limit, refuse=rollout.long_prompts == "refuse")
     return replace(task, problems=problems), dropped
+
+
+def environment_of(config: RunConfig) -> Callable[[Problem], Environment] | None:
+    """What makes the environment of an episode; `None` for single turns.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    path = config.rollout.environment
+    return imported(path, "rollout.environment") if path else None
 
 
 def _launch(config: RunConfig, *, resume: bool) -> dict[str, Any]:
@@ -292,8 +304,7 @@ def _source(config: RunConfig, fleet: EngineFleet, task: Task, tokenizer: Any, j
             max_turns=rollout.max_turns,
             max_context=config.engine.max_model_len,
         )
-        environment = imported(rollout.environment, "rollout.environment") if rollout.environment else None
-        runner = EpisodeRunner(fleet, tokenizer, sampling, environment)
+        runner = EpisodeRunner(fleet, tokenizer, sampling, environment_of(config))
         sampler = EpochSampler if config.task.order == "shuffled" else UnsolvedFirstSampler
         generator = Generator(runner, sampler(task.problems, seed=config.seed), judge, settings)
     return RolloutSource(

@@ -67,14 +67,15 @@ class RolloutSource:
             self._generator.resume(updates)
 
     def evaluate(self, problems: Sequence[Problem]) -> list[tuple[str, float]]:
-        """Greedy completions with their rewards, on every rank; between `publish` and `resume`. A failed reward counts as 0."""
+        """Greedy completions (of several turns: all that was said) with their rewards, on every rank; between `publish` and
+        `resume`. A failed reward counts as 0."""
 
         def completed() -> list[tuple[str, float]]:
             runner, generator = self._on_first_rank()
             episodes = [runner.start(problem, -1, index) for index, problem in enumerate(problems)]
             runner.run(episodes, greedy=True)
             verdicts = generator.verdicts(episodes)
-            return [(runner.text(episode), verdict.reward) for episode, verdict in zip(episodes, verdicts, strict=True)]
+            return [(runner.transcript(episode), verdict.reward) for episode, verdict in zip(episodes, verdicts, strict=True)]
 
         return self._surviving(completed)
 
@@ -119,5 +120,5 @@ class RolloutSource:
         )
         counts = {**found.counts, "groups_rejected": rejected, "turns": sum(max(episode.turns, 1) for episode in episodes)}
         runner, _ = self._on_first_rank()
-        samples = [(episode.problem.prompt, runner.text(episode)) for episode in episodes]
+        samples = [(episode.problem.prompt, runner.transcript(episode)) for episode in episodes]
         return replace(found, counts=counts, samples=samples)
