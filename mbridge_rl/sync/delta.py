@@ -189,6 +189,9 @@ class DeltaInlet:
     def give_back(self, index: int) -> None:
         self._inlet.give_back(index)
 
+    def fail(self) -> None:
+        self._inlet.fail()
+
     def close(self) -> None:
         self._inlet.close()
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.engine_side import alike
-from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, SyncError
+from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, PeerFailed, RanksUnreachable, SyncError
+from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.report import EngineOutcome
 from mbridge_rl.sync.waiting import Patience
 
@@ -145,15 +147,36 @@ class Engines:
             SyncError: what went wrong in one of them; TransferTimeout.
         """
 
-        def all_arrived() -> bool:
-            said = [worker for workers in self._each(lambda _, engine: engine.update_status()) for worker in workers]
-            for worker in said:
-                if worker["error"]:
-                    kind, message = worker["error"]
-                    raise _rebuilt(kind, message)
-            return all(worker["arrived"] for worker in said)
+        patience.wait_for(
+            lambda: all(worker["arrived"] for worker in self.require_well()), "not everything arrived at all engines"
+        )
 
-        patience.wait_for(all_arrived, "not everything arrived at all engines")
+    def require_well(self) -> list[dict[str, Any]]:
+        """The status of every worker of every engine.
+
+        Raises:
+            SyncError: what went wrong in one of them; EngineProcessError: an engine died.
+        """
+        said = [worker for workers in self._each(lambda _, engine: engine.update_status()) for worker in workers]
+        errors = [worker["error"] for worker in said if worker["error"]]
+        for kind, message in sorted(errors, key=lambda error: error[0] == PeerFailed.__name__):  # causes come first
+            raise _rebuilt(kind, message)
+        return said
+
+    @contextmanager
+    def knowing_why(self, group: RankGroup) -> Iterator[None]:
+        """Where ranks fail inside because of an engine, all of them raise what went wrong in there. On all ranks together."""
+        try:
+            yield
+        except RanksUnreachable:
+            raise
+        except Exception:
+            group.first_rank_does(self._require_own_health)
+            raise
+
+    def _require_own_health(self) -> None:
+        with suppress(PeerFailed):  # it comes of what the ranks know already
+            self.require_well()
 
     def proofs(self) -> list[list[str | None]]:
         """Of the weights that every worker of every engine serves (`delta.proof_of`)."""

@@ -45,6 +45,10 @@ class TransferTimeout(SyncError):
     """The other end of a transfer did not come within the time-out."""
 
 
+class PeerFailed(SyncError):
+    """Another end of a transfer failed, and said no more than that; it has the reason."""
+
+
 class NonFiniteWeights(SyncError):
     """The policy holds NaN or infinite weights; nothing was sent."""
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mbridge_rl.core.errors import BridgeError
-from mbridge_rl.sync.errors import RanksUnreachable, SyncError
+from mbridge_rl.sync.errors import PeerFailed, RanksUnreachable, SyncError
 from mbridge_rl.sync.host import machine_id
 
 Failure = tuple[type[BridgeError], str] | None
@@ -121,7 +121,8 @@ class RankGroup:
 
         Raises:
             Exception: this rank's own failure; a BridgeError of the type of another's (SyncError for one that is none of ours)
-                that names the rank and what it raised; RanksUnreachable as `wait`.
+                that names the rank and what it raised, also where this rank's own is but a `PeerFailed` that comes of it;
+                RanksUnreachable as `wait`.
         """
         self.start_agreement(failure).wait()
 
@@ -187,10 +188,12 @@ class Agreement:
         self._group.wait([self.work])
         if not self._failed.item():
             return
-        said = self._group.gather_object(_told(self._failure))
-        if self._failure is not None:
+        told = self._group.gather_object(_told(self._failure))
+        said = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
+        causes = [(rank, failure) for rank, failure in said if failure[0] is not PeerFailed]
+        if self._failure is not None and not (causes and isinstance(self._failure, PeerFailed)):
             raise self._failure
-        rank, (error_class, text) = next((rank, failure) for rank, failure in enumerate(said) if failure is not None)
+        rank, (error_class, text) = (causes or said)[0]
         raise error_class(f"rank {self._group.rank}: rank {rank} failed: {text}")
 
 

@@ -49,7 +49,7 @@ from mbridge_rl.sync.route import Route, plan_route
 from mbridge_rl.sync.sinks import Sink, tell
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.timeline import Span, Stopwatch, of_engine
-from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way
+from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way, telling
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import init_info
 from mbridge_rl.sync.waiting import Patience
@@ -238,7 +238,7 @@ class WeightSync:
                 wire, outlet = self._way.open(version, sent)
                 began = True
                 self._group.first_rank_does(lambda: self._begin(version, wire, delta))
-            with watch("transfer"), self._group.together():
+            with watch("transfer"), self._engines.knowing_why(self._group), self._group.together(), telling(outlet):
                 self._send(outlet, packer, sent, watch)
             with watch("verify"):
                 digest, proofs = self._verify(version, packer)

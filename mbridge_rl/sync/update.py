@@ -101,8 +101,8 @@ class Update:
             self._part = self._store.part(self._wire["token"], self._route.rank, self._route.nbytes)
         else:
             self._open()
-        action = self._stage if self.mode == "staged" else self._write_all
-        self._thread = threading.Thread(target=self._guarded, args=(action,), name="mbridge-receive", daemon=True)
+        action, inlet = self._stage if self.mode == "staged" else self._write_all, self._open_inlet()
+        self._thread = threading.Thread(target=self._guarded, args=(action, inlet), name="mbridge-receive", daemon=True)
         self._thread.start()
 
     def join(self) -> None:
@@ -186,17 +186,16 @@ class Update:
         if self._part is not None:
             self._part.close()
 
-    def _guarded(self, action: Callable[[Inlet], None]) -> None:
-        try:
-            with self.watch("receive"):
-                inlet = self._open_inlet()
-                try:
-                    with torch.no_grad():
-                        action(inlet)
-                finally:
-                    inlet.close()
-        except BaseException as error:  # it is raised where the update is joined
-            self.error = error
+    def _guarded(self, action: Callable[[Inlet], None], inlet: Inlet) -> None:
+        with self.watch("receive"):
+            try:
+                with torch.no_grad():
+                    action(inlet)
+            except BaseException as error:  # it is raised where the update is joined, and told to whoever asks
+                self.error = error
+                inlet.fail()
+            finally:
+                inlet.close()
         self.finished = True
 
     def _open_inlet(self) -> Inlet:
@@ -276,6 +275,9 @@ class _ImageInlet:
 
     def give_back(self, index: int) -> None:
         """It stays."""
+
+    def fail(self) -> None:
+        """Nobody waits."""
 
     def close(self) -> None:
         """The image is the update's."""

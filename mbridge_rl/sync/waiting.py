@@ -24,8 +24,11 @@ class Patience:
         self.seconds = seconds
         self._stopping = stopping
 
-    def wait_for(self, done: Callable[[], bool], complaint: str) -> None:
+    def wait_for(self, done: Callable[[], bool], complaint: str, look: Callable[[], None] | None = None) -> None:
         """Polls, with naps that get longer.
+
+        Args:
+            look: called before every nap; raises where waiting longer is of no use.
 
         Raises:
             TransferTimeout: with the complaint; SyncError: it was told to stop.
@@ -36,5 +39,7 @@ class Patience:
                 raise SyncError("the update was given up")
             if time.monotonic() > deadline:
                 raise TransferTimeout(f"{complaint} within {self.seconds:g} s")
+            if look is not None:
+                look()
             time.sleep(nap)
             nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)

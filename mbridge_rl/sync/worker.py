@@ -41,6 +41,7 @@ class ShardReceiver:
         self._route: WorkerRoute | None = None
         self._said: Mapping[str, Any] = {}
         self._update: Update | None = None
+        self._error: BaseException | None = None  # of an update that was dropped; whoever asks late must find it
         self._store: WeightStore | None = None  # where images go that come from other hosts
 
     @property
@@ -121,7 +122,7 @@ class ShardReceiver:
     def status(self) -> dict[str, Any]:
         """`{"arrived": whether everything is there and, if staged, verified, "error": what went wrong, "proof": of the live
         weights}`."""
-        update, error = self._update, None if self._update is None else self._update.error
+        update, error = self._update, self._error if self._update is None else self._update.error
         return {
             "arrived": update is not None and update.finished,
             "error": None if error is None else [type(error).__name__, str(error)],
@@ -157,7 +158,7 @@ class ShardReceiver:
                 self._model.derive()
             update.opened = False
             update.keep()
-        self._update = None
+        self._update = self._error = None
         update.close()
         self.serving.commit(None if update.expected is None else proof_of(version, update.expected))
         spans = [span.to_json() for span in update.watch.spans]
@@ -167,6 +168,7 @@ class ShardReceiver:
         """Drops an open update."""
         update, self._update = self._update, None
         if update is not None:
+            self._error = update.error  # not what comes of the stop
             update.stop()
             if update.opened:
                 self._model.settle()

@@ -1,7 +1,7 @@
 """How buckets travel: one small file per way, behind two small interfaces.
 
-    outlet (a trainer rank):   place(worker, index, part) -> where to pack it;   send(worker, index, part);   finish()
-    inlet (an engine worker):  take(index) -> its parts' bytes;                  give_back(index)
+    outlet (a trainer rank):   place(worker, index, part) -> where to pack it;   send(worker, index, part);   finish() | fail()
+    inlet (an engine worker):  take(index) -> its parts' bytes;                  give_back(index);            fail()
 
 Packing part n + 1 overlaps with moving part n and loading part n - 1, as far as a way has room for them. Every wait has a
 time-out. What a worker needs to open its inlet is plain JSON: the *wire*.
@@ -9,7 +9,8 @@ time-out. What a worker needs to open its inlet is plain JSON: the *wire*.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,10 @@ class Outlet(Protocol):
         """Returns when everything has left this rank."""
         ...
 
+    def fail(self) -> None:
+        """This rank sends no more; whoever waits for it should not have to find out."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -52,7 +57,21 @@ class Inlet(Protocol):
 
     def give_back(self, index: int) -> None: ...
 
+    def fail(self) -> None:
+        """This worker takes no more; whoever waits for it should not have to find out."""
+        ...
+
     def close(self) -> None: ...
+
+
+@contextmanager
+def telling(outlet: Outlet) -> Iterator[None]:
+    """Whoever waits for this rank hears of it when something is raised inside."""
+    try:
+        yield
+    except BaseException:
+        outlet.fail()
+        raise
 
 
 @dataclass(frozen=True)

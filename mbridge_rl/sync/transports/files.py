@@ -57,6 +57,9 @@ class FilesOutlet:
         while self._writing:
             self._writing.popleft().result(self._patience.seconds)
 
+    def fail(self) -> None:
+        """Readers notice by the time-out."""
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -82,6 +85,9 @@ class FilesInlet:
 
     def give_back(self, index: int) -> None:
         """Each bucket has memory of its own."""
+
+    def fail(self) -> None:
+        """Nobody waits: files pile up."""
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

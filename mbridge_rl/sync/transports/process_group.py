@@ -80,6 +80,9 @@ class GroupOutlet:
         while self._works:
             _wait(self._works.popleft(), self._patience, "a worker did not take a part")
 
+    def fail(self) -> None:
+        """The others notice by the time-out."""
+
     def close(self) -> None:
         self._works.clear()
 
@@ -92,7 +95,8 @@ class GroupInlet:
         first = wire["trainers"] + wire["replica"] * wire["workers"]
         self._before = first - wire["workers"] + route.rank if wire["replica"] else None
         self._after = first + wire["workers"] + route.rank if wire["replica"] + 1 < wire["replicas"] else None
-        self._group = join(wire, first + route.rank, patience.seconds)
+        self._rank = first + route.rank
+        self._group: Any = None
         size = aligned(route.bucket_bytes)
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
         self._posted: deque[list[Any]] = deque()
@@ -100,6 +104,8 @@ class GroupInlet:
         self._next = 0
 
     def take(self, index: int) -> Sequence[Tensor]:
+        if self._group is None:  # the trainer's ranks join when they send
+            self._group = join(self._wire, self._rank, self._patience.seconds)
         while self._next < min(index + _DEPTH, len(self._route.buckets)):
             self._posted.append([self._receive(self._next, part, data) for part, data in self._parts(self._next)])
             self._next += 1
@@ -112,6 +118,9 @@ class GroupInlet:
     def give_back(self, index: int) -> None:
         for work in self._forwarded.pop(index, ()):
             _wait(work, self._patience, f"the next replica did not take bucket {index}")
+
+    def fail(self) -> None:
+        """The others notice by the time-out."""
 
     def close(self) -> None:
         self._posted.clear()

@@ -1,7 +1,8 @@
 """Through shared memory, on one host: into a slot of the weight store, or through a ring of buckets that needs little memory.
 
 A ring holds a few buckets per worker. Each trainer rank counts what it has filled, the worker counts what it has emptied; each
-number has one writer, so there is nothing to lock, and whoever waits for a dead peer runs into the time-out.
+number has one writer, so there is nothing to lock. Whoever fails says so in its own number, and whoever waits hears of it at
+once; a peer that died says nothing, and whoever waits for it runs into the time-out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from mbridge_rl.core.buckets import aligned
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.errors import PeerFailed
 from mbridge_rl.sync.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.store import Slot, WeightStore
 from mbridge_rl.sync.transports import Context, Outlet, Wire
@@ -21,6 +23,7 @@ from mbridge_rl.sync.waiting import Patience
 
 RING_BUCKETS = 3  # one is packed, one is full, one is loaded
 _LINE = 64  # bytes between counters: writers of neighbours do not share a cache line
+_FAILED = -1  # the count of one who takes part no longer
 
 
 class SlotOutlet:
@@ -37,6 +40,9 @@ class SlotOutlet:
 
     def finish(self) -> None:
         """It is there."""
+
+    def fail(self) -> None:
+        """Nobody waits."""
 
     def image(self, worker: int) -> Tensor:
         """The whole image of `worker`, also of what other ranks wrote."""
@@ -60,6 +66,9 @@ class SlotInlet:
 
     def give_back(self, index: int) -> None:
         """It stays."""
+
+    def fail(self) -> None:
+        """Nobody waits."""
 
     def close(self) -> None:
         self._reading.close()
@@ -100,6 +109,30 @@ class Ring:
     def set_emptied(self, replica: int, count: int) -> None:
         self._counters[self._sources + replica] = count
 
+    def source_failed(self, source: int) -> None:
+        self._counters[source] = _FAILED
+
+    def replica_failed(self, replica: int) -> None:
+        self._counters[self._sources + replica] = _FAILED
+
+    def require_sources(self) -> None:
+        """
+        Raises:
+            PeerFailed: one of the trainer ranks failed.
+        """
+        for source in range(self._sources):
+            if self._counters[source] == _FAILED:
+                raise PeerFailed(f"trainer rank {source} failed, and sends no more")
+
+    def require_replicas(self, worker: int) -> None:
+        """
+        Raises:
+            PeerFailed: one of the replicas of `worker`, whose ring this is, failed.
+        """
+        for replica in range(self._replicas):
+            if self._counters[self._sources + replica] == _FAILED:
+                raise PeerFailed(f"worker {worker} of engine {replica} failed, and takes no more")
+
 
 class RingOutlet:
     """A trainer rank at the rings of all workers."""
@@ -113,7 +146,7 @@ class RingOutlet:
 
     def wait_for_room(self, worker: int, index: int) -> None:
         ring, free = self._rings[worker], index - RING_BUCKETS
-        self._patience.wait_for(lambda: ring.emptied() > free, f"worker {worker} did not empty bucket {free}")
+        self._patience.wait_for(lambda: ring.emptied() > free, f"worker {worker} did not empty bucket {free}", self._look)
 
     def send(self, worker: int, index: int, part: Part) -> None:
         self._rings[worker].set_filled(self._rank, index + 1)
@@ -121,8 +154,17 @@ class RingOutlet:
     def finish(self) -> None:
         """The worker empties the rest on its own."""
 
+    def fail(self) -> None:
+        for ring in self._rings:
+            ring.source_failed(self._rank)
+
     def close(self) -> None:
         """The rings are the way's."""
+
+    def _look(self) -> None:
+        for worker, ring in enumerate(self._rings):
+            ring.require_replicas(worker)
+            ring.require_sources()
 
 
 class RingInlet:
@@ -143,10 +185,13 @@ class RingInlet:
         for part in self._route.buckets[index].parts:
             rank = part.source_rank
             complaint = f"trainer rank {rank} did not send bucket {index}"
-            self._patience.wait_for(lambda rank=rank: self._ring.filled(rank) > index, complaint)
+            self._patience.wait_for(lambda rank=rank: self._ring.filled(rank) > index, complaint, self._ring.require_sources)
 
     def give_back(self, index: int) -> None:
         self._ring.set_emptied(self._replica, index + 1)
+
+    def fail(self) -> None:
+        self._ring.replica_failed(self._replica)
 
     def close(self) -> None:
         self._arena.close()
