@@ -2,8 +2,8 @@
 
     python refit_in_process.py
 
-The engine starts with the weights of a checkpoint. The trainer takes a few real Megatron steps on it, then streams its weights
-into the running engine. At the end a fresh engine, started from the checkpoint that the trainer saved, gives the same tokens
+The engine starts with the weights of a checkpoint. The trainer takes a few real Megatron steps on it, then its weights
+go into the running engine. At the end a fresh engine, started from the checkpoint that the trainer saved, gives the same tokens
 and log-probabilities. Needs no GPU; what makes Megatron run without one is a scope, so that the engine is not affected.
 """
 
@@ -14,10 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mbridge_rl import AutoBridge, ParallelLayout
-from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.vllm.compatibility import config_summary
-from mbridge_rl.sync.vllm.engine import InProcessEngine
+from mbridge_rl import AutoBridge, InProcessEngine, ParallelLayout, WeightSync, initialize_parallel
 from mbridge_rl.training import Batch, MegatronTrainer, TrainerConfig, supervised_loss
 
 PROMPTS = [[5, 9, 33, 100, 7], [11, 22, 33, 44, 55, 66]]
@@ -67,9 +64,8 @@ def main() -> None:
         trainer = MegatronTrainer(model, TrainerConfig(learning_rate=3e-3))
         train(trainer)
 
-        engine.prepare(bridge.metadata(torch.float32), config_summary(bridge.hf_config))
-        report = engine.refit(bridge.export_weights(trainer.model), version=1)
-        print(f"refit: {report['tensors']} tensors, {report['bytes']} bytes, digest {report['digest']}")
+        report = WeightSync(bridge, trainer.model, engine).sync(version=1)
+        print(f"refit: {report.tensors} tensors, {report.nbytes} bytes, digest {report.digest}")
         after = greedy(engine)
 
         bridge.save_pretrained(trainer.model, Path(scratch) / "trained")

@@ -18,9 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mbridge_rl import AutoBridge, ParallelLayout, WeightSync
-from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
-from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl import AutoBridge, EngineProcess, ParallelLayout, WeightSync, destroy_parallel, initialize_parallel
 from mbridge_rl.training import (
     Batch,
     GRPOConfig,

@@ -12,6 +12,7 @@ from live import raised
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
+from transformers import PretrainedConfig
 
 from mbridge_rl.core.adapters import LoRAConfig
 from mbridge_rl.core.layout import ParallelLayout
@@ -22,6 +23,12 @@ from mbridge_rl.training.lora import add_lora
 
 LAYOUT = ParallelLayout(tp=2, pp=2, ep=2, etp=1)
 TARGETS = ("q_proj", "o_proj")
+SIZES = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "expert_model_parallel_size": 2,
+    "expert_tensor_parallel_size": 1,
+}
 
 
 def freeze_routers(model: Any, pre_process: bool, post_process: bool, config: Any, hf_config: Any) -> None:
@@ -80,11 +87,7 @@ def as_verl_calls_mbridge(directory: Path, output: Path, expected: dict[str, tor
 def as_verl_calls_megatron_bridge(directory: Path, output: Path, expected: dict[str, torch.Tensor]) -> dict[str, Any]:
     bridge = megatron_bridge.AutoBridge.from_hf_pretrained(str(directory), trust_remote_code=True)
     provider = bridge.to_megatron_provider(load_weights=False)
-    overrides = {
-        "tensor_model_parallel_size": 2,
-        "pipeline_model_parallel_size": 2,
-        "expert_model_parallel_size": 2,
-        "expert_tensor_parallel_size": 1,
+    overrides = SIZES | {
         "virtual_pipeline_model_parallel_size": None,
         "context_parallel_size": 1,
         "sequence_parallel": True,
@@ -114,6 +117,7 @@ def as_verl_calls_megatron_bridge(directory: Path, output: Path, expected: dict[
         "tasks": [task.hf_name for task in tasks],
         "read": (provider.num_layers, provider.bf16, hasattr(provider, "no_such_field"), provider.sequence_parallel),
         "bare": type(provider.provide(pre_process=dist.get_rank() < 2)).__name__,
+        "built": as_simply_as_can_be(directory, expected),
         "refused": [
             raised(lambda: setattr(provider, "num_layers", 9)),
             raised(lambda: setattr(provider, "no_such_field", 9)),
@@ -121,6 +125,22 @@ def as_verl_calls_megatron_bridge(directory: Path, output: Path, expected: dict[
             raised(lambda: provider.provide_distributed_model(use_megatron_fsdp=True)),
             raised(lambda: list(bridge.export_hf_weights(model, conversion_tasks=["model.norm.weight"]))),
         ],
+    }
+
+
+def as_simply_as_can_be(directory: Path, expected: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The model at once, from a bare config and from a checkpoint, with hooks around the wrapping."""
+    hooked: list[str] = []
+    bare = megatron_bridge.AutoBridge.from_hf_config(load_config(directory))
+    provider = bare.to_megatron_provider(load_weights=False)
+    provider.apply_overrides_and_finalize(dtype=torch.float32, overrides=SIZES)
+    provider.register_post_wrap_hook(lambda chunks: hooked.append(type(chunks[0]).__name__))
+    filled = bare.load_hf_weights(provider.provide_distributed_model(wrap_with_ddp=False), str(directory))
+    return {
+        "equal": equals(bare.export_hf_weights(filled), expected),
+        "hooked": hooked,
+        "handles": (bare.can_handle(directory), bare.can_handle(directory / "nothing")),
+        "supports": (bare.supports(bare.hf_config), bare.supports(PretrainedConfig(architectures=["Nobody"]))),
     }
 
 
@@ -168,6 +188,9 @@ def test_megatron_bridge(found: Any) -> None:
         assert told["some"] == told["tasks"][3:5]
         assert told["read"] == (4, False, False, True)
         assert told["bare"] == "GPTModel"
+        assert told["built"]["equal"]
+        assert told["built"]["hooked"] == ["GPTModel"]
+        assert told["built"]["handles"] == told["built"]["supports"] == (True, False)
         layers, field, mismatched, fsdp, tasks = told["refused"]
         assert "NotOffered: num_layers=9: the checkpoint says 4" in layers
         assert "AttributeError: no_such_field is no field" in field

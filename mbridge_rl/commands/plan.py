@@ -78,15 +78,18 @@ def plan(
     Trainer ranks send every byte that a rollout rank keeps straight to it, in buckets; engines hand on to each other what came
     in, so that each byte leaves the trainer once. docs/planning.md says how to read the numbers.
     """
+    from mbridge_rl.bridges import model_spec
     from mbridge_rl.core.estimate import Links
 
     with readable_errors():
         began = time.perf_counter()
         of_recipe: ParallelLayout | None = None
         if model.endswith((".yaml", ".yml")):
-            model, of_recipe, engines = _recipe(model)
+            model, hf_config, of_recipe, engines = _recipe(model)
             rollout = rollout or engines
-        spec = _spec(model)
+        else:
+            hf_config = model_config(model)
+        spec = model_spec(hf_config)
         own = of_recipe if of_recipe is not None and trainer is None else _trainer_layout(trainer or "tp=1", spec)
         ends = own, *_rollout_layout(rollout or "tp=1", spec)
         refit, facts = _refit(spec, *ends, dtype, size_in_bytes(bucket), exact=exact)
@@ -105,18 +108,14 @@ def plan(
         _print_exchanges(exchanges, rank or 0, facts)
 
 
-def _recipe(path: str) -> tuple[str, ParallelLayout, str]:
-    """Model, trainer layout and engines of a training recipe."""
+def _recipe(path: str) -> tuple[str, Any, ParallelLayout, str]:
+    """Model, its config, trainer layout and engines of a training recipe."""
     from mbridge_rl.training.config import load_run_config
+    from mbridge_rl.training.run import toy_config
 
     run = load_run_config(path)
-    return run.model.path, run.layout, f"tp={run.engine.tensor_parallel_size},replicas={run.engine.count}"
-
-
-def _spec(model: str) -> ModelSpec:
-    from mbridge_rl.bridges import model_spec
-
-    return model_spec(model_config(model))
+    hf_config = toy_config(run) if run.is_toy else model_config(run.model.path)
+    return run.model.path, hf_config, run.layout, f"tp={run.engine.tensor_parallel_size},replicas={run.engine.count}"
 
 
 def _trainer_layout(text: str, spec: ModelSpec) -> ParallelLayout:

@@ -79,9 +79,6 @@ class Plan:
     def from_rank(self, rank: int) -> list[Copy]:
         return [copy for copy in self.copies if copy.source_rank == rank]
 
-    def to_rank(self, rank: int) -> list[Copy]:
-        return [copy for copy in self.copies if copy.target_rank == rank]
-
     @cached_property
     def by_hf_name(self) -> Mapping[str, tuple[Copy, ...]]:
         return {hf_name: tuple(group) for hf_name, group in groupby(self.copies, key=lambda copy: copy.hf_name)}

@@ -113,20 +113,27 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
         )
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if config.is_toy and not (config.run_dir / "initial" / "config.json").exists():
-        shape = config.model.toy or ToyConfig()
-        toy.make_checkpoint(
-            config.run_dir / "initial",
-            config.model.path.removeprefix(TOY),
-            seed=config.seed,
-            num_layers=shape.num_layers,
-            characters=shape.characters,
-        )
+        toy.make_checkpoint(config.run_dir / "initial", seed=config.seed, **_toy_shape(config))
     bridge = AutoBridge.from_pretrained(model_directory(config))
     bridge.spec.validate(config.layout)
     tokenizer = load_tokenizer(config)
     problems_of(config, tokenizer)
     environment_of(config)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+
+
+def toy_config(config: RunConfig) -> Any:
+    """The Transformers config of the toy model that such a run makes for itself."""
+    return toy.model_config(**_toy_shape(config))
+
+
+def _toy_shape(config: RunConfig) -> dict[str, Any]:
+    shape = config.model.toy or ToyConfig()
+    return {
+        "model": config.model.path.removeprefix(TOY),
+        "num_layers": shape.num_layers,
+        "characters": shape.characters,
+    }
 
 
 def checkpoint_directory(config: RunConfig) -> Path:

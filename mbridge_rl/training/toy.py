@@ -17,8 +17,9 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CHARACTERS = "0123456789+="
 PROMPT_TOKENS = 4
 ANSWER_TOKENS = 3  # two digits and the end
-MODELS = ("qwen3", "qwen3-moe", "llama")
 
+_CLASSES = {"qwen3": "Qwen3", "qwen3-moe": "Qwen3Moe", "llama": "Llama"}
+MODELS = tuple(_CLASSES)
 _SIZES: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 192,
@@ -57,10 +58,8 @@ def tokenizer(characters: str = CHARACTERS) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
 
-def make_checkpoint(
-    directory: str | Path, model: str = "qwen3", *, seed: int = 0, num_layers: int = 2, characters: str = CHARACTERS
-) -> Path:
-    """Writes a random fp32 checkpoint with its tokenizer.
+def model_config(model: str = "qwen3", *, num_layers: int = 2, characters: str = CHARACTERS) -> Any:
+    """The Transformers config of a toy.
 
     Args:
         model: one of `MODELS`.
@@ -69,27 +68,36 @@ def make_checkpoint(
     Raises:
         ValueError: an unknown model.
     """
-    import torch
     import transformers
 
-    classes = {"qwen3": "Qwen3", "qwen3-moe": "Qwen3Moe", "llama": "Llama"}
-    if model not in classes:
+    if model not in _CLASSES:
         raise ValueError(f"unknown toy model {model!r}: choose from {', '.join(MODELS)}")
     tokens = tokenizer(characters)
-    config = getattr(transformers, f"{classes[model]}Config")(
+    return getattr(transformers, f"{_CLASSES[model]}Config")(
         **_SIZES,
         **(_EXPERTS if model == "qwen3-moe" else {}),
+        architectures=[f"{_CLASSES[model]}ForCausalLM"],
         num_hidden_layers=num_layers,
         vocab_size=len(tokens),
         pad_token_id=tokens.pad_token_id,
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
     )
+
+
+def make_checkpoint(
+    directory: str | Path, model: str = "qwen3", *, seed: int = 0, num_layers: int = 2, characters: str = CHARACTERS
+) -> Path:
+    """Writes a random fp32 checkpoint with its tokenizer. Arguments and what is raised as `model_config`'s."""
+    import torch
+    import transformers
+
+    config = model_config(model, num_layers=num_layers, characters=characters)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
-        network = getattr(transformers, f"{classes[model]}ForCausalLM")(config)
+        network = getattr(transformers, config.architectures[0])(config)
         network.save_pretrained(directory)
-    tokens.save_pretrained(directory)
+    tokenizer(characters).save_pretrained(directory)
     return Path(directory)
 
 

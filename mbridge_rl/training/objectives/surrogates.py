@@ -44,20 +44,6 @@ def clipped_surrogate(
     return -gain
 
 
-def policy_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-) -> Tensor:
-    """`clipped_surrogate` of the token's own ratio; only `log_probs` takes part in the gradient."""
-    ratio = policy_ratio(log_probs, old_log_probs)
-    return clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-
-
 def clipped_weight_loss(log_probs: Tensor, ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """CISPO: `-clip(ratio, 1 - clip_low, 1 + clip_high) * A * log p`, the weight without gradient, so that a clipped token
     still teaches (MiniMax-M1, arXiv:2506.13585). `clip_low=1` leaves the weight without a lower bound, as the paper does.
