@@ -214,12 +214,14 @@ class _Largest(TorchDispatchMode):
         self.alive -= 1
 
 
+@pytest.mark.parametrize(("change", "stated"), [(None, 4), (_cap, 8)], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_no_more_logits_than_stated_exist(entropy: bool) -> None:
+def test_no_more_logits_than_stated_exist(entropy: bool, change: Any, stated: int) -> None:
     hidden = torch.randn(64, 16, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(1001, 16, dtype=torch.bfloat16).requires_grad_()
     with _Largest(1001) as seen:
-        found = projected_token_statistics(hidden, weight, torch.randint(0, 1001, (64,)), 1001, max_elements=5000)
+        tokens = torch.randint(0, 1001, (64,))
+        found = projected_token_statistics(hidden, weight, tokens, 1001, change=change, max_elements=5000)
         (found.log_probs + found.entropy if entropy else found.log_probs).sum().backward()
     assert 0 < seen.elements <= 5000
-    assert 2 <= seen.most <= 4
+    assert stated // 2 <= seen.most <= stated
