@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core import virtual
-from mbridge_rl.core.adapters import LoRAConfig
+from mbridge_rl.core.adapters import adapted_linears
 from mbridge_rl.core.errors import StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
@@ -95,8 +96,12 @@ class LiveAdapterBridge:
                 virtual.run(plan, {0: whole}, {self._group.rank: targets})
 
     def _require_same_scale(self, found: LoRAConfig, where: str) -> None:
-        if (found.rank, found.scale) != (self.config.peft_rank, self.config.scale):
-            raise StateMismatchError(
-                f"{where} has rank {found.rank} and scale {found.scale:g}, the model's adapters {self.config.peft_rank} and "
-                f"{self.config.scale:g}: attach them with AutoBridge.adapter_config({where!r}). Nothing was changed"
-            )
+        ours = adapted_linears(self._base, self.config)
+        for name, theirs in adapted_linears(self._base, found).items():
+            own = ours.get(name, theirs)
+            if (theirs.rank, theirs.scale) != (own.peft_rank, own.scale):
+                raise StateMismatchError(
+                    f"{where} has rank {theirs.rank} and scale {theirs.scale:g}, the model's adapters {own.peft_rank} and "
+                    f"{own.scale:g}: attach them with AutoBridge.adapter_config({where!r}). Found at {name}; "
+                    f"nothing was changed"
+                )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from mbridge_rl.adapter_bridge import LiveAdapterBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
-from mbridge_rl.core.adapters import LoRAConfig
 from mbridge_rl.core.errors import LayoutError, StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
 from mbridge_rl.core.quantize import Fp8

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.core.adapters import LoRAConfig, adapter_spec
+from mbridge_rl.core.adapters import adapter_spec
 from mbridge_rl.core.buckets import offsets
 from mbridge_rl.core.digest import combine, digest
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch
 from mbridge_rl.sync.vllm.engine import InProcessEngine

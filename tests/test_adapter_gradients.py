@@ -15,8 +15,9 @@ from tiny import tiny_model
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.core.adapters import LoRAConfig, adapter_spec
+from mbridge_rl.core.adapters import adapter_spec
 from mbridge_rl.core.layout import ParallelLayout as Layout
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.megatron.runtime import megatron_runtime
 from mbridge_rl.training.batch import Batch
@@ -31,6 +32,7 @@ SP: dict[str, Any] = {"sequence_parallel": True}
 RECOMPUTE = {"overrides": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}
 LORA = LoRAConfig(rank=3, alpha=6.0, canonical=True)
 DORA = replace(LORA, dora=True)
+RANKS, ALPHAS = {"linear_fc2": 5, r".*\.[02]\.self_attn\..*": 2}, {"o_proj": 1.5, r"layers\.1\.mlp\..*": 10.0}
 LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 ATTENTION, STACKED = ("linear_qkv", "linear_proj"), ("linear_qkv", "linear_proj", "*.experts.*")
 
@@ -107,6 +109,7 @@ def _save(rank: int, base: Path, config: LoRAConfig, directory: Path) -> None:
         (DENSE, Layout(tp=2), SP, LORA),
         (DENSE, Layout(tp=2), SP | RECOMPUTE, DORA),
         (DENSE, Layout(tp=2), {}, DORA),
+        (DENSE, Layout(tp=2, pp=2), SP, replace(DORA, rank=4, rank_pattern=RANKS, alpha_pattern=ALPHAS)),
         (DENSE, Layout(pp=2, vpp=2), {}, DORA),
         (DENSE, Layout(dp=2, cp=2), {}, replace(DORA, rslora=True, targets=("q_proj", "v_proj", "up_proj", "down_proj"))),
         (MLA, Layout(tp=2), SP, replace(DORA, targets=LATENT)),
@@ -118,6 +121,7 @@ def _save(rank: int, base: Path, config: LoRAConfig, directory: Path) -> None:
         "lora-tp-sp",
         "dora-tp-sp-recompute",
         "dora-tp",
+        "dora-ranks-tp-pp",
         "dora-pp",
         "dora-dp-cp",
         "dora-mla",

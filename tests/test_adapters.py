@@ -24,7 +24,6 @@ from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
 from mbridge_rl.core.adapters import (
     PEFT_PREFIX,
-    LoRAConfig,
     adapter_spec,
     equal_tensors,
     factor_name,
@@ -34,6 +33,7 @@ from mbridge_rl.core.adapters import (
 )
 from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
@@ -57,6 +57,11 @@ SPECS = {
 BUT_DENSE = ("linear_qkv", "linear_proj", "*.experts.*")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SHARED = LoRAConfig(rank=3, alpha=6.0)
+# In PEFT's words: by last name, by layer, and one linear of one layer. `peft` sorts them when it saves.
+PATTERNS: dict[str, Any] = {
+    "rank_pattern": {r".*\.2\.mlp\.down_proj": 4, "down_proj": 5, r".*layers\.1\.self_attn\.[qkv]_proj": 2},
+    "alpha_pattern": {"o_proj": 12.0, r"layers\.0\.mlp\.(gate|up)_proj": 1.5},
+}
 # fp32: W x + scale * B A x, summed in other orders by two implementations; logits are of order 1 to 10
 LOGITS_TOLERANCE = 1e-4
 
@@ -121,6 +126,8 @@ def test_peft_tensors_reach_every_layout_and_come_back(family: str, canonical: b
         ("qwen3-moe", {"canonical": True}),
         ("deepseek", {"canonical": True}),
         ("deepseek", {"targets": ("*.experts.*", "linear_kv_up_proj")}),
+        ("qwen2", {"canonical": True, **PATTERNS}),
+        ("qwen3-moe", {"rank_pattern": {r".*layers\.[13].*": 2, "o_proj": 1}}),
     ],
     ids=str,
 )
@@ -172,6 +179,16 @@ def test_specs_name_what_cannot_be_adapted() -> None:
     spec, _ = _spec("qwen2")
     with pytest.raises(ValueError, match=r"no layer of this model has a linear named o_prj; choose from .*linear_fc1.*o_proj"):
         adapter_spec(spec, LoRAConfig(targets=("o_prj",)))
+    with pytest.raises(
+        ValueError, match=r"rank_pattern: 'o_prj' matches no linear that has an adapter, such as model\.layers\.0"
+    ):
+        adapter_spec(spec, LoRAConfig(rank_pattern={"q_proj": 16, "o_prj": 3}))
+    with pytest.raises(ValueError, match=r"pattern 'o_\(' is no regular expression"):
+        adapter_spec(spec, LoRAConfig(alpha_pattern={"o_(": 3}))
+    with pytest.raises(
+        UnsupportedModelError, match=r"q_proj has rank 8.*k_proj has rank 16.*linear_qkv.*one rank and one alpha"
+    ):
+        adapter_spec(spec, LoRAConfig(rank_pattern={"q_proj": 8}))
     some = LoRAConfig(targets=("q_proj",))
     (rule,) = (rule for rule in spec.rules if rule.megatron_name.endswith("linear_qkv.weight"))
     layout = ParallelLayout(tp=8)
@@ -261,6 +278,17 @@ def _load_and_save(rank: int, base: Path, adapter: Path, layout: ParallelLayout,
         ("deepseek", ParallelLayout(tp=2), {"target_modules": ["q_a_proj", "kv_b_proj", "o_proj"], "use_dora": True}),
         ("qwen3-moe", ParallelLayout(tp=2), {"target_modules": ["v_proj"], "target_parameters": EXPERTS}),
         ("qwen3-moe", ParallelLayout(ep=2, dp=2), {"target_modules": [], "target_parameters": ["down_proj"]}),
+        ("qwen2", ParallelLayout(tp=2), {"target_modules": "all-linear", **PATTERNS}),
+        (
+            "qwen2",
+            ParallelLayout(tp=2, pp=2),
+            {"target_modules": "all-linear", "use_dora": True, "use_rslora": True, **PATTERNS},
+        ),
+        (
+            "qwen3-moe",
+            ParallelLayout(tp=2, ep=2, etp=1),
+            {"target_modules": ["o_proj"], "target_parameters": EXPERTS, "rank_pattern": {"gate_up_proj": 6, "o_proj": 2}},
+        ),
     ],
     ids=str,
 )
@@ -303,10 +331,11 @@ def _random_and_save(rank: int, base: Path, layout: ParallelLayout, config: LoRA
     generator = torch.Generator().manual_seed(6)
     for _, module in adapted_modules(model):
         # the same rows whatever the rank, so that replicas are equal
-        row = torch.randn(config.rank, generator=generator) * 0.2
+        row = torch.randn(8, generator=generator) * 0.2
         for name in module.adapter_parameter_names:
             if name.startswith("lora_b"):
-                getattr(module, name).data.copy_(row)
+                factor = getattr(module, name).data
+                factor.copy_(row[: factor.shape[1]])
     bridge.save_adapter(model, saved)
     return forward_logits(model, _tokens())
 
@@ -323,6 +352,19 @@ def _random_and_save(rank: int, base: Path, layout: ParallelLayout, config: LoRA
         ("qwen3-moe", ParallelLayout(tp=2), LoRAConfig(rank=3, alpha=6.0, targets=BUT_DENSE)),
         ("qwen3-moe", ParallelLayout(tp=2, ep=2, etp=1), LoRAConfig(rank=3, targets=BUT_DENSE, stacked_experts=True)),
         ("qwen2", ParallelLayout(tp=2), LoRAConfig(rank=2, alpha=3.0, rslora=True, start="pissa")),
+        ("qwen2", ParallelLayout(tp=2, pp=2), LoRAConfig(rank=3, alpha=6.0, **PATTERNS)),
+        (
+            "qwen2",
+            ParallelLayout(tp=2),
+            LoRAConfig(rank=2, alpha=3.0, start="pissa", rank_pattern={"linear_qkv": 1, r".*\.3\.mlp\..*": 4}),
+        ),
+        (
+            "qwen3-moe",
+            ParallelLayout(tp=2),
+            LoRAConfig(
+                rank=3, alpha=6.0, targets=BUT_DENSE, rank_pattern={"linear_proj": 2}, alpha_pattern={r"layers\.1\..*": 3.0}
+            ),
+        ),
         ("qwen3-moe", ParallelLayout(tp=2), LoRAConfig(rank=2, targets=BUT_DENSE, stacked_experts=True, start="olora")),
     ],
     ids=str,
@@ -374,7 +416,12 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_changes(scratch: Pa
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
     refused("UnsupportedModelError: .*init_lora_weights='pissa' changed the base weights.*path_initial_model")
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | {"rank_pattern": {r"layers.1.*q_proj": 8}}))
-    refused(r"rank_pattern gives layers.1.\*q_proj the value 8.*layers\.1\.self_attn\.q_proj")
+    refused(
+        r"UnsupportedModelError: model\.layers\.1\.self_attn\.q_proj has rank 8 and alpha 7, \S+\.\w_proj has rank 3 "
+        r"and alpha 7, and Megatron computes them as one linear"
+    )
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | {"alpha_pattern": {r"layers.1.*_proj": 8}}))
+    refused(r"has rank 3 and scale 2.66667, the model's adapters 3 and 2.33333: .*model\.layers\.1\.self_attn\.q_proj")
     (adapter / ADAPTER_CONFIG).write_text("{}")
     refused("CheckpointError: .*not the config of a LoRA adapter")
 

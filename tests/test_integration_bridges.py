@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import PretrainedConfig
 
-from mbridge_rl.core.adapters import LoRAConfig
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.hf.config import load_config
 from mbridge_rl.integrations import mbridge, megatron_bridge
 from mbridge_rl.megatron.parallel import initialize_parallel

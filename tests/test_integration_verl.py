@@ -19,8 +19,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 
-from mbridge_rl.core.adapters import LoRAConfig
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.sync.broadcast import Broadcast
 from mbridge_rl.training.lora import add_lora
 

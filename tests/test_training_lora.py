@@ -49,6 +49,7 @@ DORA = LoRAConfig(rank=3, alpha=6.0, dora=True)
 DORA_PARTS = replace(SOME_PARTS, dora=True)
 # column-parallel linears alone: of the others' inputs every rank drops elements of its own
 DROPPING = LoRAConfig(rank=3, alpha=6.0, targets=("linear_qkv", "linear_fc1"), dropout=0.3)
+RANKS = replace(ADAPTERS, rank_pattern={"linear_fc2": 5, r".*\.[02]\.self_attn\..*": 2}, alpha_pattern={"o_proj": 1.5})
 PISSA = LoRAConfig(rank=3, alpha=6.0, start="pissa")
 MLA_CANONICAL = LoRAConfig(rank=3, alpha=6.0, targets=MLA_FUSED.targets, canonical=True)
 SP: dict[str, Any] = {"sequence_parallel": True}
@@ -145,6 +146,7 @@ CASES: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
     (DENSE, Layout(tp=2), {}, DROPPING),
     (MOE, Layout(tp=2), SP, DORA),
     (DENSE, Layout(tp=2), SP, PISSA),
+    (DENSE, Layout(pp=2, tp=2), SP, RANKS),
 ]
 
 

@@ -184,7 +184,13 @@ def three_adapters_in_turn(
             "qwen2",
             ParallelLayout(tp=2),
             LoRAConfig(
-                rank=3, alpha=5.0, targets=("q_proj", "v_proj", "linear_proj", "linear_fc2"), canonical=True, rslora=True
+                rank=3,
+                alpha=5.0,
+                targets=("q_proj", "v_proj", "linear_proj", "linear_fc2"),
+                canonical=True,
+                rslora=True,
+                rank_pattern={"linear_proj": 5, r".*layers\.1\.self_attn\..*": 2},
+                alpha_pattern={"down_proj": 9.0},
             ),
             {"tensor_parallel_size": 2},
             4,

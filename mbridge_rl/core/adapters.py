@@ -23,88 +23,23 @@ Adapters that start from the weights themselves (PiSSA, arXiv 2404.02948; OLoRA,
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import prod, sqrt
-from typing import Literal, get_args
+from math import prod
 
 import torch
 from torch import Tensor
 
 from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout
+from mbridge_rl.core.lora_config import LoRAConfig, pattern_matches
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Axis, Part, Rule
 from mbridge_rl.core.stacked_experts import with_stacked_experts
 
-Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
-
 PEFT_PREFIX = "base_model.model."
-ATTENTION_TARGETS = ("linear_qkv", "linear_proj")
-DENSE_TARGETS = (*ATTENTION_TARGETS, "linear_fc1", "linear_fc2")
-
 _WEIGHT = ".weight"
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Attributes:
-    rank: of `B A`.
-    alpha: `scale` is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora` (Kalajdzievski, arXiv 2312.03732).
-    targets: which linears get adapters: names of Megatron linears (`linear_qkv`, `linear_fc1`, ...) or of HF linears (`q_proj`,
-        which adapts that part of a fused linear alone), or patterns of their full names (`*.experts.*`).
-    canonical: every HF linear has its own `A`, as PEFT's; otherwise the parts of a fused linear share one.
-    dora: train the magnitude of every row beside its direction.
-    dropout: probability that an element of `A`'s input is dropped in training.
-    start: the first factors. `kaiming` (uniform) and `gaussian`: random `A`, `B` zero; `orthogonal`: both random, `B A` zero
-        (rank even); `pissa`: the principal components of the weights; `olora`: the first columns of their QR decomposition.
-    stacked_experts: experts' adapters are those of PEFT's `target_parameters`: gate and up share one `A`, and all experts of a
-        layer are in one tensor, as Transformers 5 has them in memory. Otherwise one pair per expert and linear, under the
-        checkpoint's names.
-    seed: of random factors and of dropout; ranks with other parallel layouts start from the same adapters.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = DENSE_TARGETS
-    canonical: bool = False
-    rslora: bool = False
-    dora: bool = False
-    dropout: float = 0.0
-    start: Start = "kaiming"
-    stacked_experts: bool = False
-    seed: int = 0
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
-
-    @property
-    def keeps_start(self) -> bool:
-        """Whether the first factors are subtracted, and so kept."""
-        return self.start in ("pissa", "olora")
-
-    @property
-    def peft_rank(self) -> int:
-        """Rank of the same adapter in PEFT's words."""
-        return 2 * self.rank if self.keeps_start else self.rank
-
-    @property
-    def peft_alpha(self) -> float:
-        """`alpha` that gives the same scale at `peft_rank`."""
-        return self.scale * (sqrt(self.peft_rank) if self.rslora else self.peft_rank)
-
-    def require_valid(self) -> None:
-        """Raises ValueError where fields are out of range or contradict each other."""
-        if self.rank < 1:
-            raise ValueError(f"LoRA's rank must be at least 1, found {self.rank}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA's dropout is a probability below 1, found {self.dropout}")
-        if self.start not in get_args(Start):
-            raise ValueError(f"LoRA can start from {', '.join(get_args(Start))}, found {self.start}")
-        if self.start == "orthogonal" and self.rank % 2:
-            raise ValueError(f"orthogonal adapters have an even rank, found {self.rank}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +77,48 @@ def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
         ValueError: the config contradicts itself, or a target names no linear of the model.
         UnsupportedModelError: a target has no PEFT form.
     """
-    config.require_valid()
     spec = adapted_spec(spec, config)
-    require_known_targets(spec, config.targets)
-    adapted = [(rule, parts) for rule in spec.rules if (parts := adapted_parts(rule, config.targets))]
-    names = _peft_modules_of([part for _, parts in adapted for part in parts])
-    rules = tuple(factor for rule, parts in adapted for factor in _Factors(rule, parts, config, names).rules())
+    adapted = adapted_rules(spec, config)
+    names = _peft_modules_of([part for one in adapted for part in one.parts])
+    rules = tuple(factor for one in adapted for factor in _Factors(one, names).rules())
     return replace(spec, rules=rules, extras=(), ignored_hf_prefixes=())
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRule:
+    """A rule whose weights get adapters.
+
+    Attributes:
+        parts: those that are adapted.
+        config: of these adapters alone: uniform.
+    """
+
+    rule: Rule
+    parts: tuple[Part, ...]
+    config: LoRAConfig
+
+
+def adapted_rules(spec: ModelSpec, config: LoRAConfig) -> list[AdaptedRule]:
+    """The rules of `spec` (see `adapted_spec`) whose weights get adapters; one whose layers have different ranks or alphas
+    comes once for each of these.
+
+    Raises:
+        ValueError: the config contradicts itself, or a target or pattern names no linear of the model.
+        UnsupportedModelError: what is one tensor is given different ranks or alphas.
+    """
+    config.require_valid()
+    require_known_targets(spec, config.targets)
+    found = [
+        one
+        for rule in spec.rules
+        if (parts := adapted_parts(rule, config.targets))
+        for one in _by_layers(spec, rule, parts, config)
+    ]
+    for one in found:
+        one.config.require_valid()
+    if not config.is_uniform:
+        _require_known_patterns(spec, config)
+    return found
 
 
 def adapted_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
@@ -257,25 +227,77 @@ def equal_tensors(adapters: ModelSpec) -> list[tuple[str, ...]]:
     return [tuple(hf_names) for hf_names in shared.values() if len(hf_names) > 1]
 
 
-def adapted_linears(spec: ModelSpec, config: LoRAConfig) -> list[str]:
-    """Names of the HF linears that have adapters; of stacked experts those of the parameters."""
-    found = {
-        linear_name(part.hf_name.format(layer=instance.layer, expert=instance.expert)): None
-        for instance in adapted_spec(spec, config).instances
-        for part in adapted_parts(instance.rule, config.targets)
+def adapted_linears(spec: ModelSpec, config: LoRAConfig) -> dict[str, LoRAConfig]:
+    """The HF linears that have adapters (of stacked experts their parameters), by name, each with the config of its own."""
+    spec = adapted_spec(spec, config)
+    of_rule = {one.rule: one for one in adapted_rules(spec, config)}
+    return {
+        linear_name(part.hf_name.format(layer=instance.layer, expert=instance.expert)): of_rule[instance.rule].config
+        for instance in replace(spec, rules=tuple(of_rule)).instances
+        for part in of_rule[instance.rule].parts
     }
-    return list(found)
+
+
+def _by_layers(spec: ModelSpec, rule: Rule, parts: tuple[Part, ...], config: LoRAConfig) -> Iterator[AdaptedRule]:
+    if config.is_uniform:
+        yield AdaptedRule(rule, parts, config)
+        return
+    layers_of: dict[tuple[int, float], list[int]] = {}
+    for layer in range(spec.num_layers) if rule.layers is None else rule.layers:
+        own = {
+            name: config.of_linear(name, megatron_name)
+            for megatron_name, name in _names_in_layer(rule, parts, layer, spec.num_experts or 0)
+        }
+        settings: dict[tuple[int, float], str] = {}
+        for name, one in own.items():
+            settings.setdefault((one.rank, one.alpha), name)
+        if len(settings) > 1:
+            said = ", ".join(f"{name} has rank {rank} and alpha {alpha:g}" for (rank, alpha), name in settings.items())
+            raise UnsupportedModelError(
+                f"{said}, and Megatron computes them as one linear or one list of experts "
+                f"({module_name(rule.megatron_name)}): give all of it one rank and one alpha"
+            )
+        layers_of.setdefault(next(iter(settings)), []).append(layer)
+    for (rank, alpha), layers in layers_of.items():
+        own_rule = rule if len(layers_of) == 1 else replace(rule, layers=tuple(layers))
+        yield AdaptedRule(own_rule, parts, replace(config, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={}))
+
+
+def _names_in_layer(rule: Rule, parts: Sequence[Part], layer: int, experts: int) -> Iterator[tuple[str, str]]:
+    """The names of the Megatron linear and of each of its HF linears, for every expert."""
+    for expert in range(experts) if "{expert}" in rule.megatron_name else [0]:
+        for part in parts:
+            name = linear_name(part.hf_name).format(layer=layer, expert=expert)
+            yield module_name(rule.megatron_name).format(layer=layer, expert=expert), name
+
+
+def _require_known_patterns(spec: ModelSpec, config: LoRAConfig) -> None:
+    """Raises ValueError where a pattern matches nothing that has an adapter."""
+    names = [
+        name
+        for rule in spec.rules
+        if (parts := adapted_parts(rule, config.targets))
+        for layer in (range(spec.num_layers) if rule.layers is None else rule.layers)
+        for both in _names_in_layer(rule, parts, layer, spec.num_experts or 0)
+        for name in both
+    ]
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field_name):
+            if not any(pattern_matches(pattern, name) for name in names):
+                raise ValueError(
+                    f"{field_name}: {pattern!r} matches no linear that has an adapter, such as {names[1]} ({names[0]})"
+                )
 
 
 class _Factors:
     """The rules of the factors of one rule's adapters.
 
     Args:
-        parts: those that are adapted.
         names: PEFT's name of every HF linear.
     """
 
-    def __init__(self, rule: Rule, parts: tuple[Part, ...], config: LoRAConfig, names: dict[str, str]) -> None:
+    def __init__(self, adapted: AdaptedRule, names: dict[str, str]) -> None:
+        rule, parts, config = adapted.rule, adapted.parts, adapted.config
         self._rule, self._config, self._names = rule, config, names
         self._parts = parts
         self._axes = [_PartAxes(rule, part) for part in parts]

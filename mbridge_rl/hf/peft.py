@@ -13,14 +13,15 @@ from torch import Tensor
 
 from mbridge_rl.core.adapters import (
     PEFT_PREFIX,
-    LoRAConfig,
     adapted_linears,
+    adapted_rules,
     adapted_spec,
     equal_tensors,
     linear_name,
     targets_of,
 )
 from mbridge_rl.core.errors import CheckpointError, StateMismatchError, UnsupportedModelError, listed
+from mbridge_rl.core.lora_config import LoRAConfig, pattern_matches
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.writer import ShardFile, shard_file
@@ -58,8 +59,9 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
     tensors that are there.
 
     Raises:
-        CheckpointError: there is no readable adapter; UnsupportedModelError: it is more than LoRA on linears, and what;
-            StateMismatchError: it adapts modules that the model does not have.
+        CheckpointError: there is no readable adapter; UnsupportedModelError: it is more than LoRA on linears, and what,
+            or gives parts of one fused linear different ranks; StateMismatchError: it adapts modules that the model does not
+            have.
     """
     path = Path(directory) / ADAPTER_CONFIG
     try:
@@ -93,8 +95,15 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
         modules = modules - stacks | _targeted(said.get("target_parameters") or (), linears & hf_names)
     if unknown := modules - linears:
         raise StateMismatchError(f"{directory} adapts what {spec.architecture} does not have: {listed(unknown)}")
-    _require_one_rank(said, modules, path)
-    return replace(config, targets=targets_of(adapted_spec(spec, config), modules))
+    config = replace(config, targets=targets_of(adapted_spec(spec, config), modules))
+    # PEFT also writes patterns that match nothing.
+    patterns = {
+        name: {pattern: value for pattern, value in (said.get(name) or {}).items() if _matches_any(pattern, modules)}
+        for name in ("rank_pattern", "alpha_pattern")
+    }
+    config = replace(config, **patterns)
+    adapted_rules(adapted_spec(spec, config), config)
+    return config
 
 
 def _targeted(target_parameters: Sequence[str], parameters: Set[str]) -> set[str]:
@@ -102,15 +111,8 @@ def _targeted(target_parameters: Sequence[str], parameters: Set[str]) -> set[str
     return {name for name in parameters if any(name == target or name.endswith(f".{target}") for target in target_parameters)}
 
 
-def _require_one_rank(said: Mapping[str, Any], modules: Set[str], path: Path) -> None:
-    """Ranks and scales of single modules are refused; PEFT also writes patterns that match none."""
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in (said.get(name) or {}).items():
-            if special := [module for module in modules if re.match(rf"(.*\.)?({pattern})$", module)]:
-                raise UnsupportedModelError(
-                    f"{path}: {name} gives {pattern} the value {value}, and all adapters must have one rank and one alpha: "
-                    f"found {listed(special)}"
-                )
+def _matches_any(pattern: str, modules: Set[str]) -> bool:
+    return any(pattern_matches(pattern, module) for module in modules)
 
 
 def adapter_file(tensors: Sequence[HFTensor]) -> ShardFile:
@@ -132,6 +134,7 @@ def write_lora_config(spec: ModelSpec, config: LoRAConfig, base: str | None, dir
         "base_model_name_or_path": base,
         "r": config.peft_rank,
         "lora_alpha": config.peft_alpha,
+        **patterns_in_peft(spec, config),
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "target_modules": modules,
@@ -143,6 +146,32 @@ def write_lora_config(spec: ModelSpec, config: LoRAConfig, base: str | None, dir
         "init_lora_weights": True,
     }
     (directory / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def patterns_in_peft(spec: ModelSpec, config: LoRAConfig) -> dict[str, dict[str, float]]:
+    """PEFT's `rank_pattern` and `alpha_pattern`, where they say anything. No two keys match one linear: `peft` does not
+    keep their order.
+
+    Args:
+        spec: of the base model.
+    """
+    adapted = adapted_linears(spec, config)
+    values = {
+        "rank_pattern": _pattern({name: one.peft_rank for name, one in adapted.items()}, config.peft_rank),
+        "alpha_pattern": _pattern({name: one.peft_alpha for name, one in adapted.items()}, config.peft_alpha),
+    }
+    return {name: pattern for name, pattern in values.items() if pattern}
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """The values that are not the default's, by the last names of linears where all of one have one value, otherwise by full
+    names."""
+    of_last: dict[str, set[float]] = {}
+    for name, value in values.items():
+        of_last.setdefault(_last(name), set()).add(value)
+    return {
+        _last(name) if len(of_last[_last(name)]) == 1 else name: value for name, value in values.items() if value != default
+    }
 
 
 def _targets_in_peft(spec: ModelSpec, config: LoRAConfig) -> tuple[list[str], list[str]]:

@@ -187,14 +187,16 @@ def per_tensor_param(
         return HFStream(lambda ranks: bridge.export_weights(model, ranks=ranks)), None
     from peft import PeftType, TaskType
 
+    from mbridge_rl.hf.peft import patterns_in_peft
     from mbridge_rl.megatron.adapters import lora_config_of
 
     config = lora_config_of(model)
     peft_config = {
         "task_type": TaskType.CAUSAL_LM,
         "peft_type": PeftType.LORA,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
+        "r": config.peft_rank,
+        "lora_alpha": config.peft_alpha,
+        **patterns_in_peft(bridge.spec, config),
         "use_rslora": config.rslora,
         "target_modules": "all-linear",  # rollout engines adapt what they are sent
         "lora_dropout": 0.0,

@@ -1,7 +1,7 @@
 """The adapters of a live Megatron model as a side of a plan.
 
-What attaches them (`training.lora`, or anybody's) leaves on every adapted linear `adapter_parameter_names`, and on every
-innermost model `lora_config`; their placement follows from the rules (`core.adapters`).
+What attaches them (`training.lora`, or anybody's) leaves on every adapted linear `adapter_parameter_names` and `lora.scale`,
+and on every innermost model `lora_config`; their placement follows from the rules (`core.adapters`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from mbridge_rl.core.adapters import LoRAConfig, adapter_spec
+from mbridge_rl.core.adapters import adapter_spec
 from mbridge_rl.core.errors import StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.segments import Side, megatron_side
 from mbridge_rl.megatron.model import unwrap
@@ -26,24 +27,26 @@ class LiveAdapters(Mapping[str, Tensor]):
     """This rank's adapter factors by global `megatron_name`, looked up now; made anew for every transfer.
 
     Args:
-        scale: factor of `B` when it is read: 1 for files, which state the scale beside, the adapters' own for engines.
+        scaled: multiply `B` by its adapter's scale when it is read, for engines; files state the scale beside.
     """
 
-    def __init__(self, model: Sequence[nn.Module], experts_before: int, scale: float = 1.0) -> None:
-        self._scale = scale
+    def __init__(self, model: Sequence[nn.Module], experts_before: int, *, scaled: bool = False) -> None:
         self._parameters: dict[str, Tensor] = {}
+        self._scales: dict[str, float] = {}
         for chunk in unwrap(model):
             layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
             for local_name, module in chunk.named_modules():
                 for factor in getattr(module, "adapter_parameter_names", ()):
                     name = global_name_of(f"{local_name}.{factor}", layers, experts_before)
                     self._parameters[name] = getattr(module, factor)
+                    if scaled and _OF_OUTPUT.search(name):
+                        self._scales[name] = module.lora.scale
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         factor = self._parameters[megatron_name].detach()
-        if self._scale == 1.0 or not _OF_OUTPUT.search(megatron_name):
+        if (scale := self._scales.get(megatron_name, 1.0)) == 1.0:
             return factor
-        return factor.float() * self._scale  # rounded once, to the dtype that travels
+        return factor.float() * scale  # rounded once, to the dtype that travels
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -102,6 +105,6 @@ def live_adapter_side(
     adapters = adapter_spec(spec, config)
     side = megatron_side(adapters, layout, rank)
     experts_before = layout.coordinates(rank).ep * (spec.num_experts or 0) // layout.ep
-    live = LiveAdapters(model, experts_before, config.scale if scaled else 1.0)
+    live = LiveAdapters(model, experts_before, scaled=scaled)
     check_held(live._parameters, side, rank)
     return live, adapters, side

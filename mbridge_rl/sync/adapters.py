@@ -177,7 +177,7 @@ class AdapterSync:
         return {
             "adapter": self.adapter,
             "version": version,
-            "rank": lora_config_of(self._model).peft_rank,
+            "rank": lora_config_of(self._model).largest_peft_rank,
             "arena_path": self._arena.path,
             "arena_nbytes": self._arena.nbytes,
             "names": [tensor.hf_name for tensor in self._tensors],

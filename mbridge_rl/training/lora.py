@@ -27,17 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.adapters import (
-    ATTENTION_TARGETS,
-    DENSE_TARGETS,
+    AdaptedRule,
     FusedRows,
-    LoRAConfig,
-    adapted_parts,
+    adapted_rules,
     adapted_spec,
     adapter_spec,
     factor_name,
     fused_rows,
     module_name,
 )
+from mbridge_rl.core.lora_config import ATTENTION_TARGETS, DENSE_TARGETS, LoRAConfig
 from mbridge_rl.core.rules import Rule
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parameters import world_rank
@@ -64,11 +63,13 @@ _WEIGHT = re.compile(r"weight\d*")
 
 @dataclass(frozen=True)
 class _Target:
-    """A linear to adapt, under its global name; the rule of its weight, and which of its rows get which adapter."""
+    """A linear to adapt, under its global name; the rule of its weight, the config of its adapters, and which of its rows get
+    which adapter."""
 
     name: str
     module: nn.Module
     rule: Rule
+    config: LoRAConfig
     rows: FusedRows
     first_expert: int | None
 
@@ -114,12 +115,14 @@ def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
     adapter_spec(chunks[0].model_spec, config)  # raises where the config does not fit the model
     layout = chunks[0].parallel_layout
     targets = [target for chunk in chunks for target in _targets(chunk, config)]
-    factors = [_first_factors(target, Start(config, target.rule, target.rows, target.mode, layout)) for target in targets]
+    factors = [
+        _first_factors(target, Start(target.config, target.rule, target.rows, target.mode, layout)) for target in targets
+    ]
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.requires_grad_(False)
     for target, of_target in zip(targets, factors, strict=True):
-        _attach(target, config, of_target)
+        _attach(target, of_target)
     if config.dropout:
         seed_dropout(config.seed, world_rank(), layout.coordinates(world_rank()))
     for chunk in chunks:
@@ -200,14 +203,17 @@ def adapters_merged(model: Sequence[nn.Module]) -> Iterator[None]:
 def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
     """The linears of a chunk to adapt."""
     spec, layout = adapted_spec(chunk.model_spec, config), chunk.parallel_layout
-    rule_of = {module_name(rule.megatron_name): rule for rule in spec.rules if adapted_parts(rule, config.targets)}
+    of_module: dict[str, list[AdaptedRule]] = {}
+    for one in adapted_rules(spec, config):
+        of_module.setdefault(module_name(one.rule.megatron_name), []).append(one)
     at = layout.coordinates(world_rank())
     experts_before = at.ep * (spec.num_experts or 0) // layout.ep
     for layer in chunk.decoder.layers:
         index = layer.layer_number - 1
         for name, module in layer.named_modules():
-            rule = rule_of.get(f"decoder.layers.{{layer}}.{_LOCAL_EXPERT.sub('.', name)}")
-            if rule is None or (rule.layers is not None and index not in rule.layers):
+            candidates = of_module.get(f"decoder.layers.{{layer}}.{_LOCAL_EXPERT.sub('.', name)}", ())
+            adapted = next((one for one in candidates if one.rule.layers is None or index in one.rule.layers), None)
+            if adapted is None:
                 continue
             global_name = f"decoder.layers.{index}.{name}"
             if not hasattr(module, "in_features"):
@@ -219,8 +225,9 @@ def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
                 raise ValueError(f"{global_name} has an adapter already")
             expert = _LOCAL_EXPERT.search(f".{name}.")
             first_expert = experts_before + int(expert[1] if expert else 0) if ".experts." in name else None
-            rows = fused_rows(rule, config, layout, at)
-            yield _Target(_LOCAL_EXPERT.sub(".", global_name), module, rule, rows, first_expert)
+            rows = fused_rows(adapted.rule, adapted.config, layout, at)
+            name_of_all = _LOCAL_EXPERT.sub(".", global_name)
+            yield _Target(name_of_all, module, adapted.rule, adapted.config, rows, first_expert)
 
 
 def _first_factors(target: _Target, start: Start) -> list[dict[str, Tensor]]:
@@ -231,8 +238,8 @@ def _first_factors(target: _Target, start: Start) -> list[dict[str, Tensor]]:
     ]
 
 
-def _attach(target: _Target, config: LoRAConfig, factors: list[dict[str, Tensor]]) -> None:
-    module, rows, suffixes = target.module, target.rows, target.suffixes
+def _attach(target: _Target, factors: list[dict[str, Tensor]]) -> None:
+    module, config, rows, suffixes = target.module, target.config, target.rows, target.suffixes
     module.adapted_weights = tuple(f"weight{suffix}" for suffix in suffixes)
     module.adapter_parameter_names = ()
     module.merging, module.merged_weight = partial(merging, module), partial(merged_weight, module)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.adapters import FusedRows, LoRAConfig, adapted_parts
+from mbridge_rl.core.adapters import FusedRows, adapted_parts
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.rules import Rule
 from mbridge_rl.core.segments import pieces
 from mbridge_rl.megatron.parameters import world_rank

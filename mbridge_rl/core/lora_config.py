@@ -1,0 +1,117 @@
+"""What LoRA adapters a model gets, as a user says it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import Literal, TypeVar, get_args
+
+T = TypeVar("T")
+
+Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+
+ATTENTION_TARGETS = ("linear_qkv", "linear_proj")
+DENSE_TARGETS = (*ATTENTION_TARGETS, "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Attributes:
+    rank: of `B A`.
+    rank_pattern, alpha_pattern: other ranks and alphas of some linears, as in PEFT: the first regular expression that
+        matches the name of the HF linear wins, whole or from a dot on (`{"down_proj": 4, "layers.0.*": 8}`); the name of the
+        Megatron linear (`linear_qkv`) will do, too. The parts of one fused linear have one rank and one alpha.
+    alpha: `scale` is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora` (Kalajdzievski, arXiv 2312.03732).
+    targets: which linears get adapters: names of Megatron linears (`linear_qkv`, `linear_fc1`, ...) or of HF linears (`q_proj`,
+        which adapts that part of a fused linear alone), or patterns of their full names (`*.experts.*`).
+    canonical: every HF linear has its own `A`, as PEFT's; otherwise the parts of a fused linear share one.
+    dora: train the magnitude of every row beside its direction.
+    dropout: probability that an element of `A`'s input is dropped in training.
+    start: the first factors. `kaiming` (uniform) and `gaussian`: random `A`, `B` zero; `orthogonal`: both random, `B A` zero
+        (rank even); `pissa`: the principal components of the weights; `olora`: the first columns of their QR decomposition.
+    stacked_experts: experts' adapters are those of PEFT's `target_parameters`: gate and up share one `A`, and all experts of a
+        layer are in one tensor, as Transformers 5 has them in memory. Otherwise one pair per expert and linear, under the
+        checkpoint's names.
+    seed: of random factors and of dropout; ranks with other parallel layouts start from the same adapters.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = DENSE_TARGETS
+    canonical: bool = False
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    start: Start = "kaiming"
+    stacked_experts: bool = False
+    seed: int = 0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the first factors are subtracted, and so kept."""
+        return self.start in ("pissa", "olora")
+
+    @property
+    def peft_rank(self) -> int:
+        """Rank of the same adapter in PEFT's words."""
+        return 2 * self.rank if self.keeps_start else self.rank
+
+    @property
+    def largest_peft_rank(self) -> int:
+        """What an engine must have room for."""
+        return max(self.peft_rank, *(replace(self, rank=rank).peft_rank for rank in self.rank_pattern.values()), 1)
+
+    @property
+    def peft_alpha(self) -> float:
+        """`alpha` that gives the same scale at `peft_rank`."""
+        return self.scale * (sqrt(self.peft_rank) if self.rslora else self.peft_rank)
+
+    @property
+    def is_uniform(self) -> bool:
+        """All adapters have one rank and one alpha."""
+        return not self.rank_pattern and not self.alpha_pattern
+
+    def of_linear(self, *names: str) -> LoRAConfig:
+        """The config of one linear, which is uniform.
+
+        Args:
+            names: its full names.
+        """
+        rank = _matched(self.rank_pattern, names, self.rank)
+        return replace(
+            self, rank=rank, alpha=_matched(self.alpha_pattern, names, self.alpha), rank_pattern={}, alpha_pattern={}
+        )
+
+    def require_valid(self) -> None:
+        """Raises ValueError where fields are out of range or contradict each other."""
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"LoRA's pattern {pattern!r} is no regular expression: {error}") from error
+        if self.rank < 1:
+            raise ValueError(f"LoRA's rank must be at least 1, found {self.rank}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA's dropout is a probability below 1, found {self.dropout}")
+        if self.start not in get_args(Start):
+            raise ValueError(f"LoRA can start from {', '.join(get_args(Start))}, found {self.start}")
+        if self.start == "orthogonal" and self.rank % 2:
+            raise ValueError(f"orthogonal adapters have an even rank, found {self.rank}")
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` is for the linear of this full name."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _matched(patterns: Mapping[str, T], names: Sequence[str], default: T) -> T:
+    found = (value for pattern, value in patterns.items() if any(pattern_matches(pattern, name) for name in names))
+    return next(found, default)
