@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.core.adapters import adapter_spec
+from mbridge_rl.core.adapters import PEFT_PREFIX, adapted_linears, adapter_spec
 from mbridge_rl.core.buckets import offsets
 from mbridge_rl.core.digest import combine, digest
 from mbridge_rl.core.lora_config import LoRAConfig
@@ -21,8 +21,8 @@ from mbridge_rl.sync.vllm.engine import InProcessEngine
 OPTIONS = {"max_model_len": 64, "max_num_seqs": 8, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 
 
-def adapter(start: Path, seed: int, rank: int = 4) -> dict[str, Tensor]:
-    spec = adapter_spec(AutoBridge.from_pretrained(start).spec, LoRAConfig(rank=rank))
+def adapter(start: Path, seed: int, rank: int = 4, **config: Any) -> dict[str, Tensor]:
+    spec = adapter_spec(AutoBridge.from_pretrained(start).spec, LoRAConfig(rank=rank, **config))
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) * 0.15 for name, shape in spec.hf_shapes.items()}
 
@@ -99,11 +99,44 @@ def slots_are_proven_and_reverted(start: Path) -> None:
         put(engine, "a", 3, {name: tensor.bfloat16() for name, tensor in second.items()})
     with pytest.raises(EngineMismatch, match="rank 9, the engine takes 8"):
         put(engine, "a", 3, adapter(start, 3, rank=9), rank=9)
+    with pytest.raises(EngineMismatch, match=r"adapters of output layers .*WeightSync"):
+        put(engine, "a", 3, adapter(start, 3, targets=("output_layer",)))
     put(engine, "a", 4, second)
     put(engine, "b", 1, first)
     assert answers("b") == served
     assert engine.adapter_versions() == {"a": 4, "b": 1}
     engine.close()
+
+
+def ranks_by_pattern_act_as_merged_weights(start: Path) -> float:
+    """How far log-probabilities are from those of Transformers with the merged weights; the tokens are equal."""
+    import transformers
+
+    config = LoRAConfig(
+        rank=3,
+        alpha=5.0,
+        targets=("q_proj", "v_proj", "linear_proj", "linear_fc2"),
+        canonical=True,
+        rank_pattern={"linear_proj": 5, r".*layers\.1\.self_attn\..*": 2},
+        alpha_pattern={"down_proj": 9.0},
+    )
+    spec = AutoBridge.from_pretrained(start).spec
+    model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
+    generator, state = torch.Generator().manual_seed(1), model.state_dict()
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.15 for name, shape in adapter_spec(spec, config).hf_shapes.items()
+    }
+    for name, own in adapted_linears(spec, config).items():
+        factor_a, factor_b = (f"{PEFT_PREFIX}{name}.lora_{which}.weight" for which in "AB")
+        tensors[factor_b] *= own.scale
+        state[f"{name}.weight"] += tensors[factor_b] @ tensors[factor_a]
+    with InProcessEngine(start, **OPTIONS) as engine:
+        assert put(engine, "a", 1, tensors, rank=config.largest_peft_rank)["proven"] == len(tensors)
+        (answer,) = engine.generate([[5, 9, 33, 100, 514]], temperature=0.0, max_tokens=4, adapter="a")
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 9, 33, 100, 514, *answer.tokens]])).logits[0, 4:-1].log_softmax(-1)
+    assert logits.argmax(-1).tolist() == answer.tokens
+    return (logits.amax(-1) - torch.tensor(answer.logprobs)).abs().max().item()
 
 
 def an_engine_without_lora_says_so(start: Path) -> None:

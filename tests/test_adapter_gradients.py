@@ -27,11 +27,12 @@ from mbridge_rl.training.lora import add_lora
 from mbridge_rl.training.lora_dropout import drop, seed_dropout
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
-DENSE, MOE, MLA = "qwen2", "qwen3-moe", "deepseek"
+DENSE, MOE, MIXTRAL, MLA = "qwen2", "qwen3-moe", "mixtral", "deepseek"
 SP: dict[str, Any] = {"sequence_parallel": True}
 RECOMPUTE = {"overrides": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}}
 LORA = LoRAConfig(rank=3, alpha=6.0, canonical=True)
 DORA = replace(LORA, dora=True)
+OUTPUT = ("linear_fc2", "output_layer")
 RANKS, ALPHAS = {"linear_fc2": 5, r".*\.[02]\.self_attn\..*": 2}, {"o_proj": 1.5, r"layers\.1\.mlp\..*": 10.0}
 LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 ATTENTION, STACKED = ("linear_qkv", "linear_proj"), ("linear_qkv", "linear_proj", "*.experts.*")
@@ -109,24 +110,32 @@ def _save(rank: int, base: Path, config: LoRAConfig, directory: Path) -> None:
         (DENSE, Layout(tp=2), SP, LORA),
         (DENSE, Layout(tp=2), SP | RECOMPUTE, DORA),
         (DENSE, Layout(tp=2), {}, DORA),
+        (DENSE, Layout(tp=2, dp=2), SP, replace(LORA, targets=OUTPUT)),
+        (DENSE, Layout(tp=2, pp=2), {}, replace(LORA, targets=OUTPUT)),
         (DENSE, Layout(tp=2, pp=2), SP, replace(DORA, rank=4, rank_pattern=RANKS, alpha_pattern=ALPHAS)),
         (DENSE, Layout(pp=2, vpp=2), {}, DORA),
         (DENSE, Layout(dp=2, cp=2), {}, replace(DORA, rslora=True, targets=("q_proj", "v_proj", "up_proj", "down_proj"))),
         (MLA, Layout(tp=2), SP, replace(DORA, targets=LATENT)),
         (MOE, Layout(tp=2, ep=2, etp=1), SP, replace(LORA, targets=STACKED, stacked_experts=True)),
         (MOE, Layout(tp=2), SP, replace(LORA, targets=STACKED, stacked_experts=True)),
+        (MIXTRAL, Layout(tp=2, ep=2, etp=1), SP, replace(LORA, targets=STACKED, stacked_experts=True)),
+        (MIXTRAL, Layout(tp=2), SP, replace(LORA, targets=STACKED, stacked_experts=True)),
         (MOE, Layout(ep=2, dp=2), {}, replace(DORA, targets=ATTENTION)),
     ],
     ids=[
         "lora-tp-sp",
         "dora-tp-sp-recompute",
         "dora-tp",
+        "output-tp-sp",
+        "output-tp-pp",
         "dora-ranks-tp-pp",
         "dora-pp",
         "dora-dp-cp",
         "dora-mla",
         "stack-ep",
         "stack-etp",
+        "stack-ep-mixtral",
+        "stack-etp-mixtral",
         "dora-ep",
     ],
 )

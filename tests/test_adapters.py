@@ -189,6 +189,12 @@ def test_specs_name_what_cannot_be_adapted() -> None:
         UnsupportedModelError, match=r"q_proj has rank 8.*k_proj has rank 16.*linear_qkv.*one rank and one alpha"
     ):
         adapter_spec(spec, LoRAConfig(rank_pattern={"q_proj": 8}))
+    with pytest.raises(UnsupportedModelError, match=r"embed_tokens: adapters of embeddings are not supported; leave it out"):
+        adapter_spec(spec, LoRAConfig(targets=("embed_tokens",)))
+    for target in ("lm_head", "output_layer"):
+        tied = model_spec(tiny_config("qwen2", tie_word_embeddings=True))
+        with pytest.raises(UnsupportedModelError, match=f"{target}: the output layer of this model is its embedding"):
+            adapter_spec(tied, LoRAConfig(targets=(target,)))
     some = LoRAConfig(targets=("q_proj",))
     (rule,) = (rule for rule in spec.rules if rule.megatron_name.endswith("linear_qkv.weight"))
     layout = ParallelLayout(tp=8)
@@ -231,7 +237,7 @@ def _peft_adapter(base: Path, directory: Path, **options: Any) -> Tensor:
                 random = torch.randn(parameter.shape, generator=generator) * 0.2
                 parameter.copy_(parameter * (1 + random) if "magnitude" in name else random)
         logits = model.eval()(_tokens()).logits
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_embedding_layers=False)
     return logits
 
 
@@ -278,7 +284,9 @@ def _load_and_save(rank: int, base: Path, adapter: Path, layout: ParallelLayout,
         ("deepseek", ParallelLayout(tp=2), {"target_modules": ["q_a_proj", "kv_b_proj", "o_proj"], "use_dora": True}),
         ("qwen3-moe", ParallelLayout(tp=2), {"target_modules": ["v_proj"], "target_parameters": EXPERTS}),
         ("qwen3-moe", ParallelLayout(ep=2, dp=2), {"target_modules": [], "target_parameters": ["down_proj"]}),
+        ("mixtral", ParallelLayout(tp=2), {"target_modules": ["v_proj"], "target_parameters": EXPERTS}),
         ("qwen2", ParallelLayout(tp=2), {"target_modules": "all-linear", **PATTERNS}),
+        ("qwen2", ParallelLayout(tp=2, pp=2), {"target_modules": ["v_proj", "lm_head"], "rank_pattern": {"lm_head": 5}}),
         (
             "qwen2",
             ParallelLayout(tp=2, pp=2),
@@ -353,6 +361,7 @@ def _random_and_save(rank: int, base: Path, layout: ParallelLayout, config: LoRA
         ("qwen3-moe", ParallelLayout(tp=2, ep=2, etp=1), LoRAConfig(rank=3, targets=BUT_DENSE, stacked_experts=True)),
         ("qwen2", ParallelLayout(tp=2), LoRAConfig(rank=2, alpha=3.0, rslora=True, start="pissa")),
         ("qwen2", ParallelLayout(tp=2, pp=2), LoRAConfig(rank=3, alpha=6.0, **PATTERNS)),
+        ("deepseek", ParallelLayout(tp=2), LoRAConfig(rank=2, alpha=3.0, targets=("output_layer", "linear_kv_up_proj"))),
         (
             "qwen2",
             ParallelLayout(tp=2),
@@ -366,6 +375,8 @@ def _random_and_save(rank: int, base: Path, layout: ParallelLayout, config: LoRA
             ),
         ),
         ("qwen3-moe", ParallelLayout(tp=2), LoRAConfig(rank=2, targets=BUT_DENSE, stacked_experts=True, start="olora")),
+        ("mixtral", ParallelLayout(tp=2, ep=2, etp=1), LoRAConfig(rank=3, targets=BUT_DENSE, stacked_experts=True)),
+        ("mixtral", ParallelLayout(tp=2), LoRAConfig(rank=3, alpha=6.0, targets=BUT_DENSE)),
     ],
     ids=str,
 )
@@ -436,4 +447,11 @@ def test_configs_of_foreign_adapters_are_refused(scratch: Path, tmp_path: Path) 
         read_lora_config(spec, adapter)
     (adapter / ADAPTER_CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 4, "peft_type": "LOHA"}))
     with pytest.raises(UnsupportedModelError, match="peft_type='LOHA' is not supported"):
+        read_lora_config(spec, adapter)
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 4, "peft_type": "LORA"}))
+    save_file({f"{PEFT_PREFIX}lm_head.base_layer.weight": torch.zeros(515, 64)}, adapter / ADAPTER_FILE)
+    with pytest.raises(UnsupportedModelError, match=r"weights of the base model .*lm_head\.base.*save_embedding_layers=False"):
+        read_lora_config(spec, adapter)
+    save_file({f"{PEFT_PREFIX}model.embed_tokens.lora_embedding_A": torch.zeros(2, 515)}, adapter / ADAPTER_FILE)
+    with pytest.raises(UnsupportedModelError, match=r"adapters of embeddings, which are not supported: model\.embed_tokens"):
         read_lora_config(spec, adapter)

@@ -230,6 +230,7 @@ def test_slots_are_proven_and_whatever_fails_is_undone(tmp_path: Path) -> None:
     interpreter = Interpreter()
     try:
         interpreter.call(adapter_scenarios.slots_are_proven_and_reverted, dense)
+        assert interpreter.call(adapter_scenarios.ranks_by_pattern_act_as_merged_weights, dense) < LOGPROB_TOLERANCE
         interpreter.call(adapter_scenarios.an_engine_without_lora_says_so, dense)
         interpreter.call(adapter_scenarios.experts_beside_adapters_are_refused, experts)
     finally:

@@ -51,6 +51,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 24, **EXPERTS, "mlp_only_layers": [], "norm_topk_prob": False, "tie_word_embeddings": True},
     ),
 }
+# For single questions.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"head_dim": 24, "num_local_experts": 6, "intermediate_size": 32}),
+}
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe")
 
 
@@ -58,7 +62,7 @@ def tiny_config(variant: str, **changes: Any) -> Any:
     """A Transformers config with its architecture named."""
     import transformers
 
-    name, fields = VARIANTS[variant]
+    name, fields = (VARIANTS | OTHERS)[variant]
     config = getattr(transformers, f"{name}Config")(**{**DENSE, **fields, **changes})
     config.architectures = [f"{name}ForCausalLM"]
     return config

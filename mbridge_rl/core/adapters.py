@@ -39,6 +39,7 @@ from mbridge_rl.core.rules import Axis, Part, Rule
 from mbridge_rl.core.stacked_experts import with_stacked_experts
 
 PEFT_PREFIX = "base_model.model."
+OUTPUT_LAYER = "output_layer.weight"
 _WEIGHT = ".weight"
 
 
@@ -141,20 +142,36 @@ def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[Part, ...]:
 
 
 def is_linear(rule: Rule) -> bool:
-    """Whether a rule is of a linear layer's weight, `[out, in]`."""
-    return rule.placement == "layer" and len(rule.shape) == 2 and rule.megatron_name.rpartition(".")[2].startswith("weight")
+    """Whether a rule is of a linear layer's weight, `[out, in]`; of an output layer only where it is not the embedding, too."""
+    if rule.placement != "layer" and (rule.placement, rule.megatron_name) != ("last_stage", OUTPUT_LAYER):
+        return False
+    return len(rule.shape) == 2 and rule.megatron_name.rpartition(".")[2].startswith("weight")
 
 
 def require_known_targets(spec: ModelSpec, targets: Sequence[str]) -> None:
-    """Raises ValueError where a target names nothing in the model."""
+    """Raises ValueError where a target names nothing in the model, and UnsupportedModelError for an embedding."""
     for target in targets:
         if not any(adapted_parts(rule, (target,)) for rule in spec.rules):
+            _refuse_embedding(spec, target)
             known = sorted({_last(module_name(rule.megatron_name)) for rule in spec.rules if is_linear(rule)})
             parts = sorted({_last(linear_name(part.hf_name)) for rule in spec.rules if is_linear(rule) for part in rule.parts})
             raise ValueError(
                 f"no layer of this model has a linear named {target}; choose from {', '.join(known)} (Megatron's) or "
                 f"{', '.join(parts)} (Hugging Face's)"
             )
+
+
+def _refuse_embedding(spec: ModelSpec, target: str) -> None:
+    embeddings = [rule for rule in spec.rules if rule.padded and not is_linear(rule)]
+    names = {module_name(rule.megatron_name) for rule in embeddings}
+    names |= {linear_name(part.hf_name) for rule in embeddings for part in rule.parts}
+    tied = {"lm_head"} if spec.tied_embeddings else set()
+    if any(_names(target, name) for name in names | tied):
+        because = "the output layer of this model is its embedding, and " if spec.tied_embeddings else ""
+        raise UnsupportedModelError(
+            f"{target}: {because}adapters of embeddings are not supported; leave it out of the targets, or train all weights "
+            f"(without LoRA)"
+        )
 
 
 def fused_rows(rule: Rule, config: LoRAConfig, layout: ParallelLayout, at: Coordinates) -> FusedRows:
@@ -169,6 +186,8 @@ def fused_rows(rule: Rule, config: LoRAConfig, layout: ParallelLayout, at: Coord
     order = list(dict.fromkeys(part.hf_name for part in chosen))
     which = {hf_name: index if config.canonical else 0 for index, hf_name in enumerate(order)}
     shards = rule.axis_size(layout)
+    if rule.padded:  # the rows of no token, too: their B stays zero
+        return FusedRows(1, ((rule.local_shape(layout)[0], 0),))
     groups = rule.groups or shards
     of_group = [(part.size(0) // groups, which[part.hf_name] if part in chosen else None) for part in rule.parts]
     if groups % shards == 0:
@@ -243,7 +262,7 @@ def _by_layers(spec: ModelSpec, rule: Rule, parts: tuple[Part, ...], config: LoR
         yield AdaptedRule(rule, parts, config)
         return
     layers_of: dict[tuple[int, float], list[int]] = {}
-    for layer in range(spec.num_layers) if rule.layers is None else rule.layers:
+    for layer in _layers_of(spec, rule):
         own = {
             name: config.of_linear(name, megatron_name)
             for megatron_name, name in _names_in_layer(rule, parts, layer, spec.num_experts or 0)
@@ -263,6 +282,13 @@ def _by_layers(spec: ModelSpec, rule: Rule, parts: tuple[Part, ...], config: LoR
         yield AdaptedRule(own_rule, parts, replace(config, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={}))
 
 
+def _layers_of(spec: ModelSpec, rule: Rule) -> Sequence[int]:
+    """The layers that a rule's names count; one for what is in none."""
+    if rule.placement != "layer":
+        return (0,)
+    return range(spec.num_layers) if rule.layers is None else rule.layers
+
+
 def _names_in_layer(rule: Rule, parts: Sequence[Part], layer: int, experts: int) -> Iterator[tuple[str, str]]:
     """The names of the Megatron linear and of each of its HF linears, for every expert."""
     for expert in range(experts) if "{expert}" in rule.megatron_name else [0]:
@@ -277,7 +303,7 @@ def _require_known_patterns(spec: ModelSpec, config: LoRAConfig) -> None:
         name
         for rule in spec.rules
         if (parts := adapted_parts(rule, config.targets))
-        for layer in (range(spec.num_layers) if rule.layers is None else rule.layers)
+        for layer in _layers_of(spec, rule)
         for both in _names_in_layer(rule, parts, layer, spec.num_experts or 0)
         for name in both
     ]
@@ -336,7 +362,7 @@ class _Factors:
         if self._rule.dim == 1:
             return [replace(self._rule, megatron_name=name, parts=tuple(of_tensor.values()), shape=(self._config.rank, 0))]
         shape = (0, self._rule.shape[1])
-        unsharded = replace(self._rule, megatron_name=name, shape=shape, axis=None, groups=None)
+        unsharded = replace(self._rule, megatron_name=name, shape=shape, axis=None, groups=None, padded=False)
         if self._config.canonical:
             return [replace(unsharded, parts=tuple(of_tensor.values()))]
         return [replace(unsharded, parts=(part,)) for part in of_tensor.values()]

@@ -23,6 +23,7 @@ def with_stacked_experts(spec: ModelSpec, *, transposed: bool = False) -> ModelS
 
 def _stacked(rule: Rule, experts: int, transposed: bool) -> Rule:
     prefix, _, _ = rule.parts[0].hf_name.partition(".{expert}.")
+    prefix = prefix.replace(".block_sparse_moe.", ".mlp.")  # as Transformers 5 has it in memory (Mixtral, MiniMax-M2)
     name = "gate_up_proj" if rule.dim == 0 else "down_proj"
     parts = []
     for place, part in enumerate(rule.parts):

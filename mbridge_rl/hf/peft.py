@@ -93,6 +93,13 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
     linears = {linear_name(hf_name) for hf_name in hf_names}
     if stacks:
         modules = modules - stacks | _targeted(said.get("target_parameters") or (), linears & hf_names)
+    if base := sorted(module for module in modules if module.endswith((".base_layer.weight", ".base_layer.bias"))):
+        raise UnsupportedModelError(
+            f"{directory} holds weights of the base model beside adapters ({listed(base)}): save it with "
+            f"save_pretrained(save_embedding_layers=False)"
+        )
+    if embeddings := sorted(module for module in modules if "lora_embedding_" in module):
+        raise UnsupportedModelError(f"{directory} has adapters of embeddings, which are not supported: {listed(embeddings)}")
     if unknown := modules - linears:
         raise StateMismatchError(f"{directory} adapts what {spec.architecture} does not have: {listed(unknown)}")
     config = replace(config, targets=targets_of(adapted_spec(spec, config), modules))

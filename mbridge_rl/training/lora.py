@@ -41,7 +41,7 @@ from mbridge_rl.core.rules import Rule
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parameters import world_rank
 from mbridge_rl.training.lora_dropout import seed_dropout
-from mbridge_rl.training.lora_layers import Adapter, Mode, install, merged_weight, merging, row_norms
+from mbridge_rl.training.lora_layers import Adapter, Mode, cutting_group, install, merged_weight, merging, row_norms
 from mbridge_rl.training.lora_start import Start
 
 __all__ = [
@@ -208,26 +208,44 @@ def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
         of_module.setdefault(module_name(one.rule.megatron_name), []).append(one)
     at = layout.coordinates(world_rank())
     experts_before = at.ep * (spec.num_experts or 0) // layout.ep
+    for pattern, index, global_name, module in _modules(chunk):
+        candidates = of_module.get(pattern, ())
+        adapted = next((one for one in candidates if one.rule.layers is None or index in one.rule.layers), None)
+        if adapted is None:
+            continue
+        _require_adaptable(module, global_name, adapted)
+        expert = _LOCAL_EXPERT.search(f"{global_name}.")
+        first_expert = experts_before + int(expert[1] if expert else 0) if ".experts." in global_name else None
+        rows = fused_rows(adapted.rule, adapted.config, layout, at)
+        name = _LOCAL_EXPERT.sub(".", global_name)
+        yield _Target(name, module, adapted.rule, adapted.config, rows, first_expert)
+
+
+def _modules(chunk: nn.Module) -> Iterator[tuple[str, int, str, nn.Module]]:
+    """What may be adapted: its name in rules, its layer, its global name, and itself."""
     for layer in chunk.decoder.layers:
         index = layer.layer_number - 1
         for name, module in layer.named_modules():
-            candidates = of_module.get(f"decoder.layers.{{layer}}.{_LOCAL_EXPERT.sub('.', name)}", ())
-            adapted = next((one for one in candidates if one.rule.layers is None or index in one.rule.layers), None)
-            if adapted is None:
-                continue
-            global_name = f"decoder.layers.{index}.{name}"
-            if not hasattr(module, "in_features"):
-                raise NotImplementedError(
-                    f"LoRA on {global_name} ({type(module).__name__}) is not supported: it is no linear layer of Transformer "
-                    f"Engine's; leave it out of the targets"
-                )
-            if hasattr(module, "lora"):
-                raise ValueError(f"{global_name} has an adapter already")
-            expert = _LOCAL_EXPERT.search(f".{name}.")
-            first_expert = experts_before + int(expert[1] if expert else 0) if ".experts." in name else None
-            rows = fused_rows(adapted.rule, adapted.config, layout, at)
-            name_of_all = _LOCAL_EXPERT.sub(".", global_name)
-            yield _Target(name_of_all, module, adapted.rule, adapted.config, rows, first_expert)
+            yield f"decoder.layers.{{layer}}.{_LOCAL_EXPERT.sub('.', name)}", index, f"decoder.layers.{index}.{name}", module
+    if chunk.post_process:
+        yield "output_layer", 0, "output_layer", chunk.output_layer
+
+
+def _require_adaptable(module: nn.Module, name: str, adapted: AdaptedRule) -> None:
+    if not hasattr(module, "in_features") and name != "output_layer":
+        raise NotImplementedError(
+            f"LoRA on {name} ({type(module).__name__}) is not supported: neither Megatron nor Transformers has a linear layer "
+            f"there; leave it out of the targets"
+        )
+    if hasattr(module, "lora"):
+        raise ValueError(f"{name} has an adapter already")
+    config = adapted.config
+    if adapted.rule.padded and (config.dora or config.start not in ("kaiming", "gaussian")):
+        what = "DoRA" if config.dora else f"start={config.start}"
+        raise NotImplementedError(
+            f"{what} on {name} is not supported: the rows that pad its vocabulary are no weights; leave it out of the targets, "
+            f"or use plain LoRA"
+        )
 
 
 def _first_factors(target: _Target, start: Start) -> list[dict[str, Tensor]]:
@@ -273,7 +291,7 @@ def _mark(parameter: nn.Parameter, factor: str, mode: Mode, module: nn.Module, w
         parameter.allreduce = getattr(weight, "allreduce", True)
         return
     parameter.allreduce = True
-    parameter.tensor_model_parallel = sharded and module.tp_size > 1
+    parameter.tensor_model_parallel = sharded and cutting_group(mode) is not None
     # Not the module's own flag: Transformer Engine clears it on a linear that is not cut.
     parameter.sequence_parallel = not sharded and bool(module.config.sequence_parallel)
 

@@ -46,7 +46,7 @@ def install(module: nn.Module, adapter: Adapter) -> None:
     """Makes `module` add its adapters to what it returns."""
     module.lora = adapter
     module.register_forward_pre_hook(_ask_for_normalized_input)
-    module.register_forward_hook(_add_adapter)
+    module.register_forward_hook(_add_adapter, prepend=True)  # what others make of the output they make of all of it
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def _between(module: nn.Module, inner: Tensor) -> Tensor:
     """From the layout of a linear's input to that of its output, over the tensor-parallel group."""
     from megatron.core.tensor_parallel import mappings
 
-    if module.tp_size == 1:
+    if cutting_group(module.lora.mode) is None:
         return inner
     match module.lora.mode, bool(module.sequence_parallel):
         case "column", True:

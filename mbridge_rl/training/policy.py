@@ -56,15 +56,15 @@ def statistics_of(
     """
     core = unwrap(chunk)[0]
     options: dict[str, Any] = {"group": group, "temperature": temperature, "max_elements": max_elements}
-    vocab_size, targets = core.model_spec.vocab_size, micro.need("targets")
+    vocab_size, targets, counted = core.model_spec.vocab_size, micro.need("targets"), micro.mask
     if not _head_can_be_chunked(core):
-        return token_statistics(output, targets, vocab_size, **options)
+        of_all = token_statistics(output, targets, vocab_size, **options)
+        return TokenStatistics(*(values.masked_fill(~counted, 0) for values in of_all))
     tied = core.share_embeddings_and_output_weights
     weight = core.shared_embedding_or_output_weight() if tied else core.output_layer.weight
     hidden = _whole(core, output.to(weight.dtype), group)
     changes = logit_changes(core.model_spec.extras)
     change = _one_after_the_other(changes) if changes else None
-    counted = micro.mask
     found = projected_token_statistics(hidden[counted], weight, targets[counted], vocab_size, change=change, **options)
     return TokenStatistics(*(values.new_zeros(counted.shape).masked_scatter(counted, values) for values in found))
 

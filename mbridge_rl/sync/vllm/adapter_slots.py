@@ -234,6 +234,11 @@ def _scratch(name: str, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
         raise EngineMismatch(
             f"adapters of {name} ({type(layer).__name__}) can't be read back: leave experts out of the targets"
         )
+    if any(isinstance(getattr(layer, stack), Tensor) for stack in _STACKS):
+        raise EngineMismatch(
+            f"adapters of output layers ({name}, {type(layer).__name__}) can't be read back: leave them out of the targets, or "
+            f"sync merged weights (WeightSync)"
+        )
     scratch = copy.copy(layer)
     for stack in _STACKS:
         slots = tuple(torch.zeros(1, *whole.shape[1:], dtype=dtype) for whole in getattr(layer, stack))
