@@ -26,11 +26,6 @@ def kill_driver(problem: Problem, completion: str) -> float:
     return exact_match(problem, completion)
 
 
-def kill_engine(problem: Problem, completion: str) -> float:
-    _once("engine", 1.5, engine_pids)
-    return exact_match(problem, completion)
-
-
 def slowly(problem: Problem, completion: str) -> float:
     """Some seconds for a step."""
     time.sleep(0.03)

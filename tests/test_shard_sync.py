@@ -54,6 +54,8 @@ def every_way(rank: int, variant: str, layout: ParallelLayout, engine_layout: En
                 expected = 2 * version + again, served(states[version - again], variant, engine_layout)
                 assert [engine.generate() for engine in engines] == [expected] * replicas, (mode, transport)
                 assert {told["digest"] for told in report.engines} == {report.digest}
+                images = [worker.nbytes for worker in sync.route.workers]  # what they keep, aligned, and the digests
+                assert [told["bytes_per_worker"] for told in report.engines] == [images] * replicas, (mode, transport)
         kept = [worker.payload_bytes for worker in sync.route.workers]
         found.append((largest.nbytes, report.nbytes, kept))
         sync.close()
@@ -170,6 +172,8 @@ def refusals(rank: int) -> None:
     good, bridge, model = sync_of(rank, engine)
     good.sync(4)
     expected = engine and engine.generate()
+    with pytest.raises(SyncError, match="'cuda_ipc' needs parameters on a GPU; on a CPU use 'shared_memory'"):
+        WeightSync(bridge, model, engine, transport="cuda_ipc")
     with pytest.raises(EngineMismatch, match=r"the trainer sends torch\.float64"):
         WeightSync(bridge, model, engine, dtype=torch.float64)
     other, others = light_model("qwen2", ParallelLayout(tp=2), rank, random_weights("qwen2", 1))

@@ -30,7 +30,8 @@ class SyncReport:
     """What one sync did, and the proof of it.
 
     Attributes:
-        nbytes: that all workers of one engine received, weights alone.
+        nbytes: that all workers of one engine are sent, weights alone, as planned. What they were handed, with alignment and
+            digests, they count themselves: `bytes_per_worker` of their engine's report.
         full_nbytes: that they keep, and receive in a full sync.
         base: the version that a delta started from; `None` for a full sync.
         digest: of all weights that the trainer meant; every engine's equals it, or the sync had raised.

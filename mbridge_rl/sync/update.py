@@ -18,7 +18,7 @@ from torch import Tensor
 from mbridge_rl.core.digest import add, digest
 from mbridge_rl.core.errors import listed
 from mbridge_rl.sync import packing
-from mbridge_rl.sync.delta import DeltaInlet, carried_bytes
+from mbridge_rl.sync.delta import DeltaInlet
 from mbridge_rl.sync.errors import DigestMismatch, SyncError
 from mbridge_rl.sync.packing import Digests
 from mbridge_rl.sync.places import is_whole
@@ -82,6 +82,7 @@ class Update:
         self.expected: Digests | None = None  # the trainer's, once live weights were proven to be that
         self.finished = False
         self.opened = False
+        self.received = 0  # bytes that came over the wire: parts as they travel, so with alignment and digests
         self.watch = Stopwatch(f"worker {route.rank}")
         self._stopping = threading.Event()
         self._tables: list[Tensor] = []
@@ -117,17 +118,13 @@ class Update:
     def load_staged(self) -> None:
         """From the image into the parameters."""
         with self.watch("load"):
-            inlet = open_inlet(self._wire, self._route, self._patience) if self._part is None else self._arrived()
+            inlet = self._open_inlet() if self._part is None else _ImageInlet(self._part.image, self._route)
             try:
                 self._open()
                 with torch.no_grad():
                     self._write_all(inlet)
             finally:
                 inlet.close()
-
-    def _arrived(self) -> Inlet:
-        assert self._part is not None
-        return _ImageInlet(self._part.image, self._route)
 
     def _open(self) -> None:
         self.opened = True
@@ -160,7 +157,7 @@ class Update:
             counted |= {name: self._proven_received[name] for name in first}
         return {
             "tensors": len(self._route.hf_names),
-            "bytes": self._route.payload_bytes if self._arriving is self._route else carried_bytes(self._arriving),
+            "bytes": self.received,
             "digests": {hf_name: f"{value:016x}" for hf_name, value in counted.items()},
             "whole": sorted(whole),
         }
@@ -199,8 +196,11 @@ class Update:
         self.finished = True
 
     def _open_inlet(self) -> Inlet:
-        inlet = open_inlet(self._wire, self._arriving, self._patience)
+        inlet = _CountingInlet(open_inlet(self._wire, self._arriving, self._patience), self._count)
         return inlet if self._arriving is self._route else DeltaInlet(inlet, self._route, self._model.parameters())
+
+    def _count(self, nbytes: int) -> None:
+        self.received += nbytes
 
     def _stage(self, inlet: Inlet) -> None:
         assert self._part is not None
@@ -262,6 +262,19 @@ class Update:
 
     def _places(self, hf_name: str) -> set[str]:
         return {piece.target.name for piece in self._route.pieces if piece.hf_name == hf_name}
+
+
+class _CountingInlet:
+    """Tells what another inlet really hands over."""
+
+    def __init__(self, inlet: Inlet, count: Callable[[int], None]) -> None:
+        self._inlet, self._count = inlet, count
+        self.give_back, self.close = inlet.give_back, inlet.close
+
+    def take(self, index: int) -> Sequence[Tensor]:
+        parts = self._inlet.take(index)
+        self._count(sum(part.nbytes for part in parts))
+        return parts
 
 
 class _ImageInlet:

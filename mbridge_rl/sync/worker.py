@@ -133,7 +133,8 @@ class ShardReceiver:
         """Makes the live weights those that arrived, proves it, and serves them.
 
         Returns:
-            A report in plain JSON types: `version`, `tensors`, `bytes` (received), `digests` (of what this worker holds, by HF
+            A report in plain JSON types: `version`, `tensors`, `bytes` (that the wire handed over, counted as they came: with
+            alignment and digests), `digests` (of what this worker holds, by HF
             name, in hex, where no other worker counts it), `whole` (those that the engine's own loader took), `seconds` by
             phase, `spans` (`sync.timeline.Span`).
 
@@ -262,8 +263,3 @@ def load_from_store(receiver: ShardReceiver, store: WeightStore, token: str) -> 
     wire = {"kind": "store", "name": store.name, "directory": str(store.directory), "token": token}
     receiver.receive(head.version, head.fingerprint, "staged", wire, timeout=60.0)
     return receiver.commit(head.version)
-
-
-def parameters_of(model: Any) -> dict[str, Tensor]:
-    """Parameters and buffers by name, as plain tensors that may be written."""
-    return {name: tensor.data for name, tensor in [*model.named_buffers(), *model.named_parameters()]}

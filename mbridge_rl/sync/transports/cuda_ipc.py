@@ -76,7 +76,7 @@ class IpcWay(RingWay):
 
     def __init__(self, context: Context) -> None:
         if context.device.type != "cuda":
-            raise SyncError("the transport 'cuda_ipc' needs parameters on a GPU; use 'store' or 'shared_memory' on a CPU")
+            raise SyncError("the transport 'cuda_ipc' needs parameters on a GPU; on a CPU use 'shared_memory'")
         super().__init__(context)
         self._cell_bytes = [0] * len(context.route.workers)
         largest: dict[int, int] = {}

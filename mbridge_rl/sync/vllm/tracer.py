@@ -150,10 +150,6 @@ class _Recorder(TorchDispatchMode):
         return None
 
 
-def _without_data(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
 def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
