@@ -281,9 +281,14 @@ class WeightStore:
         other.commit(slot, head.version, head.fingerprint, head.digest)
 
     def _hold(self) -> None:
-        if self._user is None:
-            self._user = os.open(self.directory / f"{self._prefix}users.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._user, fcntl.LOCK_SH)
+        path = self.directory / f"{self._prefix}{'kept' if self._durable else 'users'}.lock"
+        while self._user is None:
+            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
+                self._user = lock
+            else:  # `remove_stale_stores` took its name away meanwhile
+                os.close(lock)
 
     def _description(self, fingerprint: str) -> Path:
         return self.directory / f"{self._prefix}{fingerprint}.plan.json"
@@ -340,7 +345,8 @@ class WeightStore:
 
 
 def remove_stale_stores(directory: Path = SHARED_MEMORY, older_than: float = _ABANDONED_SECONDS) -> list[Path]:
-    """Removes stores without a writer: unnamed ones at once, others when nobody has written to them for `older_than` seconds.
+    """Removes stores without a writer: unnamed ones at once, others when nobody has written to them for `older_than` seconds;
+    durable ones stay.
 
     Returns:
         The paths that were unlinked.

@@ -1,0 +1,372 @@
+"""The weight store by itself: slots, readers, writers that die at any instant, and what is left of them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.errors import StoreError
+from mbridge_rl.sync.store import Slot, WeightStore, remove_stale_stores
+
+SIZES = (4096, 1000)
+PLAN = {"plan": "of a test"}
+
+
+def fill(slot: Slot, value: int) -> list[Arena]:
+    arenas = slot.open()
+    for arena in arenas:
+        arena.view(0, (arena.nbytes,), torch.uint8).fill_(value)
+    return arenas
+
+
+def commit(store: WeightStore, version: int) -> str:
+    """A version whose bytes all are its number; returns the slot's token."""
+    slot = store.begin(SIZES)
+    fill(slot, version)
+    store.describe("feed", PLAN)
+    store.commit(slot, version, "feed", None)
+    return slot.token
+
+
+def held(store: WeightStore) -> int:
+    """The live version, which every byte of every image has to be."""
+    versions = set()
+    for worker, size in enumerate(SIZES):
+        with store.read(worker) as reading:
+            assert reading.image.numel() == size
+            versions |= {reading.head.version, *reading.image.unique().tolist()}
+    (version,) = versions
+    return version
+
+
+def images(folder: Path, store: WeightStore) -> set[str]:
+    """Tokens of the slots that have files."""
+    return {path.name.split("-")[-1].split(".")[0] for path in folder.glob(f"mbridge_rl-store-{store.name}-*.image")}
+
+
+def forked(function: Callable[[], object]) -> int:
+    """How a child that runs it ended: 0, or minus the signal."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_two_slots_take_turns(tmp_path: Path) -> None:
+    store = WeightStore("policy", tmp_path)
+    first, second = commit(store, 1), commit(store, 2)
+    assert first != second
+    assert [commit(store, version) for version in (3, 4, 5)] == [first, second, first]
+    assert held(store) == 5
+    assert images(tmp_path, store) == {first, second}
+
+
+def test_the_live_slot_is_never_written(tmp_path: Path) -> None:
+    store = WeightStore("policy", tmp_path)
+    commit(store, 1)
+    for value in (7, 8):  # also when an update was given up
+        slot = store.begin(SIZES)
+        fill(slot, value)
+        assert held(store) == 1
+        store.abandon(slot)
+    assert held(store) == 1
+
+
+def test_a_slot_that_is_read_is_left_alone_and_another_one_made(tmp_path: Path) -> None:
+    store = WeightStore("policy", tmp_path)
+    first = commit(store, 1)
+    reading = WeightStore("policy", tmp_path).read(0)
+    later = [commit(store, version) for version in (2, 3, 4)]
+    assert first not in later
+    assert later[0] != later[1]
+    assert reading.head.version == 1
+    assert reading.image.unique().tolist() == [1]
+    assert held(store) == 4
+    reading.close()
+    assert commit(store, 5) in (first, later[1])  # now it is idle
+    assert len(images(tmp_path, store)) <= 3
+
+
+def test_a_reader_is_told_when_the_store_has_moved_on(tmp_path: Path) -> None:
+    store = WeightStore("policy", tmp_path)
+    with pytest.raises(StoreError, match="nothing was committed"):
+        store.read(0)
+    first = commit(store, 1)
+    commit(store, 2)
+    with pytest.raises(StoreError, match="has moved on to version 2"):
+        store.read(0, first)
+    with pytest.raises(StoreError, match="an engine of 2 workers, asked for 2"):
+        store.read(2)
+
+
+def test_a_slot_of_another_size_is_not_reused(tmp_path: Path) -> None:
+    store = WeightStore("policy", tmp_path)
+    first = commit(store, 1)
+    commit(store, 2)
+    slot = store.begin((SIZES[0], SIZES[1] + 1))
+    assert slot.token != first
+    assert [Path(path).stat().st_size for path in slot.paths] == [SIZES[0], SIZES[1] + 1]
+    assert first not in images(tmp_path, store)
+    assert held(store) == 2
+
+
+def test_a_dead_trainers_slot_is_not_reused(tmp_path: Path) -> None:
+    """One of its ranks may live on for a while, and write."""
+    dead = WeightStore("policy", tmp_path)
+    commit(dead, 1)
+    slot = dead.begin(SIZES)
+    straggler = slot.open()
+    dead.abandon(slot)  # its locks end with the process
+    store = WeightStore("policy", tmp_path)
+    mine = store.begin(SIZES)
+    assert mine.token != slot.token
+    assert slot.token not in images(tmp_path, store)
+    fill(mine, 2)
+    for arena in straggler:
+        arena.view(0, (arena.nbytes,), torch.uint8).fill_(9)
+    store.commit(mine, 2, "feed", None)
+    assert held(store) == 2
+
+
+def test_a_slot_that_another_writer_fills_is_left_to_it(tmp_path: Path) -> None:
+    one, other = WeightStore("policy", tmp_path), WeightStore("policy", tmp_path)
+    commit(one, 1)
+    slot = one.begin(SIZES)
+    assert commit(other, 2) != slot.token
+    fill(slot, 3)
+    one.commit(slot, 3, "feed", None)
+    assert held(other) == 3
+
+
+def test_a_part_that_is_read_stays_with_its_readers(tmp_path: Path) -> None:
+    """Where workers fill their own images, two tokens take turns."""
+    store = WeightStore("policy", tmp_path)
+
+    def brought(version: int, token: str) -> None:
+        for worker, size in enumerate(SIZES):
+            part = store.part(token, worker, size)
+            part.image.fill_(version)
+            part.commit(version, {"fingerprint": "feed"}, SIZES)
+
+    brought(1, "a")
+    reading = store.read(0)
+    brought(2, "b")
+    brought(3, "a")
+    assert reading.image.unique().tolist() == [1]
+    assert held(store) == 3
+    reading.close()
+
+
+def test_unnamed_stores_go_as_soon_as_their_writer_has(tmp_path: Path) -> None:
+    ready, go_on = os.pipe(), os.pipe()
+
+    def write() -> None:
+        commit(WeightStore(WeightStore.unnamed(), tmp_path), 1)
+        os.write(ready[1], b"x")
+        os.read(go_on[0], 1)
+        die()
+
+    ended: list[int] = []
+    writer = threading.Thread(target=lambda: ended.append(forked(write)))
+    writer.start()
+    os.read(ready[0], 1)
+    assert remove_stale_stores(tmp_path) == []
+    there = set(tmp_path.iterdir())
+    assert len(there) == len(SIZES) + 3  # the head, the plan, the lock
+    os.write(go_on[1], b"x")
+    writer.join()
+    assert ended == [-signal.SIGKILL]
+    assert set(remove_stale_stores(tmp_path)) == there
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unnamed_store_ends_with_its_writers_close(tmp_path: Path) -> None:
+    store = WeightStore(WeightStore.unnamed(), tmp_path)
+    commit(store, 1)
+    WeightStore(store.name, tmp_path).close()  # a reader's
+    assert held(store) == 1
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+def age(folder: Path, seconds: float) -> None:
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_named_stores_go_an_hour_after_their_last_writer(tmp_path: Path) -> None:
+    store = WeightStore("policy", tmp_path)
+    commit(store, 1)
+    age(tmp_path, 4000)
+    assert remove_stale_stores(tmp_path) == []  # its writer lives
+    store.close()
+    age(tmp_path, 3500)
+    assert remove_stale_stores(tmp_path) == []
+    assert held(store) == 1
+    age(tmp_path, 3700)
+    other = WeightStore("other", tmp_path)
+    commit(other, 2)  # whoever writes clears up
+    assert store.head() is None
+    assert not list(tmp_path.glob("*policy*"))
+    assert held(other) == 2
+
+
+def test_durable_stores_stay(tmp_path: Path) -> None:
+    store = WeightStore("policy", tmp_path, durable=True)
+    commit(store, 1)
+    store.close()
+    age(tmp_path, 1e6)
+    commit(WeightStore("other", tmp_path), 2)
+    assert held(WeightStore("policy", tmp_path)) == 1
+    store.remove()
+    assert not list(tmp_path.glob("*policy*"))
+
+
+def test_a_writer_that_comes_amid_the_clean_up_is_known_to_the_next(tmp_path: Path) -> None:
+    """It waits for a lock on a file that has no name any more when it gets it."""
+    before = WeightStore("policy", tmp_path)
+    commit(before, 1)
+    before.close()
+    (users,) = tmp_path.glob("*users.lock")
+    cleaner = os.open(users, os.O_RDWR)
+    fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    late = WeightStore("policy", tmp_path)
+    coming = threading.Thread(target=late.describe, args=("feed", PLAN))
+    coming.start()
+    time.sleep(0.1)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    os.close(cleaner)
+    coming.join(10)
+    age(tmp_path, 4000)
+    assert remove_stale_stores(tmp_path) == []
+    late.close()
+    age(tmp_path, 4000)
+    assert len(remove_stale_stores(tmp_path)) == 2
+
+
+def dying_at(call: int, patch: pytest.MonkeyPatch) -> None:
+    """Of all that a commit to a disk does, this process does not live to see number `call`."""
+    seen = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == call:
+                die()
+            return function(*args, **kwargs)
+
+        return run
+
+    def torn(path: Path, text: str) -> int:
+        nonlocal seen
+        seen += 1
+        if seen == call:
+            write_text(path, text[: len(text) // 2])
+            die()
+        return write_text(path, text)
+
+    write_text = Path.write_text
+    patch.setattr(Path, "write_text", torn)
+    patch.setattr(os, "fsync", counted(os.fsync))
+    patch.setattr(os, "replace", counted(os.replace))
+    patch.setattr(os, "posix_fallocate", counted(os.posix_fallocate))
+    patch.setattr(torch.Tensor, "copy_", counted(torch.Tensor.copy_))
+
+
+def test_a_writer_killed_amid_a_copy_to_disk_leaves_the_old_version(tmp_path: Path) -> None:
+    """At every of its steps; and it never leaves a torn head."""
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "disk").mkdir()
+    store, disk = WeightStore("policy", tmp_path / "memory"), WeightStore("policy", tmp_path / "disk", durable=True)
+    commit(store, 1)
+    store.copy_to(disk)
+    commit(store, 2)
+
+    def copy(call: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            dying_at(call, patch)
+            store.copy_to(WeightStore("policy", tmp_path / "disk", durable=True))
+
+    found = []
+    for call in range(1, 100):
+        ended = forked(lambda call=call: copy(call))
+        assert ended in (0, -signal.SIGKILL)
+        (head,) = (tmp_path / "disk").glob("*head.json")
+        json.loads(head.read_text())
+        found.append(held(disk))
+        if ended == 0:
+            break
+        if found[-1] == 2:  # the next one starts from the old version again
+            disk = WeightStore("policy", tmp_path / "disk", durable=True)
+            commit(disk, 1)
+    assert found[-1] == 2
+    assert found.count(1) >= 2 * len(SIZES) + 2  # allocated, copied and synced each image, and wrote the head
+    assert found[: found.count(1)] == [1] * found.count(1)  # at one step it becomes the new version
+    assert len(images(tmp_path / "disk", disk)) <= 2  # what the dead began is gone
+
+
+def test_on_a_disk_bytes_come_before_the_head_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = WeightStore("policy", tmp_path, durable=True)
+    disk.describe("feed", PLAN)
+    slot = disk.begin(SIZES)
+    fill(slot, 1)
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.removeprefix("mbridge_rl-store-policy-"))
+        fsync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        order.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    disk.commit(slot, 1, "feed", None)
+    partial = order[len(SIZES)]
+    assert partial.startswith("head.json")
+    assert order == [f"{slot.token}.{worker}.image" for worker in range(2)] + [partial, "replace", tmp_path.name]
+
+
+def test_readers_of_a_busy_store_see_whole_versions(tmp_path: Path) -> None:
+    """A reader beside a writer in another process that commits as fast as it can, and is killed amid it."""
+    commit(WeightStore("policy", tmp_path), 1)
+
+    def write() -> None:
+        store = WeightStore("policy", tmp_path)
+        for version in range(2, 80):
+            commit(store, version)
+        die()
+
+    writer = threading.Thread(target=forked, args=(write,))
+    writer.start()
+    store, seen = WeightStore("policy", tmp_path), []
+    while writer.is_alive():
+        with store.read(0) as reading:
+            assert reading.image.unique().tolist() == [reading.head.version]
+            seen.append(reading.head.version)
+    assert seen == sorted(seen)
+    assert held(store) == 79
