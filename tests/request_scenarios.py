@@ -10,6 +10,7 @@ from standin import light_model
 from tiny import hf_state, tiny_checkpoint
 
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.sync.engine_side import WorkerDescription, kept_bytes
 from mbridge_rl.sync.errors import TransferTimeout
 from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine
@@ -81,3 +82,29 @@ def _generate_while(engine: InProcessEngine, sync: Any) -> tuple[Completion, Any
     assert not thread.is_alive()
     del llm_engine.step
     return answers[0], report
+
+
+def a_pipeline_of_two(directory: Path) -> dict[str, Any]:
+    """An engine of two pipeline stages: version 1 (B) between requests, version 2 (A) amid one."""
+    tiny_checkpoint(directory / "A", "qwen3", seed=0, **SIZES)
+    tiny_checkpoint(directory / "B", "qwen3", seed=1, **SIZES)
+    ends = {tag: light_model("qwen3", ParallelLayout(), 0, hf_state(directory / tag), SIZES) for tag in "AB"}
+    engine = InProcessEngine(directory / "A", max_model_len=256, max_num_seqs=4, pipeline_parallel_size=2)
+    sync = WeightSync(*ends["B"], engine, bucket_bytes=1 << 16)
+    workers = sync.store.description(sync.route.fingerprint)["workers"]
+    found: dict[str, Any] = {"before": _greedy(engine, PROMPT, 8), "report": sync.sync(1), "after": _greedy(engine, PROMPT, 8)}
+    found["kept"] = [set(worker["landings"]) for worker in workers]
+    found["kept_bytes"] = [kept_bytes(WorkerDescription.from_json(worker)) for worker in workers]
+    sync.close()
+    sync = WeightSync(*ends["A"], engine, mode="streaming", bucket_bytes=1 << 16)
+    completion, _ = _generate_while(engine, lambda: sync.sync(2))
+    switch = completion.token_versions.index(2)
+    (rest,) = _greedy(engine, PROMPT + completion.tokens[:switch], LENGTH - switch)
+    found |= {"amid": completion, "as if prompted": rest.tokens == completion.tokens[switch:]}
+    sync.close()
+    engine.close()
+    with InProcessEngine(directory / "B", max_model_len=256, max_num_seqs=4) as fresh:
+        found["fresh"] = _greedy(fresh, PROMPT, 8)
+        (old,) = _greedy(fresh, PROMPT, switch)
+        found["old tokens"] = old.tokens == completion.tokens[:switch]
+    return found

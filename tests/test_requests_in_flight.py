@@ -52,6 +52,33 @@ def test_requests_in_flight_at_a_commit(interpreter: Interpreter, tmp_path: Path
     assert found["serves on"]
 
 
+@pytest.mark.alone
+def test_a_pipeline_of_two_stages(tmp_path: Path) -> None:
+    """Each stage is sent its own layers, and the batches that a pipeline has under way are done before the weights change."""
+    interpreter = Interpreter()
+    try:
+        found = interpreter.call(scenarios.a_pipeline_of_two, tmp_path, timeout=400)
+    finally:
+        interpreter.close()
+    first, second = found["kept"]
+    assert not first & second
+    assert {name.split(".")[2] for name in first if ".layers." in name} == {"0"}
+    assert {name.split(".")[2] for name in second if ".layers." in name} == {"1"}
+    report = found["report"]
+    assert report.engine["digest"] == report.digest
+    for received, kept in zip(report.engine["bytes_per_worker"], found["kept_bytes"], strict=True):
+        assert kept <= received <= 1.05 * kept
+    before, after, fresh = (
+        [(answer.tokens, answer.logprobs) for answer in found[name]] for name in ("before", "after", "fresh")
+    )
+    assert before != after == fresh  # the same bits as an engine of one worker
+    amid = found["amid"]
+    assert set(amid.token_versions) == {1, 2}
+    assert list(amid.token_versions) == sorted(amid.token_versions)
+    assert found["old tokens"]  # those that are said to be version 1's are
+    assert found["as if prompted"]  # and so are version 2's
+
+
 def _turns(episode: Episode) -> list[tuple[bool, list[int]]]:
     """Whether the policy wrote it, and its tokens."""
     written = groupby(zip(episode.tokens, episode.versions, strict=True), lambda pair: pair[1] != NOT_SAMPLED)

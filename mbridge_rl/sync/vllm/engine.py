@@ -34,7 +34,7 @@ _ENVIRONMENT = {
     "VLLM_CPU_CI_ENV": "1",  # no compilation, no warm-up
     "HF_HUB_OFFLINE": "1",
 }
-_TENSOR_PARALLEL_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # binding fails where there are fewer cores than workers
+_SEVERAL_WORKERS_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # binding fails where there are fewer cores than workers
 _BATCH_BYTES = 64 << 20  # tensors of an in-process refit that are checked, then loaded, together
 
 
@@ -50,7 +50,7 @@ class InProcessEngine(TransactionalEngine):
         dtype: "float32", "bfloat16", ... of weights and activations.
         max_model_len: longest prompt plus completion, in tokens.
         max_num_seqs: completions generated at the same time.
-        tensor_parallel_size: workers; above 1 they are processes of their own.
+        tensor_parallel_size, pipeline_parallel_size: together the workers; more than one are processes of their own.
         kv_cache_bytes: memory for the KV cache, per worker.
         engine_args: more keyword arguments for `vllm.LLM`.
 
@@ -67,11 +67,13 @@ class InProcessEngine(TransactionalEngine):
         max_model_len: int = 256,
         max_num_seqs: int = 32,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         kv_cache_bytes: int = 1 << 27,
         weight_version: int = 0,
         **engine_args: Any,
     ) -> None:
-        with _environment(tensor_parallel_size):
+        self._workers = tensor_parallel_size * pipeline_parallel_size
+        with _environment(self._workers):
             llm_class, transfer_config = _import_vllm()
             register()
             arguments: dict[str, Any] = {
@@ -83,7 +85,7 @@ class InProcessEngine(TransactionalEngine):
                 "logprobs_mode": "processed_logprobs",
                 "disable_log_stats": True,
             }
-            if tensor_parallel_size == 1:
+            if self._workers == 1:
                 _drop_groups_without_experts()
             else:
                 arguments["distributed_executor_backend"] = "mp"
@@ -94,6 +96,7 @@ class InProcessEngine(TransactionalEngine):
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
                 kv_cache_memory_bytes=kv_cache_bytes,
                 weight_transfer_config=transfer_config(backend="mbridge"),
                 **arguments | engine_args,
@@ -103,14 +106,14 @@ class InProcessEngine(TransactionalEngine):
         # the trainer's, and those of other engines. `close` does the rest of it.
         client._finalizer.detach()
         self._core = client.engine_core
-        self._tensor_parallel_size = tensor_parallel_size
         self._updating: int | None = None
         self._requests = RequestRunner(self.llm.llm_engine)
         self._watch: UpdateWatch | None = None
         self._adapters = AdapterSlots(lambda call, *args: worker_calls.in_workers(self.llm, call, *args))
         self.llm.update_weight_version(str(weight_version))
-        if tensor_parallel_size > 1:
+        if self._workers > 1:
             self._unlink_shared_memory()
+            worker_calls.in_workers(self.llm, worker_calls.make_stage_buffers)
 
     @property
     def weight_version(self) -> int:
@@ -122,10 +125,10 @@ class InProcessEngine(TransactionalEngine):
         """The only worker's receiver.
 
         Raises:
-            SyncError: with tensor parallelism the workers are other processes.
+            SyncError: several workers are other processes.
         """
-        if self._tensor_parallel_size > 1:
-            raise SyncError("a tensor-parallel engine's receivers are in its worker processes: sync with WeightSync")
+        if self._workers > 1:
+            raise SyncError("the receivers of an engine of several workers are in their processes: sync with WeightSync")
         return worker_calls.backend_of(self.llm.llm_engine.model_executor.driver_worker).receiver
 
     def generate(
@@ -374,8 +377,8 @@ def _drop_groups_without_experts() -> None:
 
 
 @contextmanager
-def _environment(tensor_parallel_size: int) -> Iterator[None]:
-    wanted = _ENVIRONMENT | (_TENSOR_PARALLEL_CPU if tensor_parallel_size > 1 else {})
+def _environment(workers: int) -> Iterator[None]:
+    wanted = _ENVIRONMENT | (_SEVERAL_WORKERS_CPU if workers > 1 else {})
     added = [name for name in wanted if name not in os.environ]
     os.environ.update({name: wanted[name] for name in added})
     try:

@@ -25,6 +25,8 @@ class RequestRunner:
 
     def __init__(self, llm_engine: Any) -> None:
         self._engine = llm_engine
+        self._core = llm_engine.engine_core.engine_core
+        self._batches = getattr(self._core, "batch_queue", None)  # of a pipeline
         self._lock = threading.Condition()
         self._numbers = itertools.count()
         self._open: set[str] = set()
@@ -76,11 +78,14 @@ class RequestRunner:
                 self._lock.notify_all()
                 raise TransferTimeout(f"{len(self._open)} requests did not finish within {timeout:g} s; use 'keep' or 'abort'")
             self._held = True
+            self._drain()
             if requests == "abort":
                 self._abort()
 
     def resume(self) -> None:
         with self._lock:
+            if self._batches is not None:
+                self._core.resume_scheduler()
             self._closed = self._held = False
             self._lock.notify_all()
 
@@ -108,6 +113,15 @@ class RequestRunner:
             self._lock.wait_for(lambda: not self._held or self._done(names))
             if self._done(names):
                 return
+            for output in self._engine.step():
+                self._finish(output)
+
+    def _drain(self) -> None:
+        """A pipeline has batches under way between two steps: their tokens are the old weights'."""
+        if self._batches is None:
+            return
+        self._core.pause_scheduler("keep", clear_cache=False)
+        while any(batch.total_num_scheduled_tokens for _, batch, _ in self._batches):
             for output in self._engine.step():
                 self._finish(output)
 

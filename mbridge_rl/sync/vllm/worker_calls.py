@@ -106,6 +106,15 @@ def shared_memory_ident(_: Any) -> str | None:
     return os.environ.get("VLLM_DIST_IDENT")
 
 
+def make_stage_buffers(worker: Any) -> None:
+    """What a later pipeline stage receives into. vLLM makes it when it warms up, which its CPU runner does only to compile."""
+    runner = _inner(worker).model_runner
+    if worker.parallel_config.pipeline_parallel_size > 1 and getattr(runner, "intermediate_tensors", True) is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
 def receive(worker: Any, version: int, batch: list[tuple[str, Tensor]], digests: Mapping[str, int] | None) -> None:
     """One batch of an update in process: the tensors are handed over as they are."""
     if not _inner(worker)._weight_update_active:
