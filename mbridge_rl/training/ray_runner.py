@@ -26,6 +26,7 @@ from mbridge_rl.training.rewards import Judge, Question, RewardFunction, Verdict
 from mbridge_rl.training.tasks import make_judge, reward_function
 
 _OBJECT_STORE_BYTES = 256 << 20  # of a local cluster: weights do not pass through it
+_ROOM_SECONDS = 60.0  # until a cluster must have found room
 
 
 def launch_on_ray(config: RunConfig, *, resume: bool) -> dict[str, Any]:
@@ -215,12 +216,12 @@ def _bundles(config: RunConfig) -> list[dict[str, float]]:
 def _placement_group(ray: Any, bundles: list[dict[str, float]]) -> Any:
     group = ray.util.placement_group(bundles, strategy="PACK")
     try:
-        ray.get(group.ready(), timeout=60.0)
+        ray.get(group.ready(), timeout=_ROOM_SECONDS)
     except ray.exceptions.GetTimeoutError as error:
         ray.util.remove_placement_group(group)
         raise ConfigError(
-            f"the Ray cluster has no place for {bundles} within 60 s; it has {ray.cluster_resources()}, of which "
-            f"{ray.available_resources()} are free"
+            f"the Ray cluster has no place for {bundles} within {_ROOM_SECONDS:g} s; it has {ray.cluster_resources()}, of "
+            f"which {ray.available_resources()} are free"
         ) from error
     return group
 
