@@ -269,7 +269,7 @@ class _CountingInlet:
 
     def __init__(self, inlet: Inlet, count: Callable[[int], None]) -> None:
         self._inlet, self._count = inlet, count
-        self.give_back, self.close = inlet.give_back, inlet.close
+        self.give_back, self.fail, self.close = inlet.give_back, inlet.fail, inlet.close
 
     def take(self, index: int) -> Sequence[Tensor]:
         parts = self._inlet.take(index)
