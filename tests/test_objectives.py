@@ -442,6 +442,8 @@ def test_numbers_that_are_none_are_refused_by_name() -> None:
         ({"surrogate": "reinforce"}, "surrogate='reinforce' is none of 'clip', 'cispo', 'policy_gradient'"),
         ({"group_size": 0}, "group_size=0 must be at least 1"),
         ({"group_size": 1}, "nothing to compare"),
+        ({"mini_batches": 0}, "mini_batches=0 and epochs=1 must be at least 1"),
+        ({"epochs": 0}, "mini_batches=1 and epochs=0 must be at least 1"),
         ({"group_size": 1, "baseline": "none", "normalize_std": "batch", "dynamic_sampling": True}, "leaves out every group"),
         ({"clip_low": 1.5}, "clip_low=1.5"),
         ({"dual_clip": 1.1}, r"dual_clip=1.1 must exceed 1 \+ clip_high"),

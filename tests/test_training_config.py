@@ -76,6 +76,10 @@ def test_a_wrong_field_is_named_by_its_path(sections: dict[str, Any], message: s
     ("sections", "message"),
     [
         ({"rollout": {"mode": "async", "max_staleness": 0}}, "is rollout.mode=sync"),
+        (
+            {"algorithm": {"mini_batches": 9}},
+            r"algorithm.mini_batches=9 are more than rollout.prompts_per_step=8: a group is not cut",
+        ),
         ({"rollout": {"max_tokens": 2048}}, "leaves no room for a prompt in engine.max_model_len=1024"),
         ({"rollout": {"max_tokens": 512, "max_prompt_tokens": 513}}, "are more than engine.max_model_len=1024"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature must be positive"),

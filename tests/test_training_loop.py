@@ -55,7 +55,7 @@ def _rollouts(rank: int, reward: Callable[[Problem, str], float] = exact_match) 
 
 def _steps(rank: int, checkpoint: Path, config: GRPOConfig, lora: bool) -> list[Metrics]:
     grpo, rollouts = _grpo(checkpoint, config, lora), _rollouts(rank)
-    return [grpo.update(rollouts) | rollout_metrics(rollouts, version=version) for version in (3, 5)]
+    return [grpo.update(rollouts, version) | rollout_metrics(rollouts, version=version) for version in (3, 5)]
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +91,11 @@ def test_the_engines_log_probs_can_be_the_old_ones(checkpoint: Path) -> None:
 
 def _nothing_to_learn(rank: int, checkpoint: Path) -> list[Metrics]:
     grpo = _grpo(checkpoint, GRPOConfig(group_size=4))
-    grpo.update(_rollouts(rank))  # the optimizer has momentum now
+    grpo.update(_rollouts(rank), 1)  # the optimizer has momentum now
     before = [parameter.clone() for chunk in grpo.trainer.model for parameter in chunk.parameters()]
-    constant = grpo.update(_rollouts(rank, lambda problem, completion: 1.0))
+    constant = grpo.update(_rollouts(rank, lambda problem, completion: 1.0), 2)
     rollouts = _rollouts(rank)
-    empty = grpo.update(replace(rollouts, batch=rollouts.batch.without_rows(torch.ones(12, dtype=torch.bool))))
+    empty = grpo.update(replace(rollouts, batch=rollouts.batch.without_rows(torch.ones(12, dtype=torch.bool))), 3)
     after = [parameter for chunk in grpo.trainer.model for parameter in chunk.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     return [constant, empty]
@@ -117,7 +117,7 @@ def _failing_rewards(rank: int, checkpoint: Path) -> Metrics:
     grpo, rollouts = _grpo(checkpoint, GRPOConfig(group_size=4)), _rollouts(rank, fails_on_eight)
     assert rollouts.errors[0].endswith("fails_on_eight raised ValueError: eight is no answer")
     assert "nan" in rollouts.errors[1]
-    return grpo.update(rollouts) | rollout_metrics(rollouts, version=3)
+    return grpo.update(rollouts, 3) | rollout_metrics(rollouts, version=3)
 
 
 def test_rewards_that_fail_are_counted_and_their_completions_left_out(checkpoint: Path) -> None:
@@ -133,7 +133,7 @@ def _no_reward_at_all(rank: int, checkpoint: Path) -> None:
     def broken(problem: Problem, completion: str) -> float:
         raise LookupError("the answers are gone")
 
-    _grpo(checkpoint, GRPOConfig(group_size=4)).update(_rollouts(rank, broken))
+    _grpo(checkpoint, GRPOConfig(group_size=4)).update(_rollouts(rank, broken), 1)
 
 
 def test_a_broken_reward_function_ends_the_run_with_its_own_words(checkpoint: Path) -> None:

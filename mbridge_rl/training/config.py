@@ -327,6 +327,8 @@ def _contradictions(config: RunConfig) -> list[str]:
         "rollout.mode=async with rollout.max_staleness=0 is rollout.mode=sync: say that, or allow a staleness": (
             rollout.mode == "async" and rollout.max_staleness < 1
         ),
+        f"algorithm.mini_batches={config.algorithm.mini_batches} are more than rollout.prompts_per_step="
+        f"{rollout.prompts_per_step}: a group is not cut": config.algorithm.mini_batches > rollout.prompts_per_step,
         "rollout.max_turns needs rollout.environment: without one there is a single turn": (
             rollout.max_turns > 1 and rollout.environment is None
         ),

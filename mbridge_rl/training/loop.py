@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: rollouts, advantages, log-probabilities, optimizer step, sync; then evaluation, checkpoint.
+"""The training loop, top to bottom: rollouts, log-probabilities, advantages, optimizer steps, sync; evaluation, checkpoint.
 
 The loop is the same in every mode. Whether the next batch is sampled before, while or after this one is trained on is between
 the rollout source and the engines; what a step may rely on is that every token says which weights sampled it.
@@ -6,13 +6,15 @@ the rollout source and the engines; what a step may rely on is that every token 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.fleet import EngineFleet
 from mbridge_rl.training.grpo import grpo_loss, policy_metrics
-from mbridge_rl.training.metrics import Clock, Metrics, memory_metrics, rollout_metrics
+from mbridge_rl.training.metrics import Clock, Metrics, memory_metrics, over_updates, rollout_metrics
+from mbridge_rl.training.mini_batches import mini_batch_rows
 from mbridge_rl.training.objectives.aggregation import masked_mean
 from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.objectives.kl import kl_penalty
@@ -20,6 +22,7 @@ from mbridge_rl.training.objectives.metrics import mismatch_metrics
 from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
 from mbridge_rl.training.rollout import RolloutBatch
 from mbridge_rl.training.source import RolloutSource
+from mbridge_rl.training.step_report import StepReport
 from mbridge_rl.training.trainer import MegatronTrainer
 
 
@@ -29,19 +32,23 @@ class GRPO:
     Args:
         trainer: of the policy; its present weights become the reference where the config wants one.
         config: of the objective.
+        seed: of the order in which groups come to mini-batches.
     """
 
-    def __init__(self, trainer: MegatronTrainer, config: GRPOConfig) -> None:
-        self.trainer, self.config = trainer, config
+    def __init__(self, trainer: MegatronTrainer, config: GRPOConfig, *, seed: int = 0) -> None:
+        self.trainer, self.config, self._seed = trainer, config, seed
         self._loss = grpo_loss(config)
         if config.kl_coefficient:
             trainer.snapshot_reference()
 
-    def update(self, rollouts: RolloutBatch) -> Metrics:
-        """One optimizer step on `rollouts`, unless there is nothing to learn from them.
+    def update(self, rollouts: RolloutBatch, step: int) -> Metrics:
+        """The optimizer steps on `rollouts`: one for each mini-batch of each epoch that there is something to learn from.
+
+        Args:
+            step: of the loop; with the seed it decides which groups come together.
 
         Returns:
-            Metrics, the same on every rank; `skipped` says why there was no step, and is `None` if there was.
+            Metrics, the same on every rank; `skipped` says why there was no optimizer step, and is `None` if there was.
 
         Raises:
             ValueError: no reward is known; the message has the first reasons.
@@ -54,9 +61,9 @@ class GRPO:
         selection = select_rows(config, rollouts.batch, rollouts.rewards, truncated=rollouts.truncated)
         batch = selection.batch
         if reason := self._nothing_to_learn(rollouts, batch.num_tokens, selection.metrics):
-            return {**selection.metrics, "skipped": reason}
+            return {**selection.metrics, "updates": 0, "skipped": reason}
 
-        # What the ratio divides by: the trainer's own log-probabilities, or the engine's.
+        # What the ratio divides by in all updates: the trainer's own log-probabilities, or the engine's.
         recompute = config.old_log_probs == "recompute"
         old = trainer.compute_log_probs(batch).log_probs if recompute else batch.need("rollout_log_probs")
         batch = batch.with_tensors(old_log_probs=old)
@@ -67,28 +74,52 @@ class GRPO:
         prepared = prepare_batch(config, batch, selection.rewards)
         batch = prepared.batch
 
-        report = trainer.step(batch, self._loss)
+        # Optimizer steps. The first meets the old policy; the ratio of those that follow is what the objective bounds.
+        updates = [(part, trainer.step(part, self._loss)) for part in self._mini_batches(batch, step)]
+        if not updates:
+            return {**selection.metrics, **prepared.metrics, "updates": 0, "skipped": "every advantage is zero"}
 
-        policy = report.statistics
-        metrics: Metrics = {
-            "loss": report.loss,
-            "grad_norm": report.grad_norm,
-            "updated": report.updated,
-            "tokens": report.tokens,
-            "entropy": masked_mean(policy.entropy, batch.mask),
+        # The trainer against the engine: before the first update, and so of the whole batch only where that was computed.
+        first, report = updates[0]
+        before, seen = (old, batch) if recompute else (report.statistics.log_probs, first)
+        return {
+            "updates": sum(report.updated for _, report in updates),
+            "updated": all(report.updated for _, report in updates),
+            "tokens": batch.num_tokens,
             **selection.metrics,
             **prepared.metrics,
-            **policy_metrics(policy.log_probs, batch, config),
-            **mismatch_metrics(policy.log_probs, batch.need("rollout_log_probs"), batch.mask),
+            **over_updates([self._measured(part, report) for part, report in updates]),
+            **mismatch_metrics(before, seen.need("rollout_log_probs"), seen.mask),
             "skipped": None,
         }
+
+    def _measured(self, part: Batch, report: StepReport) -> dict[str, float]:
+        """Of one optimizer step."""
+        policy, config = report.statistics, self.config
+        metrics = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "entropy": masked_mean(policy.entropy, part.mask),
+            **policy_metrics(policy.log_probs, part, config),
+        }
         if config.kl_coefficient:
-            kl = kl_penalty(policy.log_probs, batch.need("reference_log_probs"), config.kl_estimator)
-            metrics["reference_kl"] = masked_mean(kl, batch.mask)
+            kl = kl_penalty(policy.log_probs, part.need("reference_log_probs"), config.kl_estimator)
+            metrics["reference_kl"] = masked_mean(kl, part.mask)
         return metrics
 
+    def _mini_batches(self, batch: Batch, step: int) -> Iterator[Batch]:
+        """Those with a gradient: a step without any would still move weights by the optimizer's momentum."""
+        config = self.config
+        others = config.kl_coefficient or config.entropy_coefficient
+        for rows in mini_batch_rows(
+            len(batch), config.group_size, config.mini_batches, config.epochs, seed=self._seed, step=step
+        ):
+            part = batch.rows(rows)
+            if part.num_tokens and (others or part.need("advantages").any()):
+                yield part
+
     def _nothing_to_learn(self, rollouts: RolloutBatch, tokens: int, counts: dict[str, float]) -> str | None:
-        """A step without any gradient would still move weights by the optimizer's momentum."""
+        """Why there will be no optimizer step, known before anything is computed."""
         if tokens == 0:
             return f"no token of the {len(rollouts.batch)} completions counts"
         groups = len(rollouts.batch) // self.config.group_size
@@ -126,7 +157,8 @@ class Trained(NamedTuple):
 def train(
     grpo: GRPO, source: RolloutSource, fleet: EngineFleet, hooks: LoopHooks, *, first_step: int, last_step: int
 ) -> Trained:
-    """Steps `first_step..last_step`, counted from 1. The weights before step `s` are version `s`."""
+    """Steps `first_step..last_step`, counted from 1: of each a batch, and one version more. The weights before step `s` are
+    version `s`."""
     source.publish(first_step)
     accuracy = before = hooks.evaluate(first_step - 1)
     source.resume(first_step - 1)
@@ -139,7 +171,7 @@ def train(
             rollouts = source.next()
 
         with clock("train"):
-            update = grpo.update(rollouts)
+            update = grpo.update(rollouts, step)
 
         with clock("sync"):
             synced = source.publish(step + 1)

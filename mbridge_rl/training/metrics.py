@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -42,6 +43,13 @@ def rollout_metrics(rollouts: RolloutBatch, version: int) -> Metrics:
         "partial": (newest > rollouts.versions).double().mean().item(),
         **rollouts.counts,
     }
+
+
+def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the optimizer steps of a batch; of `ratio_max_deviation` the largest."""
+    largest = {"ratio_max_deviation"}
+    columns = {name: [update[name] for update in updates] for name in updates[0]}
+    return {name: max(values) if name in largest else sum(values) / len(values) for name, values in columns.items()}
 
 
 def memory_metrics() -> Metrics:

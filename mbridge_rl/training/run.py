@@ -247,7 +247,8 @@ def train_rank(
 
         bridge = AutoBridge.from_pretrained(start_from)
         trainer = _policy(config, bridge)
-        grpo = GRPO(trainer, config.algorithm)  # before the checkpoint is loaded: its reference are the first weights
+        # Before the checkpoint is loaded: its reference are the first weights.
+        grpo = GRPO(trainer, config.algorithm, seed=config.seed)
         judge = make_reward_judge(config.task, config.reward) if first else None
         source = _source(config, fleet, task, tokenizer, judge)
         if step:

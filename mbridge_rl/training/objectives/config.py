@@ -49,6 +49,9 @@ class GRPOConfig:
         entropy_coefficient: weight of an entropy bonus, which keeps the policy trying other answers.
         old_log_probs: the denominator of the ratio: `"rollout"` takes the engine's, `"recompute"` the trainer's own before
             the step (exactly 1 on the first step, whatever the engine's arithmetic).
+        mini_batches: optimizer steps in one pass over a batch, whose groups are dealt to them evenly. With recomputed
+            log-probabilities the ratio is 1 at the first of them: clipping acts from the second on.
+        epochs: passes over a batch; old log-probabilities, advantages and importance weights are those from before the first.
         correction: for the difference between engine and trainer; needs recomputed log-probabilities. `None` corrects nothing.
         dynamic_sampling: leave out groups whose rewards are all equal (DAPO).
         overlong_length, overlong_buffer: longest completion, and the tokens before it in which DAPO's soft penalty grows; a
@@ -81,6 +84,8 @@ class GRPOConfig:
     kl_in: Literal["loss", "reward"] = "loss"
     entropy_coefficient: float = 0.0
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
+    mini_batches: int = 1
+    epochs: int = 1
     correction: ImportanceCorrection | None = None
     dynamic_sampling: bool = False
     overlong_length: int | None = None
@@ -121,6 +126,7 @@ def _contradictions(c: GRPOConfig) -> list[tuple[bool, str]]:
     norm, buffer = c.aggregation == "seq-mean-token-sum-norm", c.overlong_buffer
     lowest = 1.0 if c.surrogate != "cispo" else float("inf")
     return [
+        (c.mini_batches < 1 or c.epochs < 1, f"mini_batches={c.mini_batches} and epochs={c.epochs} must be at least 1"),
         (c.group_size < 1, f"group_size={c.group_size} must be at least 1"),
         (
             c.group_size == 1 and (c.baseline != "none" or c.normalize_std == "group"),
