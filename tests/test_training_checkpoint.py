@@ -90,7 +90,7 @@ def _resume(rank: int, source: Path, case: Case, directory: Path, lora: LoRAConf
     assert loaded.state["epoch"] == 1
     draws = torch.rand(3)
     curve = _steps(trainer, 3, 5)
-    return curve, _weights(trainer, source), draws if loaded.same_layout else None
+    return curve, _weights(trainer, source), draws
 
 
 ONE: Case = (Layout(), {}, {})
@@ -132,6 +132,24 @@ def test_another_layout_goes_on(variant: str, before: Case, after: Case, scratch
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in curve], rel=1e-5)
     for name, weight in weights.items():
         torch.testing.assert_close(found_weights[name], weight, atol=2e-4, rtol=1e-3)
+
+
+def test_another_layout_draws_what_follows_from_seed_and_step(scratch: Path, tmp_path: Path) -> None:
+    """Dropout goes on: the same whenever the run is continued, and not as it began."""
+    source, lora, case = _checkpoint(DENSE, scratch), LoRAConfig(rank=4, dropout=0.5), (Layout(tp=2), {}, {})
+    run_ranks(_save, 1, source, ONE, tmp_path, lora)
+    first = run_ranks(_resume, 2, source, case, tmp_path, lora)
+    again = run_ranks(_resume, 2, source, case, tmp_path, lora)
+    for (curve, _, draws), (curve_again, _, draws_again) in zip(first, again, strict=True):
+        assert curve_again == curve
+        assert torch.equal(draws_again, draws)
+    unbroken = run_ranks(_drawn_at_the_start, 2, source, lora)
+    assert not torch.equal(unbroken[0], first[0][2])
+
+
+def _drawn_at_the_start(rank: int, source: Path, lora: LoRAConfig) -> Tensor:
+    _trainer(source, Layout(tp=2), {}, None, lora)
+    return torch.rand(3)
 
 
 def test_adapters_alone_are_saved(scratch: Path, tmp_path: Path) -> None:

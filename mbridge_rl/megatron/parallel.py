@@ -58,7 +58,6 @@ def initialize_parallel(
     """
     with megatron_runtime():
         from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         if parallel_state.model_parallel_is_initialized():
             raise LayoutError("Megatron's parallel state is initialised already: call destroy_parallel() first")
@@ -82,11 +81,20 @@ def initialize_parallel(
             order=layout.order,
             **_embedding_ranks(layout),
         )
+    seed_random_states(seed)
+    _State.layout = layout
+    return layout
+
+
+def seed_random_states(seed: int) -> None:
+    """Torch's and Megatron's random states of this rank, as Megatron-LM seeds them."""
+    with megatron_runtime():
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
         stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(stage_seed)
         model_parallel_cuda_manual_seed(stage_seed)
-    _State.layout = layout
-    return layout
 
 
 def _embedding_ranks(layout: ParallelLayout) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from mbridge_rl.megatron.runtime import megatron_runtime
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.training.checkpoint_tensors import KINDS, TrainerTensors
 from mbridge_rl.training.optimizer_state import set_step_count
-from mbridge_rl.training.random_state import random_state, restore_random_state
+from mbridge_rl.training.random_state import derive_random_state, random_state, restore_random_state
 from mbridge_rl.training.trainer import MegatronTrainer
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class LoadedCheckpoint:
     """Attributes:
     step: that it was saved after.
     state: what the caller had saved with it.
-    same_layout: whether random states were restored, too: they belong to ranks. Otherwise dropout goes on as it was seeded.
+    same_layout: whether random states were restored, too: they belong to ranks. Otherwise new ones follow from the run's seed
+        and this step (`random_state.derive_random_state`).
     """
 
     step: int
@@ -128,7 +129,9 @@ def load_checkpoint(trainer: MegatronTrainer, checkpoint: str | Path) -> LoadedC
     trainer.scheduler.num_steps = steps
     trainer.set_learning_rate(saved["highest"] if saved["configured"] == config.learning_rate else config.learning_rate)
     if not same_layout:
-        _log.warning("%s was saved by %s, this is %s: random states start anew", path, description["layout"], trainer.layout)
+        derive_random_state(common["seed"], description["step"], trainer.layout)
+        how = "%s was saved by %s, this is %s: random states are derived from its seed and step"
+        _log.info(how, path, description["layout"], trainer.layout)
     return LoadedCheckpoint(description["step"], common["state"], same_layout)
 
 
@@ -145,6 +148,7 @@ def _content(trainer: MegatronTrainer, state: dict[str, Any]) -> dict[str, Any]:
         "optimizer_steps": trainer.scheduler.num_steps,
         "learning_rate": {"highest": trainer.scheduler.max_lr, "configured": trainer.config.learning_rate},
         "grad_scaler": _grad_scaler_state(trainer),
+        "seed": torch.initial_seed(),  # the first rank writes it, whose pipeline stage adds nothing to it
         "state": state,
     }
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.parallel import seed_random_states
+from mbridge_rl.training.lora_dropout import seed_dropout
+
+_LARGEST_SEED = 1 << 31  # of those that NumPy takes, with room for Megatron's own sums
 
 
 def random_state() -> dict[str, Any]:
@@ -34,3 +42,16 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state(state["cuda"])
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def derive_random_state(seed: int, step: int, layout: ParallelLayout) -> None:
+    """For ranks that cannot go on with the saved states, since those belong to ranks of another layout: states that follow from
+    the saved run's `seed` and `step` alone. So a run that is continued twice draws the same, and nothing that it drew before.
+    """
+    key = f"mbridge_rl:{seed}:{step}".encode()
+    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % _LARGEST_SEED
+    rank = dist.get_rank()
+    random.seed(number)
+    np.random.seed(number)
+    seed_random_states(number)
+    seed_dropout(number, rank, layout.coordinates(rank))
