@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ def adapter(start: Path, seed: int, rank: int = 4, **config: Any) -> dict[str, T
     return {name: torch.randn(shape, generator=generator) * 0.15 for name, shape in spec.hf_shapes.items()}
 
 
-def put(engine: InProcessEngine, name: str, version: int, tensors: dict[str, Tensor], rank: int = 4) -> dict[str, Any]:
+def put(
+    engine: InProcessEngine, name: str, version: int, tensors: dict[str, Tensor], rank: int = 4, **said: Any
+) -> dict[str, Any]:
     starts, nbytes = offsets(tensor.nbytes for tensor in tensors.values())
     with Arena.create(nbytes) as arena:
         for tensor, start in zip(tensors.values(), starts, strict=True):
@@ -44,6 +48,7 @@ def put(engine: InProcessEngine, name: str, version: int, tensors: dict[str, Ten
                 "shapes": [list(tensor.shape) for tensor in tensors.values()],
                 "offsets": starts,
                 "digests": [f"{digest(tensor):016x}" for tensor in tensors.values()],
+                **said,
             }
         )
 
@@ -137,6 +142,31 @@ def ranks_by_pattern_act_as_merged_weights(start: Path) -> float:
         logits = model(torch.tensor([[5, 9, 33, 100, 514, *answer.tokens]])).logits[0, 4:-1].log_softmax(-1)
     assert logits.argmax(-1).tolist() == answer.tokens
     return (logits.amax(-1) - torch.tensor(answer.logprobs)).abs().max().item()
+
+
+def tokens_are_labelled_with_the_policys_versions(start: Path) -> None:
+    """Also of a request that goes on across an update, or is ended by it."""
+    engine = InProcessEngine(start, **OPTIONS)
+    policies = [adapter(start, seed) for seed in range(4)]
+    put(engine, "policy", 5, policies[0], is_policy=True)
+    assert engine.weight_version == 5
+    for version, requests in ((6, "keep"), (7, "abort"), (8, "wait")):
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(engine.generate, [[5, 9, 33]], max_tokens=50, ignore_eos=True, adapter="policy")
+            while not engine._requests.in_flight:
+                time.sleep(1e-3)
+            put(engine, "policy", version, policies[version - 5], is_policy=True, requests=requests)
+            (answer,) = asked.result()
+        assert engine.weight_version == version
+        assert set(answer.token_versions) <= {version - 1, version}
+        assert answer.finish_reason == ("abort" if requests == "abort" else "length")
+        if requests == "keep":
+            assert answer.token_versions[-1] == version
+        if requests == "wait":
+            assert set(answer.token_versions) == {version - 1}
+    put(engine, "other", 20, policies[0])
+    assert engine.weight_version == 8
+    engine.close()
 
 
 def an_engine_without_lora_says_so(start: Path) -> None:

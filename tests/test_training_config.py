@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from mbridge_rl.cli import app
+from mbridge_rl.core.quantize import Fp8
+from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.training.config import RunConfig, load_run_config
 from mbridge_rl.training.config_file import ConfigError, as_mapping, parse_config, read_config, with_overrides
 from mbridge_rl.training.objectives.config import objective
@@ -30,6 +33,15 @@ def test_defaults_fill_what_is_left_out_and_the_whole_comes_back() -> None:
     assert config.run_dir == Path("runs/x")
     assert config.layout.etp == 2
     assert parse_config(RunConfig, yaml.safe_load(yaml.safe_dump(as_mapping(config)))) == config
+
+
+def test_a_recipe_reaches_every_option_of_a_sync() -> None:
+    assert {field.name for field in fields(SyncOptions)} <= {field.name for field in fields(_parse().sync)}
+    said = {"mode": "streaming", "transport": "files", "url": "/mnt/x", "store": "s", "retries": 3, "requests": "abort"}
+    config = _parse(sync=said | {"quantization": {"block": None}, "nonfinite": "pass", "bucket_bytes": 4096})
+    assert as_mapping(config.sync).items() >= said.items()
+    assert config.sync.quantization == Fp8(block=None)
+    assert parse_config(RunConfig, as_mapping(config)) == config
 
 
 def test_a_published_objective_stands_for_its_fields_and_those_beside_it_win() -> None:
@@ -90,6 +102,21 @@ def test_a_wrong_field_is_named_by_its_path(sections: dict[str, Any], message: s
         ({"runner": {"restarts": 1}}, "needs checkpoint.every"),
         ({"reward": {"function": "http://x", "workers": 2}}, "reward.workers must be 0"),
         ({"trainer": {"temperature": 0.5}}, "is not rollout.temperature=1"),
+        ({"sync": {"delta": True, "verify": False}}, "sync: delta=True needs verify=True"),
+        ({"sync": {"transport": "files"}}, "sync: transport='files' needs url"),
+        ({"trainer": {"offload": "host"}, "rollout": {"mode": "one-step-off"}}, "offload=host needs rollout.mode=sync: in one"),
+        ({"trainer": {"offload": "/scratch"}, "runner": {"kind": "ray"}}, "is for engines on the trainer's devices"),
+        ({"sync": {"adapters": True}}, "sync.adapters needs a lora section"),
+        ({"sync": {"adapters": True}, "lora": {"dora": True}}, "sync.adapters: vLLM has no DoRA"),
+        ({"sync": {"adapters": True}, "lora": {"rank": 320, "start": "pissa"}}, "rank 512 at most, not 640"),
+        (
+            {"sync": {"adapters": True, "delta": True, "transport": "cuda_ipc"}, "lora": {}},
+            "so that sync.transport=cuda_ipc, sync.delta=True cannot be",
+        ),
+        ({"sync": {"store": "my-run"}}, "sync: 'my-run' cannot name a weight store"),
+        ({"sync": {"url": "s3://bucket"}}, "sync.url=s3://bucket is for sync.transport=files, found auto"),
+        ({"sync": {"lost_engines": "drop"}}, "sync.lost_engines=drop: a run replaces lost engines"),
+        ({"sync": {"retries": -1, "timeout": 0}}, "sync: retries must not be negative, found -1; timeout must be more than 0"),
         ({"model": {"path": "toy:gpt"}}, "toy models are toy:qwen3, "),
         ({"model": {"path": "some/dir", "toy": {"num_layers": 1}}}, "model.toy is for models named toy"),
     ],
@@ -152,7 +179,7 @@ def test_a_recipe_without_weights_is_not_started(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> None:
-    path = next(path for path in RECIPES if path.stem == "toy")
+    path, moe = (next(path for path in RECIPES if path.stem == name) for name in ("toy", "toy-moe"))
     run_dir = tmp_path / "run"
     wrong = CliRunner().invoke(app, ["train", str(path), f"run_dir={run_dir}", "rollout.mod=async", "layout.tp=0"])
     assert wrong.exit_code == 1
@@ -161,6 +188,10 @@ def test_the_command_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> No
     impossible = CliRunner().invoke(app, ["train", str(path), f"run_dir={run_dir}", "layout.tp=3", "--check"])
     assert impossible.exit_code == 1
     assert "LayoutError" in impossible.output
+    adapters = ["sync.adapters=true", "lora.targets=['*.experts.*']", "layout.etp=1"]
+    experts = CliRunner().invoke(app, ["train", str(moe), f"run_dir={run_dir}-moe", *adapters, "--check"])
+    assert experts.exit_code == 1
+    assert "adapters of experts and output layers cannot be read back" in " ".join(experts.output.split())
     right = CliRunner().invoke(app, ["train", str(path), f"run_dir={run_dir}", "--check"])
     assert right.exit_code == 0, right.output
     assert "can be run: toy:qwen3 on 2 ranks" in right.output

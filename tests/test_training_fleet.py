@@ -26,8 +26,11 @@ class NamedEngine:
         self._check()
         return 1
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, seed: list[int], temperature: float) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, seed: list[int], temperature: float, adapter: str | None = None
+    ) -> list[Completion]:
         self._check()
+        self.adapter = adapter
         assert not self.refuses
         assert len(seed) == len(prompts)
         return [Completion(index, [self.name, len(prompt), seed[index]], [], "stop", 1) for index, prompt in enumerate(prompts)]
@@ -44,8 +47,12 @@ class RecordingSync:
     """A weight sync that says what it was made for."""
 
     made: list[tuple[list[int], list[int]]] = []  # noqa: RUF012  one for all, so that tests see those that are gone
+    adapter: str | None = None
 
-    def __init__(self, bridge: Any, model: Any, engines: Sequence[NamedEngine], **options: Any) -> None:
+    def __init__(
+        self, bridge: Any, model: Any, engines: Sequence[NamedEngine], adapter: str | None = None, **options: Any
+    ) -> None:
+        assert (adapter, options.get("is_policy", False)) == (self.adapter, self.adapter is not None)
         self.versions: list[int] = []
         self._engines = engines
         RecordingSync.made.append(([engine.name for engine in engines], self.versions))
@@ -60,21 +67,27 @@ class RecordingSync:
         """Nothing to free."""
 
 
+class RecordingAdapterSync(RecordingSync):
+    adapter = "policy"
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[NamedEngine]:
     """Every engine that was started, with its number in the order of starts as name."""
     monkeypatch.setattr(fleet_module, "WeightSync", RecordingSync)
+    monkeypatch.setattr(fleet_module, "AdapterSync", RecordingAdapterSync)
     RecordingSync.made.clear()
     return []
 
 
-def _fleet(started: list[NamedEngine], count: int, restarts: int) -> EngineFleet:
+def _fleet(started: list[NamedEngine], count: int, restarts: int, adapter: str | None = None) -> EngineFleet:
     def make(index: int) -> NamedEngine:
         started.append(NamedEngine(len(started)))
         return started[-1]
 
     fleet = EngineFleet(make, count, restarts=restarts)
-    fleet.connect(None, [], dtype=None, options=SyncOptions())
+    assert not started
+    fleet.connect(None, [], dtype=None, options=SyncOptions(), adapter=adapter)
     return fleet
 
 
@@ -108,6 +121,17 @@ def test_an_engine_that_dies_in_a_sync_is_replaced_in_it(started: list[NamedEngi
     started[0].dead = True
     assert fleet.sync(4).version == 4
     assert RecordingSync.made[-1] == ([2, 1], [4])
+    fleet.close()
+
+
+def test_engines_of_an_adapter_are_asked_for_it_and_new_ones_get_it(started: list[NamedEngine]) -> None:
+    fleet = _fleet(started, 2, restarts=1, adapter="policy")
+    fleet.sync(3)
+    started[0].dead = True
+    fleet.replace_lost(3, EngineProcessError("engine 0 died"))
+    assert RecordingSync.made == [([0, 1], [3]), ([2, 1], [3])]
+    fleet.generate([[1], [2]], seed=[1, 2], temperature=1.0)
+    assert [engine.adapter for engine in started[1:]] == ["policy", "policy"]
     fleet.close()
 
 

@@ -37,7 +37,8 @@ MODES = {
         "algorithm.correction={weight: token, cap: 2.0}",
     ],
 }
-WEIGHTS = {"full": [], "lora": ["lora={rank: 32, alpha: 64}", "trainer.learning_rate=3e-3"]}
+LORA = ["lora={rank: 32, alpha: 64}", "trainer.learning_rate=3e-3"]
+WEIGHTS = {"full": [], "lora": LORA, "adapters": [*LORA, "sync.adapters=true"]}
 WAYS = {"fork": [], "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "ray": []}
 NIGHTLY = "MBRIDGE_SEEDS" in os.environ
 OBJECTIVE_CHANGES = {
@@ -52,7 +53,7 @@ CASES = (
         *(("sync", "full", "fork", name) for name in OBJECTIVES),
     ]
     if NIGHTLY
-    else [("async", "lora", "fork", "default")]
+    else [("async", "adapters", "fork", "default")]
 )
 
 
@@ -83,7 +84,7 @@ def test_the_toy_task_is_learnt(
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
 
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
-    assert (tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").exists() == (weights == "lora")
+    assert (tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").exists() == (weights != "full")
     history = read_lines(tmp_path / "run" / METRICS_FILE)
     for name in ("reward", "accuracy"):  # for the table in docs/training.md
         record_property(name, [line[name] for line in history if line[name] is not None])

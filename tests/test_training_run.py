@@ -16,6 +16,9 @@ import saboteurs
 
 pytest.importorskip("vllm")
 
+from mbridge_rl.sync.arena import SHARED_MEMORY
+from mbridge_rl.sync.sinks import read_syncs
+from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.training.config import RunConfig
 from mbridge_rl.training.config_file import parse_config, with_overrides
 from mbridge_rl.training.launcher import LaunchError
@@ -25,6 +28,7 @@ from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE,
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.slow
 nightly = pytest.mark.skipif("MBRIDGE_SEEDS" not in os.environ, reason="part of `make nightly`")
+EXACT, CLOSE = ("step", "reward", "length_mean"), ("loss", "grad_norm", "entropy")
 CURVE = ("step", "reward", "loss", "grad_norm", "entropy", "ratio_max_deviation", "kl_train_rollout", "digest")
 
 BASE: dict[str, Any] = {
@@ -99,6 +103,59 @@ def test_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(undisturbed:
     assert summary["engines_lost"] == 1
     assert "2: 1 engines were lost and replaced" in events(config.run_dir)
     assert "2: restarted after: rank 1 of 2 failed" in events(config.run_dir)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["sync.mode=streaming", "sync.transport=process_group", "sync.requests=abort", "sync.bucket_bytes=65536"],
+        ["sync.store={store}", "sync.nonfinite=pass", "sync.timeout=60"],
+    ],
+    ids=["streaming-process-group", "named-store"],
+)
+def test_however_weights_travel_the_curve_is_the_same(undisturbed: Path, tmp_path: Path, options: list[str]) -> None:
+    name = f"run_{os.getpid()}"
+    config = config_of(tmp_path / "run", "steps=2", "checkpoint.every=0", *(text.format(store=name) for text in options))
+    store = WeightStore(name, SHARED_MEMORY)
+    try:
+        run_training(config)
+        head = store.head()
+    finally:
+        store.remove()
+    assert curve(config.run_dir) == curve(undisturbed)[:2]
+    assert (None if head is None else head.version) == (3 if config.sync.store else None)  # a named store outlives the run
+    for sync in read_syncs(config.run_dir):
+        assert (sync.mode, sync.verified) == (config.sync.mode, True)
+        assert sync.transport == ("shared_memory" if config.sync.store else "process_group")
+        assert sync.buckets > 10 or config.sync.store
+
+
+def test_adapters_alone_travel_and_learn_what_merged_ones_do(sabotage: Path) -> None:
+    """An engine that is lost comes back with base and adapter, as the run does after a lost rank. Merged or beside the weights,
+    an adapter computes the same up to rounding, so that the same tokens are sampled."""
+    lora = ["lora={rank: 4, start: orthogonal}", "runner.restarts=1"]
+    merged = config_of(sabotage / "merged", "steps=3", *lora)
+    run_training(merged)
+    changes = ["sync={adapters: true, requests: wait, timeout: 60}", "reward.function=saboteurs:kill_engine_then_rank"]
+    config = config_of(sabotage / "adapters", *lora, *changes)
+    summary = run_training(config)
+    assert summary["engines_lost"] == 1
+    assert "2: restarted after: rank 1 of 2 failed" in events(config.run_dir)
+    lines = [read_lines(run.run_dir / METRICS_FILE) for run in (merged, config)]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5]
+    for expected, found in zip(*lines, strict=False):
+        assert [found[name] for name in EXACT] == [expected[name] for name in EXACT]
+        assert [found[name] for name in CLOSE] == pytest.approx([expected[name] for name in CLOSE], rel=1e-4, abs=1e-6)
+        assert (found["staleness_max"], found["verified"]) == (0, True)
+    assert max(line["mismatch_max"] for line in lines[1]) < 1e-4
+    assert len({line["digest"] for line in lines[1]}) == 5
+    # Two layers of q, k, v, o, gate, up and down: rank 4, fp32, a row of A and a column of B each.
+    sizes = [96 + 256, 96 + 128, 96 + 128, 256 + 96, 96 + 192, 96 + 192, 192 + 96]
+    adapter = 2 * 4 * 4 * sum(sizes)
+    for sync in read_syncs(config.run_dir):
+        assert (sync.adapter, sync.nbytes, sync.verified, sync.failed) == ("policy", adapter, True, {})
+        assert sync.nbytes < 0.15 * sync.full_nbytes
+    assert {sync.full_nbytes for sync in read_syncs(merged.run_dir)} == {sync.full_nbytes}
 
 
 def test_on_ray_the_curve_is_the_same(undisturbed: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ import adapter_scenarios
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.adapters import AdaptedEngine, AdapterReport, AdapterSync
+from mbridge_rl.sync.adapters import AdaptedEngine, AdapterSync
+from mbridge_rl.sync.engines import Engines
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
+from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.vllm.process import EngineProcess
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.grpo import supervised_loss
@@ -95,9 +98,15 @@ def trained_policy_is_sampled(bridge: AutoBridge, model: list[torch.nn.Module], 
     batch = Batch.from_completions(PROMPTS, [[7, 8, 9], [10, 11]], pad_token_id=0)
     for _ in range(2):
         trainer.step(batch, supervised_loss)
-    sync = AdapterSync(bridge, trainer.model, engine, "d")
-    assert sync.sync(2).verified
-    sync.close()
+    near = AdapterSync(bridge, trainer.model, engine, "d")
+    expected = near.sync(1)
+    near.close()
+    # As if every rank and the engine were on a machine of its own: what travels is the same.
+    with patch("mbridge_rl.sync.adapters.machine_id", str), patch.object(RankGroup, "on_one_machine", False):
+        far = AdapterSync(bridge, trainer.model, engine, "d")
+    found = far.sync(2)
+    assert (found.digest, found.nbytes, found.verified) == (expected.digest, expected.nbytes, True)
+    far.close()
     sampled = [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4)]
     if engine is not None:
         answers = AdaptedEngine(engine, "d").generate(PROMPTS, max_tokens=4, seed=3, ignore_eos=True)
@@ -150,14 +159,14 @@ def three_adapters_in_turn(
     # A bit that flips on the way: the version before serves on.
     served = (engine.adapter_digests("a"), greedy(engine, "a")) if engine else None
     if engine is not None:
-        syncs["a"]._client = TearsABit(engine, syncs["a"])
+        syncs["a"]._engines = Engines([TearsABit(engine, syncs["a"])])  # type: ignore[list-item]
     fill(model, 9)
     with pytest.raises(DigestMismatch, match=r"1 of \d+ factors arrived with other bytes"):
         syncs["a"].sync(20)
     if engine is not None:
         assert (engine.adapter_digests("a"), greedy(engine, "a")) == served
         assert engine.adapter_versions() == found["versions"]
-        syncs["a"]._client = engine
+        syncs["a"]._engines = Engines([engine])
     with pytest.raises(EngineMismatch, match="has 4 LoRA slots, one of them for base rows, and holds a, b, c"):
         AdapterSync(bridge, model, engine, "d").sync(1)
     if engine is not None:
@@ -214,7 +223,7 @@ def test_three_adapters_updated_in_turn_do_not_disturb_each_other(
     assert first["policies_differ"] < LOGPROB_TOLERANCE
     assert first["versions"] == {name: "abcacb"[:updates].rindex(name) + 1 for name in "abc"}
     for report in first["reports"]:
-        assert isinstance(report, AdapterReport)
+        assert (report.adapter in "abc", report.transport) == (True, "shared_memory")
         assert report.engine["digest"] == report.digest
         assert report.engine["proven"] == report.tensors
         assert report.engine["bytes"] == report.nbytes
@@ -231,6 +240,7 @@ def test_slots_are_proven_and_whatever_fails_is_undone(tmp_path: Path) -> None:
     try:
         interpreter.call(adapter_scenarios.slots_are_proven_and_reverted, dense)
         assert interpreter.call(adapter_scenarios.ranks_by_pattern_act_as_merged_weights, dense) < LOGPROB_TOLERANCE
+        interpreter.call(adapter_scenarios.tokens_are_labelled_with_the_policys_versions, dense)
         interpreter.call(adapter_scenarios.an_engine_without_lora_says_so, dense)
         interpreter.call(adapter_scenarios.experts_beside_adapters_are_refused, experts)
     finally:

@@ -100,7 +100,7 @@ class Engines:
                 pass  # it lives, and has its own trouble
             return None
 
-        found = self._each(ask)
+        found = self.each(ask)
         lost = [(member, error) for member, error in zip(self._members, found, strict=True) if error is not None]
         if len(lost) == len(self._members):
             return 0
@@ -115,7 +115,7 @@ class Engines:
         Raises:
             EngineMismatch: the engines are not alike.
         """
-        said = self._each(lambda _, engine: engine.describe_workers(info))
+        said = self.each(lambda _, engine: engine.describe_workers(info))
         for index, workers in enumerate(said):
             if not alike(workers, said[0]):
                 raise EngineMismatch(
@@ -129,7 +129,7 @@ class Engines:
         return said
 
     def adopt(self, introduction: dict[str, Any]) -> None:
-        self._each(lambda _, engine: engine.adopt_route(introduction))
+        self.each(lambda _, engine: engine.adopt_route(introduction))
 
     def begin(self, update: dict[str, Any]) -> None:
         def call(index: int, engine: Engine) -> None:
@@ -138,7 +138,7 @@ class Engines:
                 wire["store"] = f"{wire['store']}.{self._members[index].number}"
             engine.begin_update({**update, "wire": wire})
 
-        self._each(call)
+        self.each(call)
 
     def wait_for_arrival(self, patience: Patience) -> None:
         """Until every worker has everything, verified.
@@ -157,7 +157,7 @@ class Engines:
         Raises:
             SyncError: what went wrong in one of them; EngineProcessError: an engine died.
         """
-        said = [worker for workers in self._each(lambda _, engine: engine.update_status()) for worker in workers]
+        said = [worker for workers in self.each(lambda _, engine: engine.update_status()) for worker in workers]
         errors = [worker["error"] for worker in said if worker["error"]]
         for kind, message in sorted(errors, key=lambda error: error[0] == PeerFailed.__name__):  # causes come first
             raise _rebuilt(kind, message)
@@ -180,10 +180,16 @@ class Engines:
 
     def proofs(self) -> list[list[str | None]]:
         """Of the weights that every worker of every engine serves (`delta.proof_of`)."""
-        return self._each(lambda _, engine: [worker["proof"] for worker in engine.update_status()])
+        return self.each(lambda _, engine: [worker["proof"] for worker in engine.update_status()])
 
     def commit(self, version: int, requests: str, timeout: float) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
-        """Each engine on its own: what fails in one does not hold the others up.
+        """See `each_alone`."""
+        return self.each_alone(version, lambda _, engine: engine.commit_update(version, requests, timeout))
+
+    def each_alone(
+        self, version: int, action: Callable[[int, Any], dict[str, Any]]
+    ) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
+        """Gives `version` to each engine on its own: what fails in one does not hold the others up.
 
         Returns:
             Every engine's outcome, and the reports of those that committed.
@@ -194,13 +200,13 @@ class Engines:
 
         def call(index: int, engine: Engine) -> tuple[EngineOutcome, dict[str, Any] | None]:
             try:
-                return EngineOutcome(index, version), engine.commit_update(version, requests, timeout)
+                return EngineOutcome(index, version), action(index, engine)
             except BridgeError as error:
                 failures.append(error)
                 return EngineOutcome(index, None, f"{type(error).__name__}: {error}"), None
 
         failures: list[BridgeError] = []
-        found = self._each(call)
+        found = self.each(call)
         if len(failures) == len(self.all):
             raise failures[0]
         return [outcome for outcome, _ in found], [report for _, report in found if report is not None]
@@ -214,12 +220,12 @@ class Engines:
             except BridgeError:
                 return
 
-        self._each(call)
+        self.each(call)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)
 
-    def _each(self, call: Callable[[int, Engine], Any]) -> list[Any]:
+    def each(self, call: Callable[[int, Engine], Any]) -> list[Any]:
         """Every engine's answer. If some fail, the others have been asked as well, and one error tells of all.
 
         Raises:

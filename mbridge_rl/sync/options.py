@@ -7,6 +7,7 @@ from typing import Literal
 
 from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.update import Mode
 from mbridge_rl.sync.vllm.requests import InFlight
 
@@ -54,5 +55,16 @@ class SyncOptions:
     quantization: Fp8 | None = None
 
     def __post_init__(self) -> None:
-        if self.delta and not self.verify:
-            raise SyncError("delta=True needs verify=True: digests prove what a delta starts from and leads to")
+        wrong = {
+            "delta=True needs verify=True: digests prove what a delta starts from and leads to": self.delta and not self.verify,
+            "transport='files' needs url, a directory or an object store that both ends reach": (
+                self.transport == "files" and not self.url
+            ),
+            f"bucket_bytes must be at least 1, found {self.bucket_bytes}": self.bucket_bytes < 1,
+            f"retries must not be negative, found {self.retries}": self.retries < 0,
+            f"timeout must be more than 0 seconds, found {self.timeout:g}": not self.timeout > 0,
+        }
+        if problems := [text for text, is_so in wrong.items() if is_so]:
+            raise SyncError("; ".join(problems))
+        if self.store is not None:
+            WeightStore(self.store)  # whose name it can be

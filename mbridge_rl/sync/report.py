@@ -30,6 +30,7 @@ class SyncReport:
     """What one sync did, and the proof of it.
 
     Attributes:
+        adapter: name of the one that moved, alone (`sync.adapters`); `None` for weights.
         nbytes: that all workers of one engine are sent, weights alone, as planned. What they were handed, with alignment and
             digests, they count themselves: `bytes_per_worker` of their engine's report.
         full_nbytes: that they keep, and receive in a full sync.
@@ -64,6 +65,7 @@ class SyncReport:
     full_nbytes: int = 0
     base: int | None = None
     outcomes: Sequence[EngineOutcome] = field(default=())
+    adapter: str | None = None
 
     @property
     def share(self) -> float:

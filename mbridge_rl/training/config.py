@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.training import toy
 from mbridge_rl.training.config_file import ConfigError, read_config
 from mbridge_rl.training.lora import LoRAConfig
@@ -16,6 +17,8 @@ from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.trainer import TrainerConfig
 
 TOY = "toy:"
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be started for
+MAX_ADAPTER_RANK = ADAPTER_RANKS[-1]
 
 
 @dataclass(frozen=True)
@@ -165,14 +168,31 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class SyncConfig:
-    """Attributes:
-    verify: prove by digest after every sync that the engine holds the trainer's weights.
-    delta: send what changed since the last version, compressed, where that is less than everything.
+class SyncConfig(SyncOptions):
+    """How the policy gets to the engines: all fields of `SyncOptions`, with its defaults. Lost engines are the run's own matter
+    (`engine.restarts`).
+
+    Attributes:
+        adapters: engines start on the base weights and have LoRA slots; the adapters of `lora` alone travel, not merged.
     """
 
-    verify: bool = True
-    delta: bool = False
+    adapters: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapters and (others := [name for name in _OF_WEIGHTS if getattr(self, name) != _DEFAULTS[name]]):
+            raise ConfigError(
+                f"sync.adapters: adapters always travel staged, whole and verified, in the engine's dtype, so that "
+                f"{', '.join(f'sync.{name}={getattr(self, name)}' for name in others)} cannot be"
+            )
+        if self.lost_engines == "drop":
+            raise ConfigError("sync.lost_engines=drop: a run replaces lost engines, engine.restarts says how many")
+        if self.url is not None and self.transport != "files":
+            raise ConfigError(f"sync.url={self.url} is for sync.transport=files, found {self.transport}")
+
+
+_OF_WEIGHTS = ("mode", "transport", "bucket_bytes", "verify", "store", "url", "delta", "quantization")
+_DEFAULTS = {field.name: field.default for field in fields(SyncOptions)}
 
 
 @dataclass(frozen=True)
@@ -345,7 +365,19 @@ def _contradictions(config: RunConfig) -> list[str]:
         f"reward.function={reward.function}: a service computes its rewards itself, so reward.workers must be 0": (
             reward.function.startswith(("http://", "https://")) and reward.workers > 0
         ),
-        "sync.delta needs sync.verify: digests prove what changes lead to": config.sync.delta and not config.sync.verify,
+        f"trainer.offload={config.trainer.offload} needs rollout.mode=sync: in {rollout.mode} the trainer works while engines "
+        "sample": config.trainer.offload != "none" and rollout.mode != "sync",
+        "trainer.offload is for engines on the trainer's devices: runner.placement=separate gives them their own": (
+            config.trainer.offload != "none" and config.runner.kind == "ray" and config.runner.placement == "separate"
+        ),
+        "sync.adapters needs a lora section: there is nothing else that could travel": config.sync.adapters and not config.lora,
+        "sync.adapters: vLLM has no DoRA; leave sync.adapters out, so that merged weights travel": (
+            config.sync.adapters and config.lora is not None and config.lora.dora
+        ),
+        f"sync.adapters: vLLM takes adapters of rank {MAX_ADAPTER_RANK} at most, not "
+        f"{config.lora and config.lora.largest_peft_rank}; leave sync.adapters out, so that merged weights travel": (
+            config.sync.adapters and config.lora is not None and config.lora.largest_peft_rank > MAX_ADAPTER_RANK
+        ),
         "runner.address is for runner.kind=ray": config.runner.address is not None and config.runner.kind != "ray",
     }
     return problems + [text for text, wrong in checks.items() if wrong]

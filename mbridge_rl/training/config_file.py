@@ -123,7 +123,7 @@ def _dataclass(cls: type[Any], found: Any, path: str, problems: list[str]) -> An
     except ConfigError as error:  # names its fields
         problems.append(str(error))
         return None
-    except (ValueError, TypeError) as error:  # what the dataclass itself checks
+    except (BridgeError, ValueError, TypeError) as error:  # what the dataclass itself checks
         problems.append(f"{path or 'the configuration'}: {error}")
         return None
 

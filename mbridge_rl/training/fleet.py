@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mbridge_rl.sync.adapters import AdapterSync
 from mbridge_rl.sync.errors import EngineProcessError, SyncError
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.refit import SyncOptions, SyncReport, WeightSync
@@ -46,12 +47,19 @@ class EngineFleet:
 
     def __init__(self, make: Callable[[int], ServedEngine], count: int, *, restarts: int = 0) -> None:
         self._make, self._restarts, self._group = make, restarts, RankGroup()
-        self.lost = 0
+        self.lost, self._started = 0, False
         self._engines: list[ServedEngine] = []
-        self._sync: WeightSync | None = None
+        self._sync: WeightSync | AdapterSync | None = None
         self._refusing: set[int] = set()
+        self._asked: dict[str, str] = {}  # of every call
+        self._count = count
         self._calls = ThreadPoolExecutor(max_workers=count, thread_name_prefix="engine")
-        self._group.first_rank_does(lambda: self._engines.extend(make(index) for index in range(count)))
+
+    def start(self) -> None:
+        """Starts the engines, unless that was done; returns before they are up."""
+        if not self._started:
+            self._started = True
+            self._group.first_rank_does(lambda: self._engines.extend(map(self._make, range(self._count))))
 
     def connect(
         self,
@@ -61,12 +69,24 @@ class EngineFleet:
         dtype: torch.dtype | None,
         options: SyncOptions,
         sinks: Sequence[Sink] = (),
+        adapter: str | None = None,
     ) -> None:
-        """Prepares every engine for the weights of `model`; `sinks` hear of every sync."""
-        self._connected: Callable[[], WeightSync] = lambda: WeightSync(
-            bridge, model, self._engines or None, dtype=dtype, options=options, sinks=sinks
-        )
-        self._sync = self._connected()
+        """Prepares every engine for the weights of `model`; `sinks` hear of every sync.
+
+        Args:
+            adapter: only the model's adapters travel, under this name; engines were started on its base weights, with LoRA.
+        """
+
+        def connected() -> WeightSync | AdapterSync:
+            engines = self._engines or None
+            if adapter is None:
+                return WeightSync(bridge, model, engines, dtype=dtype, options=options, sinks=sinks)
+            return AdapterSync(bridge, model, engines, adapter, is_policy=True, options=options, sinks=sinks)
+
+        self.start()
+        self._connected = connected
+        self._asked = {} if adapter is None else {"adapter": adapter}
+        self._sync = connected()
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
         """Deals the prompts to the engines, as evenly as can be; those that failed the last commit get none. Rank 0 only.
@@ -80,7 +100,7 @@ class EngineFleet:
 
         def ask(engine: ServedEngine, part: slice) -> list[Completion]:
             own = {name: value[part] for name, value in options.items() if name in _PER_PROMPT and isinstance(value, list)}
-            found = engine.generate(prompts[part], **options | own)
+            found = engine.generate(prompts[part], **options | own | self._asked)
             return [replace(completion, prompt_index=part.start + completion.prompt_index) for completion in found]
 
         asked = [self._calls.submit(ask, engine, part) for engine, part in zip(engines, parts, strict=False)]

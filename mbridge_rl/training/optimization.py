@@ -31,6 +31,8 @@ class TrainerConfig:
     overlap_grad_reduce: reduce gradients during the backward pass.
     temperature: that the engine samples with; log-probabilities are of that distribution.
     max_logit_elements: see `logprobs.projected_token_statistics`.
+    offload: where weights and optimizer state are while a synchronous run samples and evaluates: `none` leaves them, `host`
+        moves them from a GPU into host memory, anything else is a directory (`MegatronTrainer.out_of_the_way`).
 
     Raises:
         ValueError: values that contradict each other, naming both.
@@ -52,6 +54,7 @@ class TrainerConfig:
     overlap_grad_reduce: bool = False
     temperature: float = 1.0
     max_logit_elements: int = DEFAULT_MAX_ELEMENTS
+    offload: str = "none"
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "linear", "cosine", "inverse-square-root"):

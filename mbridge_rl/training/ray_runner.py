@@ -97,13 +97,13 @@ class TrainerRank:
 
 def start_engine_actor(config: RunConfig, index: int, *, group: Any) -> RayEngine:
     """Engine `index` in its place; returns before it is up."""
-    from mbridge_rl.training.run import engine_arguments, model_directory
+    from mbridge_rl.training.run import engine_arguments, engine_directory
 
     engine = config.engine
     gpus = engine.tensor_parallel_size * _gpu_share(config) if torch.cuda.is_available() else 0
     bundle = index % config.layout.world_size if _colocated(config) else config.layout.world_size + index
     return RayEngine.start(
-        model_directory(config),
+        engine_directory(config),
         threads=engine.threads,
         ray_options={
             "num_cpus": config.runner.cpus_per_engine,

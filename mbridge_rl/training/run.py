@@ -22,20 +22,20 @@ import torch.distributed as dist
 import yaml
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.adapters import adapter_spec
 from mbridge_rl.hf.bundled import bundled_names
 from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
-from mbridge_rl.sync.refit import SyncOptions
 from mbridge_rl.sync.vllm.process import EngineProcess
 from mbridge_rl.training import toy
 from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from mbridge_rl.training.config import TOY, RunConfig, ToyConfig
+from mbridge_rl.training.config import ADAPTER_RANKS, TOY, RunConfig, ToyConfig
 from mbridge_rl.training.config_file import ConfigError, as_mapping
 from mbridge_rl.training.episodes import Environment, EpisodeRunner, SamplingConfig
 from mbridge_rl.training.fleet import EngineFleet
 from mbridge_rl.training.generator import Generator, GeneratorConfig
 from mbridge_rl.training.launcher import LaunchError, launch
 from mbridge_rl.training.loop import GRPO, LoopHooks, train
-from mbridge_rl.training.lora import add_lora
+from mbridge_rl.training.lora import LoRAConfig, add_lora
 from mbridge_rl.training.metrics import Metrics
 from mbridge_rl.training.rewards import Judge, Problem
 from mbridge_rl.training.rollout import RolloutBatch
@@ -44,11 +44,12 @@ from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
 from mbridge_rl.training.source import RolloutSource
 from mbridge_rl.training.tasks import Task, imported, make_judge, make_task, usable_problems
 from mbridge_rl.training.trainer import MegatronTrainer
-from mbridge_rl.training.warm_up import warm_up
+from mbridge_rl.training.warm_up import warm_up, warmed_up
 
 _log = logging.getLogger(__name__)
 
 SUMMARY_FILE = "summary.json"
+POLICY = "policy"  # the adapter's name in engines
 
 
 class RunExists(ConfigError):
@@ -116,6 +117,7 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
         toy.make_checkpoint(config.run_dir / "initial", seed=config.seed, **_toy_shape(config))
     bridge = AutoBridge.from_pretrained(model_directory(config))
     bridge.spec.validate(config.layout)
+    _require_slots(config, bridge)
     tokenizer = load_tokenizer(config)
     problems_of(config, tokenizer)
     environment_of(config)
@@ -134,6 +136,23 @@ def _toy_shape(config: RunConfig) -> dict[str, Any]:
         "num_layers": shape.num_layers,
         "characters": shape.characters,
     }
+
+
+def _require_slots(config: RunConfig, bridge: AutoBridge) -> None:
+    """Raises ConfigError where engines would not take the adapters."""
+    if not config.sync.adapters or config.lora is None:
+        return
+    names = [rule.megatron_name for rule in adapter_spec(bridge.spec, config.lora).rules]
+    if found := [name for name in names if "{expert}" in name or name.startswith("output_layer.")]:
+        raise ConfigError(
+            f"sync.adapters: adapters of experts and output layers cannot be read back from vLLM's slots ({found[0]}); leave "
+            "them out of lora.targets, or leave sync.adapters out, so that merged weights travel"
+        )
+    if any("{expert}" in rule.megatron_name for rule in bridge.spec.rules) and not torch.cuda.is_available():
+        raise ConfigError(
+            "sync.adapters: beside LoRA vLLM computes experts with Triton kernels, which have no CPU form; leave sync.adapters "
+            "out, so that merged weights travel"
+        )
 
 
 def checkpoint_directory(config: RunConfig) -> Path:
@@ -189,12 +208,18 @@ def _launch(config: RunConfig, *, resume: bool) -> dict[str, Any]:
     )
 
 
+def engine_directory(config: RunConfig) -> Path:
+    """What engines start on: the base of the adapters where they alone travel; otherwise the first sync replaces it anyway."""
+    start_from = model_directory(config)
+    return warmed_up(config, start_from) if config.sync.adapters else start_from
+
+
 def start_engine_process(config: RunConfig, index: int) -> EngineProcess:
-    """Engine `index` in a process of its own, on the run's first weights."""
+    """Engine `index` in a process of its own."""
     engine = config.engine
     environment = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(engine.threads)}
     return EngineProcess(
-        model_directory(config),
+        engine_directory(config),
         environment=environment,
         start_timeout=engine.start_timeout,
         call_timeout=engine.call_timeout,
@@ -213,8 +238,15 @@ def engine_arguments(config: RunConfig) -> dict[str, Any]:
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel_size,
         "kv_cache_bytes": engine.kv_cache_bytes,
+        **(_slots_for(config.lora) if config.sync.adapters and config.lora is not None else {}),
         **engine.options,
     }
+
+
+def _slots_for(lora: LoRAConfig) -> dict[str, Any]:
+    """One for the policy, one for rows of the base model."""
+    rank = next(rank for rank in ADAPTER_RANKS if rank >= lora.largest_peft_rank)
+    return {"enable_lora": True, "max_loras": 2, "max_lora_rank": rank}
 
 
 def train_rank(
@@ -226,6 +258,8 @@ def train_rank(
     source: RolloutSource | None = None
     log: RunLog | None = None
     try:
+        if engine_directory(config) == model_directory(config):  # otherwise it is not there yet
+            fleet.start()
         initialize_parallel(config.layout, seed=config.seed)
         step = newest_step(config) if resume else 0
         if first:
@@ -250,12 +284,12 @@ def train_rank(
         # Before the checkpoint is loaded: its reference are the first weights.
         grpo = GRPO(trainer, config.algorithm, seed=config.seed)
         judge = make_reward_judge(config.task, config.reward) if first else None
-        source = _source(config, fleet, task, tokenizer, judge)
+        source = _source(config, fleet, task, tokenizer, judge, trainer)
         if step:
             source.load_state(load_checkpoint(trainer, checkpoint_directory(config)).state["rollouts"])
         dtype, sinks = getattr(torch, config.engine_dtype), log.sinks if log is not None else ()
-        options = SyncOptions(verify=config.sync.verify, delta=config.sync.delta)
-        fleet.connect(bridge, trainer.model, dtype=dtype, options=options, sinks=sinks)
+        adapter = POLICY if config.sync.adapters else None
+        fleet.connect(bridge, trainer.model, dtype=dtype, options=config.sync, sinks=sinks, adapter=adapter)
         hooks = _hooks(config, trainer, source, task, log)
         trained = train(grpo, source, fleet, hooks, first_step=step + 1, last_step=config.steps)
         if config.checkpoint.export:
@@ -290,7 +324,9 @@ def _policy(config: RunConfig, bridge: AutoBridge) -> MegatronTrainer:
     return MegatronTrainer(model, replace(config.trainer, temperature=config.rollout.temperature))
 
 
-def _source(config: RunConfig, fleet: EngineFleet, task: Task, tokenizer: Any, judge: Judge | None) -> RolloutSource:
+def _source(
+    config: RunConfig, fleet: EngineFleet, task: Task, tokenizer: Any, judge: Judge | None, trainer: MegatronTrainer
+) -> RolloutSource:
     rollout, algorithm = config.rollout, config.algorithm
     settings = GeneratorConfig(
         rollout.prompts_per_step,
@@ -321,6 +357,7 @@ def _source(config: RunConfig, fleet: EngineFleet, task: Task, tokenizer: Any, j
         runner=runner,
         pad_token_id=tokenizer.pad_token_id,
         failed_rewards=config.reward.failed,
+        out_of_the_way=trainer.out_of_the_way,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ class RolloutSource:
         fleet: of the engines that `runner` samples from.
         generator: on rank 0; `None` elsewhere.
         runner: of episodes, on rank 0.
+        out_of_the_way: entered on every rank while batches are sampled and problems evaluated; weights are back after it, also
+            for an engine that is replaced in between.
     """
 
     def __init__(
@@ -41,7 +44,9 @@ class RolloutSource:
         pad_token_id: int,
         length: int | None = None,
         failed_rewards: FailedRewards = "mask",
+        out_of_the_way: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        self._out_of_the_way = out_of_the_way
         self._fleet, self._generator, self._runner = fleet, generator, runner
         self._pad_token_id, self._length, self._failed_rewards = pad_token_id, length, failed_rewards
         self._group, self.version = RankGroup(), 0
@@ -52,7 +57,7 @@ class RolloutSource:
         Raises:
             EngineProcessError: too many engines were lost; RewardFailed (a `SyncError` on other ranks): see `assemble`.
         """
-        return self._surviving(lambda: self._batch(*self._on_first_rank()[1].take()))
+        return self._surviving(lambda: self._batch(*self._on_first_rank()[1].take()), sampling=True)
 
     def publish(self, version: int) -> SyncReport:
         """Waits until weights may change, and gives the trainer's to the engines as `version`. `resume` goes on sampling."""
@@ -77,7 +82,7 @@ class RolloutSource:
             verdicts = generator.verdicts(episodes)
             return [(runner.transcript(episode), verdict.reward) for episode, verdict in zip(episodes, verdicts, strict=True)]
 
-        return self._surviving(completed)
+        return self._surviving(completed, sampling=True)
 
     def state(self) -> Tensor:
         """Of the generator, unfinished episodes included, pickled: uint8, the same on every rank. Between `publish` and
@@ -94,11 +99,15 @@ class RolloutSource:
         if self._generator is not None:
             self._generator.close()
 
-    def _surviving(self, function: Callable[[], Any]) -> Any:
+    def _surviving(self, function: Callable[[], Any], *, sampling: bool = False) -> Any:
         """`function` on rank 0, again as often as an engine is lost meanwhile and can be replaced."""
         while True:
             try:
-                return on_first_rank(self._group, function)
+                with ExitStack() as stack:
+                    if sampling:
+                        with self._group.together():
+                            stack.enter_context(self._out_of_the_way())
+                    return on_first_rank(self._group, function)
             except EngineProcessError as error:
                 self._fleet.replace_lost(self.version, error)
                 if self._generator is not None:

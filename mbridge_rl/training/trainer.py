@@ -189,6 +189,16 @@ class MegatronTrainer:
             finally:
                 self._offloaded = False
 
+    @contextmanager
+    def out_of_the_way(self) -> Iterator[None]:
+        """`offloaded`, as far as `config.offload` says so."""
+        if self.config.offload == "none":
+            yield
+            return
+        with self.offloaded(directory=None if self.config.offload == "host" else self.config.offload) as freed:
+            _log.debug("offloaded: %s", freed)
+            yield
+
     def require_loaded(self) -> None:
         """
         Raises:

@@ -16,6 +16,11 @@ from mbridge_rl.training.rewards import Problem
 from mbridge_rl.training.trainer import MegatronTrainer
 
 
+def warmed_up(config: RunConfig, start_from: Path) -> Path:
+    """The checkpoint that training goes on from: where a warm-up writes it, or `start_from` where none is asked for."""
+    return config.run_dir / "warm" if config.warm_up.accuracy else start_from
+
+
 class WarmUpFailed(BridgeError, RuntimeError):
     """Supervised steps did not reach the accuracy that was asked for."""
 
@@ -26,13 +31,12 @@ def warm_up(
     """Trains all weights on the answers of `problems` until the policy gives `warm_up.accuracy` of them greedily.
 
     Returns:
-        The checkpoint to go on from (`RUN/warm`, or `start_from` where no warm-up is asked for), and how many steps it took. A
-        checkpoint that is there already is used.
+        The checkpoint to go on from (`warmed_up`), and how many steps it took. One that is there already is used.
 
     Raises:
         WarmUpFailed: `warm_up.max_steps` were not enough.
     """
-    settings, warm = config.warm_up, config.run_dir / "warm"
+    settings, warm = config.warm_up, warmed_up(config, start_from)
     if not settings.accuracy:
         return start_from, 0
     if (warm / "config.json").exists():

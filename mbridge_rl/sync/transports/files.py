@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbridge_rl.sync.errors import SyncError
 from mbridge_rl.sync.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.waiting import Patience
@@ -115,10 +114,6 @@ class FilesWay:
     """The trainer's end: a folder per version, removed when the next but one begins."""
 
     def __init__(self, context: Context) -> None:
-        if context.url is None:
-            raise SyncError(
-                "the transport 'files' needs WeightSync(url=...), a directory or an object store that both ends reach"
-            )
         self._context = context
         self._folders: list[str] = []
 

@@ -9,9 +9,11 @@ is read back from a scratch slot. So the slots can be read in PEFT's coordinates
 
 from __future__ import annotations
 
+import base64
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from mbridge_rl.core.errors import listed
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
+from mbridge_rl.sync.host import machine_id
 
 _STACKS = ("lora_a_stacked", "lora_b_stacked")
 _UNUSED = 1 << 30  # a slot id that no adapter has
@@ -56,7 +59,7 @@ class WorkerAdapters:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What a trainer must fit: dtype of the slots, their number, the largest rank.
+        """What a trainer must fit: dtype of the slots, their number, the largest rank; and on which machine they are.
 
         Raises:
             EngineMismatch: this engine cannot compute with adapters at all.
@@ -71,10 +74,11 @@ class WorkerAdapters:
             "dtype": str(config.lora_dtype).removeprefix("torch."),
             "slots": min(config.max_loras, config.max_cpu_loras or config.max_loras),
             "max_rank": config.max_lora_rank,
+            "host": machine_id(),
         }
 
     def stage(self, slot_id: int, update: Mapping[str, Any]) -> None:
-        """Reads an adapter out of shared memory and checks all of it; no slot changes.
+        """Reads what was sent of an adapter and checks all of it; no slot changes.
 
         Raises:
             DigestMismatch: bytes are not the trainer's; EngineMismatch: the engine has no place for them.
@@ -85,9 +89,10 @@ class WorkerAdapters:
         )
         self._require_fitting(tensors, update["rank"])
         digests = {name: int(text, 16) for name, text in zip(update["names"], update["digests"], strict=True)}
-        with Arena.attach(update["arena_path"], update["arena_nbytes"]) as arena:
-            views = [arena.view(at, tensor.shape, tensor.dtype) for tensor, at in zip(tensors, update["offsets"], strict=True)]
-            arrived = torch.cat([view.flatten() for view in views])  # the arena is the trainer's: it is filled again
+        with _bytes_of(update) as sent:
+            starts = zip(tensors, update["offsets"], strict=True)
+            views = [sent[at : at + tensor.nbytes].view(tensor.dtype) for tensor, at in starts]
+            arrived = torch.cat(views)  # an arena is the trainer's: it is filled again
         _require_digests(_by_name(tensors, arrived), tensors, digests, "arrived with other bytes")
         self._require_homes(tensors, update["rank"])
         model = self._lora_model(slot_id, _by_name(tensors, arrived.clone()), update["rank"])
@@ -226,6 +231,16 @@ class WorkerAdapters:
                 )
             whole[positions] = held
         return _by_name(adapter.tensors, whole[1:])
+
+
+@contextmanager
+def _bytes_of(update: Mapping[str, Any]) -> Iterator[Tensor]:
+    """From the trainer's shared memory or, sent to another machine, in the update itself."""
+    if "payload" in update:
+        yield torch.frombuffer(bytearray(base64.b64decode(update["payload"])), dtype=torch.uint8)
+        return
+    with Arena.attach(update["arena_path"], update["arena_nbytes"]) as arena:
+        yield arena.view(0, (arena.nbytes,), torch.uint8)
 
 
 def _scratch(name: str, layer: nn.Module, dtype: torch.dtype) -> nn.Module:

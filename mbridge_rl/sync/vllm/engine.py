@@ -188,11 +188,16 @@ class InProcessEngine(TransactionalEngine):
 
     def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
         """Install an adapter, or replace one in place; see `AdapterSlots.put`, and `sync.adapters` for `update`. Requests in
-        flight go on with it, and compute their keys and values anew."""
-        with self._requests.between_steps():
+        flight that are kept (`RequestRunner.hold`) go on with it, and compute their keys and values anew."""
+        self._hold(update.get("requests", "keep"), update.get("timeout", 600.0))
+        try:
             report = self._adapters.put(update)
-            if self._requests.in_flight:
+            if update.get("is_policy"):
+                self._serve(update["version"])
+            elif self._requests.in_flight:
                 self.reset_prefix_cache()
+        finally:
+            self._resume()
         return report
 
     def remove_adapter(self, adapter: str) -> None:
