@@ -2,15 +2,17 @@
 
     python tests/chaos.py 200 [seed]      # 200 runs, some minutes; prints what happened to them
 
-Each run has two trainer ranks, an engine of two workers in a process of its own (plain tensors, but the library's own receiver,
-store, transports and proofs; see `standin.py`) and a store by name, which has version 1. Half of the runs send version 2 as a
-delta. Afterwards, whatever was hit:
+Each run has two trainer ranks, one or two engines of two workers, each engine in a process of its own (plain tensors, but the
+library's own receiver, store, transports and proofs; see `standin.py`) and a store by name, which has version 1. Half of the
+runs send version 2 as a delta. Afterwards, whatever was hit:
 
-* the engine serves exactly version 1 or exactly version 2, as it says, by digest; or refuses and says what it lost;
-* every trainer rank that lives has finished or raised;
-* an engine that was killed starts again and catches up from the store, without the trainer;
+* every engine serves exactly version 1 or exactly version 2, as it says, by digest; or refuses and says what it lost;
+* every trainer rank that lives has finished, or raised an error of this library;
+* both within `BOUND_WAITS` times the time-out of a wait, counted from the strike;
+* an engine that was killed starts again and catches up from the store, or from its copy on a disk, without the trainer;
 * a new trainer then syncs version 3 into whatever is there;
-* no process and no shared memory is left.
+* then everybody ends without being killed; no process is left, none that they started, no thread of an engine, and of shared
+  memory and files just what docs/sync.md says, before anything is cleaned up (`leftovers.py`).
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import leftovers
 import torch
 import torch.distributed as dist
 from fused_engine import EngineLayout
@@ -39,10 +43,9 @@ from torch import Tensor
 
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.arena import remove_stale
 from mbridge_rl.sync.errors import EngineUnusable, SyncError
 from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.store import WeightStore, remove_stale_stores
+from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.transports.files import FilesOutlet
 from mbridge_rl.sync.transports.process_group import GroupOutlet
 from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
@@ -53,7 +56,9 @@ FAULTS = ["kill rank 0", "kill rank 1", "kill the engine", "drop", "corrupt", "s
 OUTLETS: list[Any] = [SlotOutlet, RingOutlet, GroupOutlet, FilesOutlet]
 LAYOUT, ENGINE, VARIANT = ParallelLayout(tp=2), EngineLayout(tp=2), "qwen3"
 WAIT_SECONDS = 1.5  # of every wait inside of a sync
-RUN_SECONDS = 90.0  # until a whole run must be over, on a machine that does much else
+BOUND_WAITS = 4.0  # from the strike to every survivor's verdict: its own wait, and those for whoever waits for it
+STALL_WAITS = 3.0  # that a stalled rank sleeps
+RUN_SECONDS = 90.0  # until a process that hangs is given up
 
 
 @dataclass(frozen=True)
@@ -64,25 +69,43 @@ class Case:
     moment: float  # of the second sync, 0..1
     delta: bool
     seed: int
+    engines: int = 1
+    copied: bool = False  # a killed engine catches up from a copy on a disk
 
     @property
-    def store(self) -> str:
+    def struck(self) -> int:
+        """The engine that is killed, if one is."""
+        return self.seed % self.engines
+
+    @property
+    def kills(self) -> bool:
+        return self.fault.startswith("kill")
+
+    def store(self, engine: int) -> str:
         """What the name of the store has more where workers keep their own images, as on other hosts."""
         own = self.transport != "shared_memory" or (self.delta and self.mode == "staged")
-        return ".0" if own else ""
+        return f".{engine}" if own else ""
 
 
 @dataclass
 class Outcome:
-    served: str
+    served: list[str]  # of every engine
     trainers: list[str]
-    seconds: float
+    waits: float  # from the strike until the last survivor's verdict, in units of a wait
 
 
 def cases(count: int, seed: int) -> list[Case]:
     draw = random.Random(seed)
     return [
-        Case(*WAYS[index % len(WAYS)], draw.choice(FAULTS), draw.random(), draw.random() < 0.5, seed + index)
+        Case(
+            *WAYS[index % len(WAYS)],
+            draw.choice(FAULTS),
+            draw.random(),
+            draw.random() < 0.5,
+            seed + index,
+            draw.choice([1, 1, 2]),
+            draw.random() < 0.3,
+        )
         for index in range(count)
     ]
 
@@ -101,72 +124,167 @@ def weights(version: int) -> dict[str, Tensor]:
 
 def run(case: Case) -> Outcome:
     """One run; raises AssertionError where something does not hold."""
-    started = time.monotonic()
     name = f"chaos.{os.getpid()}.{secrets.token_hex(4)}"
-    digests = {version: served(weights(version), VARIANT, ENGINE) for version in (0, 1, 2, 3)}
+    stores = [name, *(f"{name}.{engine}" for engine in range(case.engines))]
+    leftovers.adopt_orphans()
+    before = leftovers.children()
     with tempfile.TemporaryDirectory(prefix="mbridge_chaos_") as folder:
-        engine = _fork(lambda: serve(Path(folder) / "engine", VARIANT, ENGINE))
-        pids = [engine]
+        scene = Scene(case, Path(folder), name)
         try:
-            _wait_for(lambda: (Path(folder) / "engine").exists(), "the engine's socket")
-            ranks = [_fork(lambda rank=rank: _train(rank, Path(folder), name, case, [1, 2])) for rank in range(2)]
-            pids += ranks
-            _strike(case, ranks, engine, Path(folder))
-            _wait_for(lambda: all(_has_ended(pid) for pid in ranks), f"trainer ranks of {case}", RUN_SECONDS)
-            said = [_said(Path(folder), rank) for rank in range(2)]
-            found = _examine(case, Path(folder), name, engine, digests, pids)
-            again = [_fork(lambda rank=rank: _train(rank, Path(folder), name, None, [3])) for rank in range(2)]
-            pids += again
-            _wait_for(lambda: all(_has_ended(pid) for pid in again), f"the next trainer of {case}", RUN_SECONDS)
-            assert [_said(Path(folder), rank) for rank in range(2)] == ["3", "3"], (case, _said(Path(folder), 0))
-            address = Path(folder) / ("engine2" if (Path(folder) / "engine2").exists() else "engine")
-            assert RemoteEngine(address).generate() == (3, digests[3]), case
+            outcome = scene.play()
+            scene.end()
+            assert leftovers.children() <= before, f"{case}: processes are left"
+            assert not (left := leftovers.arenas(scene.pids)), f"{case}: {left}"
+            for store in stores:
+                assert not (left := leftovers.unexpected(store, partial=case.kills)), f"{case}: {store} keeps {left}"
+            if case.fault != "kill rank 0":
+                assert not list((scene.folder / "files").glob("*")), f"{case}: files are left"
         finally:
-            for pid in pids:
+            for pid in scene.running:
                 _end(pid)
-            WeightStore(name).remove()
-            for replica in range(2):
-                WeightStore(f"{name}.{replica}").remove()
-        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    remove_stale()
-    remove_stale_stores()
-    left = [path.name for path in Path("/dev/shm").glob("mbridge_rl-*") if _is_of(path.name, name, pids)]
-    assert not left, left
-    return Outcome(found, said, time.monotonic() - started)
+            for store in stores:
+                WeightStore(store).remove()
+    assert not list(Path("/dev/shm").glob(f"*{name}*"))
+    return outcome
 
 
-def _is_of(file_name: str, store: str, pids: list[int]) -> bool:
-    return store in file_name or any(str(pid) in file_name.replace("-", ".").split(".") for pid in pids)
+class Scene:
+    """The processes of one run."""
+
+    def __init__(self, case: Case, folder: Path, name: str) -> None:
+        self.case, self.folder, self.name = case, folder, name
+        self.pids: list[int] = []
+        self.running: set[int] = set()
+        self._digests = {version: served(weights(version), VARIANT, ENGINE) for version in (0, 1, 2, 3)}
+        self._engines = [self._serving(engine) for engine in range(case.engines)]
+
+    def play(self) -> Outcome:
+        case = self.case
+        ranks = self._trainers(case, [1, 2])
+        _strike(case, ranks, self._engines[case.struck], self.folder)
+        _wait_for(lambda: all(map(_has_ended, ranks)), f"trainer ranks of {case}", RUN_SECONDS)
+        said = [_said(self.folder, rank) for rank in range(2)]
+        for rank, text in enumerate(said):
+            assert text in ("2", "killed") or "Traceback" not in text, (case, text)
+            assert text != "killed" or case.fault == f"kill rank {rank}", f"{case}: rank {rank} died"
+        verdicts = [float(path.read_text()) for path in self.folder.glob("verdict-*")]
+        found = []
+        for engine in range(case.engines):
+            if case.fault == "kill the engine" and engine == case.struck:
+                found.append(self._starts_again(engine))
+            else:
+                found.append(self._verdict_of(engine))
+                verdicts.append(time.monotonic())
+        waits = max(0.0, max(verdicts) - self._moment()) / WAIT_SECONDS
+        bound = BOUND_WAITS + (STALL_WAITS if case.fault == "stall" else 0.0)
+        assert waits < bound, f"{case}: {said}, {found} after {waits:.1f} times the time-out of a wait"
+        self._reap()
+        again = self._trainers(None, [3])
+        _wait_for(lambda: all(map(_has_ended, again)), f"the next trainer of {case}", RUN_SECONDS)
+        assert [_said(self.folder, rank) for rank in range(2)] == ["3", "3"], case
+        for engine in range(case.engines):
+            assert RemoteEngine(_address(self.folder, engine)).generate() == (3, self._digests[3]), case
+        return Outcome(found, said, waits)
+
+    def end(self) -> None:
+        """Nobody is killed: trainers are done, and engines close."""
+        for engine in range(self.case.engines):
+            threads = RemoteEngine(_address(self.folder, engine)).shut_down()
+            assert not threads, f"{self.case}: engine {engine} still has the threads {threads}"
+        _wait_for(lambda: all(map(_has_ended, self.pids)), f"the end of all processes of {self.case}")
+        self._reap()
+
+    def _reap(self) -> None:
+        """As a launcher would: until somebody has waited for it, a dead process counts as alive."""
+        for pid in filter(_has_ended, list(self.running)):
+            os.waitpid(pid, 0)
+            self.running.remove(pid)
+
+    def _serving(self, engine: int) -> int:
+        path = self.folder / f"engine{engine}.{len(list(self.folder.glob(f'engine{engine}.*')))}"
+        pid = _fork(lambda: serve(path, VARIANT, ENGINE))
+        self.pids.append(pid)
+        self.running.add(pid)
+        _wait_for(path.exists, "the engine's socket")
+        return pid
+
+    def _trainers(self, case: Case | None, versions: list[int]) -> list[int]:
+        engines = self.case.engines
+        ranks = [_fork(lambda rank=rank: _train(rank, self.folder, self.name, case, versions, engines)) for rank in range(2)]
+        self.pids += ranks
+        self.running.update(ranks)
+        return ranks
+
+    def _moment(self) -> float:
+        """Of the strike; one that never came would have been the last thing."""
+        struck = self.folder / "struck"
+        return float(struck.read_text()) if struck.exists() else time.monotonic()
+
+    def _starts_again(self, engine: int) -> str:
+        """One that was killed catches up."""
+        store = WeightStore(self.name + self.case.store(engine))
+        head = store.head()
+        assert head is not None, f"{self.case}: the store is empty"
+        self._engines[engine] = self._serving(engine)
+        client = RemoteEngine(_address(self.folder, engine))
+        if self.case.copied:
+            store.copy_to(WeightStore("copy", self.folder, durable=True))
+            client.catch_up("copy", str(self.folder))
+        else:
+            client.catch_up(store.name, "/dev/shm")
+        assert client.generate() == (head.version, self._digests[head.version]), self.case
+        return f"caught up to {head.version}"
+
+    def _verdict_of(self, engine: int) -> str:
+        """What an engine that lives serves now."""
+        case, deadline = self.case, time.monotonic() + RUN_SECONDS
+        assert not _has_ended(self._engines[engine]), f"engine {engine} died of {case}"
+        client = RemoteEngine(_address(self.folder, engine))
+        while True:
+            refusal = None
+            try:
+                version, digest = client.generate()
+            except EngineUnusable as error:
+                refusal = str(error)
+            if refusal is None:
+                assert digest == self._digests[version], f"{case}: a mixture is served as version {version}"
+                return f"serves {version}"
+            if "was lost" in refusal:
+                assert case.mode == "streaming", f"{case}: {refusal}"
+                return "refuses and says what it lost"
+            assert time.monotonic() < deadline, f"{case}: the engine waits for a trainer that is gone: {refusal}"
+            time.sleep(0.02)
 
 
-def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list[int]) -> None:
+def _address(folder: Path, engine: int) -> Path:
+    """Of the one that started last."""
+    return sorted(folder.glob(f"engine{engine}.*"))[-1]
+
+
+def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list[int], engines: int) -> None:
     """A trainer rank: syncs the versions, and leaves a file that says which was the last, or why there was none."""
     torch.set_num_threads(1)
     try:
         _meet(folder, rank, "-".join(map(str, versions)))
         bridge, model = light_model(VARIANT, LAYOUT, rank, weights(versions[0]))
-        address = folder / ("engine2" if (folder / "engine2").exists() else "engine")
+        clients = [RemoteEngine(_address(folder, engine)) for engine in range(engines)] if rank == 0 else None
         mode, transport = (case.mode, case.transport) if case else ("staged", "shared_memory")
-        engine = RemoteEngine(address) if rank == 0 else None
         if mode == "streaming":  # which leaves nothing in the store
-            staged = WeightSync(bridge, model, engine, transport=transport, store=name, bucket_bytes=1 << 11)
-            _undisturbed(staged, versions[0])
-            staged.close()
+            with closing(WeightSync(bridge, model, clients, transport=transport, store=name, bucket_bytes=1 << 11)) as staged:
+                _undisturbed(staged, versions[0])
         sync = WeightSync(
-            bridge, model, engine, mode=mode, transport=transport, store=name, url=str(folder / "files"), bucket_bytes=1 << 11,
+            bridge, model, clients, mode=mode, transport=transport, store=name, url=str(folder / "files"), bucket_bytes=1 << 11,
             timeout=WAIT_SECONDS if case else 20.0, retries=0, delta=case is not None and case.delta,
         )  # fmt: skip
-        for version in versions:
-            set_weights(bridge, model, rank, weights(version))
-            (folder / f"at-{version}-{rank}").touch()
-            if version == 2 and case is not None:
-                _sabotage(case, rank, len(list(sync.route.parts_of(rank))))
-            if version == 2:
-                sync.sync(version)
-            else:
-                _undisturbed(sync, version)
-            (folder / f"done-{version}-{rank}").touch()
-        sync.close()
+        with closing(sync):
+            for version in versions:
+                set_weights(bridge, model, rank, weights(version))
+                (folder / f"at-{version}-{rank}").touch()
+                if version == 2 and case is not None:
+                    _sabotage(case, rank, len(list(sync.route.parts_of(rank))), folder)
+                    _struck_sync(sync, folder / f"verdict-{rank}")
+                else:
+                    _undisturbed(sync, version)
         result = str(versions[-1])
     except BridgeError as error:
         result = f"{type(error).__name__}: {error}"
@@ -174,6 +292,13 @@ def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list
         result = traceback.format_exc()
     (folder / f"said-{rank}.partial").write_text(result)
     (folder / f"said-{rank}.partial").rename(folder / f"said-{rank}")
+
+
+def _struck_sync(sync: WeightSync, verdict: Path) -> None:
+    try:
+        sync.sync(2)
+    finally:
+        verdict.write_text(str(time.monotonic()))
 
 
 def _undisturbed(sync: WeightSync, version: int) -> None:
@@ -193,7 +318,7 @@ def _meet(folder: Path, rank: int, tag: str = "") -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=20))
 
 
-def _sabotage(case: Case, rank: int, parts: int) -> None:
+def _sabotage(case: Case, rank: int, parts: int, folder: Path) -> None:
     """Of what rank 1 sends; and every sender takes its time, so that strikes from outside find it amid a sync."""
     victim = int(case.moment * parts)
     seen = 0
@@ -203,12 +328,13 @@ def _sabotage(case: Case, rank: int, parts: int) -> None:
             nonlocal seen
             seen += 1
             time.sleep(0.3 / parts)
-            if rank == 1 and seen == victim + 1:
+            if rank == 1 and seen == victim + 1 and not case.kills:
+                (folder / "struck").write_text(str(time.monotonic()))
                 if case.fault == "drop":
                     outlet.place(worker, index, part).fill_(0xEE)  # where the bytes would be, other ones are
                     return
                 if case.fault == "stall":
-                    time.sleep(3 * WAIT_SECONDS)
+                    time.sleep(STALL_WAITS * WAIT_SECONDS)
                 if case.fault == "corrupt":
                     outlet.place(worker, index, part)[: 1 + part.nbytes // 2].bitwise_xor_(0x55)
             send(outlet, worker, index, part)
@@ -219,44 +345,13 @@ def _sabotage(case: Case, rank: int, parts: int) -> None:
 def _strike(case: Case, ranks: list[int], engine: int, folder: Path) -> None:
     """SIGKILL at a moment of the second sync, which takes about half a second; a little late also, to meet the commit."""
     victims = {"kill rank 0": ranks[0], "kill rank 1": ranks[1], "kill the engine": engine}
-    if case.fault not in victims:
+    if not case.kills:
         return
     _wait_for(lambda: (folder / "at-2-0").exists() or all(_has_ended(pid) for pid in ranks), f"the second sync of {case}", 60.0)
     time.sleep(case.moment * 0.7)
+    (folder / "struck").write_text(str(time.monotonic()))
     os.kill(victims[case.fault], signal.SIGKILL)
     _wait_for(lambda: _has_ended(victims[case.fault]), "the end of a killed process")
-
-
-def _examine(case: Case, folder: Path, name: str, engine: int, digests: dict[int, str], pids: list[int]) -> str:
-    """What the engine serves now; one that was killed is started again and catches up."""
-    store = name + case.store
-    head = WeightStore(store).head()
-    if _has_ended(engine):
-        assert case.fault == "kill the engine", f"the engine died of {case}"
-        pids.append(_fork(lambda: serve(folder / "engine2", VARIANT, ENGINE)))
-        _wait_for(lambda: (folder / "engine2").exists(), "the next engine's socket")
-        client = RemoteEngine(folder / "engine2")
-        assert head is not None, f"{case}: the store is empty"
-        client.catch_up(store, "/dev/shm")
-        version, digest = client.generate()
-        assert (version, digest) == (head.version, digests[head.version]), case
-        return f"caught up to {version}"
-    client = RemoteEngine(folder / "engine")
-    deadline = time.monotonic() + 20 * WAIT_SECONDS  # a worker whose trainer died gives up when its own wait is over
-    while True:
-        refusal = None
-        try:
-            version, digest = client.generate()
-        except EngineUnusable as error:
-            refusal = str(error)
-        if refusal is None:
-            assert digest == digests[version], f"{case}: a mixture is served as version {version}"
-            return f"serves {version}"
-        if "was lost" in refusal:
-            assert case.mode == "streaming", f"{case}: {refusal}"
-            return "refuses and says what it lost"
-        assert time.monotonic() < deadline, f"{case}: the engine waits for a trainer that is gone: {refusal}"
-        time.sleep(0.05)
 
 
 def _said(folder: Path, rank: int) -> str:
@@ -305,15 +400,23 @@ def main() -> None:
     count, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 200, int(sys.argv[2]) if len(sys.argv) > 2 else 0
     torch.set_num_threads(1)
     tally: collections.Counter[tuple[str, str]] = collections.Counter()
+    waits: dict[str, list[float]] = {}
     started, failures = time.monotonic(), 0
     for case in cases(count, seed):
         try:
-            tally[case.fault, f"{case.mode}: {run(case).served}"] += 1
+            outcome = run(case)
         except Exception as error:
             failures += 1
             print(f"FAILED {case}: {type(error).__name__}: {error}", flush=True)
+            continue
+        tally.update((case.fault, f"{case.mode}: {served}") for served in outcome.served)
+        waits.setdefault(case.fault, []).append(outcome.waits)
     for (fault, found), times in sorted(tally.items()):
         print(f"{times:4d}  {fault:16s} -> {found}")
+    print(f"from the strike to the last verdict, in waits of {WAIT_SECONDS} s: median, nine of ten, longest")
+    for fault, found in sorted(waits.items()):
+        middle, most, longest = (sorted(found)[min(len(found) - 1, int(share * len(found)))] for share in (0.5, 0.9, 1.0))
+        print(f"      {fault:16s} {middle:6.2f} {most:6.2f} {longest:6.2f}")
     print(f"{count} runs, {failures} failed, {time.monotonic() - started:.0f} s")
     sys.exit(failures > 0)
 

@@ -6,12 +6,14 @@ Between them everything is the library's own: the engine's workers run the real 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from threading import Thread
+from threading import enumerate as enumerate_threads
 from types import SimpleNamespace
 from typing import Any
 
@@ -265,7 +267,8 @@ def set_weights(bridge: Any, model: list[nn.Module], rank: int, state: Mapping[s
 
 
 def serve(address: Path, variant: str, layout: EngineLayout, engine: StandInEngine | None = None) -> None:
-    """An engine in a process of its own, for any number of clients one after the other or side by side; ends when killed."""
+    """An engine in a process of its own, for any number of clients one after the other or side by side; ends when killed, or
+    when a client calls `shut_down`."""
     torch.set_num_threads(1)
     engine = engine or StandInEngine(variant, layout)
     with Listener(str(address), "AF_UNIX") as listener:
@@ -280,6 +283,10 @@ def _serve_client(engine: StandInEngine, connection: Any) -> None:
         except (EOFError, OSError):
             return
         try:
+            if method == "shut_down":
+                engine.close()
+                connection.send((True, [thread.name for thread in enumerate_threads() if thread.name.startswith("mbridge")]))
+                os._exit(0)
             reply = (True, getattr(engine, method)(*args, **kwargs))
         except Exception as error:
             reply = (False, described(error))

@@ -9,6 +9,5 @@ from chaos import FAULTS, WAYS, Case, run
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(10))
 def test_whatever_is_hit_no_mixture_is_served(index: int) -> None:
-    run(
-        Case(*WAYS[index % len(WAYS)], FAULTS[index % len(FAULTS)], moment=0.07 + index * 0.09, delta=index % 3 > 0, seed=index)
-    )
+    way, fault = WAYS[index % len(WAYS)], FAULTS[index % len(FAULTS)]
+    run(Case(*way, fault, 0.07 + index * 0.09, delta=index % 3 > 0, seed=index, engines=1 + index % 2, copied=index > 5))

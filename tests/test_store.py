@@ -177,6 +177,40 @@ def test_a_part_that_is_read_stays_with_its_readers(tmp_path: Path) -> None:
     reading.close()
 
 
+def test_parts_of_earlier_trainers_go_when_the_next_one_brings_its_own(tmp_path: Path) -> None:
+    """The live version stays until another one is committed."""
+    store = WeightStore("policy", tmp_path)
+
+    def brought(version: int, token: str, *, commits: bool = True) -> None:
+        parts = [store.part(token, worker, size) for worker, size in enumerate(SIZES)]
+        for part in parts:
+            part.image.fill_(version)
+        for part in parts:
+            part.commit(version, {"fingerprint": "feed"}, SIZES) if commits else part.close()
+
+    for version in (1, 2, 3):
+        brought(version, f"100x{version % 2}")
+    brought(9, "200x0", commits=False)
+    assert images(tmp_path, store) == {"100x1", "200x0"}
+    assert held(store) == 3
+    brought(4, "200x0")
+    brought(5, "200x1")
+    assert images(tmp_path, store) == {"200x0", "200x1"}
+    assert held(store) == 5
+
+
+def test_what_dead_processes_left_goes_when_somebody_writes(tmp_path: Path) -> None:
+    def leave() -> None:
+        arena = Arena.create(4096, tmp_path)
+        assert Path(arena.path).exists()
+        die()
+
+    assert forked(leave) == -signal.SIGKILL
+    assert len(list(tmp_path.glob("*.arena"))) == 1
+    commit(WeightStore("policy", tmp_path), 1)
+    assert not list(tmp_path.glob("*.arena"))
+
+
 def test_unnamed_stores_go_as_soon_as_their_writer_has(tmp_path: Path) -> None:
     ready, go_on = os.pipe(), os.pipe()
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbridge_rl.sync.arena import SHARED_MEMORY, Arena, allocate
+from mbridge_rl.sync.arena import SHARED_MEMORY, Arena, allocate, remove_stale
 from mbridge_rl.sync.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -168,13 +168,15 @@ class WeightStore:
             raise StoreError(f"the weight store {self.name!r} does not know the plan {fingerprint}") from error
 
     def begin(self, sizes: Sequence[int]) -> Slot:
-        """A slot to fill, for images of `sizes` bytes: the idle one, or a new one where it does not fit or is still read.
+        """A slot to fill, for images of `sizes` bytes: the idle one, or a new one where it does not fit or is still read. What
+        dead processes left in the directory goes first.
 
         Raises:
             ArenaError: there is no room.
         """
         self._hold()
         remove_stale_stores(self.directory)
+        remove_stale(self.directory)
         live = self.head()
         slot = None
         for token in sorted(self._tokens() - {live.token if live else ""}):
@@ -255,6 +257,7 @@ class WeightStore:
     def part(self, token: str, worker: int, size: int) -> StorePart:
         """One worker's image of the slot `token`, which is not live, for the worker to fill."""
         self._hold()
+        self._drop_parts_of_others(token, worker)
         path = self.directory / f"{self._prefix}{token}.{worker}.image"
         lock = _locked_file(path, size)
         if lock is None:  # of another size, or still read: it stays with its readers
@@ -279,6 +282,14 @@ class WeightStore:
                 arena.view(0, (arena.nbytes,), torch.uint8).copy_(reading.image)
         other.describe(head.fingerprint, self.description(head.fingerprint))
         other.commit(slot, head.version, head.fingerprint, head.digest)
+
+    def _drop_parts_of_others(self, token: str, worker: int) -> None:
+        """This worker's images of trainers before this one (`<trainer>x<slot>`), but for the live one."""
+        live = self.head()
+        for path in self.directory.glob(f"{self._prefix}*.{worker}.image"):
+            other = path.name[len(self._prefix) :].split(".")[0]
+            if other.split("x")[0] != token.split("x")[0] and (live is None or other != live.token):
+                path.unlink(missing_ok=True)
 
     def _hold(self) -> None:
         path = self.directory / f"{self._prefix}{'kept' if self._durable else 'users'}.lock"

@@ -1,0 +1,58 @@
+"""What a run left behind, looked at before anything is cleaned up: processes, shared memory, files."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from mbridge_rl.sync.store import WeightStore
+
+_SHARED_MEMORY = Path("/dev/shm")
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """From now on a process whose parent dies becomes this one's child, so that `children` sees it."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def children() -> set[int]:
+    """This process's, dead ones that nobody has waited for included."""
+    mine = str(os.getpid())
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if path.read_text().rpartition(")")[2].split()[1] == mine:
+                found.add(int(path.parent.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def arenas(pids: Collection[int]) -> list[str]:
+    """Shared memory of these processes that belongs to no store."""
+    owners = "|".join(map(str, pids))
+    return sorted(path.name for path in _SHARED_MEMORY.glob("mbridge_rl-*") if re.match(rf"mbridge_rl-({owners})-", path.name))
+
+
+def unexpected(store: str, *, partial: bool = False) -> list[str]:
+    """Files of a store beyond those that docs/sync.md lets it keep: the head, the live slot and one more, plans and a lock.
+
+    Args:
+        partial: a writer was killed, who may just have been writing the head.
+    """
+    head = WeightStore(store).head()
+    prefix, kept = f"mbridge_rl-store-{store}-", re.compile(r"head\.json|users\.lock|[0-9a-f]+\.plan\.json")
+    names = [path.name.removeprefix(prefix) for path in _SHARED_MEMORY.glob(f"{prefix}*")]
+    images: dict[str, list[str]] = {}
+    wrong = []
+    for name in names:
+        if name.endswith(".image"):
+            images.setdefault(name.split(".")[0], []).append(name)
+        elif not kept.fullmatch(name) and not (partial and name.endswith(".partial")):
+            wrong.append(name)
+    idle = sorted(set(images) - {head.token if head else ""})
+    return sorted(wrong + [name for token in idle[1:] for name in images[token]])
