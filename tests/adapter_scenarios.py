@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from attached_scenarios import ByName
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
@@ -17,8 +18,9 @@ from mbridge_rl.core.buckets import offsets
 from mbridge_rl.core.digest import combine, digest
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch
+from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.sync.vllm.engine import InProcessEngine
+from mbridge_rl.sync.vllm.extension import EXTENSION
 
 OPTIONS = {"max_model_len": 64, "max_num_seqs": 8, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
 
@@ -167,6 +169,31 @@ def tokens_are_labelled_with_the_policys_versions(start: Path) -> None:
     put(engine, "other", 20, policies[0])
     assert engine.weight_version == 8
     engine.close()
+
+
+def adapters_by_names_and_json(start: Path) -> None:
+    """As clients of an engine that somebody else runs reach it; one finds what another has put."""
+    with InProcessEngine(start, **OPTIONS, worker_extension_cls=EXTENSION) as inner:
+        engine, other = ByName(inner), ByName(inner)
+        (base,) = engine.generate([[5, 9, 33]])
+        first, second = adapter(start, 1), adapter(start, 2)
+        put(engine, "a", 1, first)
+        (answer,) = other.generate([[5, 9, 33]], adapter="a")
+        assert answer.adapter == "a@1"
+        assert answer.tokens != base.tokens
+        put(other, "a", 2, second)
+        assert engine.adapter_versions() == {"a": 2}
+        assert engine.adapter_digests("a") == {name: f"{digest(tensor):016x}" for name, tensor in second.items()}
+        asked = engine.generate([[5, 9, 33]] * 2, adapter=["a", None])
+        assert [one.adapter for one in asked] == ["a@2", "base"]
+        assert asked[0].tokens not in (base.tokens, answer.tokens)
+        assert asked[1].tokens == base.tokens
+        assert not engine.halted
+        with pytest.raises(EngineMismatch, match="'base' names what base rows have"):
+            put(engine, "base", 1, first)
+        engine.remove_adapter("a")
+        with pytest.raises(SyncError, match="holds no adapter 'a'; found none"):
+            other.generate([[5, 9, 33]], adapter="a")
 
 
 def an_engine_without_lora_says_so(start: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,19 @@ import pytest
 from standin import light_model
 from tiny import hf_state, tiny_checkpoint
 
+from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.sync.errors import EngineUnusable, SyncError, TransferTimeout
 from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.transports.shared_memory import RingOutlet
+from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
+from mbridge_rl.sync.vllm import worker_calls
+from mbridge_rl.sync.vllm.adapters import AdapterSlots
 from mbridge_rl.sync.vllm.attached import AttachedEngine
+from mbridge_rl.sync.vllm.completions import sampling
 from mbridge_rl.sync.vllm.engine import InProcessEngine
 from mbridge_rl.sync.vllm.extension import EXTENSION
+from mbridge_rl.sync.vllm.server import ServerEngine
 
 SIZES = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
 LIMITS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
@@ -179,8 +187,9 @@ class ByName(AttachedEngine):
     def _reset_caches(self) -> bool:
         return self._engine.llm.reset_prefix_cache(reset_running_requests=True)
 
-    def _completions(self, prompts: list[list[int]], fields: list[dict[str, Any]]) -> list[Any]:
-        return self._engine.generate(prompts, temperature=0.0, max_tokens=8, ignore_eos=True)
+    def _completions(self, prompts: list[list[int]], fields: list[dict[str, Any]], asked_of: list[Any]) -> list[Any]:
+        adapters = [adapter and adapter.name for adapter in asked_of]
+        return self._engine.generate(prompts, temperature=0.0, max_tokens=8, ignore_eos=True, adapter=adapters)
 
 
 def by_names_and_json(directory: Path) -> None:
@@ -206,22 +215,63 @@ def by_names_and_json(directory: Path) -> None:
         sync.close()
 
 
-async def of_async_llm(directory: Path) -> None:
+def async_llm(model_dir: Path, **options: Any) -> Any:
+    """Must be called on the event loop that it is to live in."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from mbridge_rl.sync.vllm.async_engine import AsyncEngine
     from mbridge_rl.sync.vllm.extension import engine_args
 
-    arguments = AsyncEngineArgs(
-        model=str(directory / "A"),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 26,
-        **LIMITS,
-        **engine_args(),
-    )
-    llm = AsyncLLM.from_engine_args(arguments)
+    settings = {"skip_tokenizer_init": True, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "dtype": "float32"}
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model_dir), **settings | options, **engine_args()))
+
+
+def started_async_engine(model_dir: Path, **options: Any) -> Any:
+    """With an event loop in a thread; `close` ends the engine, too."""
+    from mbridge_rl.sync.vllm.async_engine import AsyncEngine
+
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    async def start() -> Any:
+        return async_llm(model_dir, **options)
+
+    llm = asyncio.run_coroutine_threadsafe(start(), loop).result(300)
+    engine = AsyncEngine(llm, loop)
+    engine.close = llm.shutdown  # type: ignore[method-assign]
+    return engine
+
+
+def refit_from_megatron(rank: int, directory: Path, start_engine: Callable[[], Any], wanted: Any) -> None:
+    """Real Megatron ranks; `wanted` is what a fresh engine says with the weights of "B". The engine starts with "A"'s."""
+    initialize_parallel(ParallelLayout(tp=2))
+    bridge = AutoBridge.from_pretrained(directory / "A")
+    model = bridge.build_model()
+    engine = start_engine() if rank == 0 else None
+    answers = {"B": wanted, "A": greedy(engine) if engine else None}
+    ways = [("staged", "shared_memory"), ("streaming", "process_group"), ("streaming", "shared_memory")]
+    for version, (mode, transport) in enumerate(ways, start=1):
+        tag = "AB"[version % 2]
+        bridge.load_weights(model, directory / tag)
+        sync = WeightSync(bridge, model, engine, mode=mode, transport=transport, bucket_bytes=1 << 16, timeout=60.0)
+        report = sync.sync(version)
+        sync.close()
+        if engine is not None:
+            assert len(report.engine["bytes_per_worker"]) == 2
+            assert report.digest == report.engine["digest"]
+            assert report.engine["proven_live"] == report.tensors
+            found = greedy(engine)
+            assert_same(found, answers[tag])
+            assert set(found.token_versions) == {version}
+    if engine is not None:
+        engine.close()
+
+
+async def of_async_llm(directory: Path) -> None:
+    from mbridge_rl.sync.vllm.async_engine import AsyncEngine
+
+    llm = async_llm(directory / "A", **LIMITS)
     engine = await AsyncEngine.connect(llm)
     assert await asyncio.to_thread(lambda: engine.weight_version) == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -240,8 +290,6 @@ def an_async_llm(directory: Path) -> None:
 
 
 def a_server(directory: Path, url: str) -> None:
-    from mbridge_rl.sync.vllm.server import ServerEngine
-
     engine = ServerEngine(url)
     is_refitted_exactly(engine, directory, str(directory / "files"))
     holds_requests_in_flight(engine, directory)
@@ -249,15 +297,134 @@ def a_server(directory: Path, url: str) -> None:
     engine.close()
 
 
-def a_ray_actor(directory: Path) -> None:
+def trainers_are_killed(directory: Path, url: str) -> None:
+    """Amid a transfer and in the pause of a commit. What waits then is answered after the next trainer's sync."""
+    engine = ServerEngine(url)
+    wanted = {"A": greedy(engine)}
+    update(directory, "B", engine, 1)
+    wanted["B"] = greedy(engine)
+
+    is_killed(directory, url, "staged", SlotOutlet, "send")  # it had "A"
+    found = greedy(engine)
+    assert_same(found, wanted["B"])
+    assert set(found.token_versions) == {1}
+
+    is_killed(directory, url, "streaming", RingOutlet, "send")
+    with pytest.raises(EngineUnusable, match="an update from version 1 to version 9 is under way"):
+        greedy(engine)
+    goes_on_with_the_next(engine, directory, "A", 2, wanted["A"])
+    is_killed(directory, url, "staged", ServerEngine, "_in_workers")  # of the commit: it is decided, and the engine paused
+    goes_on_with_the_next(engine, directory, "B", 3, wanted["B"])
+    is_killed(directory, url, "staged", ServerEngine, "_serve")  # the weights are "A"'s, their version is still 3
+    goes_on_with_the_next(engine, directory, "B", 4, wanted["B"])
+    is_killed(directory, url, "streaming", ServerEngine, "_serve")
+    goes_on_with_the_next(engine, directory, "A", 5, wanted["A"])
+    engine.close()
+
+
+def update(directory: Path, tag: str, engine: Any, version: int) -> None:
+    sync = trainer_of(directory, tag, engine)
+    sync.sync(version)
+    sync.close()
+
+
+def is_killed(directory: Path, url: str, mode: str, kind: type, method: str) -> None:
+    """Another trainer, with the weights of "A", that dies when it comes to `method` (for a commit, where there are several)."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            called = getattr(kind, method)
+
+            def dies(self: Any, *args: Any) -> Any:
+                if method == "_in_workers" and args[0] is not worker_calls.commit_shards:
+                    return called(self, *args)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            setattr(kind, method, dies)
+            trainer_of(directory, "A", ServerEngine(url), mode=mode).sync(9)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+def goes_on_with_the_next(engine: Any, directory: Path, tag: str, version: int, wanted: Any) -> None:
+    answers: list[Any] = []
+    fields = sampling(1, temperature=0.0, max_tokens=8, ignore_eos=True)
+    asking = threading.Thread(target=lambda: answers.extend(engine._completions([PROMPT], fields, [None])))
+    asking.start()
+    asking.join(3.0)
+    assert not answers  # the engine is paused
+    update(directory, tag, engine, version)
+    asking.join(60.0)
+    for found in (*answers, greedy(engine)):
+        assert_same(found, wanted)
+        assert set(found.token_versions) == {version}
+    assert len(answers) == 1
+
+
+def names_adapters_for_everybody(url: str, start: Path) -> None:
+    """What `adapt_in_turn` left behind: another client finds it, and requests name it."""
+    from adapter_scenarios import adapter, put
+
+    engine = ServerEngine(url)
+    assert engine.adapter_versions().keys() == {"a", "b", "d"}
+
+    def asked(name: str | None) -> list[int]:
+        body = {"token_ids": PROMPT, "sampling_params": {"temperature": 0.0, "max_tokens": 4}, "model": name}
+        return engine._post("/inference/v1/generate", body)["choices"][0]["token_ids"]
+
+    for name in ("a", "b", "d"):
+        assert asked(name) == engine.generate([PROMPT], temperature=0.0, max_tokens=4, adapter=name)[0].tokens
+    assert asked("a") != asked("b")
+    with pytest.raises(SyncError, match="the engine holds no adapter 'c'; found a, b, d"):
+        engine.generate([PROMPT], adapter="c")
+    with pytest.raises(SyncError, match="The model `c` does not exist"):
+        asked("c")
+
+    engine.remove_adapter("d")
+    before, tensors = [asked(name) for name in ("a", "b", None)], adapter(start, 7)
+    pid = os.fork()
+    if pid == 0:  # a trainer that dies where vLLM knows the adapter and its slot has no factors yet
+        AdapterSlots._replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        put(ServerEngine(url), "e", 1, tensors)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert engine.adapter_versions().keys() == {"a", "b"}
+    put(engine, "e", 2, tensors)
+    assert engine.adapter_versions()["e"] == 2
+    assert [asked(name) for name in ("a", "b", None)] == before
+    assert asked("e") not in before
+    engine.close()
+
+
+def start_ray() -> Any:
     import ray
 
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, logging_level="error")
+    return ray
+
+
+def a_ray_actor_with_two_workers(directory: Path) -> None:
+    from mbridge_rl.sync.vllm.ray_actor import RayEngine
+
+    make_checkpoints(directory)
+    ray = start_ray()
+    options: dict[str, Any] = {"num_cpus": 0}
+    engine = RayEngine.start(
+        directory / "A", threads=1, ray_options=options, **LIMITS, kv_cache_bytes=1 << 26, tensor_parallel_size=2
+    )
+    is_refitted_exactly(engine, directory, str(directory / "files"))
+    engine.close()
+    ray.shutdown()
+
+
+def a_ray_actor(directory: Path) -> None:
     from mbridge_rl.sync.errors import EngineProcessError
     from mbridge_rl.sync.vllm.ray_actor import RayEngine
 
     make_checkpoints(directory)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, object_store_memory=128 << 20, include_dashboard=False, logging_level="error")
+    ray = start_ray()
     options = {"num_cpus": 0, "name": "engine-0"}
     started = RayEngine.start(directory / "A", threads=1, ray_options=options, **LIMITS, kv_cache_bytes=1 << 26)
     engine = RayEngine(ray.get_actor("engine-0"))  # as another process would find it

@@ -3,6 +3,7 @@ transaction; `make nightly` plays what takes longest."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -18,17 +20,23 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import contextlib
-
 import attached_scenarios as scenarios
 from interpreter import Interpreter
+from ranks import run_ranks
+from test_vllm_adapters import ENGINE, adapt_in_turn
+from tiny import tiny_checkpoint
 
+from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.sync.errors import EngineProcessError, SyncError
+from mbridge_rl.sync.vllm.async_engine import AsyncEngine
 from mbridge_rl.sync.vllm.server import ServerEngine
+from mbridge_rl.training.lora import LoRAConfig
 
 nightly = pytest.mark.skipif("MBRIDGE_SEEDS" not in os.environ, reason="part of `make nightly`")
 ENVIRONMENT = {"VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 START_SECONDS = 300.0
+TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+LAYOUT, LORA = ParallelLayout(tp=2), LoRAConfig(rank=4, alpha=10.0)
 
 
 @pytest.fixture
@@ -51,25 +59,48 @@ def test_a_ray_actor(elsewhere: Interpreter, tmp_path: Path) -> None:
     elsewhere.call(scenarios.a_ray_actor, tmp_path, timeout=500)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+@pytest.mark.slow
+@pytest.mark.alone
+@nightly
+def test_an_async_llm_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -> None:
     scenarios.make_checkpoints(tmp_path)
+    wanted = elsewhere.call(scenarios.fresh, tmp_path, "B")
+    elsewhere.close()
+
+    def start() -> AsyncEngine:
+        return scenarios.started_async_engine(tmp_path / "A", **scenarios.LIMITS, **TWO_WORKERS)
+
+    run_ranks(scenarios.refit_from_megatron, 2, tmp_path, start, wanted, timeout=500)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@nightly
+def test_a_ray_actor_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    elsewhere.call(scenarios.a_ray_actor_with_two_workers, tmp_path, timeout=500)
+
+
+@contextmanager
+def serving(model: Path, *options: str, **environment: str) -> Iterator[str]:
+    """The URL of a `vllm serve` with `options`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "A")]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
     command += ["--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--enforce-eager", "--enable-scale-out"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 26)]
     command += ["--weight-transfer-config", '{"backend": "mbridge"}', "--logprobs-mode", "processed_logprobs"]
     command += ["--worker-extension-cls", "mbridge_rl.sync.vllm.extension.WorkerExtension"]
-    environment = os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    variables = os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"} | environment
+    shown = model.parent / "server.log"
+    with shown.open("wb") as log:
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _listens(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail((tmp_path / "server.log").read_text()[-3000:])
+                pytest.fail(shown.read_text()[-3000:])
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -83,8 +114,48 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @nightly
-def test_a_server(server: str, elsewhere: Interpreter, tmp_path: Path) -> None:
-    elsewhere.call(scenarios.a_server, tmp_path, server, timeout=500)
+def test_a_server(elsewhere: Interpreter, tmp_path: Path) -> None:
+    scenarios.make_checkpoints(tmp_path)
+    with serving(tmp_path / "A") as url:
+        elsewhere.call(scenarios.a_server, tmp_path, url, timeout=500)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@nightly
+def test_a_server_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -> None:
+    scenarios.make_checkpoints(tmp_path)
+    wanted = elsewhere.call(scenarios.fresh, tmp_path, "B")
+    elsewhere.close()
+    with serving(tmp_path / "A", "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="nobind") as url:
+        run_ranks(scenarios.refit_from_megatron, 2, tmp_path, lambda: ServerEngine(url), wanted, timeout=500)
+
+
+@pytest.mark.slow
+@nightly
+def test_a_server_whose_trainer_is_killed(elsewhere: Interpreter, tmp_path: Path) -> None:
+    scenarios.make_checkpoints(tmp_path)
+    with serving(tmp_path / "A") as url:
+        elsewhere.call(scenarios.trainers_are_killed, tmp_path, url, timeout=500)
+
+
+@pytest.mark.slow
+@nightly
+def test_adapters_of_an_async_llm(tmp_path: Path) -> None:
+    start, _ = tiny_checkpoint(tmp_path / "start", "qwen3", seed=0, **scenarios.SIZES)
+    adapt_in_turn(LAYOUT, start, LORA, lambda: scenarios.started_async_engine(start, **ENGINE), updates=4, timeout=500)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@nightly
+def test_adapters_of_a_server_with_two_workers(tmp_path: Path) -> None:
+    start, _ = tiny_checkpoint(tmp_path / "start", "qwen3", seed=0, **scenarios.SIZES)
+    options = ["--enable-lora", "--max-loras", "4", "--max-lora-rank", "8", "--tensor-parallel-size", "2"]
+    variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with serving(start, *options, **variables) as url:
+        adapt_in_turn(LAYOUT, start, LORA, lambda: ServerEngine(url), updates=4, timeout=500)
+        scenarios.names_adapters_for_everybody(url, start)
 
 
 def _listens(port: int) -> bool:

@@ -42,7 +42,7 @@ _WORD = torch.int64.itemsize
 
 
 class AdapterClient(Protocol):
-    """What an adapter sync asks of an engine; `InProcessEngine`, `EngineProcess` and `RayEngine` have it."""
+    """What an adapter sync asks of an engine; every kind has it (`vllm.adapters.AdaptableEngine`)."""
 
     def adapter_info(self) -> Mapping[str, Any]: ...
     def put_adapter(self, update: dict[str, Any]) -> Mapping[str, Any]: ...
@@ -52,7 +52,7 @@ class AdaptedEngine:
     """An engine whose completions are those of one of its adapters, for whoever samples and knows of no adapters.
 
     Args:
-        engine: `InProcessEngine` or `EngineProcess`.
+        engine: of any kind.
         adapter: its name.
     """
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import base64
 import copy
+import json
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mbridge_rl.core.digest import combine, digest
@@ -29,6 +33,8 @@ from mbridge_rl.sync.host import machine_id
 
 _STACKS = ("lora_a_stacked", "lora_b_stacked")
 _UNUSED = 1 << 30  # a slot id that no adapter has
+BASE = "base"  # the adapter without factors
+PLACEHOLDER = "mbridge_rl-adapter-"  # in the paths of adapters that vLLM loaded for us
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,15 @@ class _Adapter:
     """An adapter that was checked on arrival.
 
     Attributes:
+        name: `BASE` of the one that base rows have.
         model: vLLM's `LoRAModel`; a base row's is zero.
         tensors: what it is made of.
         arrived: all elements in the order of `tensors`, flat.
         digests: of each tensor, as the trainer has it.
     """
 
+    name: str
+    version: int
     model: Any
     tensors: tuple[HFTensor, ...] = ()
     arrived: Tensor | None = None
@@ -56,6 +65,7 @@ class WorkerAdapters:
         self._staged: dict[int, _Adapter] = {}
         self._live: dict[int, _Adapter] = {}
         self._before: dict[int, _Adapter | None] = {}
+        self._folder: TemporaryDirectory[str] | None = None
 
     @property
     def info(self) -> dict[str, Any]:
@@ -77,6 +87,36 @@ class WorkerAdapters:
             "host": machine_id(),
         }
 
+    @property
+    def served(self) -> dict[str, list[int]]:
+        """Slot id and version of every adapter."""
+        return {adapter.name: [slot_id, adapter.version] for slot_id, adapter in self._live.items()}
+
+    @property
+    def slot_ids(self) -> list[int]:
+        """Of all adapters, also of those that vLLM loaded for its owner; the one that was used or loaded last comes last."""
+        return list(self._manager.list_adapters())
+
+    def write_without_effect(self, said: Mapping[str, Any]) -> str:
+        """PEFT's files of an adapter of one module, all zeros; returns their folder.
+
+        Args:
+            said: `names`, `dtypes` and `shapes` of the module's factors.
+        """
+        self._folder = TemporaryDirectory(prefix=PLACEHOLDER)
+        kinds = zip(said["names"], said["dtypes"], said["shapes"], strict=True)
+        tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in kinds}
+        save_file(tensors, Path(self._folder.name) / "adapter_model.safetensors")
+        module = said["names"][0].rpartition(".lora_")[0]
+        rank = tensors[f"{module}.lora_A.weight"].shape[0]
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [module.rpartition(".")[2]]}
+        (Path(self._folder.name) / "adapter_config.json").write_text(json.dumps(config))
+        return self._folder.name
+
+    def discard_files(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
     def stage(self, slot_id: int, update: Mapping[str, Any]) -> None:
         """Reads what was sent of an adapter and checks all of it; no slot changes.
 
@@ -96,12 +136,12 @@ class WorkerAdapters:
         _require_digests(_by_name(tensors, arrived), tensors, digests, "arrived with other bytes")
         self._require_homes(tensors, update["rank"])
         model = self._lora_model(slot_id, _by_name(tensors, arrived.clone()), update["rank"])
-        self._staged[slot_id] = _Adapter(model, tensors, arrived, digests)
+        self._staged[slot_id] = _Adapter(update["adapter"], int(update["version"]), model, tensors, arrived, digests)
 
     def stage_zero(self, slot_id: int) -> None:
         """An adapter that changes nothing, for rows that are to see the base model alone."""
         zero = self._manager.create_dummy_lora(slot_id, 1, self._worker_manager.embedding_modules)
-        self._staged[slot_id] = _Adapter(zero, digests={})
+        self._staged[slot_id] = _Adapter(BASE, 0, zero, digests={})
 
     def commit(self, slot_id: int) -> dict[str, Any]:
         """Puts the staged adapter into its slot, in place of what was there, and proves it.
@@ -289,11 +329,19 @@ _OF_MANAGER: weakref.WeakKeyDictionary[Any, WorkerAdapters] = weakref.WeakKeyDic
 
 def in_slots(worker: Any, call: str, *args: Any) -> Any:
     """Calls a method of this worker's `WorkerAdapters`, or reads its property."""
-    runner = getattr(worker, "worker", worker).model_runner
-    manager = getattr(runner, "lora_manager", None)
+    manager = _manager_of(worker)
     if manager is None:
         raise EngineMismatch("the engine was started without LoRA: give it enable_lora=True, max_loras and max_lora_rank")
     if manager not in _OF_MANAGER:
         _OF_MANAGER[manager] = WorkerAdapters(manager)
     member = getattr(_OF_MANAGER[manager], call)
     return member(*args) if callable(member) else member
+
+
+def served_adapters(worker: Any) -> dict[str, list[int]] | None:
+    """`WorkerAdapters.served`; `None` where the engine was started without LoRA."""
+    return None if _manager_of(worker) is None else in_slots(worker, "served")
+
+
+def _manager_of(worker: Any) -> Any:
+    return getattr(getattr(worker, "worker", worker).model_runner, "lora_manager", None)

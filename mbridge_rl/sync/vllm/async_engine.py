@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from mbridge_rl.sync.errors import EngineProcessError, SyncError, TransferTimeout
+from mbridge_rl.sync.vllm.adapters import Served
 from mbridge_rl.sync.vllm.attached import AttachedEngine
 from mbridge_rl.sync.vllm.completions import Completion, completion_of
 from mbridge_rl.sync.vllm.requests import InFlight
@@ -30,6 +31,8 @@ class AsyncEngine(AttachedEngine):
     Raises:
         SyncError: the engine was started without those arguments, or is data parallel.
     """
+
+    _first_slot_id = 1 << 20  # adapters of the owner's own have smaller numbers
 
     def __init__(
         self,
@@ -53,9 +56,11 @@ class AsyncEngine(AttachedEngine):
     def __str__(self) -> str:
         return "the AsyncLLM"
 
-    def _completions(self, prompts: list[list[int]], fields: list[dict[str, Any]]) -> list[Completion]:
+    def _completions(
+        self, prompts: list[list[int]], fields: list[dict[str, Any]], asked_of: Sequence[Served | None]
+    ) -> list[Completion]:
         async def all_of_them() -> list[Any]:
-            return await asyncio.gather(*map(self._answer, prompts, fields))
+            return await asyncio.gather(*map(self._answer, prompts, fields, asked_of))
 
         version = self.weight_version
         return [
@@ -64,14 +69,15 @@ class AsyncEngine(AttachedEngine):
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
 
-    async def _answer(self, prompt: list[int], fields: dict[str, Any]) -> Any:
+    async def _answer(self, prompt: list[int], fields: dict[str, Any], asked_of: Served | None) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
         name = f"mbridge-{id(self):x}-{next(self._numbers)}"
         output = None
-        async for found in self._llm.generate({"prompt_token_ids": prompt}, parameters, name):
+        adapter = asked_of and asked_of.request
+        async for found in self._llm.generate({"prompt_token_ids": prompt}, parameters, name, lora_request=adapter):
             output = found
         return output
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mbridge_rl.sync.errors import SyncError
 from mbridge_rl.sync.vllm import worker_calls
+from mbridge_rl.sync.vllm.adapters import Served
 from mbridge_rl.sync.vllm.completions import Completion, as_version, sampling
 from mbridge_rl.sync.vllm.extension import EXTENSION, METHOD
 from mbridge_rl.sync.vllm.requests import InFlight
@@ -43,14 +45,19 @@ class AttachedEngine(TransactionalEngine):
         """The version that is being served, or was last."""
         return as_version(self._label())
 
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
-        """See `InProcessEngine.generate`; there are no adapters here.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, adapter: str | Sequence[str | None] | None = None, **options: Any
+    ) -> list[Completion]:
+        """See `InProcessEngine.generate`.
 
         Raises:
             EngineUnusable: a sync failed half-way; the message names the version that was lost.
         """
         self.require_usable()
-        return self._completions([list(prompt) for prompt in prompts], sampling(len(prompts), **options))
+        asked_of = self._adapters.asked(adapter, len(prompts))
+        fields = sampling(len(prompts), **options)
+        found = self._completions([list(prompt) for prompt in prompts], fields, asked_of or [None] * len(prompts))
+        return [replace(one, adapter=asked_of[one.prompt_index].label) for one in found] if asked_of else found
 
     def close(self) -> None:
         """Lets go of the engine, which its owner keeps."""
@@ -67,6 +74,9 @@ class AttachedEngine(TransactionalEngine):
                 "'mbridge' and the worker extension of mbridge_rl: `sync.vllm.extension.engine_args()` for AsyncEngineArgs, or "
                 f'for `vllm serve` --weight-transfer-config \'{{"backend": "mbridge"}}\' --worker-extension-cls {EXTENSION}'
             ) from error
+
+    def _forget(self) -> None:
+        """It did at the pause."""
 
     def _hold(self, requests: InFlight, timeout: float) -> None:
         lost = requests == "wait" and any(self._call_workers(worker_calls.unusable))
@@ -110,4 +120,6 @@ class AttachedEngine(TransactionalEngine):
         """Also of requests in flight, which compute their keys and values anew."""
 
     @abstractmethod
-    def _completions(self, prompts: list[list[int]], fields: list[dict[str, Any]]) -> list[Completion]: ...
+    def _completions(
+        self, prompts: list[list[int]], fields: list[dict[str, Any]], asked_of: Sequence[Served | None]
+    ) -> list[Completion]: ...

@@ -16,7 +16,6 @@ from torch import Tensor
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import SyncError
 from mbridge_rl.sync.vllm import worker_calls
-from mbridge_rl.sync.vllm.adapters import AdapterSlots
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
 from mbridge_rl.sync.vllm.completions import Completion, completion_of, sampling
 from mbridge_rl.sync.vllm.plugin import register
@@ -109,7 +108,6 @@ class InProcessEngine(TransactionalEngine):
         self._updating: int | None = None
         self._requests = RequestRunner(self.llm.llm_engine)
         self._watch: UpdateWatch | None = None
-        self._adapters = AdapterSlots(lambda call, *args: worker_calls.in_workers(self.llm, call, *args))
         self.llm.update_weight_version(str(weight_version))
         if self._workers > 1:
             self._unlink_shared_memory()
@@ -169,50 +167,18 @@ class InProcessEngine(TransactionalEngine):
             logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
+        asked_of = self._adapters.asked(adapter, len(prompts))
         outputs = self._requests.run(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             [SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY) for fields in asked],
-            self._adapters.requests(adapter, len(prompts)),
+            asked_of and [adapter.request for adapter in asked_of],
         )
         version = self.weight_version
         return [
-            replace(completion_of(index, sample, version), adapter=output.lora_request and output.lora_request.name)
+            replace(completion_of(index, sample, version), adapter=asked_of and asked_of[index].label)
             for index, output in enumerate(outputs)
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
-
-    def adapter_info(self) -> dict[str, Any]:
-        """Dtype and number of the LoRA slots, and the largest rank; see `adapter_slots.WorkerAdapters.info`."""
-        with self._requests.between_steps():
-            return self._adapters.info()
-
-    def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
-        """Install an adapter, or replace one in place; see `AdapterSlots.put`, and `sync.adapters` for `update`. Requests in
-        flight that are kept (`RequestRunner.hold`) go on with it, and compute their keys and values anew."""
-        self._hold(update.get("requests", "keep"), update.get("timeout", 600.0))
-        try:
-            report = self._adapters.put(update)
-            if update.get("is_policy"):
-                self._serve(update["version"])
-            elif self._requests.in_flight:
-                self.reset_prefix_cache()
-        finally:
-            self._resume()
-        return report
-
-    def remove_adapter(self, adapter: str) -> None:
-        """Free an adapter's slot."""
-        with self._requests.between_steps():
-            self._adapters.remove(adapter)
-
-    def adapter_versions(self) -> dict[str, int]:
-        """The adapters that are served, and their versions."""
-        return dict(self._adapters.versions)
-
-    def adapter_digests(self, adapter: str) -> dict[str, str]:
-        """Digest of every factor of an adapter as its slot holds it now."""
-        with self._requests.between_steps():
-            return self._adapters.digests(adapter)
 
     def prepare(self, metadata: Iterable[HFTensor], config: Mapping[str, Any] | None = None) -> None:
         """Announce the tensors of every later `refit`, once; see `Receiver.prepare`."""
@@ -299,6 +265,10 @@ class InProcessEngine(TransactionalEngine):
     def _call_workers(self, call: Any, *args: Any) -> list[Any]:
         with self._requests.between_steps():
             return worker_calls.in_workers(self.llm, call, *args)
+
+    def _forget(self) -> None:
+        if self._requests.in_flight:
+            self.reset_prefix_cache()
 
     def _end_watch(self) -> None:
         if self._watch is not None:

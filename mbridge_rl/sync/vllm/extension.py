@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mbridge_rl.sync.vllm import worker_calls
+from mbridge_rl.sync.vllm import adapter_slots, worker_calls
 
 EXTENSION = "mbridge_rl.sync.vllm.extension.WorkerExtension"
 METHOD = "mbridge_rl_call"
@@ -21,6 +21,8 @@ _CALLS = {
         worker_calls.unusable,
         worker_calls.publish,
         worker_calls.catch_up,
+        adapter_slots.in_slots,
+        adapter_slots.served_adapters,
     )
 }
 
@@ -29,7 +31,7 @@ class WorkerExtension:
     """vLLM mixes it into its worker (`worker_extension_cls`)."""
 
     def mbridge_rl_call(self, call: str, *args: Any) -> list[Any]:
-        """A call of `worker_calls` by its name; arguments and the answer are plain JSON types."""
+        """One of these calls by its name; arguments and the answer are plain JSON types."""
         return list(worker_calls.answering(self, _CALLS[call], *args))
 
 

@@ -15,15 +15,22 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mbridge_rl.sync.errors import EngineProcessError, SyncError, TransferTimeout
+from mbridge_rl.sync.vllm.adapter_slots import PLACEHOLDER, in_slots
+from mbridge_rl.sync.vllm.adapters import Served
 from mbridge_rl.sync.vllm.attached import AttachedEngine
 from mbridge_rl.sync.vllm.completions import Completion, completion
 from mbridge_rl.sync.vllm.requests import InFlight
 
 _SHOWN = 500  # characters of an error's body
+_NEEDED = {
+    "/inference/v1/generate": "--enable-scale-out",
+    "/v1/load_lora_adapter": "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+}
 _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a trainer's proxies are not for its engines
 
 
@@ -63,11 +70,14 @@ class ServerEngine(AttachedEngine):
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _completions(self, prompts: list[list[int]], fields: list[dict[str, Any]]) -> list[Completion]:
+    def _completions(
+        self, prompts: list[list[int]], fields: list[dict[str, Any]], asked_of: Sequence[Served | None]
+    ) -> list[Completion]:
         version = self.weight_version
 
         def answer(index: int) -> list[Completion]:
-            body = {"token_ids": prompts[index], "sampling_params": fields[index]}
+            adapter = asked_of[index]
+            body = {"token_ids": prompts[index], "sampling_params": fields[index], "model": adapter and adapter.name}
             choices = self._post("/inference/v1/generate", body)["choices"]
             return [_completion(index, choice, version) for choice in sorted(choices, key=lambda choice: choice["index"])]
 
@@ -98,6 +108,41 @@ class ServerEngine(AttachedEngine):
     def _reset_caches(self) -> bool:
         return self._post("/reset_prefix_cache?reset_running_requests=true", {})["success"]
 
+    def _claim_slot(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served]) -> int:
+        """vLLM's server knows adapters that it loaded from files: it gets one that changes nothing, and numbers it.
+
+        Raises:
+            SyncError: the name is that of an adapter of the owner's, or he loads one at this moment.
+        """
+        known = {model["id"]: str(model["root"]) for model in self._get("/v1/models")["data"]}
+        if name in known and PLACEHOLDER not in known[name]:
+            raise SyncError(f"{self} has loaded an adapter {name!r} from {known[name]}: give this one another name")
+        if name in known:  # a trainer died just here
+            left = self._load(name, update, load_inplace=True)[-1]
+            self._release_slot(name)
+            self._call_workers(in_slots, "remove", left)
+        before = self._slot_ids()
+        *others, newest = self._load(name, update)
+        if newest in before or not set(others) <= set(before):
+            self._release_slot(name)
+            raise SyncError(f"{self} loaded other adapters while {name!r} was loaded: try again")
+        return newest
+
+    def _load(self, name: str, update: Mapping[str, Any], **how: bool) -> list[int]:
+        """Returns all slot ids; the one that was loaded comes last."""
+        paths = self._call_workers(in_slots, "write_without_effect", _first_module(update))  # theirs may be another host
+        try:
+            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": paths[0], **how})
+        finally:
+            self._call_workers(in_slots, "discard_files")
+        return self._slot_ids()
+
+    def _release_slot(self, name: str) -> None:
+        self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _slot_ids(self) -> list[int]:
+        return self._call_workers(in_slots, "slot_ids")[0]
+
     def _get(self, path: str) -> Any:
         return self._ask(path, None, self._call_timeout)
 
@@ -108,7 +153,8 @@ class ServerEngine(AttachedEngine):
         request = urllib.request.Request(self._url + path, body, self._headers)
         try:
             with _LOCAL.open(request, timeout=timeout) as answer:
-                return json.load(answer)
+                body = answer.read()
+                return json.loads(body) if answer.headers.get_content_type() == "application/json" else None
         except urllib.error.HTTPError as error:
             raise self._refused(path, error) from error
         except TimeoutError as error:
@@ -117,11 +163,10 @@ class ServerEngine(AttachedEngine):
             raise EngineProcessError(f"{self} cannot be reached for {path}: {error}") from error
 
     def _refused(self, path: str, error: urllib.error.HTTPError) -> Exception:
-        if error.code == 404:
-            return SyncError(
-                f"{self} has no {path}: start it with VLLM_SERVER_DEV_MODE=1, or vLLM does not serve its routes for RL"
-            )
         said = error.read().decode(errors="replace")[:_SHOWN]
+        if error.code == 404 and '"error"' not in said:  # vLLM's own refusals say what is wrong
+            needed = _NEEDED.get(path, "VLLM_SERVER_DEV_MODE=1")
+            return SyncError(f"{self} has no {path}: start it with {needed}, or vLLM does not serve this route")
         if "EngineDead" in said:
             return EngineProcessError(f"the engine of {self} died: {said}")
         return SyncError(f"{self} answered {path} with status {error.code}: {said}")
@@ -131,3 +176,10 @@ def _completion(prompt_index: int, choice: dict[str, Any], version: int) -> Comp
     logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {"content": []})["content"] or []]
     spans = [(span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or []]
     return completion(prompt_index, choice["token_ids"], logprobs, choice["finish_reason"], spans, version)
+
+
+def _first_module(update: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Names, dtypes and shapes of its two factors."""
+    module = update["names"][0].rpartition(".lora_")[0]
+    chosen = [index for index, name in enumerate(update["names"]) if name.startswith(f"{module}.lora_")]
+    return {key: [update[key][index] for index in chosen] for key in ("names", "dtypes", "shapes")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +11,12 @@ from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, StoreError
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.timeline import Stopwatch
 from mbridge_rl.sync.vllm import worker_calls
+from mbridge_rl.sync.vllm.adapters import AdaptableEngine
 from mbridge_rl.sync.vllm.requests import InFlight
 from mbridge_rl.sync.worker import merged_report
 
 
-class TransactionalEngine(ABC):
+class TransactionalEngine(AdaptableEngine):
     """What `sync.refit.WeightSync` asks of an engine (`sync.engines.Engine`); arguments and results are plain JSON types."""
 
     _streaming_pause: Stopwatch | None = None  # of a streaming update that is under way
@@ -125,22 +125,6 @@ class TransactionalEngine(ABC):
         except Exception as error:
             self._call_workers(worker_calls.abandon, str(error))
             raise
-
-    @abstractmethod
-    def _call_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
-        """The results of `call(worker, *args)`, a function of `worker_calls`, in all workers; or the first error is raised."""
-
-    @abstractmethod
-    def _hold(self, requests: InFlight, timeout: float) -> None:
-        """From here on nothing is generated until `_resume`; see `RequestRunner.hold`."""
-
-    @abstractmethod
-    def _resume(self) -> None:
-        """Generation goes on, unless the engine is unusable."""
-
-    @abstractmethod
-    def _serve(self, version: int) -> None:
-        """The weights are of `version` now: the engine says so, and forgets keys and values of other weights."""
 
 
 def _paused() -> Stopwatch:
