@@ -28,13 +28,16 @@ from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 BUCKET = 1 << 15
+WAYS = [("staged", "shared_memory"), ("streaming", "process_group"), ("streaming", "shared_memory")]
 
 
 def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_args: dict[str, Any]) -> dict[str, Any]:
     initialize_parallel(layout)
     bridge = AutoBridge.from_pretrained(start)
     model = bridge.build_model(layout, dtype=getattr(torch, engine_args.get("dtype", "float32")))
-    answers = "enable_expert_parallel" not in engine_args  # vLLM's expert kernel for CPUs crashes on experts of other workers
+    half = engine_args.get("dtype") == "bfloat16"  # is for deltas; the ways, and what is generated, are compared in fp32
+    # vLLM's expert kernel for CPUs crashes on experts of other workers.
+    answers = not half and "enable_expert_parallel" not in engine_args
     probe = start.parent / "probe"
     environment = {worker_probe.VARIABLE: str(probe)}
     probed = {"worker_extension_cls": "worker_probe.Probe", "environment": environment, **engine_args}
@@ -45,8 +48,7 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
         with pytest.raises(SyncError, match="has to come before commit"):  # in both workers, and neither is left with an answer
             engine.commit_update(9)
     found: dict[str, Any] = {"answers": [], "largest": 0, "reports": [], "in_workers": []}
-    ways = [("staged", "shared_memory"), ("streaming", "process_group"), ("streaming", "shared_memory")]
-    for version, (mode, transport) in enumerate(ways, start=1):
+    for version, (mode, transport) in enumerate(WAYS[:1] if half else WAYS, start=1):
         bridge.load_weights(model, trained if version % 2 else start)
         sync = WeightSync(bridge, model, engine, mode=mode, transport=transport, bucket_bytes=BUCKET, verify=version > 1)
         with LargestAllocation() as largest:
@@ -67,7 +69,7 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
             bridge.load_weights(model, trained)
             assert all(torch.equal(saved[name], tensor) for name, tensor in bridge.export_weights(model))
         sync.close()
-    if engine_args.get("dtype") == "bfloat16":
+    if half:
         found["deltas"] = step_by_delta(bridge, model, engine)
     if engine is not None:
         engine.close()
@@ -98,10 +100,11 @@ MLA = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}  # vL
 @pytest.mark.parametrize(
     ("variant", "layout", "engine_args"),
     [
-        pytest.param("qwen3", ParallelLayout(tp=2, pp=2), {"dtype": "bfloat16"}, id="qwen3-tp2xpp2-bf16"),
-        pytest.param("qwen3-moe", ParallelLayout(tp=2, ep=2, etp=1), {}, id="qwen3-moe-tp2xep2"),
+        pytest.param("qwen3", ParallelLayout(tp=2, pp=2), {}, id="qwen3-tp2xpp2"),
+        pytest.param("qwen3", ParallelLayout(tp=2, pp=2), {"dtype": "bfloat16"}, id="qwen3-tp2xpp2-bf16-deltas"),
+        pytest.param("qwen3-moe", ParallelLayout(tp=2, pp=2, ep=2, etp=1), {}, id="qwen3-moe-tp2xpp2xep2"),
         pytest.param("qwen3-moe", ParallelLayout(ep=2, dp=2), {"enable_expert_parallel": True}, id="qwen3-moe-ep2-to-ep2"),
-        pytest.param("deepseek", ParallelLayout(tp=2, ep=2, etp=1), MLA, id="deepseek-tp2xep2"),
+        pytest.param("deepseek", ParallelLayout(tp=2, pp=2, ep=2, etp=1), MLA, id="deepseek-tp2xpp2xep2"),
     ],
 )
 def test_two_workers_equal_a_fresh_engine(
@@ -127,10 +130,11 @@ def test_two_workers_equal_a_fresh_engine(
         assert found["answers"][1] != found["fresh"]
     for report in found["reports"]:
         for received, kept in zip(report.engine["bytes_per_worker"], found["kept"], strict=True):
-            assert kept <= received <= 1.05 * kept  # not a byte besides what it keeps, but for what the loader takes whole
+            assert kept <= received <= 1.05 * kept  # what it keeps, aligned, and the digests
         assert report.engine["digest"] == report.digest
-    assert found["reports"][2].engine["proven_live"] == report.tensors
-    if "deltas" in found:
+    if "deltas" not in found:
+        assert found["reports"][2].engine["proven_live"] == report.tensors
+    else:
         full, delta = found["deltas"]
         assert (full.base, delta.base) == (None, 4)
         assert delta.share < 0.05
@@ -141,5 +145,5 @@ def test_two_workers_equal_a_fresh_engine(
     bound = max(4 * BUCKET, 1 << 17)
     assert bound < 288 * 256 * size
     assert all(rank["largest"] <= bound for rank in ranks)
-    assert [len(workers) for workers in found["in_workers"]] == [2, 2, 2]
+    assert [len(workers) for workers in found["in_workers"]] == [2] * len(found["reports"])
     assert all(nbytes <= bound for workers in found["in_workers"] for nbytes in workers), found["in_workers"]
