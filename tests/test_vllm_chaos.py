@@ -133,3 +133,43 @@ def test_a_real_engine_survives_its_trainers(tmp_path: Path, store: str) -> None
         again.wait_ready()
         again.catch_up(store)  # the last committed version, without any trainer
         assert (again.weight_version, answers(again)) == (5, expected["A"])
+
+
+@pytest.mark.alone
+def test_a_killed_engine_of_two_workers_leaves_nothing(tmp_path: Path) -> None:
+    """Neither processes nor what they talked through: vLLM's own files, and those of Python's multiprocessing."""
+    tiny_checkpoint(tmp_path / "A", "qwen3", seed=0, **SIZES)
+    engine = EngineProcess(tmp_path / "A", **ENGINE, tensor_parallel_size=2).start()
+    engine.wait_ready()
+    assert engine._process is not None
+    group, files = engine._process.pid, [Path(path) for path in engine._segments]
+    members = _members(group)
+    assert len(members) >= 3
+    assert any(path.name.startswith("psm_") for path in files)
+    assert all(path.exists() for path in files)
+    mapped = {path for pid in members for path in _mapped(pid)}
+    assert mapped <= {str(path) for path in files}, "shared memory that the engine does not know of"
+    os.killpg(group, signal.SIGKILL)
+    engine.close()
+    chaos._wait_for(lambda: not _members(group), "the end of the workers", 10)
+    assert not [path for path in files if path.exists()]
+
+
+def _members(group: int) -> set[int]:
+    """Processes of a group that are not dead."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(process_group) == group and state != "Z":
+            found.add(int(path.parent.name))
+    return found
+
+
+def _mapped(pid: int) -> set[str]:
+    """Files of shared memory that a process has mapped and that have a name still."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    names = {line.split(maxsplit=5)[-1] for line in lines if "/dev/shm/" in line}
+    return {name for name in names if not name.endswith("(deleted)")}

@@ -280,6 +280,11 @@ class InProcessEngine(TransactionalEngine):
             self.llm.update_weight_version(str(version))
             self.reset_prefix_cache()
 
+    def shared_memory_files(self) -> list[str]:
+        """Through which this process and the workers talk: killed together, they leave these behind."""
+        named = worker_calls.in_workers(self.llm, worker_calls.shared_memory_files)
+        return sorted({path for paths in [worker_calls.shared_memory_files(None), *named] for path in paths})
+
     def close(self) -> None:
         """Free the engine. Idempotent."""
         if not hasattr(self, "llm"):

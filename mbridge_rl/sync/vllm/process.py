@@ -67,6 +67,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._ready = False
+        self._segments: list[str] = []  # shared memory among the engine's workers, which a kill would leave behind
         self._calls = 0
         self._replies: dict[int, tuple[bool, Any]] = {}
         self._awaited: set[int] = set()
@@ -167,6 +168,7 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _unlink(self._segments)
         if not self._keeps_log:
             self._log.unlink(missing_ok=True)
 
@@ -195,7 +197,7 @@ class EngineProcess:
     def _wait_ready(self, timeout: float | None) -> None:
         if not self._ready:
             self._awaited.add(_READY)
-            self._reply(_READY, self._start_timeout if timeout is None else timeout, "was not up")
+            self._segments = self._reply(_READY, self._start_timeout if timeout is None else timeout, "was not up")
             self._ready = True
 
     def _reply(self, call: int, timeout: float, complaint: str) -> Any:
@@ -244,8 +246,13 @@ class EngineProcess:
         return EngineProcessError(f"the engine process {what}{ended}. The end of its log:\n" + "\n".join(lines))
 
 
-def _serve(connection: Connection, settings: dict[str, Any]) -> None:
-    """The child: build the engine, then answer calls until the connection ends."""
+def _unlink(segments: Sequence[str]) -> None:
+    for path in segments:
+        Path(path).unlink(missing_ok=True)
+
+
+def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]) -> None:
+    """The child: build the engine, note its shared memory in `segments`, then answer calls until the connection ends."""
     from mbridge_rl.sync.vllm.engine import InProcessEngine
 
     try:
@@ -253,7 +260,8 @@ def _serve(connection: Connection, settings: dict[str, Any]) -> None:
     except Exception as error:
         connection.send((_READY, False, described(error)))
         raise
-    connection.send((_READY, True, None))
+    segments += engine.shared_memory_files()
+    connection.send((_READY, True, segments))
     sending = threading.Lock()
 
     def answer(call: int, method: str, args: Any, kwargs: Any) -> None:
@@ -275,12 +283,13 @@ def _serve(connection: Connection, settings: dict[str, Any]) -> None:
     engine.close()
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int, segments: Sequence[str]) -> None:
     """Watch for the parent's death from a thread: the main thread may be deep inside of a generation."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
+        _unlink(segments)
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
@@ -290,9 +299,10 @@ def main() -> None:
     """Entry point of the child process: file descriptor of its socket, the parent's pid, the engine's settings as JSON."""
     descriptor, parent, settings = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING)
-    _end_with(int(parent))
+    segments: list[str] = []
+    _end_with(int(parent), segments)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        _serve(Connection(int(descriptor)), json.loads(settings))
+        _serve(Connection(int(descriptor)), json.loads(settings), segments)
     sys.stdout.flush()
     os._exit(0)  # vLLM's teardown at interpreter exit takes seconds and has nothing left to do
 

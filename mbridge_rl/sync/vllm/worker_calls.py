@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -104,6 +105,13 @@ def unusable(worker: Any) -> str | None:
 def shared_memory_ident(_: Any) -> str | None:
     """The part of their names that tells this engine's shared-memory files from others'; None in a single worker."""
     return os.environ.get("VLLM_DIST_IDENT")
+
+
+def shared_memory_files(_: Any) -> list[str]:
+    """Of Python's multiprocessing, that this process has mapped and that have names; whoever kills it has to unlink them."""
+    names = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    ours = (name for name in names if name.startswith(("/dev/shm/psm_", "/dev/shm/sem.mp-")))
+    return sorted(name for name in ours if not name.endswith(" (deleted)"))
 
 
 def make_stage_buffers(worker: Any) -> None:
