@@ -118,11 +118,11 @@ def _reference(variant: str) -> tuple[Tensor, dict[str, tuple[float, dict[str, T
         loss = _paper_loss(name, log_probs, entropy, prepared, rewards)
         loss.backward()
         gradients = {key: p.grad.clone() for key, p in network.named_parameters() if p.grad is not None}
-        results[name] = (loss.item(), _apart(gradients), log_probs.detach())
+        results[name] = (loss.item(), experts_apart(gradients), log_probs.detach())
     return before, results
 
 
-def _apart(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+def experts_apart(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Transformers stacks the experts in memory; checkpoints have them one by one."""
     names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     apart = {}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankError, run_ranks
+from test_grpo_step import experts_apart
 from tiny import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -167,7 +168,58 @@ def test_bf16_trains_with_fp32_masters(scratch: Path) -> None:
         assert losses[3] < losses[0]
 
 
-def _clipped(rank: int, checkpoint: Path, rate: float) -> list[Tensor]:
+CLIPPING = {"clip_grad": 0.01, "learning_rate": 0.1, "epsilon": 1e-2, "micro_batch_size": 2}
+
+
+def _clipped_step(
+    rank: int, checkpoint: Path, layout: Layout, build: dict[str, Any], config: dict[str, Any]
+) -> tuple[float, dict[str, Tensor]]:
+    trainer = _trainer(checkpoint, layout, build, CLIPPING | config)
+    norm = trainer.step(_batch(), supervised_loss).grad_norm
+    return norm, {name: weight.clone() for name, weight in AutoBridge.from_pretrained(checkpoint).export_weights(trainer.model)}
+
+
+@cache
+def _clipped_by_torch() -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """The norm of Transformers' gradient, weights, and what Adam's first step adds to them once the gradient is clipped."""
+    network, batch = tiny_model(MOE), _batch()
+    log_p = network(batch.tokens).logits.log_softmax(-1).gather(-1, batch.need("targets")[..., None])[..., 0]
+    (-log_p[batch.mask].mean()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), CLIPPING["clip_grad"]).item()
+    named = dict(network.named_parameters())
+    moved = {
+        name: -CLIPPING["learning_rate"] * parameter.grad / (parameter.grad.abs() + CLIPPING["epsilon"])
+        for name, parameter in named.items()
+        if parameter.grad is not None
+    }
+    assert moved.keys() == named.keys()
+    return norm, experts_apart({name: parameter.detach() for name, parameter in named.items()}), experts_apart(moved)
+
+
+@pytest.mark.parametrize(
+    ("layout", "build", "config"),
+    [
+        (Layout(), {}, {}),
+        (Layout(tp=2, ep=2, etp=1), SP, {}),
+        (Layout(dp=2, ep=2), {}, SHARDED),
+        (Layout(pp=2), {}, {}),
+    ],
+    ids=str,
+)
+def test_gradients_are_clipped_by_the_norm_of_the_whole_model(
+    layout: Layout, build: dict[str, Any], config: dict[str, Any], scratch: Path
+) -> None:
+    """Experts and dense parameters together, although Megatron gives each an optimizer of its own."""
+    norm, before, moved = _clipped_by_torch()
+    assert norm > 10 * CLIPPING["clip_grad"]
+    for found, weights in run_ranks(_clipped_step, layout.world_size, _checkpoint(MOE, scratch), layout, build, config):
+        assert found == pytest.approx(norm, rel=1e-5)
+        for name, expected in moved.items():
+            error, scale = (weights[name] - before[name] - expected).norm(), expected.norm()
+            assert error <= 1e-3 * scale, f"{name} differs by {error:.1e} of {scale:.1e}"  # fp32 weights of 1, steps of 1e-3
+
+
+def _after_a_step(rank: int, checkpoint: Path, rate: float) -> list[Tensor]:
     trainer, batch = _trainer(checkpoint, Layout(), {}, {}), _batch()
     trainer.set_learning_rate(rate)
     trainer.step(batch, supervised_loss)
@@ -176,7 +228,7 @@ def _clipped(rank: int, checkpoint: Path, rate: float) -> list[Tensor]:
 
 def test_the_learning_rate_can_be_changed(scratch: Path) -> None:
     checkpoint = _checkpoint(DENSE, scratch)
-    still, moved = (run_ranks(_clipped, 1, checkpoint, rate)[0] for rate in (0.0, 1e-3))
+    still, moved = (run_ranks(_after_a_step, 1, checkpoint, rate)[0] for rate in (0.0, 1e-3))
     differences = [(a - b).abs().max().item() for a, b in zip(still, moved, strict=True)]
     assert max(differences) == pytest.approx(1e-3, rel=1e-2)  # Adam's first step is the learning rate
 
