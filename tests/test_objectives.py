@@ -27,6 +27,8 @@ LENGTHS = [3, 9, 1, 5, 7, 2, 8, 4, 6, 6, 1, 3]
 REWARDS = [1.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 1.0]  # the second group's are all equal
 
 Sequences = list[Tensor]
+Estimate = Callable[[Tensor, Tensor], Tensor]
+"""Of the KL from log-probabilities of the policy and the reference, per token."""
 
 
 class Sample:
@@ -183,7 +185,7 @@ def _token_mean(s: Sample, of_sequence: Callable[[int, Tensor, Tensor], Tensor])
     return torch.cat(parts).sum() / sum(LENGTHS)
 
 
-def _with_penalty(estimate: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Sample], Tensor]:
+def _with_penalty(estimate: Estimate) -> Callable[[Sample], Tensor]:
     def loss(s: Sample) -> Tensor:
         advantages = group_relative(s.rewards, std=True)
         return _token_mean(
@@ -209,24 +211,41 @@ def _entropy(s: Sample) -> Tensor:
     return _token_mean(s, lambda i, policy, ratio: -ppo(ratio, advantages[i], 0.2, 0.28) - 0.1 * s.entropy[i])
 
 
-def _kl_in_reward(s: Sample) -> Tensor:
-    rewards = s.rewards - 0.3 * torch.stack([(old - ref).sum() for old, ref in zip(s.old, s.reference, strict=True)])
-    advantages = group_relative(rewards, std=True)
-    return _token_mean(s, lambda i, policy, ratio: -ppo(ratio, advantages[i], 0.2, 0.28))
+def _straight_through(estimate: Estimate) -> Estimate:
+    """The value of `estimate`, the gradient of k2 (arXiv:2506.09477)."""
+    return lambda p, r: estimate(p, r).detach() + (p - r) ** 2 / 2 - ((p - r) ** 2 / 2).detach()
+
+
+def _kl_in_reward(estimate: Estimate) -> Callable[[Sample], Tensor]:
+    def loss(s: Sample) -> Tensor:
+        penalties = [estimate(old, reference).sum() for old, reference in zip(s.old, s.reference, strict=True)]
+        advantages = group_relative(s.rewards - 0.3 * torch.stack(penalties), std=True)
+        return _token_mean(s, lambda i, policy, ratio: -ppo(ratio, advantages[i], 0.2, 0.28))
+
+    return loss
+
+
+ESTIMATES: dict[str, Estimate] = {
+    "k1": lambda p, r: p - r,
+    "k2": lambda p, r: (p - r) ** 2 / 2,
+    "k3": k3,
+    "abs": lambda p, r: (p - r).abs(),
+}
+
+
+def _kl(estimator: str, **changes: Any) -> dict[str, Any]:
+    return {"kl_coefficient": 0.3, "kl_estimator": estimator, **changes}
 
 
 PIECES: dict[str, tuple[dict[str, Any], Callable[[Sample], Tensor]]] = {
-    "k1": ({"kl_coefficient": 0.3, "kl_estimator": "k1"}, _with_penalty(lambda p, r: p - r)),
-    "k2": ({"kl_coefficient": 0.3, "kl_estimator": "k2"}, _with_penalty(lambda p, r: (p - r) ** 2 / 2)),
-    "k3": ({"kl_coefficient": 0.3}, _with_penalty(k3)),
-    "abs": ({"kl_coefficient": 0.3, "kl_estimator": "abs"}, _with_penalty(lambda p, r: (p - r).abs())),
-    "straight-through": (
-        {"kl_coefficient": 0.3, "kl_straight_through": True},
-        _with_penalty(lambda p, r: k3(p, r).detach() + (p - r) ** 2 / 2 - ((p - r) ** 2 / 2).detach()),
-    ),
+    **{name: (_kl(name), _with_penalty(estimate)) for name, estimate in ESTIMATES.items()},
+    **{
+        f"straight-through {name}": (_kl(name, kl_straight_through=True), _with_penalty(_straight_through(estimate)))
+        for name, estimate in ESTIMATES.items()
+    },
+    **{f"{name} in reward": (_kl(name, kl_in="reward"), _kl_in_reward(estimate)) for name, estimate in ESTIMATES.items()},
     "dual clip": ({"dual_clip": 1.5}, _dual_clip),
     "entropy": ({"entropy_coefficient": 0.1}, _entropy),
-    "KL in reward": ({"kl_coefficient": 0.3, "kl_estimator": "k1", "kl_in": "reward"}, _kl_in_reward),
 }
 
 

@@ -173,6 +173,61 @@ def test_adapters_train_as_in_one_process(
         torch.testing.assert_close(found["merged"], found["adapted"], atol=2e-5, rtol=1e-5)
 
 
+PACK = {"packing": True, "micro_batch_tokens": 20}
+PACKED: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
+    (DENSE, Layout(tp=2), SP, ADAPTERS),
+    (DENSE, Layout(cp=2), {}, ADAPTERS),
+    (DENSE, Layout(tp=2, cp=2), SP, DORA_PARTS),
+    (MOE, Layout(tp=2, ep=2, etp=1), SP, ADAPTERS),
+]
+
+
+def _ragged() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(2, 515, (count,), generator=generator).tolist()
+
+    prompts, completions = [tokens(count) for count in (3, 5, 1, 4, 2)], [tokens(count) for count in (9, 2, 6, 1, 11)]
+    return Batch.from_completions(prompts, completions, pad_token_id=0)
+
+
+def _train_ragged(
+    rank: int, checkpoint: Path, layout: Layout, build: dict[str, Any], config: LoRAConfig, split: dict[str, Any]
+) -> tuple[list[float], list[float], torch.Tensor, dict[str, torch.Tensor]]:
+    bridge, batch = AutoBridge.from_pretrained(checkpoint), _ragged()
+    model = _adapted(checkpoint, layout, build, config)
+    # An epsilon that is no rounding error of a gradient: the same adapters, not only the same losses.
+    trainer = MegatronTrainer(model, TrainerConfig(learning_rate=1e-2, epsilon=1e-2, **split))
+    reports = [trainer.step(batch, supervised_loss) for _ in range(4)]
+    adapted = torch.where(batch.mask, trainer.compute_log_probs(batch).log_probs, 0.0)
+    adapters = {name: tensor.clone() for name, tensor in bridge.export_adapter_weights(trainer.model)}
+    return [report.loss for report in reports], [report.grad_norm for report in reports], adapted, adapters
+
+
+@cache
+def _padded_alone(
+    variant: str, scratch: Path, config: LoRAConfig
+) -> tuple[list[float], list[float], torch.Tensor, dict[str, torch.Tensor]]:
+    split = {"micro_batch_size": 2}
+    return run_ranks(_train_ragged, 1, _checkpoint(variant, scratch), Layout(), {}, config, split)[0]
+
+
+@pytest.mark.parametrize(("variant", "layout", "build", "config"), PACKED, ids=str)
+def test_packed_sequences_train_adapters_as_padded_rows_in_one_process(
+    variant: str, layout: Layout, build: dict[str, Any], config: LoRAConfig, scratch: Path
+) -> None:
+    loss, norm, adapted, adapters = _padded_alone(variant, scratch, config)
+    for found in run_ranks(_train_ragged, layout.world_size, _checkpoint(variant, scratch), layout, build, config, PACK):
+        assert found[0] == pytest.approx(loss, rel=1e-5)
+        assert found[1] == pytest.approx(norm, rel=1e-4)
+        torch.testing.assert_close(found[2], adapted, atol=1e-4, rtol=1e-5)
+        for name, adapter in adapters.items():
+            error = (found[3][name] - adapter).norm()
+            assert error <= 1e-3 * adapter.norm(), f"{name} differs by {error:.1e} of {adapter.norm():.1e}"
+    assert loss[0] - loss[-1] > 0.01  # which took adapters
+
+
 def _initial(rank: int, checkpoint: Path, layout: Layout) -> dict[str, torch.Tensor]:
     model = _adapted(checkpoint, layout, {}, ADAPTERS)
     offset = unwrap(model)[0].decoder.layers[0].layer_number - 1
