@@ -19,11 +19,11 @@ test: venv
 	$(BIN)/ruff format --check .
 	$(PYTEST)
 
-# The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, and with every objective, and
-# the game of several turns, three seeds each: hours.
+# The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, with every objective in every mode, and
+# the game of several turns, three seeds each: hours. Every case has its own processes, ports and Ray cluster.
 nightly: venv
 	mkdir -p runs
-	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest --junitxml=runs/nightly.xml tests/test_training_learns.py tests/test_training_run.py tests/test_attached_engines.py
+	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist load --junitxml=runs/nightly.xml tests/test_training_learns.py tests/test_training_run.py tests/test_attached_engines.py
 
 bench: venv
 	$(BIN)/pip install --no-deps -r benchmarks/requirements.txt

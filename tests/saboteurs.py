@@ -42,9 +42,10 @@ def engine_pids() -> list[int]:
     ]
 
 
-def ray_pids() -> list[int]:
-    """Actors of this run's classes."""
-    return [pid for pid in _processes() if _command(pid).startswith(("ray::TrainerRank", "ray::EngineActor"))]
+def ray_pids(driver: int) -> list[int]:
+    """Actors of the run of this driver; others may run beside it."""
+    actors = [pid for pid in _processes() if _command(pid).startswith(("ray::TrainerRank", "ray::EngineActor"))]
+    return [pid for pid in actors if driver in _ancestors(pid)]
 
 
 def sibling_pids() -> list[int]:
@@ -78,6 +79,13 @@ def _parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:  # it has ended meanwhile
         return -1
+
+
+def _ancestors(pid: int) -> list[int]:
+    found = []
+    while (pid := _parent(pid)) > 0:
+        found.append(pid)
+    return found
 
 
 def _command(pid: int) -> str:

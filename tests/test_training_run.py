@@ -217,7 +217,7 @@ def test_a_killed_ray_driver_leaves_nothing_behind_and_is_resumed(undisturbed: P
     while not (run_dir / "checkpoints" / "step_00000002").exists():
         assert driver.poll() is None
         time.sleep(0.05)
-    actors = saboteurs.ray_pids()
+    actors = saboteurs.ray_pids(driver.pid)
     assert len(actors) >= 3
     driver.kill()
     driver.wait()
