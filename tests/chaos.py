@@ -126,9 +126,8 @@ def run(case: Case) -> Outcome:
     """One run; raises AssertionError where something does not hold."""
     name = f"chaos.{os.getpid()}.{secrets.token_hex(4)}"
     stores = [name, *(f"{name}.{engine}" for engine in range(case.engines))]
-    leftovers.adopt_orphans()
     before = leftovers.children()
-    with tempfile.TemporaryDirectory(prefix="mbridge_chaos_") as folder:
+    with leftovers.orphans_adopted(), tempfile.TemporaryDirectory(prefix="mbridge_chaos_") as folder:
         scene = Scene(case, Path(folder), name)
         try:
             outcome = scene.play()

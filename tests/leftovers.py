@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mbridge_rl.sync.store import WeightStore
@@ -14,9 +15,14 @@ _SHARED_MEMORY = Path("/dev/shm")
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def adopt_orphans() -> None:
-    """From now on a process whose parent dies becomes this one's child, so that `children` sees it."""
+@contextmanager
+def orphans_adopted() -> Iterator[None]:
+    """Inside, a process whose parent dies becomes this one's child, so that `children` sees it."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0)  # other tests expect `init` to wait for theirs
 
 
 def children() -> set[int]:
