@@ -89,7 +89,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    served: list[str]  # of every engine
+    served: list[str]  # by every engine
     trainers: list[str]
     waits: float  # from the strike until the last survivor's verdict, in units of a wait
 
@@ -155,10 +155,11 @@ class Scene:
         self.pids: list[int] = []
         self.running: set[int] = set()
         self._digests = {version: served(weights(version), VARIANT, ENGINE) for version in (0, 1, 2, 3)}
-        self._engines = [self._serving(engine) for engine in range(case.engines)]
+        self._engines: list[int] = []
 
     def play(self) -> Outcome:
         case = self.case
+        self._engines += [self._serving(engine) for engine in range(case.engines)]
         ranks = self._trainers(case, [1, 2])
         _strike(case, ranks, self._engines[case.struck], self.folder)
         _wait_for(lambda: all(map(_has_ended, ranks)), f"trainer ranks of {case}", RUN_SECONDS)
@@ -166,14 +167,11 @@ class Scene:
         for rank, text in enumerate(said):
             assert text in ("2", "killed") or "Traceback" not in text, (case, text)
             assert text != "killed" or case.fault == f"kill rank {rank}", f"{case}: rank {rank} died"
-        verdicts = [float(path.read_text()) for path in self.folder.glob("verdict-*")]
-        found = []
-        for engine in range(case.engines):
-            if case.fault == "kill the engine" and engine == case.struck:
-                found.append(self._starts_again(engine))
-            else:
-                found.append(self._verdict_of(engine))
-                verdicts.append(time.monotonic())
+        assert (self.folder / "at-2-0").exists(), f"{case} never came to version 2: {said}"
+        killed = [case.struck] if case.fault == "kill the engine" else []
+        found = [self._verdict_of(engine) for engine in range(case.engines) if engine not in killed]
+        verdicts = [time.monotonic(), *(float(path.read_text()) for path in self.folder.glob("verdict-*"))]
+        found += map(self._starts_again, killed)
         waits = max(0.0, max(verdicts) - self._moment()) / WAIT_SECONDS
         bound = BOUND_WAITS + (STALL_WAITS if case.fault == "stall" else 0.0)
         assert waits < bound, f"{case}: {said}, {found} after {waits:.1f} times the time-out of a wait"
