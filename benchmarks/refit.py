@@ -314,10 +314,15 @@ def _print(found: Mapping[str, Any], parameters: int) -> None:
     for name in WAYS:
         reports = [report for _, _, report in found[name]]
         transfer = median(report.phases["transfer"] for report in reports)
-        pause = median(report.phases["commit"] if report.mode == "staged" else report.seconds for report in reports)
+        pause = median(map(_pause, reports))
         phases = {phase: median(report.phases.get(phase, 0.0) for report in reports) for phase in reports[0].phases}
         detail = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in phases.items())
         print(f"{name:22s} transfer {transfer:.3f} = {copied / transfer:4.0%}; pause {pause:.3f}; {detail}")
+
+
+def _pause(report: SyncReport) -> float:
+    """Seconds in which engines do not generate: staged at the commit, streaming from the first byte on."""
+    return report.phases["commit"] if report.mode == "staged" else report.seconds - report.phases["check"]
 
 
 def _medians(runs: Sequence[tuple[float, float, Any]]) -> tuple[float, float]:
