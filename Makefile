@@ -9,6 +9,9 @@ DEMO_ARGS ?=
 TEST_WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 25
 
+NIGHTLY = $(addprefix tests/test_,$(addsuffix .py,training_learns training_run attached_engines plan_properties \
+	vllm_plan_refit vllm_chaos requests_in_flight cli))
+
 .PHONY: demo test nightly bench support-table venv lint clean
 
 demo: venv
@@ -20,10 +23,11 @@ test: venv
 	$(PYTEST)
 
 # The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, with every objective in every mode, and
-# the game of several turns, three seeds each: hours. Every case has its own processes, ports and Ray cluster.
+# the game of several turns, three seeds each; and what takes too long elsewhere: hours. Every case has its own processes, ports and
+# Ray cluster.
 nightly: venv
 	mkdir -p runs
-	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist load --junitxml=runs/nightly.xml tests/test_training_learns.py tests/test_training_run.py tests/test_attached_engines.py
+	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist load --junitxml=runs/nightly.xml $(NIGHTLY)
 
 bench: venv
 	$(BIN)/pip install --no-deps -r benchmarks/requirements.txt

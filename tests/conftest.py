@@ -30,6 +30,14 @@ torch.set_num_threads(1)
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `nightly` are for `make nightly`, which says with which seeds."""
+    if "MBRIDGE_SEEDS" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("nightly") is not None:
+                item.add_marker(pytest.mark.skip(reason="part of `make nightly`"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Tests marked `alone` have the machine to themselves: vLLM's workers wait for each other by spinning, and where they have

@@ -32,7 +32,6 @@ from mbridge_rl.sync.vllm.async_engine import AsyncEngine
 from mbridge_rl.sync.vllm.server import ServerEngine
 from mbridge_rl.training.lora import LoRAConfig
 
-nightly = pytest.mark.skipif("MBRIDGE_SEEDS" not in os.environ, reason="part of `make nightly`")
 ENVIRONMENT = {"VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 START_SECONDS = 300.0
 TWO_WORKERS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -47,13 +46,13 @@ def elsewhere() -> Iterator[Interpreter]:
 
 
 @pytest.mark.slow
-@nightly
+@pytest.mark.nightly
 def test_an_async_llm(elsewhere: Interpreter, tmp_path: Path) -> None:
     elsewhere.call(scenarios.an_async_llm, tmp_path, timeout=500)
 
 
 @pytest.mark.slow
-@nightly
+@pytest.mark.nightly
 def test_a_ray_actor(elsewhere: Interpreter, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     elsewhere.call(scenarios.a_ray_actor, tmp_path, timeout=500)
@@ -61,7 +60,7 @@ def test_a_ray_actor(elsewhere: Interpreter, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-@nightly
+@pytest.mark.nightly
 def test_an_async_llm_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -> None:
     scenarios.make_checkpoints(tmp_path)
     wanted = elsewhere.call(scenarios.fresh, tmp_path, "B")
@@ -75,7 +74,7 @@ def test_an_async_llm_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.alone
-@nightly
+@pytest.mark.nightly
 def test_a_ray_actor_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     elsewhere.call(scenarios.a_ray_actor_with_two_workers, tmp_path, timeout=500)
@@ -113,7 +112,7 @@ def serving(model: Path, *options: str, **environment: str) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@nightly
+@pytest.mark.nightly
 def test_a_server(elsewhere: Interpreter, tmp_path: Path) -> None:
     scenarios.make_checkpoints(tmp_path)
     with serving(tmp_path / "A") as url:
@@ -122,7 +121,7 @@ def test_a_server(elsewhere: Interpreter, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-@nightly
+@pytest.mark.nightly
 def test_a_server_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -> None:
     scenarios.make_checkpoints(tmp_path)
     wanted = elsewhere.call(scenarios.fresh, tmp_path, "B")
@@ -132,7 +131,7 @@ def test_a_server_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@nightly
+@pytest.mark.nightly
 def test_a_server_whose_trainer_is_killed(elsewhere: Interpreter, tmp_path: Path) -> None:
     scenarios.make_checkpoints(tmp_path)
     with serving(tmp_path / "A") as url:
@@ -140,7 +139,7 @@ def test_a_server_whose_trainer_is_killed(elsewhere: Interpreter, tmp_path: Path
 
 
 @pytest.mark.slow
-@nightly
+@pytest.mark.nightly
 def test_adapters_of_an_async_llm(tmp_path: Path) -> None:
     start, _ = tiny_checkpoint(tmp_path / "start", "qwen3", seed=0, **scenarios.SIZES)
     adapt_in_turn(LAYOUT, start, LORA, lambda: scenarios.started_async_engine(start, **ENGINE), updates=4, timeout=500)
@@ -148,7 +147,7 @@ def test_adapters_of_an_async_llm(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
-@nightly
+@pytest.mark.nightly
 def test_adapters_of_a_server_with_two_workers(tmp_path: Path) -> None:
     start, _ = tiny_checkpoint(tmp_path / "start", "qwen3", seed=0, **scenarios.SIZES)
     options = ["--enable-lora", "--max-loras", "4", "--max-lora-rank", "8", "--tensor-parallel-size", "2"]
@@ -171,6 +170,7 @@ class OtherServer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         status, body = self.answers.get(self.path.partition("?")[0], (404, b"{}"))
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

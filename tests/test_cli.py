@@ -93,8 +93,10 @@ def test_the_demo_learns_to_add(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [["--model", "qwen3-moe", "--ep", "2"], ["--model", "llama", "--pp", "2"]],
-    ids=["experts", "pipeline"],
+    [
+        pytest.param(["--model", "qwen3-moe", "--ep", "2"], id="experts"),
+        pytest.param(["--model", "llama", "--pp", "2"], id="pipeline", marks=pytest.mark.nightly),
+    ],
 )
 def test_other_layouts_and_families_learn_too(arguments: list[str], tmp_path: Path) -> None:
     summary = _demo(tmp_path, "--steps", "10", *arguments)

@@ -52,6 +52,7 @@ def test_requests_in_flight_at_a_commit(interpreter: Interpreter, tmp_path: Path
     assert found["serves on"]
 
 
+@pytest.mark.nightly
 @pytest.mark.alone
 def test_a_pipeline_of_two_stages(tmp_path: Path) -> None:
     """Each stage is sent its own layers, and the batches that a pipeline has under way are done before the weights change."""

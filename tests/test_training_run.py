@@ -27,7 +27,6 @@ from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE,
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.slow
-nightly = pytest.mark.skipif("MBRIDGE_SEEDS" not in os.environ, reason="part of `make nightly`")
 EXACT, CLOSE = ("step", "reward", "length_mean"), ("loss", "grad_norm", "entropy")
 CURVE = ("step", "reward", "loss", "grad_norm", "entropy", "ratio_max_deviation", "kl_train_rollout", "digest")
 
@@ -132,7 +131,9 @@ def test_however_weights_travel_the_curve_is_the_same(undisturbed: Path, tmp_pat
         assert sync.buckets > 10 or config.sync.store
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=nightly)], ids=["undisturbed", "engine-and-rank-killed"])
+@pytest.mark.parametrize(
+    "killed", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["undisturbed", "engine-and-rank-killed"]
+)
 def test_adapters_alone_travel_and_learn_what_merged_ones_do(sabotage: Path, killed: bool) -> None:
     """An engine that is lost comes back with base and adapter, as the run does after a lost rank. Merged or beside the weights,
     an adapter computes the same up to rounding, so that the same tokens are sampled."""
@@ -169,7 +170,7 @@ def test_on_ray_the_curve_is_the_same(undisturbed: Path, tmp_path: Path) -> None
     assert not ray.is_initialized()
 
 
-@nightly
+@pytest.mark.nightly
 @pytest.mark.parametrize("placement", ["separate", "colocated"])
 def test_on_ray_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(
     undisturbed: Path, sabotage: Path, placement: str
@@ -192,7 +193,7 @@ def test_a_run_is_not_overwritten_and_a_finished_one_is_not_repeated(undisturbed
     assert curve(undisturbed) == before
 
 
-@nightly
+@pytest.mark.nightly
 def test_a_killed_driver_is_resumed(undisturbed: Path, sabotage: Path) -> None:
     run_dir, recipe = sabotage / "run", sabotage / "recipe.yaml"
     shutil.copy(undisturbed / "config.yaml", recipe)
@@ -210,7 +211,7 @@ def test_a_killed_driver_is_resumed(undisturbed: Path, sabotage: Path) -> None:
     assert (run_dir / "report.html").exists()
 
 
-@nightly
+@pytest.mark.nightly
 def test_a_killed_ray_driver_leaves_nothing_behind_and_is_resumed(undisturbed: Path, sabotage: Path) -> None:
     pytest.importorskip("ray")
     run_dir = sabotage / "run"
@@ -232,7 +233,7 @@ def test_a_killed_ray_driver_leaves_nothing_behind_and_is_resumed(undisturbed: P
     assert curve(run_dir) == curve(undisturbed)
 
 
-@nightly
+@pytest.mark.nightly
 def test_another_layout_goes_on_from_the_same_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)

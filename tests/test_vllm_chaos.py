@@ -135,6 +135,7 @@ def test_a_real_engine_survives_its_trainers(tmp_path: Path, store: str) -> None
         assert (again.weight_version, answers(again)) == (5, expected["A"])
 
 
+@pytest.mark.nightly
 @pytest.mark.alone
 def test_a_killed_engine_of_two_workers_leaves_nothing(tmp_path: Path) -> None:
     """Neither processes nor what they talked through: vLLM's own files, and those of Python's multiprocessing."""

@@ -101,9 +101,21 @@ MLA = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}  # vL
     ("variant", "layout", "engine_args"),
     [
         pytest.param("qwen3", ParallelLayout(tp=2, pp=2), {}, id="qwen3-tp2xpp2"),
-        pytest.param("qwen3", ParallelLayout(tp=2, pp=2), {"dtype": "bfloat16"}, id="qwen3-tp2xpp2-bf16-deltas"),
+        pytest.param(
+            "qwen3",
+            ParallelLayout(tp=2, pp=2),
+            {"dtype": "bfloat16"},
+            id="qwen3-tp2xpp2-bf16-deltas",
+            marks=pytest.mark.nightly,
+        ),
         pytest.param("qwen3-moe", ParallelLayout(tp=2, pp=2, ep=2, etp=1), {}, id="qwen3-moe-tp2xpp2xep2"),
-        pytest.param("qwen3-moe", ParallelLayout(ep=2, dp=2), {"enable_expert_parallel": True}, id="qwen3-moe-ep2-to-ep2"),
+        pytest.param(
+            "qwen3-moe",
+            ParallelLayout(ep=2, dp=2),
+            {"enable_expert_parallel": True},
+            id="qwen3-moe-ep2-to-ep2",
+            marks=pytest.mark.nightly,
+        ),
         pytest.param("deepseek", ParallelLayout(tp=2, pp=2, ep=2, etp=1), MLA, id="deepseek-tp2xpp2xep2"),
     ],
 )

@@ -32,7 +32,7 @@ _LARGEST = torch.finfo(FP8).max  # 448
 
 @dataclass(frozen=True)
 class Fp8:
-    """Weights of linear layers in fp8; embeddings, routers, norms and biases stay as they are.
+    """Weights of linear layers in fp8; embeddings, output layers, routers, norms and biases stay as they are.
 
     Attributes:
         block: rows and columns that share a scale; `None` makes one scale per tensor.
@@ -210,7 +210,7 @@ def _positions(starts: Shape, sizes: Shape, strides: Shape, dims: tuple[int, ...
 
 
 def _is_quantized(rule: Rule) -> bool:
-    return is_linear(rule) and ".router." not in rule.megatron_name
+    return rule.placement == "layer" and is_linear(rule) and ".router." not in rule.megatron_name
 
 
 def _scale_rules(rule: Rule, scheme: Fp8) -> list[Rule]:
