@@ -16,7 +16,7 @@ from mbridge_rl.sync.finite import is_finite
 from mbridge_rl.sync.route import Part, Piece, WorkerRoute
 
 Digests = dict[str, int]
-_BLOCK_BYTES = 1 << 20  # what is read once, to be moved or looked at, is digested while it is in a core's cache still
+_BLOCK_BYTES = 1 << 21  # what is read once, to be moved or looked at, is digested while it is in a core's cache still
 
 
 def pack(part: Part, into: Tensor, read: Callable[[Piece], Tensor]) -> None:
