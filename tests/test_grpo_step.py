@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import tiny_model
+from tiny import saved_model, tiny_model
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
@@ -37,12 +37,6 @@ CONFIGS = {
     ),
     "gspo": objective("gspo", group_size=GROUP, clip_low=0.1, clip_high=0.1),
 }
-
-
-@cache
-def _checkpoint(variant: str, scratch: Path) -> Path:
-    tiny_model(variant).save_pretrained(scratch / variant)
-    return scratch / variant
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +201,7 @@ def test_loss_and_gradients_equal_the_papers_on_transformers(
 ) -> None:
     """1e-5 relative in fp32: of the loss, and of each tensor's gradient (sums come in another order)."""
     before, expected = _expected(variant)
-    results = run_ranks(_step, layout.world_size, _checkpoint(variant, scratch), layout, build, config, before)
+    results = run_ranks(_step, layout.world_size, saved_model(variant, scratch), layout, build, config, before)
     batch = _rollouts()[0]
     for name, (loss, gradients, log_probs) in expected.items():
         mask = _prepared(CONFIGS[name], before).mask
@@ -252,7 +246,7 @@ def _exact(rank: int, checkpoint: Path, layout: Layout, config: dict[str, Any]) 
     ids=str,
 )
 def test_the_first_step_has_ratio_one_and_no_kl_exactly(layout: Layout, config: dict[str, Any], scratch: Path) -> None:
-    for found in run_ranks(_exact, layout.world_size, _checkpoint(DENSE, scratch), layout, config):
+    for found in run_ranks(_exact, layout.world_size, saved_model(DENSE, scratch), layout, config):
         for same, reference_is_old, metrics in found:
             assert same
             assert reference_is_old

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_objectives import GROUP, LENGTHS, PAPERS, REWARDS, Sample
-from tiny import tiny_model
+from tiny import saved_model, tiny_model
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
@@ -57,12 +57,6 @@ def test_every_epoch_deals_all_groups_evenly_and_by_seed_and_step_alone() -> Non
     assert dealt(step=8) != found
     assert dealt(mini_batches=1, epochs=2) == [list(range(21))] * 2  # in the batch's own order
     assert sorted(map(len, dealt(mini_batches=9, epochs=1))) == [3] * 7  # groups that dynamic sampling took out
-
-
-@cache
-def _checkpoint(variant: str, scratch: Path) -> Path:
-    tiny_model(variant).save_pretrained(scratch / variant)
-    return scratch / variant
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +140,7 @@ def _two_epochs(rank: int, checkpoint: Path) -> dict[str, tuple[list[Seen], Metr
 
 @pytest.fixture(scope="module")
 def two_epochs(scratch: Path) -> dict[str, tuple[list[Seen], Metrics]]:
-    return run_ranks(_two_epochs, 1, _checkpoint(DENSE, scratch))[0]
+    return run_ranks(_two_epochs, 1, saved_model(DENSE, scratch))[0]
 
 
 def _dual_clip(s: Sample) -> Tensor:
@@ -219,7 +213,7 @@ def _by_hand(rank: int, checkpoint: Path, objective: GRPOConfig) -> tuple[bool, 
 
 def test_one_mini_batch_and_one_epoch_are_one_step_on_the_batch_bit_for_bit(scratch: Path) -> None:
     objective = GRPOConfig(group_size=GROUP, kl_coefficient=0.1, correction=ImportanceCorrection())
-    for same, metrics, expected in run_ranks(_by_hand, 2, _checkpoint(DENSE, scratch), objective):
+    for same, metrics, expected in run_ranks(_by_hand, 2, saved_model(DENSE, scratch), objective):
         assert same
         assert {name: metrics[name] for name in expected} == expected
         assert metrics["ratio_max_deviation"] == 0.0
@@ -261,7 +255,7 @@ def _two_batches(
 
 @cache
 def _alone(variant: str, lora: LoRAConfig | None, scratch: Path) -> tuple[list[Metrics], dict[str, Tensor]]:
-    return run_ranks(_two_batches, 1, _checkpoint(variant, scratch), Layout(), {}, {}, lora)[0]
+    return run_ranks(_two_batches, 1, saved_model(variant, scratch), Layout(), {}, {}, lora)[0]
 
 
 @pytest.mark.parametrize(("variant", "layout", "build", "config", "lora"), LAYOUTS, ids=str)
@@ -270,9 +264,9 @@ def test_four_updates_a_batch_are_the_same_on_every_layout(
 ) -> None:
     """Mini-batches of two groups and of one, eight optimizer steps in all."""
     expected, weights = _alone(variant, lora, scratch)
-    start = _weights_of(_checkpoint(variant, scratch))
+    start = _weights_of(saved_model(variant, scratch))
     assert all(metrics["updates"] == 4 for metrics in expected)
-    results = run_ranks(_two_batches, layout.world_size, _checkpoint(variant, scratch), layout, build, config, lora)
+    results = run_ranks(_two_batches, layout.world_size, saved_model(variant, scratch), layout, build, config, lora)
     for found, _ in results:
         for one, other in zip(found, expected, strict=True):
             assert _numbers(one) == pytest.approx(_numbers(other), rel=1e-4, abs=1e-5)
@@ -304,7 +298,7 @@ def _one_group_teaches_nothing(rank: int, checkpoint: Path) -> tuple[Metrics, in
 
 
 def test_a_mini_batch_is_normalized_by_its_own_tokens_and_without_a_gradient_makes_no_step(scratch: Path) -> None:
-    metrics, steps, losses, skipped = run_ranks(_one_group_teaches_nothing, 1, _checkpoint(DENSE, scratch))[0]
+    metrics, steps, losses, skipped = run_ranks(_one_group_teaches_nothing, 1, saved_model(DENSE, scratch))[0]
     advantages = group_advantages(torch.tensor(REWARDS), GROUP).view(3, GROUP)
     lengths = torch.tensor(LENGTHS).view(3, GROUP)
     means = -(advantages * lengths).sum(dim=1) / lengths.sum(dim=1)  # ratios stay 1 without a learning rate
@@ -333,7 +327,7 @@ def _steps(rank: int, checkpoint: Path, directory: Path, resumed: bool) -> tuple
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(scratch: Path, tmp_path: Path) -> None:
-    checkpoint = _checkpoint(DENSE, scratch)
+    checkpoint = saved_model(DENSE, scratch)
     undisturbed, resumed = (run_ranks(_steps, 2, checkpoint, tmp_path, again) for again in (False, True))
     for (metrics, weights), (metrics_again, weights_again) in zip(undisturbed, resumed, strict=True):
         assert metrics_again == metrics

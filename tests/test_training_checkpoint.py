@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import resource
 import signal
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import RankError, run_ranks
-from tiny import tiny_model
+from tiny import saved_model
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
@@ -27,12 +26,6 @@ from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 DENSE, TIED, MOE = "qwen3", "qwen3-tied", "qwen3-moe"
 SCHEDULE = {"schedule": "cosine", "warmup_steps": 2, "decay_steps": 9, "min_learning_rate": 1e-4}
 SHARDED = {"distributed_optimizer": True}
-
-
-@cache
-def _checkpoint(variant: str, scratch: Path) -> Path:
-    tiny_model(variant).save_pretrained(scratch / variant)
-    return scratch / variant
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +105,7 @@ OTHER: list[tuple[str, Case, Case]] = [
 
 @pytest.mark.parametrize(("variant", "case"), SAME, ids=str)
 def test_the_same_layout_goes_on_bit_for_bit(variant: str, case: Case, scratch: Path, tmp_path: Path) -> None:
-    source = _checkpoint(variant, scratch)
+    source = saved_model(variant, scratch)
     saved = run_ranks(_save, case[0].world_size, source, case, tmp_path, None)
     resumed = run_ranks(_resume, case[0].world_size, source, case, tmp_path, None)
     for (curve, _, draws), (curve_again, _, draws_again) in zip(saved, resumed, strict=True):
@@ -124,7 +117,7 @@ def test_the_same_layout_goes_on_bit_for_bit(variant: str, case: Case, scratch: 
 
 @pytest.mark.parametrize(("variant", "before", "after"), OTHER, ids=str)
 def test_another_layout_goes_on(variant: str, before: Case, after: Case, scratch: Path, tmp_path: Path) -> None:
-    source = _checkpoint(variant, scratch)
+    source = saved_model(variant, scratch)
     curve, weights, _ = run_ranks(_save, before[0].world_size, source, before, tmp_path, None)[0]
     found, found_weights, _ = run_ranks(_resume, after[0].world_size, source, after, tmp_path, None)[0]
     assert [rate for _, rate in found] == [rate for _, rate in curve]
@@ -136,7 +129,7 @@ def test_another_layout_goes_on(variant: str, before: Case, after: Case, scratch
 
 def test_another_layout_draws_what_follows_from_seed_and_step(scratch: Path, tmp_path: Path) -> None:
     """Dropout goes on: the same whenever the run is continued, and not as it began."""
-    source, lora, case = _checkpoint(DENSE, scratch), LoRAConfig(rank=4, dropout=0.5), (Layout(tp=2), {}, {})
+    source, lora, case = saved_model(DENSE, scratch), LoRAConfig(rank=4, dropout=0.5), (Layout(tp=2), {}, {})
     run_ranks(_save, 1, source, ONE, tmp_path, lora)
     first = run_ranks(_resume, 2, source, case, tmp_path, lora)
     again = run_ranks(_resume, 2, source, case, tmp_path, lora)
@@ -154,7 +147,7 @@ def _drawn_at_the_start(rank: int, source: Path, lora: LoRAConfig) -> Tensor:
 
 def test_adapters_alone_are_saved(scratch: Path, tmp_path: Path) -> None:
     """With what some adapters have beside their factors: magnitudes, which train, and first factors, which don't."""
-    source, lora = _checkpoint(DENSE, scratch), LoRAConfig(rank=4, dora=True, start="olora")
+    source, lora = saved_model(DENSE, scratch), LoRAConfig(rank=4, dora=True, start="olora")
     case, other = (Layout(tp=2), {}, {}), (Layout(dp=2), SHARDED, {})
     saved = run_ranks(_save, 2, source, case, tmp_path, lora)
     resumed = run_ranks(_resume, 2, source, case, tmp_path, lora)
@@ -178,7 +171,7 @@ def _before_the_first_step(rank: int, source: Path, directory: Path) -> list[Any
 
 
 def test_a_run_can_be_saved_before_it_begins(scratch: Path, tmp_path: Path) -> None:
-    source = _checkpoint(DENSE, scratch)
+    source = saved_model(DENSE, scratch)
     expected = run_ranks(lambda rank: _steps(_trainer(source, Layout(), {}), 0, 2), 1)
     assert run_ranks(_before_the_first_step, 1, source, tmp_path) == expected
 
@@ -200,7 +193,7 @@ def _die_in_the_middle(rank: int, source: Path, directory: Path) -> None:
 
 
 def test_an_interrupted_save_is_no_checkpoint(scratch: Path, tmp_path: Path) -> None:
-    source = _checkpoint(DENSE, scratch)
+    source = saved_model(DENSE, scratch)
     with pytest.raises(RankError, match="died with status 9"):
         run_ranks(_die_in_the_middle, 2, source, tmp_path)
     assert (tmp_path / ".step_00000002.partial").is_dir()
@@ -218,7 +211,7 @@ def test_an_interrupted_save_is_no_checkpoint(scratch: Path, tmp_path: Path) -> 
 
 
 def test_bad_checkpoints_say_what_is_wrong(scratch: Path, tmp_path: Path) -> None:
-    source, other = _checkpoint(DENSE, scratch), _checkpoint(TIED, scratch)
+    source, other = saved_model(DENSE, scratch), saved_model(TIED, scratch)
     with pytest.raises(RankError, match="is no training checkpoint and holds none"):
         run_ranks(_resume, 1, source, ONE, tmp_path, None)
     assert latest_checkpoint(tmp_path / "nowhere") is None
@@ -256,5 +249,5 @@ def _fill_the_disk(rank: int, source: Path, directory: Path, full_on: tuple[int,
 
 @pytest.mark.parametrize("full_on", [(0, 1), (1,)], ids=["everywhere", "on-one-rank"])
 def test_a_full_disk_leaves_the_checkpoint_before_valid(full_on: tuple[int, ...], scratch: Path, tmp_path: Path) -> None:
-    run_ranks(_fill_the_disk, 2, _checkpoint(TIED, scratch), tmp_path, full_on)
+    run_ranks(_fill_the_disk, 2, saved_model(TIED, scratch), tmp_path, full_on)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import RankError, run_ranks
 from test_grpo_step import experts_apart
-from tiny import tiny_model
+from tiny import saved_model, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,12 +24,6 @@ from mbridge_rl.training.logprobs import TokenStatistics
 from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 
 STEPS = 3
-
-
-@cache
-def _checkpoint(variant: str, scratch: Path) -> Path:
-    tiny_model(variant).save_pretrained(scratch / variant)
-    return scratch / variant
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +85,7 @@ LAYOUTS: list[tuple[str, Layout, dict[str, Any], dict[str, Any]]] = [
 
 @cache
 def _alone(variant: str, scratch: Path) -> dict[str, Any]:
-    return run_ranks(_supervised, 1, _checkpoint(variant, scratch), Layout(), {}, {})[0]
+    return run_ranks(_supervised, 1, saved_model(variant, scratch), Layout(), {}, {})[0]
 
 
 @pytest.mark.parametrize(("variant", "layout", "build", "config"), LAYOUTS, ids=str)
@@ -100,7 +94,7 @@ def test_training_equals_one_process(
 ) -> None:
     """The loss is normalised by the global token count, so no split of the batch or the model changes it."""
     alone = _alone(variant, scratch)
-    for found in run_ranks(_supervised, layout.world_size, _checkpoint(variant, scratch), layout, build, config):
+    for found in run_ranks(_supervised, layout.world_size, saved_model(variant, scratch), layout, build, config):
         assert found["same_in_step"]  # to the bit: forward only, and training
         # fp32: reductions in another order, three Adam steps
         assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
@@ -144,7 +138,7 @@ def _first_grpo_step(rank: int, checkpoint: Path, layout: Layout, config: dict[s
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(dp=2), Layout(pp=2)], ids=str)
 def test_the_first_ratio_is_exactly_one_and_the_reference_stays(layout: Layout, scratch: Path) -> None:
-    results = run_ranks(_first_grpo_step, layout.world_size, _checkpoint(DENSE, scratch), layout, {"micro_batch_size": 2})
+    results = run_ranks(_first_grpo_step, layout.world_size, saved_model(DENSE, scratch), layout, {"micro_batch_size": 2})
     for metrics, reference_is_old, norms in results:
         assert metrics[0].pop("ratio_mean") == 1.0
         assert set(metrics[0].values()) == {0.0}  # deviation, clip fractions, ppo_kl and policy_kl, exactly
@@ -162,7 +156,7 @@ def _bf16(rank: int, checkpoint: Path, layout: Layout) -> tuple[list[float], boo
 
 def test_bf16_trains_with_fp32_masters(scratch: Path) -> None:
     expected = _alone(DENSE, scratch)["loss"]
-    for losses, same in run_ranks(_bf16, 2, _checkpoint(DENSE, scratch), Layout(tp=2)):
+    for losses, same in run_ranks(_bf16, 2, saved_model(DENSE, scratch), Layout(tp=2)):
         assert same
         assert losses[:STEPS] == pytest.approx(expected, rel=3e-2)  # bf16 activations
         assert losses[3] < losses[0]
@@ -212,7 +206,7 @@ def test_gradients_are_clipped_by_the_norm_of_the_whole_model(
     """Experts and dense parameters together, although Megatron gives each an optimizer of its own."""
     norm, before, moved = _clipped_by_torch()
     assert norm > 10 * CLIPPING["clip_grad"]
-    for found, weights in run_ranks(_clipped_step, layout.world_size, _checkpoint(MOE, scratch), layout, build, config):
+    for found, weights in run_ranks(_clipped_step, layout.world_size, saved_model(MOE, scratch), layout, build, config):
         assert found == pytest.approx(norm, rel=1e-5)
         for name, expected in moved.items():
             error, scale = (weights[name] - before[name] - expected).norm(), expected.norm()
@@ -227,7 +221,7 @@ def _after_a_step(rank: int, checkpoint: Path, rate: float) -> list[Tensor]:
 
 
 def test_the_learning_rate_can_be_changed(scratch: Path) -> None:
-    checkpoint = _checkpoint(DENSE, scratch)
+    checkpoint = saved_model(DENSE, scratch)
     still, moved = (run_ranks(_after_a_step, 1, checkpoint, rate)[0] for rate in (0.0, 1e-3))
     differences = [(a - b).abs().max().item() for a, b in zip(still, moved, strict=True)]
     assert max(differences) == pytest.approx(1e-3, rel=1e-2)  # Adam's first step is the learning rate
@@ -243,7 +237,7 @@ def _misuse(rank: int, checkpoint: Path, what: str) -> None:
 def test_misuse_says_what_is_wrong(scratch: Path) -> None:
     for what, message in {"mask": "no token of the batch", "reference": "call snapshot_reference"}.items():
         with pytest.raises(RankError, match=message):
-            run_ranks(_misuse, 1, _checkpoint(DENSE, scratch), what)
+            run_ranks(_misuse, 1, saved_model(DENSE, scratch), what)
 
 
 def _rates(rank: int, checkpoint: Path, config: dict[str, Any], steps: int) -> list[float]:
@@ -262,7 +256,7 @@ def _rates(rank: int, checkpoint: Path, config: dict[str, Any], steps: int) -> l
     ids=str,
 )
 def test_learning_rates_follow_the_schedule(config: dict[str, Any], expected: list[float], scratch: Path) -> None:
-    rates = run_ranks(_rates, 1, _checkpoint(DENSE, scratch), config, 6)[0]
+    rates = run_ranks(_rates, 1, saved_model(DENSE, scratch), config, 6)[0]
     assert rates == pytest.approx([1e-3 * rate for rate in expected], rel=1e-5, abs=1e-12)
 
 
@@ -313,7 +307,7 @@ def _skipped(rank: int, checkpoint: Path, layout: Layout, sharded: bool) -> None
 
 @pytest.mark.parametrize(("layout", "sharded"), [(Layout(tp=2), False), (Layout(dp=2), True)], ids=str)
 def test_numbers_that_are_none_change_nothing(layout: Layout, sharded: bool, scratch: Path) -> None:
-    run_ranks(_skipped, layout.world_size, _checkpoint(DENSE, scratch), layout, sharded)
+    run_ranks(_skipped, layout.world_size, saved_model(DENSE, scratch), layout, sharded)
 
 
 def _too_long(rank: int, checkpoint: Path, config: dict[str, Any]) -> None:
@@ -321,7 +315,7 @@ def _too_long(rank: int, checkpoint: Path, config: dict[str, Any]) -> None:
 
 
 def test_over_long_sequences_are_refused(scratch: Path) -> None:
-    checkpoint = _checkpoint(DENSE, scratch)
+    checkpoint = saved_model(DENSE, scratch)
     with pytest.raises(RankError, match="row 1 has 12 tokens, a micro-batch holds 10: raise micro_batch_tokens"):
         run_ranks(_too_long, 1, checkpoint, {"packing": True, "micro_batch_tokens": 10})
     with pytest.raises(RankError, match="rows have 13 tokens, a micro-batch holds 12: raise micro_batch_tokens"):
@@ -371,7 +365,7 @@ def _seen_logits(rank: int, checkpoint: Path, hook: bool) -> tuple[int, int]:
 
 
 def test_logits_never_exist_as_a_whole_and_only_where_a_token_counts(scratch: Path) -> None:
-    checkpoint = _checkpoint(DENSE, scratch)
+    checkpoint = saved_model(DENSE, scratch)
     most, projected = run_ranks(_seen_logits, 1, checkpoint, False)[0]
     assert 0 < most <= 4000
     assert projected == 2 * _batch().num_tokens  # forward, and again in the backward pass

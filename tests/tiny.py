@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,10 @@ def assert_same_state(found: dict[str, torch.Tensor], expected: dict[str, torch.
         name for name in expected if found[name].dtype != expected[name].dtype or not torch.equal(found[name], expected[name])
     ]
     assert not different
+
+
+@cache
+def saved_model(variant: str, scratch: Path) -> Path:
+    """Directory of the variant's checkpoint under `scratch`, written once."""
+    tiny_model(variant).save_pretrained(scratch / variant)
+    return scratch / variant

@@ -25,19 +25,19 @@ from mbridge_rl.megatron.adapters import live_adapter_side, lora_config_of
 from mbridge_rl.megatron.parameters import layout_of
 from mbridge_rl.sync import phases
 from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.attempts import with_retries
 from mbridge_rl.sync.engines import Engines
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError, TransferTimeout
+from mbridge_rl.sync.errors import EngineMismatch, SyncError
 from mbridge_rl.sync.finite import require_finite
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.host import machine_id
 from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.sync.report import EngineOutcome, SyncReport
-from mbridge_rl.sync.sinks import Sink, tell
+from mbridge_rl.sync.sinks import Sink
 from mbridge_rl.sync.timeline import Span, Stopwatch, of_engine
 
 _log = logging.getLogger(__name__)
 
-_TRANSIENT = (TransferTimeout, DigestMismatch)  # worth another attempt
 _WORD = torch.int64.itemsize
 
 
@@ -134,20 +134,14 @@ class AdapterSync:
                 version before. If but some fail to commit, the others serve the new version, and the report names the failed
                 ones.
         """
-        watches: list[Stopwatch] = []  # one for each attempt
-        while True:
-            watches.append(Stopwatch(phases.lane(self._group.rank)))
-            try:
-                done = self._attempt(version, watches[-1])
-            except Exception as error:
-                if isinstance(error, _TRANSIENT) and len(watches) <= self.options.retries:
-                    _log.warning("version %d, attempt %d failed, trying again: %s", version, len(watches), error)
-                    continue
-                tell(self._sinks, self._report(version, watches, error=f"{type(error).__name__}: {error}"))
-                raise
-            report = self._report(version, watches, done)
-            tell(self._sinks, report)
-            return report
+        return with_retries(
+            version,
+            lambda watch, _: self._attempt(version, watch),
+            lambda watches, done, error: self._report(version, watches, done, error),
+            lane=phases.lane(self._group.rank),
+            retries=self.options.retries,
+            sinks=self._sinks,
+        )
 
     def close(self) -> None:
         """Frees the shared memory. The engines keep the adapter."""

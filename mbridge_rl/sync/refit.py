@@ -25,16 +25,14 @@ from mbridge_rl.core.segments import megatron_side
 from mbridge_rl.megatron.parameters import LiveParameters, layout_of, live_side, model_dtype
 from mbridge_rl.sync import phases
 from mbridge_rl.sync.arena import SHARED_MEMORY
+from mbridge_rl.sync.attempts import with_retries
 from mbridge_rl.sync.delta import Delta, DeltaSender, carried_bytes
 from mbridge_rl.sync.engine_side import WorkerDescription, engine_side, local_dtypes
 from mbridge_rl.sync.engines import Engine, Engines
 from mbridge_rl.sync.errors import (
-    DeltaRefused,
-    DigestMismatch,
     EngineMismatch,
     RanksUnreachable,
     SyncError,
-    TransferTimeout,
 )
 from mbridge_rl.sync.finite import refuse_strange, require_finite
 from mbridge_rl.sync.group import RankGroup
@@ -46,7 +44,7 @@ from mbridge_rl.sync.pull import published, restore
 from mbridge_rl.sync.quantized import QuantizedLive
 from mbridge_rl.sync.report import EngineOutcome, SyncReport
 from mbridge_rl.sync.route import Route, plan_route
-from mbridge_rl.sync.sinks import Sink, tell
+from mbridge_rl.sync.sinks import Sink
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.timeline import Span, Stopwatch, of_engine
 from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way, telling
@@ -56,7 +54,6 @@ from mbridge_rl.sync.waiting import Patience
 
 _log = logging.getLogger(__name__)
 
-_TRANSIENT = (TransferTimeout, DigestMismatch, DeltaRefused)  # worth another attempt; whatever else fails would fail again
 _ON_ONE_HOST = ("shared_memory", "cuda_ipc")
 
 
@@ -137,22 +134,15 @@ class WeightSync:
             return self._sync(version)
 
     def _sync(self, version: int) -> SyncReport:
-        watches: list[Stopwatch] = []  # one for each attempt
-        while True:
-            watches.append(Stopwatch(phases.lane(self._group.rank)))
-            try:
-                done = self._attempt(version, watches[-1], can_be_delta=len(watches) == 1)
-            except Exception as error:
-                if self._goes_on_without_lost(error):
-                    continue
-                if isinstance(error, _TRANSIENT) and len(watches) <= self.options.retries:
-                    _log.warning("version %d, attempt %d failed, trying again: %s", version, len(watches), error)
-                    continue
-                tell(self._sinks, self._report(version, watches, error=f"{type(error).__name__}: {error}"))
-                raise
-            report = self._report(version, watches, done)
-            tell(self._sinks, report)
-            return report
+        return with_retries(
+            version,
+            lambda watch, first: self._attempt(version, watch, can_be_delta=first),
+            lambda watches, done, error: self._report(version, watches, done, error),
+            lane=phases.lane(self._group.rank),
+            retries=self.options.retries,
+            sinks=self._sinks,
+            goes_on=self._goes_on_without_lost,
+        )
 
     @property
     def engines(self) -> tuple[Engine, ...]:

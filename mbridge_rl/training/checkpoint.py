@@ -269,7 +269,9 @@ def _complete(directory: Path) -> list[Path]:
 def _resolve(path: Path) -> Path:
     found = path if _NAME.fullmatch(path.name) else latest_checkpoint(path)
     if found is None or not (found / _DESCRIPTION).is_file():
-        raise CheckpointError(f"{path} is no training checkpoint and holds none (step_XXXXXXXX)")
+        raise CheckpointError(
+            f"{path} is no training checkpoint and holds none: give a folder step_ with eight digits, or one of such folders"
+        )
     return found
 
 
