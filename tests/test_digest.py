@@ -2,11 +2,11 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
-from mbridge_rl.core.digest import add, combine, digest, digest_strided
+from mbridge_rl.core.digest import _place, add, combine, digest, digest_and_look, digest_strided
+from mbridge_rl.core.weighing import drawn, weigh_by_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int32, torch.bool]
 
@@ -48,31 +48,51 @@ def test_large_rows_are_walked_in_pieces() -> None:
     assert tiles(tensor, [0, 2, 3], [0, 65_536, 65_537, 200_001]) == digest(tensor)
 
 
-def test_products_of_8_bit_integers_are_exact() -> None:
-    """What the processor's own instructions make of large blocks, against the definition, with the largest bytes."""
-    tensor = torch.cat([torch.full((40, 5000), value, dtype=torch.int8) for value in (-128, 127, -1)], 1).view(torch.int32)
-    halves = (tensor[:, :1000].contiguous(), tensor[:, 1000:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 3, 8, 13])
+def test_every_way_to_compute_it_follows_the_definition(dtype: torch.dtype, columns: int) -> None:
+    """Whole words, single elements, words that begin at odd bytes, neighbours or not in memory, and torch's own arithmetic."""
+    tensor = sample(dtype, 7, 2 * columns)
     assert digest(tensor) == defined(tensor)
-    assert add(
-        digest_strided(halves[0], columns=3750, strides=(3750, 1)),
-        digest_strided(halves[1], columns=3750, offset=1000, strides=(3750, 1)),
-    ) == defined(tensor)
+    left, right = tensor[:, :columns], tensor[:, columns:]
+    strides = (2 * columns, 1)
+    for prepare in (lambda part: part, lambda part: part.contiguous(), lambda part: part.t().contiguous().t(), odd_place):
+        parts = (prepare(left), 0), (prepare(right), columns)
+        found = [digest_strided(part, columns=2 * columns, offset=offset, strides=strides) for part, offset in parts]
+        assert add(*found) == defined(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torch_finds_the_same_sum(dtype: torch.dtype) -> None:
+    """As on devices that Numba does not know."""
+    tensor = sample(dtype, 5, 12)
+    place = _place((5, 12), (12, 1), 12, 0, tensor.element_size())
+    assert weigh_by_torch(tensor, place.weights, drawn(place.rows, 2)) % (1 << 64) == defined(tensor)
+
+
+@pytest.mark.parametrize("largest", [0xFF, 0x80, 0x7F])
+def test_largest_words_do_not_overflow_unseen(largest: int) -> None:
+    tensor = torch.full((40, 5000), largest, dtype=torch.uint8).view(torch.float32)
+    assert digest(tensor) == defined(tensor)
+
+
+def odd_place(part: torch.Tensor) -> torch.Tensor:
+    """A copy whose first element does not begin where a word does, if elements are smaller."""
+    return torch.empty(part.numel() + 1, dtype=part.dtype)[1:].view(part.shape).copy_(part)
 
 
 def defined(tensor: torch.Tensor) -> int:
     """The digest by its definition, in Python's integers."""
-    data = tensor.view(torch.int8).numpy().astype(object)
-    byte_constants = [constant_of_byte(place) for place in range(data.shape[1])]
-    row_constants = [drawn(row, 2) for row in range(data.shape[0])]
-    return int(np.array(row_constants, dtype=object) @ (data @ np.array(byte_constants, dtype=object))) % (1 << 64)
+    rows = [row.contiguous().view(torch.uint8).numpy().tobytes() for row in tensor]
+    return sum(constant(row, 2) * sum_of_words(data) for row, data in enumerate(rows)) % (1 << 64)
 
 
-def constant_of_byte(place: int) -> int:
-    bits = drawn(place, 1)
-    return sum(((bits >> 8 * n & 127) - 64) * (drawn(n, 3) << (n > 0)) for n in range(4))
+def sum_of_words(data: bytes) -> int:
+    words = (int.from_bytes(data[start : start + 4], "little") for start in range(0, len(data), 4))
+    return sum((constant(place, 1) >> 32 | 1) * word for place, word in enumerate(words))
 
 
-def drawn(place: int, salt: int) -> int:
+def constant(place: int, salt: int) -> int:
     """splitmix64, made odd."""
     z = (4 * place + salt + 1) * 0x9E3779B97F4A7C15 % (1 << 64)
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
@@ -101,6 +121,26 @@ def test_two_flipped_signs_do_not_cancel() -> None:
         flipped[i, j] *= -1
         flipped[k, m] *= -1
         assert digest(flipped) != whole
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES[:5], torch.float8_e5m2, torch.float8_e4m3fnuz], ids=str)
+@pytest.mark.parametrize("columns", [6, 7])
+def test_the_same_read_sees_what_is_not_finite(dtype: torch.dtype, columns: int) -> None:
+    limits = torch.finfo(dtype)
+    numbers = [0.0, limits.max, limits.min, limits.tiny, 1.0, -1.0, 2.0]
+    fair = torch.tensor(numbers[:columns], dtype=torch.float64).to(dtype).expand(3, columns)
+    assert digest_and_look(fair, columns=columns, strides=(columns, 1)) == (digest(fair), True)
+    has_infinity = torch.isinf(torch.tensor(float("inf")).to(dtype).float())
+    for strange in (float("nan"), *((float("inf"), -float("inf")) if has_infinity else ())):
+        for row, column in itertools.product(range(3), range(columns)):
+            values = fair.contiguous().clone()
+            values[row, column] = strange
+            for part in (values, values.t().contiguous().t()):
+                assert digest_and_look(part, columns=columns, strides=(columns, 1)) == (digest(values), False)
+
+
+def test_integers_are_finite() -> None:
+    assert digest_and_look(torch.full((4,), -1), columns=4, strides=(1,))[1]
 
 
 def test_signed_zero_and_nan_are_bits() -> None:

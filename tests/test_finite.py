@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbridge_rl.sync.finite import is_finite
+from mbridge_rl.core.finite import is_finite
 
 INFINITY, NAN = float("inf"), float("nan")
 

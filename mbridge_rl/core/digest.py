@@ -1,15 +1,12 @@
 """Additive digests: equality of two tensors, proven from pieces that never meet.
 
-    digest(T) = sum over rows r of R[r] * sum over bytes b of row r of K[b] * T[r, b]      (mod 2^64)
+    digest(T) = sum over rows r of R[r] * sum over words w of row r of K[w] * T[r, w]      (mod 2^64)
 
-Bytes are signed; `R` and `K` are odd constants of the row and of the byte's place in it, drawn by splitmix64 (Steele, Lea,
-Flood 2014). So every byte is tied to its place in the HF tensor, and the digests of disjoint pieces add up, whoever computes
-them and in whatever order. A byte times an odd constant is never 0 modulo 2^64, and no bit of a byte is weaker than another. It
-guards against mistakes and faults, not against an adversary.
-
-`K[b] = sum over n < 4 of B[n] * W[n, b]`, where the `W` have 7 bits: each inner sum is four products of a matrix of 8-bit
-integers with a vector, exact in 32 bits, for which processors have instructions (and 7 bits, because those without VNNI add two
-products in 16 bits). What is left of 64-bit arithmetic is four numbers per row.
+A row is read as words of four bytes, little-endian and unsigned, the last one filled up with zeros. `R` are odd constants of 64
+bits and `K` of 32, drawn by the row's number and by the word's place in it. So every byte is tied to its place, and the digests
+of disjoint pieces add up, whoever computes them and in whatever order: bytes of a word that belong to another piece count as
+zeros. A word times its constant is never 0 and fits 64 bits: no bit of a word is weaker than another. It guards against
+mistakes and faults, not against an adversary.
 """
 
 from __future__ import annotations
@@ -17,18 +14,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from operator import mul
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 1 << 21  # of a matrix at a time: stays in a core's cache
-_LINE_BYTES = 1 << 15  # of a row at a time: 32768 products of 14 bits fit 32
-_FEW_BYTES = 1 << 14  # below, preparing the product of 8-bit integers takes longer than the product
+from mbridge_rl.core.finite import EXPONENTS, is_finite
+from mbridge_rl.core.weighing import drawn, weigh, weigh_by_torch
 
-_Weights = tuple[Tensor, ...]
+_WORD = 4
+_BLOCK_BYTES = 1 << 24  # at a time, of what has to be copied first, or widened to 64 bits
+_OF_WORDS, _OF_ROWS = 1, 2  # salts
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # by bytes of an element, where words don't do
 
 
 def digest(tensor: Tensor) -> int:
@@ -48,12 +46,14 @@ def digest_strided(values: Tensor, *, columns: int, offset: int = 0, strides: Se
     Raises:
         ValueError: `strides` don't fit `values`, or cross rows unevenly.
     """
-    if len(strides) != values.dim():
-        raise ValueError(f"{len(strides)} strides given for a part of {values.dim()} dimensions {tuple(values.shape)}")
-    if values.numel() == 0:
-        return 0
-    place = _place(tuple(values.shape), tuple(strides), columns, offset, values.element_size(), values.device)
-    return _digest_matrix(values.detach().permute(place.dims), place)
+    return _read(values, columns, offset, strides)[0]
+
+
+def digest_and_look(values: Tensor, *, columns: int, offset: int = 0, strides: Sequence[int]) -> tuple[int, bool]:
+    """What `digest_strided` returns, and whether all values are finite, from one read where the dtype allows."""
+    exponent = EXPONENTS.get(values.dtype, 0) if values.device.type == "cpu" else 0
+    found, carries = _read(values, columns, offset, strides, exponent)
+    return found, not carries & (exponent << 1) & ~exponent if exponent else is_finite(values)
 
 
 def combine(digests: Mapping[str, int]) -> str:
@@ -88,33 +88,58 @@ def unsigned(value: int) -> int:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a part lies in its HF tensor, as constants.
+    """Where a part lies in its HF tensor, but for the number of its first row.
 
     Attributes:
         dims: of the part, those along rows of the HF tensor first.
-        rows: int64, a constant for each row.
-        lines: `W` of each byte of a row, cut into what is multiplied at a time: four times int8 `[bytes, 1]`.
-        row_bytes: of the part.
+        rows: int64, their numbers, from the first.
+        columns: int64, their numbers.
+        size: bytes of an element.
     """
 
     dims: tuple[int, ...]
-    rows: Tensor
-    lines: tuple[_Weights, ...]
-    row_bytes: int
+    rows: np.ndarray
+    columns: np.ndarray
+    size: int
+
+    @cached_property
+    def has_whole_words(self) -> bool:
+        """Whether a row of the part is a sequence of whole words."""
+        per_word = max(1, _WORD // self.size)
+        if per_word == 1:
+            return True
+        whole = self.columns[0] % per_word == 0 and len(self.columns) % per_word == 0
+        return bool(whole and np.all(np.diff(self.columns) == 1))
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """uint32, the constant of every word in a row of the part, which has whole ones only."""
+        per_element = max(1, self.size // _WORD)
+        elements = self.columns if self.size >= _WORD else self.columns[:: _WORD // self.size] * self.size // _WORD
+        return _constants((elements[:, None] * per_element + np.arange(per_element)).reshape(-1))
+
+    @cached_property
+    def elements(self) -> np.ndarray:
+        """uint64, the constant of every element in a row of the part: its word's, shifted to its place there."""
+        first_byte = self.columns * self.size
+        return _constants(first_byte // _WORD).astype(np.uint64) << (8 * (first_byte % _WORD)).astype(np.uint64)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """uint64, as `weigh_by_torch` takes them."""
+        return self.elements if self.size < _WORD else self.words.astype(np.uint64)
 
 
 @lru_cache(maxsize=1024)
-def _place(shape: Sequence[int], strides: Sequence[int], columns: int, offset: int, size: int, device: torch.device) -> _Place:
+def _place(shape: Sequence[int], strides: Sequence[int], columns: int, first_column: int, size: int) -> _Place:
     row_dims = [dim for dim, stride in enumerate(strides) if shape[dim] > 1 and stride % columns == 0 and stride]
     column_dims = [dim for dim in range(len(shape)) if dim not in row_dims]
     column_dims.sort(key=lambda dim: (shape[dim] > 1, -strides[dim] if shape[dim] > 1 else 0))
-    rows = _positions(shape, strides, row_dims) // columns + offset // columns
-    cols = _positions(shape, strides, column_dims) + offset % columns
+    rows = _positions(shape, strides, row_dims) // columns
+    cols = _positions(shape, strides, column_dims) + first_column
     if cols[-1] >= columns:
         raise ValueError(f"part {tuple(shape)} with strides {tuple(strides)} wraps around rows of {columns} columns")
-    step = max(1, _LINE_BYTES // size)
-    lines = tuple(_weights(cols[start : start + step], size, device) for start in range(0, len(cols), step))
-    return _Place((*row_dims, *column_dims), _row_constants(rows).to(device), lines, len(cols) * size)
+    return _Place((*row_dims, *column_dims), rows, cols, size)
 
 
 def _positions(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]) -> np.ndarray:
@@ -124,76 +149,54 @@ def _positions(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]
     return positions
 
 
-def _digest_matrix(matrix: Tensor, place: _Place) -> int:
-    """Sum over `matrix`, whose dims are row dims then column dims, walked in cache-sized blocks."""
-    total, first = 0, 0
-    for block in _row_blocks(matrix, len(place.rows), max(1, _BLOCK_BYTES // place.row_bytes)):
-        data, start = block.view(torch.int8), 0
-        constants = place.rows[first : first + len(block)]
-        for weights in place.lines:
-            stop = start + len(weights[0])
-            total += _weighted_sum(data if len(place.lines) == 1 else data[:, start:stop], weights, constants)
-            start = stop
+def _constants(words: np.ndarray) -> np.ndarray:
+    return (drawn(words, _OF_WORDS) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+
+
+def _read(values: Tensor, columns: int, offset: int, strides: Sequence[int], exponent: int = 0) -> tuple[int, int]:
+    """The digest, and the carries of exponents (`weigh`)."""
+    if len(strides) != values.dim():
+        raise ValueError(f"{len(strides)} strides given for a part of {values.dim()} dimensions {tuple(values.shape)}")
+    if values.numel() == 0:
+        return 0, 0
+    place = _place(tuple(values.shape), tuple(strides), columns, offset % columns, values.element_size())
+    total, carries, first = 0, 0, 0
+    for block in _matrices(values.detach().permute(place.dims), len(place.rows)):
+        rows = place.rows[first : first + len(block)]
         first += len(block)
-    return total % (1 << 64)
+        if block.device.type == "cpu":
+            of_block, carried = _weighed(block, place, rows, offset // columns, exponent)
+            total, carries = total + of_block, carries | carried
+        else:
+            total += weigh_by_torch(block, place.weights, drawn(rows + offset // columns, _OF_ROWS))
+    return unsigned(total), carries
 
 
-def _row_blocks(matrix: Tensor, num_rows: int, step: int) -> Iterator[Tensor]:
-    """`matrix` as `[rows, columns]` with neighbouring columns, as views where its strides allow, a few rows at a time."""
+def _matrices(part: Tensor, num_rows: int) -> Iterator[Tensor]:
+    """`part`, row dims first, as `[rows, columns]` with neighbouring columns, as views where its strides allow."""
     try:
-        flat = matrix.view(num_rows, -1)
+        matrix = part.view(num_rows, -1)
     except RuntimeError:  # strides that no view can merge: split the outermost dimension
         if num_rows == 1:
-            yield matrix.contiguous().view(1, -1)
+            yield part.contiguous().view(1, -1)
             return
-        for outer in matrix:
-            yield from _row_blocks(outer, num_rows // len(matrix), step)
+        for outer in part:
+            yield from _matrices(outer, num_rows // len(part))
         return
-    for block in flat.split(step):
-        yield block if block.stride(1) == 1 else block.clone(memory_format=torch.contiguous_format)
+    if part.device.type == "cpu" and matrix.stride(1) == 1:
+        yield matrix
+        return
+    for block in matrix.split(max(1, _BLOCK_BYTES // (matrix.shape[1] * matrix.element_size()))):
+        yield block.contiguous()
 
 
-def _weighted_sum(data: Tensor, weights: _Weights, rows: Tensor) -> int:
-    """Of the bytes of `data`, int8 `[rows, bytes]`, times the constants of their places and rows, modulo 2^64."""
-    if data.device.type == "cpu" and data.numel() >= _FEW_BYTES:
-        # what is small from here on is NumPy's, whose calls take a fraction of the time
-        sums = np.concatenate([torch._int_mm(data, of_byte).numpy() for of_byte in weights], axis=1)
-        return sum(map(mul, (rows.numpy() @ sums).tolist(), _BASES))
-    constants = sum(of_byte[:, 0].to(torch.int64) * base for of_byte, base in zip(weights, _BASES, strict=True))
-    return int(((data.to(torch.int64) * constants).sum(1) * rows).sum())
-
-
-def _weights(cols: np.ndarray, size: int, device: torch.device) -> _Weights:
-    """Of the bytes of these columns of elements of `size` bytes."""
-    if cols[-1] - cols[0] + 1 == len(cols) and np.all(cols[1:] > cols[:-1]):
-        return _weights_of_run(int(cols[0]) * size, (int(cols[-1]) + 1) * size, device)
-    return _weights_at((cols[:, None] * size + np.arange(size)).reshape(-1), device)
-
-
-@lru_cache(maxsize=64)
-def _weights_of_run(first: int, stop: int, device: torch.device) -> _Weights:
-    return _weights_at(np.arange(first, stop), device)
-
-
-def _weights_at(places: np.ndarray, device: torch.device) -> _Weights:
-    drawn = _splitmix64(places, salt=1)
-    of_bytes = (((drawn >> np.uint64(8 * n)) & np.uint64(127)).astype(np.int8) - np.int8(64) for n in range(len(_BASES)))
-    return tuple(torch.from_numpy(weights).unsqueeze(1).to(device) for weights in of_bytes)
-
-
-def _row_constants(rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(_splitmix64(rows, salt=2).view(np.int64))
-
-
-def _splitmix64(positions: np.ndarray, salt: int) -> np.ndarray:
-    """Odd 64-bit constants, uint64."""
-    with np.errstate(over="ignore"):
-        z = positions.astype(np.uint64) * np.uint64(4) + np.uint64(salt)
-        z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return (z ^ (z >> np.uint64(31))) | np.uint64(1)
-
-
-# `B`: the first is odd and so is each first weight, the others are even: so every `K` is odd.
-_BASES = tuple(signed(unsigned(int(drawn) << (n > 0))) for n, drawn in enumerate(_splitmix64(np.arange(4), salt=3)))
+def _weighed(block: Tensor, place: _Place, rows: np.ndarray, first_row: int, exponent: int) -> tuple[int, int]:
+    size, step = block.element_size(), block.stride(0) if len(rows) > 1 else block.shape[1]
+    span = block.as_strided(((len(rows) - 1) * step + block.shape[1],), (1,))
+    in_words = all(nbytes % _WORD == 0 for nbytes in (block.data_ptr(), block.storage_offset() * size, step * size))
+    if place.has_whole_words and in_words:
+        units, step, weights = span.view(torch.uint32), step * size // _WORD, place.words
+    else:
+        units, weights = span.view(_UNSIGNED[size]), place.elements
+    lowest = exponent & ~(exponent << 1)
+    return weigh(units.numpy(), step, weights, rows, first_row, _OF_ROWS, np.uint64(exponent), np.uint64(lowest))

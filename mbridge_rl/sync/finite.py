@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor
 
 from mbridge_rl.core.errors import listed
+from mbridge_rl.core.finite import is_finite
 from mbridge_rl.sync.errors import NonFiniteWeights
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    if not values.is_floating_point() or not values.numel():
-        return True
-    if values.element_size() == 1:  # for which torch has neither sum nor extrema
-        values = values.to(torch.float32)
-    # NaN and infinity survive a sum, which takes half the time of extrema; but finite values may overflow it.
-    return math.isfinite(values.sum().item()) or all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist()))
 
 
 def require_finite(tensors: Mapping[str, Tensor], rank: int) -> None:

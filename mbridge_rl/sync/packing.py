@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.digest import add, digest_strided, signed, unsigned
+from mbridge_rl.core.digest import add, digest_and_look, digest_strided, signed, unsigned
 from mbridge_rl.core.errors import listed
+from mbridge_rl.core.finite import is_finite
 from mbridge_rl.core.plan import View
 from mbridge_rl.core.segments import Shape
 from mbridge_rl.sync.errors import DigestMismatch
-from mbridge_rl.sync.finite import is_finite
 from mbridge_rl.sync.route import Part, Piece, WorkerRoute
 
 Digests = dict[str, int]
-_BLOCK_BYTES = 1 << 21  # what is read once, to be moved or looked at, is digested while it is in a core's cache still
+_BLOCK_BYTES = 1 << 19  # what is moved is digested while it is in a core's cache still
 
 
 def pack(part: Part, into: Tensor, read: Callable[[Piece], Tensor]) -> None:
@@ -34,13 +34,16 @@ def examine(piece: Piece, values: Tensor, *, with_digest: bool, strange: set[str
     Returns:
         Their digest as part of the HF tensor; 0 if none is wanted.
     """
-    share = 0
-    for block, hf_offset in _blocks(piece, values):
-        if strange is not None and not is_finite(block):
-            strange.add(piece.source.name)
-        if with_digest:
-            share += _share(piece, block, hf_offset)
-    return unsigned(share)
+    share, finite = 0, True
+    if with_digest and strange is not None:
+        share, finite = digest_and_look(values, columns=piece.columns, offset=piece.hf.offset, strides=piece.hf.strides)
+    elif with_digest:
+        share = _share(piece, values, piece.hf.offset)
+    elif strange is not None:
+        finite = is_finite(values)
+    if strange is not None and not finite:
+        strange.add(piece.source.name)
+    return share
 
 
 def move(piece: Piece, values: Tensor, into: Tensor, with_digest: bool) -> int:

@@ -1,0 +1,69 @@
+"""The inner loop of digests: compiled by Numba, about as fast as memory can be read; and in torch, for other devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numba.extending import register_jitable
+from torch import Tensor
+
+
+@register_jitable
+def drawn(positions: Any, salt: int) -> Any:
+    """Odd constants of 64 bits, one per position (an integer, or an array of them): splitmix64 (Steele, Lea, Flood 2014)."""
+    z = (np.uint64(positions) * np.uint64(4) + np.uint64(salt + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+
+
+@njit(nogil=True)
+def weigh(
+    units: np.ndarray,
+    step: int,
+    weights: np.ndarray,
+    rows: np.ndarray,
+    first_row: int,
+    salt: int,
+    exponent: np.uint64,
+    lowest: np.uint64,
+) -> tuple[np.uint64, np.uint64]:
+    """Sums a matrix of unsigned integers, each times the weight of its column and the constant of its row, modulo 2^64.
+
+    Args:
+        units: `[at least (len(rows) - 1) * step + len(weights)]`, contiguous: rows start `step` apart.
+        weights: of the columns.
+        rows: their numbers; `drawn(number + first_row, salt)` is the constant.
+        exponent: bits that are all set in a value that is not finite, in every value of a unit.
+        lowest: the lowest of them: added to what is under the mask, it carries into the bit above where all are set.
+
+    Returns:
+        The sum, and all carries.
+    """
+    total, carries = np.uint64(0), np.uint64(0)
+    columns = len(weights)
+    for row in range(len(rows)):
+        data = units[row * step : row * step + columns]
+        of_row = np.uint64(0)
+        for column in range(columns):
+            unit = np.uint64(data[column])
+            of_row += unit * np.uint64(weights[column])
+            carries |= (unit & exponent) + lowest
+        total += of_row * drawn(rows[row] + first_row, salt)
+    return total, carries
+
+
+def weigh_by_torch(block: Tensor, weights: np.ndarray, row_constants: np.ndarray) -> int:
+    """The sum that `weigh` makes, on whatever device `block` (contiguous, `[rows, columns]`) is; as a signed integer.
+
+    Args:
+        weights: uint64, one per unit: an element, or each word of it where it is larger than 4 bytes.
+        row_constants: uint64, as drawn.
+    """
+    size = min(block.element_size(), 4)
+    units = block.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]).to(torch.int64) & ((1 << 8 * size) - 1)
+    of_columns, of_rows = (torch.from_numpy(factors.view(np.int64)).to(block.device) for factors in (weights, row_constants))
+    return int(((units * of_columns).sum(1) * of_rows).sum())
