@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from objective_samples import GROUP, LENGTHS, REWARDS, Sample
 from ranks import run_ranks
-from test_objectives import GROUP, LENGTHS, PAPERS, REWARDS, Sample
+from test_objectives import PAPERS
 from tiny import saved_model, tiny_model
 from torch import Tensor
 
@@ -68,8 +69,8 @@ DENSE, MOE = "qwen3-tied", "qwen3-moe"
 
 
 def _rollouts(step: int = 0) -> RolloutBatch:
-    """What `test_objectives` has formulas for: its lengths and rewards; of the second group all rewards are equal. A good and a
-    bad completion begin in the same way, so that tokens become likelier which are bad, too."""
+    """Lengths and rewards are `objective_samples`'; of the second group all rewards are equal. A good and a bad completion
+    begin in the same way, so that tokens become likelier which are bad, too."""
     generator = torch.Generator().manual_seed(step)
 
     def tokens(count: int) -> list[int]:
