@@ -1,6 +1,7 @@
 """Digests add up over any cut, and see every bit and every place."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -164,3 +165,11 @@ def test_combined_digest_knows_names() -> None:
 def test_empty_and_scalar() -> None:
     assert digest(torch.empty(0, 4)) == 0
     assert digest(torch.tensor(3.0)) == digest(torch.tensor([3.0]))
+
+
+def test_a_module_that_looks_through_all_others_finds_nothing_odd() -> None:
+    """As vLLM does when it starts on a CPU: it broke on llvmlite, which digests bring along."""
+    for module in list(sys.modules.values()):
+        for value in list(getattr(module, "__dict__", {}).values()):
+            if str(type(value).__module__).startswith("llvmlite") and hasattr(value, "__dict__"):
+                assert vars(value).get("kernel") is None

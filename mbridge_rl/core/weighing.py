@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 import torch
+from llvmlite.binding import ffi
 from numba import njit
 from numba.extending import register_jitable
 from torch import Tensor
+
+# LLVM's library, as llvmlite wraps it, offers whatever attribute it is asked for, a `__dict__` that is none among them. vLLM 0.32
+# stumbles over it when it starts on a CPU and looks through all modules that were imported.
+with contextlib.suppress(AttributeError):
+    ffi.lib._fntab.setdefault("__dict__", {})
 
 
 @register_jitable
