@@ -12,8 +12,8 @@ from numba import njit
 from numba.extending import register_jitable
 from torch import Tensor
 
-# LLVM's library, as llvmlite wraps it, offers whatever attribute it is asked for, a `__dict__` that is none among them. vLLM 0.32
-# stumbles over it when it starts on a CPU and looks through all modules that were imported.
+# LLVM's library, as llvmlite wraps it, offers whatever attribute it is asked for: also a `__dict__` that is none, over which
+# vLLM 0.32 stumbles when it starts on a CPU and looks through all modules that were imported.
 with contextlib.suppress(AttributeError):
     ffi.lib._fntab.setdefault("__dict__", {})
 
