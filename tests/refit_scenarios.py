@@ -195,6 +195,9 @@ def unfitting_metadata_is_refused(directory: Path) -> None:
             HFTensor(tensor.hf_name, torch.float64, tensor.shape) if tensor.hf_name == "model.norm.weight" else tensor
             for tensor in by_name.values()
         ],
+        f"{k_proj}: the trainer sends torch.float8_e4m3fn, the engine holds torch.float32": [
+            HFTensor(k_proj, torch.float8_e4m3fn, tensor.shape) if tensor.hf_name == k_proj else tensor for tensor in good
+        ],
     }
     for message, metadata in cases.items():
         with pytest.raises(EngineMismatch) as caught:

@@ -93,8 +93,9 @@ class StandInEngine:
         untraceable: Sequence[str] = (),
         state: Mapping[str, Tensor] | None = None,
         sizes: Mapping[str, Any] = SIZES,
+        config: Any = None,
     ) -> None:
-        self.config = tiny_config(variant, **sizes)
+        self.config = config or tiny_config(variant, **sizes)
         self.layout = layout or EngineLayout(tp=2)
         self._untraceable = tuple(untraceable)
         state = random_weights(variant, 0) if state is None else state

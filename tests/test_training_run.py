@@ -107,10 +107,13 @@ def test_a_killed_engine_and_a_killed_rank_leave_the_curve_as_it_is(undisturbed:
 @pytest.mark.parametrize(
     "options",
     [
-        ["sync.mode=streaming", "sync.transport=process_group", "sync.requests=abort", "sync.bucket_bytes=65536"],
+        [
+            *("sync.mode=streaming", "sync.transport=process_group", "sync.requests=abort", "sync.bucket_bytes=65536"),
+            "trainer.offload=host",
+        ],
         ["sync.store={store}", "sync.nonfinite=pass", "sync.timeout=60", "trainer.offload={folder}/away"],
     ],
-    ids=["streaming-process-group", "named-store-and-offload"],
+    ids=["streaming-process-group-and-host", "named-store-and-folder"],
 )
 def test_however_weights_travel_the_curve_is_the_same(undisturbed: Path, tmp_path: Path, options: list[str]) -> None:
     name = f"run_{os.getpid()}"
@@ -119,7 +122,7 @@ def test_however_weights_travel_the_curve_is_the_same(undisturbed: Path, tmp_pat
     store = WeightStore(name, SHARED_MEMORY)
     try:
         run_training(config)
-        assert (tmp_path / "away").exists() == (config.trainer.offload != "none")
+        assert (tmp_path / "away").exists() == (config.trainer.offload != "host")
         head = store.head()
     finally:
         store.remove()

@@ -30,6 +30,7 @@ from mbridge_rl.training import toy
 from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mbridge_rl.training.config import ADAPTER_RANKS, TOY, RunConfig, ToyConfig
 from mbridge_rl.training.config_file import ConfigError, as_mapping
+from mbridge_rl.training.engine_format import require_format
 from mbridge_rl.training.episodes import Environment, EpisodeRunner, SamplingConfig
 from mbridge_rl.training.fleet import EngineFleet
 from mbridge_rl.training.generator import Generator, GeneratorConfig
@@ -118,6 +119,7 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
     bridge = AutoBridge.from_pretrained(model_directory(config))
     bridge.spec.validate(config.layout)
     _require_slots(config, bridge)
+    require_format(config, bridge)
     tokenizer = load_tokenizer(config)
     problems_of(config, tokenizer)
     environment_of(config)

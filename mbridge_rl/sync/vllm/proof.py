@@ -15,7 +15,7 @@ from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.engine_side import WorkerDescription
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch
 from mbridge_rl.sync.vllm.landing import times_covered
-from mbridge_rl.sync.vllm.tracer import Trace, parameters_and_buffers, trace_load_weights
+from mbridge_rl.sync.vllm.tracer import Trace, is_narrower, parameters_and_buffers, trace_load_weights
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,7 +90,7 @@ class LandingMap:
         for hf_name, landings in self.landings.items():
             dtype = self.tensors[hf_name].dtype
             for held in {self._dtypes[landing.parameter_name] for landing in landings}:
-                if torch.promote_types(dtype, held) != held:
+                if is_narrower(held, dtype):
                     reasons[hf_name] = f"the trainer sends {dtype}, the engine holds {held}"
         return reasons
 

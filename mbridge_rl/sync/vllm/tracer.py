@@ -118,7 +118,7 @@ class _Recorder(TorchDispatchMode):
     def _read(self, func: Any, args: Any, kwargs: Any, first: TracedTensor) -> Any:
         if func in _ELEMENTWISE:
             dtype, device = kwargs.get("dtype") or first.dtype, kwargs.get("device") or first.device
-            if torch.promote_types(first.dtype, dtype) != dtype:
+            if is_narrower(dtype, first.dtype):
                 self._note(first, f"its loader casts it from {first.dtype} to {dtype}", None)
             return TracedTensor(first.hf_name, first.source, dtype, device)
         returns = func._schema.returns
@@ -148,6 +148,13 @@ class _Recorder(TorchDispatchMode):
             if 0 <= offset <= extent or not target.numel():
                 return name, View(offset, tuple(target.shape), tuple(target.stride()))
         return None
+
+
+def is_narrower(held: torch.dtype, sent: torch.dtype) -> bool:
+    """Whether parameters of dtype `held` cannot hold all values of dtype `sent`. fp8 fits itself alone: elsewhere its scales
+    would be missing."""
+    is_fp8 = any(dtype.is_floating_point and dtype.itemsize == 1 for dtype in (sent, held))
+    return sent != held and (is_fp8 or torch.promote_types(sent, held) != held)
 
 
 def _storage_key(tensor: Tensor) -> int:
