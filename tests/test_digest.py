@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mbridge_rl.core.digest import _place, add, combine, digest, digest_and_look, digest_strided
-from mbridge_rl.core.weighing import drawn, weigh_by_torch
+from mbridge_rl.core.weighing import compile_ahead, drawn, weigh, weigh_by_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int32, torch.bool]
 
@@ -165,6 +165,14 @@ def test_combined_digest_knows_names() -> None:
 def test_empty_and_scalar() -> None:
     assert digest(torch.empty(0, 4)) == 0
     assert digest(torch.tensor(3.0)) == digest(torch.tensor([3.0]))
+
+
+def test_nothing_is_compiled_after_compile_ahead() -> None:
+    compile_ahead()
+    kinds = set(weigh.signatures)
+    for dtype, columns in itertools.product(DTYPES, (4, 7)):
+        digest_and_look(sample(dtype, 3, columns), columns=columns, strides=(columns, 1))
+    assert set(weigh.signatures) == kinds
 
 
 def test_a_module_that_looks_through_all_others_finds_nothing_odd() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mbridge_rl.core.digest import add, combine
 from mbridge_rl.core.errors import listed
+from mbridge_rl.core.weighing import compile_ahead
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.delta import proof_of, shrunk
@@ -78,6 +79,8 @@ class ShardReceiver:
             for piece in route.pieces:
                 require_place(piece, parameters)
             final = not self._model.settles and each_written_once(route, parameters)
+        if said["verify"]:
+            compile_ahead()
         self.abort("another trainer introduced itself")
         self._route, self._said, self._writes_are_final = route, said, final
 
