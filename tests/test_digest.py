@@ -155,6 +155,13 @@ def test_misfits_are_refused() -> None:
         digest_strided(tensor, columns=6, strides=(1,))
     with pytest.raises(ValueError, match="wraps around rows"):
         digest_strided(tensor.view(-1), columns=6, offset=1, strides=(1,))
+    for place in (
+        {"columns": 6, "strides": (6, -1)},
+        {"columns": 6, "strides": (6, 1), "offset": -6},
+        {"columns": 0, "strides": (6, 1)},
+    ):
+        with pytest.raises(ValueError, match=r"no tensor of . columns has a part at"):
+            digest_strided(tensor, **place)
 
 
 def test_combined_digest_knows_names() -> None:

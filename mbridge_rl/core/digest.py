@@ -44,7 +44,7 @@ def digest_strided(values: Tensor, *, columns: int, offset: int = 0, strides: Se
         columns: size of the HF tensor's last dimension.
 
     Raises:
-        ValueError: `strides` don't fit `values`, or cross rows unevenly.
+        ValueError: `strides` don't fit `values`, are negative, or cross rows unevenly.
     """
     return _read(values, columns, offset, strides)[0]
 
@@ -157,6 +157,8 @@ def _read(values: Tensor, columns: int, offset: int, strides: Sequence[int], exp
     """The digest, and the carries of exponents (`weigh`)."""
     if len(strides) != values.dim():
         raise ValueError(f"{len(strides)} strides given for a part of {values.dim()} dimensions {tuple(values.shape)}")
+    if columns < 1 <= values.numel() or min((offset, *strides)) < 0:
+        raise ValueError(f"no tensor of {columns} columns has a part at {offset} with strides {tuple(strides)}")
     if values.numel() == 0:
         return 0, 0
     place = _place(tuple(values.shape), tuple(strides), columns, offset % columns, values.element_size())
@@ -193,8 +195,7 @@ def _matrices(part: Tensor, num_rows: int) -> Iterator[Tensor]:
 def _weighed(block: Tensor, place: _Place, rows: np.ndarray, first_row: int, exponent: int) -> tuple[int, int]:
     size, step = block.element_size(), block.stride(0) if len(rows) > 1 else block.shape[1]
     span = block.as_strided(((len(rows) - 1) * step + block.shape[1],), (1,))
-    in_words = all(nbytes % _WORD == 0 for nbytes in (block.data_ptr(), block.storage_offset() * size, step * size))
-    if place.has_whole_words and in_words:
+    if place.has_whole_words and (block.storage_offset() * size) % _WORD == (step * size) % _WORD == 0:
         units, step, weights = span.view(torch.uint32), step * size // _WORD, place.words
     else:
         units, weights = span.view(_UNSIGNED[size]), place.elements

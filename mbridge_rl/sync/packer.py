@@ -42,11 +42,11 @@ class Packer:
             The names of the tensors that hold some.
         """
         strange: set[str] = set()
-        shares: dict[tuple[View, View, Shape], int] = {}
+        shares: dict[tuple[View, View, Shape, torch.dtype], int] = {}
         for worker, _, part in self._route.parts_of(self._rank) if with_digests or looks else ():
             of_worker = self._of_workers[worker.rank]
             for piece in part.pieces:
-                rectangle = piece.source, piece.hf, piece.shape
+                rectangle = piece.source, piece.hf, piece.shape, piece.dtype
                 if rectangle not in shares:
                     look = strange if looks else None
                     shares[rectangle] = packing.examine(piece, self._read(piece), with_digest=with_digests, strange=look)

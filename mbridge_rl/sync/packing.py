@@ -53,22 +53,22 @@ def move(piece: Piece, values: Tensor, into: Tensor, with_digest: bool) -> int:
         The digest of what `into` holds then; 0 if none is wanted.
     """
     share = 0
-    for (block, hf_offset), (incoming, _) in zip(_blocks(piece, into), _blocks(piece, values), strict=True):
+    for block, incoming, hf_offset in _blocks(piece, into, values):
         block.copy_(incoming)
         if with_digest:
             share += _share(piece, block, hf_offset)
     return unsigned(share)
 
 
-def _blocks(piece: Piece, values: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """`values` a cache's size at a time, each with the place of its first element in the HF tensor."""
+def _blocks(piece: Piece, into: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Both a cache's size at a time, with the place of the first element in the HF tensor."""
     dim = next((dim for dim, size in enumerate(piece.shape) if size > 1), None)
-    if dim is None or piece.nbytes <= _BLOCK_BYTES or values.device.type != "cpu":
-        yield values, piece.hf.offset
+    if dim is None or piece.nbytes <= _BLOCK_BYTES or into.device.type != "cpu":
+        yield into, values, piece.hf.offset
         return
     step = max(1, piece.shape[dim] * _BLOCK_BYTES // piece.nbytes)
-    for index, block in enumerate(values.split(step, dim)):
-        yield block, piece.hf.offset + index * step * piece.hf.strides[dim]
+    for index, (block, incoming) in enumerate(zip(into.split(step, dim), values.split(step, dim), strict=True)):
+        yield block, incoming, piece.hf.offset + index * step * piece.hf.strides[dim]
 
 
 def _share(piece: Piece, block: Tensor, hf_offset: int) -> int:

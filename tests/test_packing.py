@@ -1,0 +1,44 @@
+"""Pieces on their way, without processes."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from mbridge_rl.core.digest import contiguous_strides
+from mbridge_rl.core.plan import View
+from mbridge_rl.sync import packing
+from mbridge_rl.sync.packer import Packer
+from mbridge_rl.sync.route import Bucket, Part, Piece, Route, WorkerRoute
+
+
+def whole(shape: tuple[int, ...], dtype: torch.dtype, parameter: str = "w", offset: int = 0) -> Piece:
+    """All of the tensor `w`."""
+    view = View("w", 0, contiguous_strides(shape))
+    target = View(parameter, 0, view.strides)
+    return Piece("w", shape, dtype, view, target, view, columns=shape[-1], offset=offset, counted=not offset)
+
+
+def test_each_parameter_is_proven_in_its_own_dtype() -> None:
+    """Of two that hold the same elements, as tied embeddings may, one keeps bf16."""
+    shape = (5, 7)
+    pieces = whole(shape, torch.float32), whole(shape, torch.bfloat16, "v", offset=192)
+    parts = Part(0, 0, 192 + prod(shape) * 2, pieces), Part(0, 320, 8, ())
+    told = WorkerRoute(0, ("w",), tuple(Bucket(part.start, part.nbytes, (part,)) for part in parts), 328)
+    packer = Packer(Route((told,)), 0, {"w": torch.randn(shape)}, {"w": torch.float32})
+    assert not packer.examine(with_digests=True, looks=True)
+    image = torch.zeros(told.nbytes, dtype=torch.uint8)
+    for part in parts:
+        packer.pack(told, part, image[part.start : part.start + part.nbytes])
+    packing.require_expected(told, image)
+
+
+def test_a_large_piece_moves_between_devices() -> None:
+    """From host memory onto an accelerator, for which the device without data stands."""
+    shape = (1024, 1024)
+    piece = whole(shape, torch.float32)
+    assert packing.move(piece, torch.ones(shape), torch.empty(shape, device="meta"), with_digest=False) == 0
+    held = torch.zeros(shape)
+    assert packing.move(piece, torch.ones(shape), held, with_digest=True) == packing.examine(piece, held, with_digest=True)
+    assert held.all()
