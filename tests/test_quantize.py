@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,21 @@ def test_every_layout_gives_the_bits_of_one_process(family: str, scheme: Fp8) ->
         virtual.run(compile_plan(fp8, megatron_side(fp8, layout), hf_side(fp8)), ranks, {0: found})
         for name, tensor in expected.items():
             assert torch.equal(integers(found[name]), integers(tensor)), (layout, name)
+
+
+def test_what_was_quantized_is_freed_with_its_transfer() -> None:
+    """At once, not when Python looks for cycles."""
+    spec = _spec("qwen2")
+    ranks = _quantized_ranks(spec, Fp8(), ParallelLayout(), _random_state(spec))
+    live = ranks.pop(0)
+    fp8 = next(tensor for tensor in live.values() if tensor.dtype == FP8)
+    freed = weakref.ref(fp8)
+    gc.disable()
+    try:
+        del live, fp8
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_quantized_weights_are_as_near_as_fp8_can_be() -> None:

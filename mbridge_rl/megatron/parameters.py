@@ -19,6 +19,7 @@ from mbridge_rl.core.errors import StateMismatchError, listed
 from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.pipeline import counted_stages
+from mbridge_rl.core.recent import Recent
 from mbridge_rl.core.segments import Side, megatron_side
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import current_layout
@@ -34,14 +35,15 @@ class LiveParameters(Mapping[str, Tensor]):
     `buffer_names` count (a router's expert bias is one); the rest are derived state.
 
     A module that carries adapters offers `merging()`, a function that merges one of its `adapted_weights` when it is asked for
-    (the last one is kept, since the parts of a fused tensor are read one after the other). It is made here, by all ranks
-    together: DoRA sums the norms of rows that ranks cut.
+    (`Recent`: the parts of a fused tensor, and what several workers are sent of it, are read shortly after each other). It is
+    made here, by all ranks together: DoRA sums the norms of rows that ranks cut.
     """
 
     def __init__(self, model: Sequence[nn.Module], experts_before: int, buffer_names: Container[str] = ()) -> None:
         self._parameters: dict[str, Tensor] = {}
-        self._merged: dict[str, Callable[[], Tensor]] = {}
-        self._last: tuple[str, Tensor] | None = None
+        self._merging: dict[str, Callable[[], Tensor]] = {}
+        merging = self._merging  # what refers to itself would be freed late
+        self._merged = Recent(lambda megatron_name: merging[megatron_name]().detach())
         for chunk in unwrap(model):
             layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
             for module_name, module in chunk.named_modules():
@@ -59,14 +61,12 @@ class LiveParameters(Mapping[str, Tensor]):
             global_name = global_name_of(f"{module_name}.{name}" if module_name else name, layers, experts_before)
             self._parameters[global_name] = parameter
             if merge is not None and name in module.adapted_weights:
-                self._merged[global_name] = partial(merge, name)
+                self._merging[global_name] = partial(merge, name)
 
     def __getitem__(self, megatron_name: str) -> Tensor:
-        if megatron_name not in self._merged:
-            return self._parameters[megatron_name].detach()
-        if self._last is None or self._last[0] != megatron_name:
-            self._last = (megatron_name, self._merged[megatron_name]().detach())
-        return self._last[1]
+        if megatron_name in self._merging:
+            return self._merged[megatron_name]
+        return self._parameters[megatron_name].detach()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)

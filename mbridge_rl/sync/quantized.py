@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.quantize import FP8, Fp8, maxima, quantized, scale_names, scales
+from mbridge_rl.core.recent import Recent
 from mbridge_rl.core.segments import Segment, Side
 from mbridge_rl.sync.group import RankGroup
 
@@ -18,8 +19,8 @@ class QuantizedLive(Mapping[str, Tensor]):
     """This rank's tensors under the names of `side`: weights in fp8, their scales, and the others as they are. Made anew for
     every transfer, by all ranks together; the one collective is a maximum over 4 bytes per block.
 
-    A weight is quantized when it is asked for (the last one is kept, since the parts of a fused tensor are read one after the
-    other), so that no second copy of the model exists.
+    A weight is quantized when it is asked for (`Recent`: the parts of a fused tensor, and what several workers are sent of it,
+    are read shortly after each other), so that no second copy of the model exists.
 
     Args:
         spec: quantized (`core.quantize.quantized_spec`).
@@ -28,7 +29,7 @@ class QuantizedLive(Mapping[str, Tensor]):
     """
 
     def __init__(self, spec: ModelSpec, scheme: Fp8, side: Side, live: Mapping[str, Tensor], group: RankGroup) -> None:
-        self._spec, self._scheme, self._side, self._live = spec, scheme, side, live
+        self._side, self._live = side, live
         with group.together():
             largest = maxima(spec, scheme, side, live)
         numbers = group.maximum(torch.cat([value.flatten() for value in largest.values()]))
@@ -40,18 +41,15 @@ class QuantizedLive(Mapping[str, Tensor]):
         for segment in side.segments:
             if segment.hf_name in fp8:
                 self._weights[segment.local_name].append(segment)
-        self._last: tuple[str, Tensor] | None = None
+        weights, scales_of = self._weights, self._scales  # what refers to itself would be freed late
+        self._fp8 = Recent(lambda name: quantized(spec, scheme, weights[name], live[name], scales_of))
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         if megatron_name in self._scales:
             return self._scales[megatron_name]
         if megatron_name not in self._weights:
             return self._live[megatron_name]
-        if self._last is None or self._last[0] != megatron_name:
-            values = self._live[megatron_name]
-            fp8 = quantized(self._spec, self._scheme, self._weights[megatron_name], values, self._scales)
-            self._last = (megatron_name, fp8)
-        return self._last[1]
+        return self._fp8[megatron_name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._side.shapes)
