@@ -1,22 +1,28 @@
-"""Whoever fails amid a transfer says so: nobody waits for the time-out, which is minutes here."""
+"""Whoever fails or is killed amid a transfer is known to: nobody waits for the time-out, which is minutes here."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import chaos
 import pytest
+import torch
+from fused_engine import EngineLayout
 from ranks import run_ranks
-from standin import StandInEngine, light_model, random_weights, served
+from standin import RemoteEngine, StandInEngine, light_model, random_weights, serve, served
 
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import ArenaError, EngineMismatch, EngineUnusable, NonFiniteWeights, SyncError
+from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.errors import ArenaError, EngineMismatch, EngineUnusable, NonFiniteWeights, PeerFailed, SyncError
 from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.transports.files import FilesOutlet
-from mbridge_rl.sync.transports.shared_memory import RingOutlet, RingWay
+from mbridge_rl.sync.transports.shared_memory import Ring, RingInlet, RingOutlet, RingWay
 from mbridge_rl.sync.update import Update
 from mbridge_rl.sync.watch import _LOOK_SECONDS
 
@@ -144,3 +150,117 @@ def trainer_is_late(rank: int, url: str) -> None:
 
 def test_what_an_engine_failed_of_is_known_after_it_dropped_the_update(tmp_path: Path) -> None:
     run_ranks(trainer_is_late, 2, str(tmp_path))
+
+
+class Amid:
+    """Two trainer ranks and two engines, each a process of its own, that come to a halt amid a transfer by rings."""
+
+    def __init__(self, folder: Path, way: str) -> None:
+        self.folder, self.way = folder, way
+        self.addresses = [folder / f"engine{number}" for number in range(2)]
+        self.pids: dict[str, int] = {}
+        for number in range(2):
+            self.pids[f"engine {number}"] = chaos._fork(lambda number=number: self._engine(number))
+        chaos._wait_for(lambda: all(map(Path.exists, self.addresses)), "the engines' sockets")
+        for rank in range(2):
+            self.pids[f"rank {rank}"] = chaos._fork(lambda rank=rank: self._rank(rank))
+
+    def kill(self, victim: str) -> None:
+        chaos._wait_for((self.folder / f"amid {victim}").exists, f"{victim} amid the transfer", 60.0)
+        os.kill(self.pids[victim], signal.SIGKILL)
+
+    def said(self, rank: int) -> str:
+        chaos._wait_for(lambda: chaos._has_ended(self.pids[f"rank {rank}"]), f"the verdict of rank {rank}", PATIENCE / 3)
+        return chaos._said(self.folder, rank)
+
+    def engine(self, number: int) -> RemoteEngine:
+        return RemoteEngine(self.addresses[number])
+
+    def end(self) -> None:
+        for pid in self.pids.values():
+            chaos._end(pid)
+
+    def _engine(self, number: int) -> None:
+        give_back = RingInlet.give_back
+
+        def halts(inlet: RingInlet, index: int) -> None:
+            if index >= 4 and number == 1:
+                self._halt("engine 1")
+            give_back(inlet, index)
+
+        RingInlet.give_back = halts
+        serve(self.addresses[number], "qwen3", EngineLayout(tp=2))
+
+    def _rank(self, rank: int) -> None:
+        torch.set_num_threads(1)
+        send = RingOutlet.send
+
+        def halts(outlet: RingOutlet, worker: int, index: int, part: Any) -> None:
+            if index >= 4:
+                self._halt(f"rank {rank}")
+            send(outlet, worker, index, part)
+
+        RingOutlet.send = halts
+        try:
+            chaos._meet(self.folder, rank)
+            engines = [self.engine(number) for number in range(2)] if rank == 0 else None
+            sync_of(rank, engines, **WAYS[self.way]).sync(1)
+            said = "done"
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        (self.folder / f"said-{rank}").write_text(said)
+
+    def _halt(self, who: str) -> None:
+        """The one that is to be killed stays here; the others go on."""
+        if (self.folder / f"victim {who}").exists():
+            (self.folder / f"amid {who}").touch()
+            time.sleep(PATIENCE)
+
+
+@contextmanager
+def amid(folder: Path, way: str, victim: str) -> Iterator[Amid]:
+    (folder / f"victim {victim}").touch()
+    scene = Amid(folder, way)
+    try:
+        scene.kill(victim)
+        yield scene
+    finally:
+        scene.end()
+
+
+@pytest.mark.parametrize(("victim", "way"), [(0, "staged"), (1, "streaming")])
+def test_a_trainer_rank_that_is_killed_amid_a_stream_is_known_at_once(tmp_path: Path, victim: int, way: str) -> None:
+    with amid(tmp_path, way, f"rank {victim}") as scene:
+        assert scene.said(1 - victim).startswith("RanksUnreachable")
+        for number in range(2):
+            chaos._wait_for(lambda number=number: gave_up(scene.engine(number)), "an engine's verdict", PATIENCE / 3)
+            assert f"trainer rank {victim} failed or died" in str(scene.engine(number).update_status())
+            if way == "staged":
+                assert scene.engine(number).generate() == (0, served(random_weights("qwen3", 0)))
+
+
+def gave_up(engine: RemoteEngine) -> bool:
+    """Without a word from any trainer: who waits for weights refuses, and does not wait any longer."""
+    return any(worker["error"] for worker in engine.update_status())
+
+
+def test_an_engine_that_is_killed_amid_a_stream_is_known_at_once(tmp_path: Path) -> None:
+    with amid(tmp_path, "streaming", "engine 1") as scene:
+        assert "EngineProcessError: " in scene.said(0)
+        assert "EngineProcessError: " in scene.said(1)
+
+
+def test_who_took_part_to_the_end_and_left_is_not_taken_for_dead() -> None:
+    sizes = 1, 1, 64
+    with Arena.create(Ring.nbytes(*sizes)) as arena:
+        rank, worker = Ring(arena, *sizes, mine=0), Ring(arena, *sizes, mine=1)
+        rank.count(5)
+        rank.leave()
+        worker.require_filling(0, 4)
+        with pytest.raises(PeerFailed, match="trainer rank 0 failed or died: it did not send bucket 5"):
+            worker.require_filling(0, 5)
+        rank.require_emptying(0, 0)
+        worker.close()
+        with pytest.raises(PeerFailed, match="worker 0 of engine 0 failed or died: it did not empty bucket 0"):
+            rank.require_emptying(0, 0)
+        rank.close()

@@ -46,7 +46,7 @@ class TransferTimeout(SyncError):
 
 
 class PeerFailed(SyncError):
-    """Another end of a transfer failed, and said no more than that; it has the reason."""
+    """Another end of a transfer failed, which has the reason, or died."""
 
 
 class NonFiniteWeights(SyncError):

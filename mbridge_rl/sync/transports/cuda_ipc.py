@@ -39,8 +39,8 @@ def opened(handle: Sequence[Any]) -> Tensor:
 class IpcOutlet(RingOutlet):
     """Packs on the GPU; `cells[worker]` is `[RING_BUCKETS, largest part]`."""
 
-    def __init__(self, rings: Sequence[Ring], cells: dict[int, Tensor], route: Route, rank: int, patience: Patience) -> None:
-        super().__init__(rings, route, rank, patience)
+    def __init__(self, rings: Sequence[Ring], cells: dict[int, Tensor], route: Route, patience: Patience) -> None:
+        super().__init__(rings, route, patience)
         self._cells = cells
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
@@ -95,7 +95,5 @@ class IpcWay(RingWay):
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         wire, _ = super().open(version, route)
-        context = self._context
-        rings = [Ring(arena, context.group.size, context.replicas, 0) for arena in self._arenas]
-        outlet = IpcOutlet(rings, self._cells, route, context.group.rank, context.patience)
+        outlet = IpcOutlet(self._rings, self._cells, route, self._context.patience)
         return {**wire, "kind": "cuda_ipc", "handles": self._handles}, outlet

@@ -1,13 +1,17 @@
 """Through shared memory, on one host: into a slot of the weight store, or through a ring of buckets that needs little memory.
 
 A ring holds a few buckets per worker. Each trainer rank counts what it has filled, the worker counts what it has emptied; each
-number has one writer, so there is nothing to lock. Whoever fails says so in its own number, and whoever waits hears of it at
-once; a peer that died says nothing, and whoever waits for it runs into the time-out.
+number has one writer, so nobody waits for a lock. Its writer does hold one on its place, for as long as it takes part. Whoever
+fails lets go of it, whoever is killed has the kernel let go of it, and whoever waits for them looks, and knows at once.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
 from collections.abc import Sequence
+from io import FileIO
 
 import torch
 from torch import Tensor
@@ -23,7 +27,7 @@ from mbridge_rl.sync.waiting import Patience
 
 RING_BUCKETS = 3  # one is packed, one is full, one is loaded
 _LINE = 64  # bytes between counters: writers of neighbours do not share a cache line
-_FAILED = -1  # the count of one who takes part no longer
+_FLOCK = struct.Struct("hhqqi4x")  # C's: type, whence, start, length, pid
 
 
 class SlotOutlet:
@@ -75,25 +79,38 @@ class SlotInlet:
 
 
 class Ring:
-    """The memory of one worker's ring: `[filled by rank 0, ..., emptied by replica 0, ...][buckets]`.
+    """One worker's ring, as one of those who take part sees it: `[filled by rank 0, ..., emptied by replica 0, ...][buckets]`.
+
+    The locks are those of open file descriptions: they mean the file, whatever the pid namespaces, and also within one process.
 
     Args:
         sources: number of trainer ranks.
         replicas: number of engines that each read every bucket.
+        mine: the counter that is written here, in the order above.
     """
 
-    def __init__(self, arena: Arena, sources: int, replicas: int, cell_bytes: int) -> None:
-        self._arena, self._sources, self._replicas, self._cell_bytes = arena, sources, replicas, cell_bytes
-        self._head = aligned((sources + replicas) * _LINE)
-        self._counters = arena.view(0, (self._head // 8,), torch.int64).numpy()[:: _LINE // 8]
+    def __init__(self, arena: Arena, sources: int, replicas: int, cell_bytes: int, mine: int) -> None:
+        self.path = arena.path
+        self._arena, self._sources, self._cell_bytes, self._mine = arena, sources, cell_bytes, mine
+        self._head = arena.view(0, (aligned((sources + replicas) * _LINE),), torch.uint8)
+        self._counters = self._head.view(torch.int64).numpy()[:: _LINE // 8][: sources + replicas]
+        self._file = FileIO(arena.path)
+        self._lock(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, mine)
 
     @staticmethod
     def nbytes(sources: int, replicas: int, cell_bytes: int) -> int:
         return aligned((sources + replicas) * _LINE) + RING_BUCKETS * cell_bytes
 
+    def start_anew(self) -> None:
+        self._head.zero_()
+
     def cell(self, index: int, start: int, nbytes: int) -> Tensor:
         """Bytes `[start, start + nbytes)` of bucket `index`."""
-        return self._arena.view(self._head + index % RING_BUCKETS * self._cell_bytes + start, (nbytes,), torch.uint8)
+        return self._arena.view(len(self._head) + index % RING_BUCKETS * self._cell_bytes + start, (nbytes,), torch.uint8)
+
+    def count(self, buckets: int) -> None:
+        """So many are filled, or emptied, by this one."""
+        self._counters[self._mine] = buckets
 
     def filled(self, source: int) -> int:
         """The last bucket that `source` has filled, plus one."""
@@ -101,44 +118,52 @@ class Ring:
 
     def emptied(self) -> int:
         """The last bucket that all replicas have emptied, plus one."""
-        return int(self._counters[self._sources : self._sources + self._replicas].min())
+        return int(self._counters[self._sources :].min())
 
-    def set_filled(self, source: int, count: int) -> None:
-        self._counters[source] = count
-
-    def set_emptied(self, replica: int, count: int) -> None:
-        self._counters[self._sources + replica] = count
-
-    def source_failed(self, source: int) -> None:
-        self._counters[source] = _FAILED
-
-    def replica_failed(self, replica: int) -> None:
-        self._counters[self._sources + replica] = _FAILED
-
-    def require_sources(self) -> None:
+    def require_filling(self, source: int, index: int) -> None:
         """
         Raises:
-            PeerFailed: one of the trainer ranks failed.
+            PeerFailed: trainer rank `source` will never fill bucket `index`.
         """
-        for source in range(self._sources):
-            if self._counters[source] == _FAILED:
-                raise PeerFailed(f"trainer rank {source} failed, and sends no more")
+        if self._left_before(source, index):
+            raise PeerFailed(f"trainer rank {source} failed or died: it did not send bucket {index}")
 
-    def require_replicas(self, worker: int) -> None:
+    def require_emptying(self, worker: int, index: int) -> None:
         """
         Raises:
-            PeerFailed: one of the replicas of `worker`, whose ring this is, failed.
+            PeerFailed: one of the replicas of `worker`, whose ring this is, will never empty bucket `index`.
         """
-        for replica in range(self._replicas):
-            if self._counters[self._sources + replica] == _FAILED:
-                raise PeerFailed(f"worker {worker} of engine {replica} failed, and takes no more")
+        for number in range(self._sources, len(self._counters)):
+            if self._left_before(number, index):
+                raise PeerFailed(
+                    f"worker {worker} of engine {number - self._sources} failed or died: it did not empty bucket {index}"
+                )
+
+    def leave(self) -> None:
+        """Whoever waits for more than was counted hears that it never comes."""
+        self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, self._mine)  # closing would not do where a forked child has the file, too
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.leave()
+            self._file.close()
+        self._arena.close()
+
+    def _left_before(self, number: int, index: int) -> bool:
+        found = self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, number)
+        return found == fcntl.F_UNLCK and self._counters[number] <= index  # in this order: what it counted last is final now
+
+    def _lock(self, command: int, kind: int, number: int) -> int:
+        """Returns which lock is in the way, for a command that asks."""
+        said = fcntl.fcntl(self._file, command, _FLOCK.pack(kind, os.SEEK_SET, number * _LINE, 1, 0))
+        return _FLOCK.unpack(said)[0]
 
 
 class RingOutlet:
     """A trainer rank at the rings of all workers."""
 
-    def __init__(self, rings: Sequence[Ring], route: Route, rank: int, patience: Patience) -> None:
-        self._rings, self._route, self._rank, self._patience = rings, route, rank, patience
+    def __init__(self, rings: Sequence[Ring], route: Route, patience: Patience) -> None:
+        self._rings, self._route, self._patience = rings, route, patience
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
         self.wait_for_room(worker, index)
@@ -146,35 +171,31 @@ class RingOutlet:
 
     def wait_for_room(self, worker: int, index: int) -> None:
         ring, free = self._rings[worker], index - RING_BUCKETS
-        self._patience.wait_for(lambda: ring.emptied() > free, f"worker {worker} did not empty bucket {free}", self._look)
+        complaint = f"worker {worker} did not empty bucket {free}"
+        self._patience.wait_for(lambda: ring.emptied() > free, complaint, lambda: ring.require_emptying(worker, free))
 
     def send(self, worker: int, index: int, part: Part) -> None:
-        self._rings[worker].set_filled(self._rank, index + 1)
+        self._rings[worker].count(index + 1)
 
     def finish(self) -> None:
         """The worker empties the rest on its own."""
 
     def fail(self) -> None:
         for ring in self._rings:
-            ring.source_failed(self._rank)
+            ring.leave()
 
     def close(self) -> None:
         """The rings are the way's."""
-
-    def _look(self) -> None:
-        for worker, ring in enumerate(self._rings):
-            ring.require_replicas(worker)
-            ring.require_sources()
 
 
 class RingInlet:
     """A worker at its ring."""
 
     def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
-        self._route, self._patience, self._replica = route, patience, wire["replica"]
+        self._route, self._patience = route, patience
         sizes = wire["sources"], wire["replicas"], wire["cell_bytes"][route.rank]
-        self._arena = Arena.attach(wire["paths"][route.rank], Ring.nbytes(*sizes), writable=True)
-        self._ring = Ring(self._arena, *sizes)
+        arena = Arena.attach(wire["paths"][route.rank], Ring.nbytes(*sizes), writable=True)
+        self._ring = Ring(arena, *sizes, mine=wire["sources"] + wire["replica"])
 
     def take(self, index: int) -> Sequence[Tensor]:
         bucket = self._route.buckets[index]
@@ -183,18 +204,20 @@ class RingInlet:
 
     def wait_for_parts(self, index: int) -> None:
         for part in self._route.buckets[index].parts:
-            rank = part.source_rank
-            complaint = f"trainer rank {rank} did not send bucket {index}"
-            self._patience.wait_for(lambda rank=rank: self._ring.filled(rank) > index, complaint, self._ring.require_sources)
+            self._wait_for(part.source_rank, index)
+
+    def _wait_for(self, rank: int, index: int) -> None:
+        ring, complaint = self._ring, f"trainer rank {rank} did not send bucket {index}"
+        self._patience.wait_for(lambda: ring.filled(rank) > index, complaint, lambda: ring.require_filling(rank, index))
 
     def give_back(self, index: int) -> None:
-        self._ring.set_emptied(self._replica, index + 1)
+        self._ring.count(index + 1)
 
     def fail(self) -> None:
-        self._ring.replica_failed(self._replica)
+        self._ring.leave()
 
     def close(self) -> None:
-        self._arena.close()
+        self._ring.close()
 
 
 class StoreWay:
@@ -258,24 +281,24 @@ class RingWay:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._cell_bytes = [worker.bucket_bytes for worker in context.route.workers]
-        self._arenas: list[Arena] = []
+        self._rings: list[Ring] = []
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         """All ranks together. Every version gets counters that start at zero."""
-        context = self._context
+        context, rank = self._context, self._context.group.rank
         sizes = [(context.group.size, context.replicas, cell_bytes) for cell_bytes in self._cell_bytes]
         with context.group.together():
-            if not self._arenas and context.group.rank == 0:
-                self._arenas = [Arena.create(Ring.nbytes(*size)) for size in sizes]
-            for arena, (sources, replicas, _) in zip(self._arenas if context.group.rank == 0 else [], sizes, strict=False):
-                arena.view(0, (aligned((sources + replicas) * _LINE),), torch.uint8).zero_()
-        paths = context.from_first_rank([arena.path for arena in self._arenas])
+            if not self._rings and rank == 0:
+                self._rings = [Ring(Arena.create(Ring.nbytes(*size)), *size, mine=0) for size in sizes]
+            for ring in self._rings if rank == 0 else ():
+                ring.start_anew()
+        paths = context.from_first_rank([ring.path for ring in self._rings])
         with context.group.together():
-            if [arena.path for arena in self._arenas] != paths:
-                self._arenas = [
+            if [ring.path for ring in self._rings] != paths:
+                arenas = [
                     Arena.attach(path, Ring.nbytes(*size), writable=True) for path, size in zip(paths, sizes, strict=True)
                 ]
-        rings = [Ring(arena, *size) for arena, size in zip(self._arenas, sizes, strict=True)]
+                self._rings = [Ring(arena, *size, mine=rank) for arena, size in zip(arenas, sizes, strict=True)]
         wire = {
             "kind": "shared_memory",
             "paths": paths,
@@ -283,7 +306,7 @@ class RingWay:
             "replicas": context.replicas,
             "cell_bytes": self._cell_bytes,
         }
-        return wire, RingOutlet(rings, route, context.group.rank, context.patience)
+        return wire, RingOutlet(self._rings, route, context.patience)
 
     def verify(self, with_digests: bool) -> None:
         """The workers do, from their live weights."""
@@ -296,5 +319,5 @@ class RingWay:
         self.close()
 
     def close(self) -> None:
-        while self._arenas:
-            self._arenas.pop().close()
+        while self._rings:
+            self._rings.pop().close()
