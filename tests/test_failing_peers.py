@@ -101,6 +101,38 @@ def test_a_trainer_rank_that_fails_amid_a_stream_is_known_at_once() -> None:
     run_ranks(rank_fails, 2)
 
 
+class Stubborn(StandInEngine):
+    """Its trouble on the way back is not the trainer's."""
+
+    def abort_update(self, reason: str) -> None:
+        super().abort_update(reason)
+        if reason.startswith("version 1 was given up"):
+            raise RuntimeError("there is no way back")
+
+
+def rank_fails_of_nothing_of_ours(rank: int) -> None:
+    """All ranks ask together whether it was a lost engine, or none does."""
+    sync = sync_of(rank, Stubborn() if rank == 0 else None, mode="streaming", lost_engines="drop")
+    send = RingOutlet.send
+
+    def fails(outlet: RingOutlet, worker: int, index: int, part: Any) -> None:
+        if rank == 1 and index == 4:
+            raise MemoryError("nothing is free")
+        send(outlet, worker, index, part)
+
+    with pytest.MonkeyPatch.context() as patch, at_once():
+        patch.setattr(RingOutlet, "send", fails)
+        with pytest.raises(SyncError, match="rank 1 failed: MemoryError: nothing is free"):
+            sync.sync(1)
+    with at_once():
+        sync.sync(2)
+    sync.close()
+
+
+def test_ranks_decide_alike_of_what_one_of_them_raised() -> None:
+    run_ranks(rank_fails_of_nothing_of_ours, 2)
+
+
 def rings_are_elsewhere(rank: int) -> None:
     """As in another container, with a /dev/shm of its own."""
     engine = StandInEngine() if rank == 0 else None

@@ -60,8 +60,8 @@ def test_what_one_rank_cannot_read_all_ranks_hear_of(transport: str, tmp_path: P
     """And the process group is in step afterwards: the next export works."""
     directory, _ = tiny_checkpoint(tmp_path, "llama")
     ranks = run_ranks(fail_to_read, 4, directory, transport)
-    assert ranks[3][0] == "MemoryError: no memory to merge decoder.layers.2.mlp.linear_fc1.weight"
-    for error, _ in ranks[:3]:
+    for error, _ in ranks:
+        assert error.startswith("SyncError: ")
         assert "rank 3 failed: MemoryError: no memory to merge decoder.layers.2.mlp.linear_fc1.weight" in error
     assert all(works for _, works in ranks)
 
@@ -89,7 +89,7 @@ def test_a_rank_that_stops_reading_stops_the_others(transport: str, after: int, 
     """All ranks stopping together is no error."""
     directory, _ = tiny_checkpoint(tmp_path, "llama")
     first, second = run_ranks(stop_reading, 2, directory, transport, after)
-    assert "rank 1 failed: SyncError: it stopped reading before the end of the stream" in first[0]
+    assert "rank 1 failed: PeerFailed: it stopped reading before the end of the stream" in first[0]
     assert second[0] == "nothing"
     assert [first[1:], second[1:]] == [("nothing", 39)] * 2
 

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.assembly import Assembly, use_huge_pages
-from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.errors import PeerFailed
 from mbridge_rl.sync.group import Agreement, RankGroup
 from mbridge_rl.sync.schedule import Bucket, Piece, Span
 
@@ -135,8 +136,8 @@ class _Pipeline:
 
     def leave(self) -> None:
         """Takes part until all other ranks have heard that this one stopped reading."""
-        self._failure = SyncError("it stopped reading before the end of the stream")
-        with contextlib.suppress(SyncError):
+        self._failure = PeerFailed("it stopped reading before the end of the stream")
+        with contextlib.suppress(BridgeError):
             while self._pending or self._started < len(self._exchange):
                 self.next_payloads()
 

@@ -214,11 +214,11 @@ class Engines:
     def abort(self, reason: str) -> None:
         """As far as engines can be reached; one that cannot is dead, or aborts by its own time-out."""
 
-        def call(_: int, engine: Engine) -> None:
+        def call(index: int, engine: Engine) -> None:
             try:
                 engine.abort_update(reason)
-            except BridgeError:
-                return
+            except Exception as error:  # all ranks raise what led here; rank 0 must not raise this instead
+                _log.warning("engine %d did not drop its update: %s: %s", index, type(error).__name__, error)
 
         self.each(call)
 

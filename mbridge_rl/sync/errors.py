@@ -46,7 +46,7 @@ class TransferTimeout(SyncError):
 
 
 class PeerFailed(SyncError):
-    """Another end of a transfer failed, which has the reason, or died."""
+    """Another end of a transfer failed or left, and has the reason; or it died."""
 
 
 class NonFiniteWeights(SyncError):

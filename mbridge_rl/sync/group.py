@@ -1,6 +1,7 @@
 """The trainer ranks of one transfer: the few collectives that a transfer needs, also where there is but one process.
 
-Ranks fail together: what one of them raises reaches all of them, in the same call, with the message of the rank that knows why.
+Ranks fail together: what one of them raises all of them raise, in the same call, as the same type, with the message of the rank
+that knows why. So callers may decide by the type (to try again, to go on without an engine): all of them decide alike.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mbridge_rl.core.errors import BridgeError
-from mbridge_rl.sync.errors import PeerFailed, RanksUnreachable, SyncError
+from mbridge_rl.sync.errors import PeerFailed, RanksUnreachable, SyncError, TransferTimeout
 from mbridge_rl.sync.host import machine_id
 
-Failure = tuple[type[BridgeError], str] | None
+Failure = tuple[type[BridgeError], str]
 _TELL_SECONDS = 3.0  # for ranks that time out a little later
 _ON_ONE_MACHINE: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
 
@@ -120,9 +121,9 @@ class RankGroup:
         """Returns on all ranks when all have come, or raises on all ranks if any brought a `failure`. Also a barrier.
 
         Raises:
-            Exception: this rank's own failure; a BridgeError of the type of another's (SyncError for one that is none of ours)
-                that names the rank and what it raised, also where this rank's own is but a `PeerFailed` that comes of it;
-                RanksUnreachable as `wait`.
+            BridgeError: on all ranks of the type of one failure (SyncError for one that is none of ours): where several failed,
+                one that does not come of another's, of the lowest such rank. That rank raises its own; the others name it and
+                what it raised. RanksUnreachable: as `wait`.
         """
         self.start_agreement(failure).wait()
 
@@ -188,18 +189,21 @@ class Agreement:
         self._group.wait([self.work])
         if not self._failed.item():
             return
-        told = self._group.gather_object(_told(self._failure))
-        said = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
-        causes = [(rank, failure) for rank, failure in said if failure[0] is not PeerFailed]
-        if self._failure is not None and not (causes and isinstance(self._failure, PeerFailed)):
+        rank, (error_class, text) = _cause(self._group.gather_object(_told(self._failure)))
+        if rank == self._group.rank and isinstance(self._failure, BridgeError):
             raise self._failure
-        rank, (error_class, text) = (causes or said)[0]
-        raise error_class(f"rank {self._group.rank}: rank {rank} failed: {text}")
+        raise error_class(f"rank {self._group.rank}: rank {rank} failed: {text}") from self._failure
 
 
-def _told(failure: Exception | None) -> Failure:
-    """A failure as other ranks are told of it."""
+def _told(failure: Exception | None) -> Failure | None:
+    """A failure as all ranks are told of it."""
     if failure is None:
         return None
     error_class = type(failure) if isinstance(failure, BridgeError) else SyncError
     return error_class, f"{type(failure).__name__}: {failure}"
+
+
+def _cause(told: Sequence[Failure | None]) -> tuple[int, Failure]:
+    """What all ranks raise, and whose it is. A time-out may come of another's failure, a `PeerFailed` always does."""
+    failed = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
+    return min(failed, key=lambda one: (one[1][0] is PeerFailed, one[1][0] is TransferTimeout))

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.assembly import Assembly
-from mbridge_rl.sync.errors import SyncError
+from mbridge_rl.sync.errors import PeerFailed
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.schedule import Bucket, Piece, Span
 
@@ -49,8 +50,8 @@ class HostMemoryExchange:
                 yield from assembly.completed(bucket, partial(self._read, self._slot(index)))
             except GeneratorExit:
                 if index + 1 < len(self._buckets):
-                    with contextlib.suppress(SyncError):  # of another rank that left, too
-                        self._group.agree(SyncError("it stopped reading before the end of the stream"))
+                    with contextlib.suppress(BridgeError):  # of another rank that left or failed, too
+                        self._group.agree(PeerFailed("it stopped reading before the end of the stream"))
                 raise
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.episodes import (
@@ -63,7 +64,7 @@ class RolloutBatch:
         return torch.where(unsampled, torch.iinfo(torch.int64).max, self.token_versions).amin(dim=1)
 
 
-class RewardFailed(ValueError):
+class RewardFailed(BridgeError, ValueError):
     """A reward function failed, and the configuration says that this ends the run."""
 
 

@@ -55,7 +55,7 @@ class RolloutSource:
         """The next batch, on every rank.
 
         Raises:
-            EngineProcessError: too many engines were lost; RewardFailed (a `SyncError` on other ranks): see `assemble`.
+            EngineProcessError: too many engines were lost; RewardFailed: see `assemble`.
         """
         return self._surviving(lambda: self._batch(*self._on_first_rank()[1].take()), sampling=True)
 
