@@ -18,9 +18,10 @@ from ranks import run_ranks
 from standin import RemoteEngine, StandInEngine, light_model, random_weights, serve, served
 
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.arena import Arena
+from mbridge_rl.sync.arena import Arena, remove_stale
 from mbridge_rl.sync.errors import ArenaError, EngineMismatch, EngineUnusable, NonFiniteWeights, PeerFailed, SyncError
 from mbridge_rl.sync.refit import WeightSync
+from mbridge_rl.sync.store import remove_stale_stores
 from mbridge_rl.sync.transports.files import FilesOutlet
 from mbridge_rl.sync.transports.shared_memory import Ring, RingInlet, RingOutlet, RingWay
 from mbridge_rl.sync.update import Update
@@ -211,6 +212,8 @@ class Amid:
     def end(self) -> None:
         for pid in self.pids.values():
             chaos._end(pid)
+        remove_stale()  # as the next writer would
+        remove_stale_stores()
 
     def _engine(self, number: int) -> None:
         give_back = RingInlet.give_back
