@@ -80,6 +80,8 @@ def test_plan_of_a_checkpoint(checkpoint: Path) -> None:
     again = json.loads(succeeds("plan", checkpoint / "config.json", *layouts, "--json"))
     assert again["fingerprint"] == quick["fingerprint"]
     table = succeeds("plan", checkpoint, *layouts)
+    assert " 0.0 B parameters" not in table
+    assert " M parameters in " in table
     assert "a trainer rank sends" in table
     assert "prediction" in table
 

@@ -82,13 +82,13 @@ def plan(
     from mbridge_rl.core.estimate import Links
 
     with readable_errors():
-        began = time.perf_counter()
         of_recipe: ParallelLayout | None = None
         if model.endswith((".yaml", ".yml")):
             model, hf_config, of_recipe, engines = _recipe(model)
             rollout = rollout or engines
         else:
             hf_config = model_config(model)
+        began = time.perf_counter()  # reading a recipe imports most of the library
         spec = model_spec(hf_config)
         own = of_recipe if of_recipe is not None and trainer is None else _trainer_layout(trainer or "tp=1", spec)
         ends = own, *_rollout_layout(rollout or "tp=1", spec)
@@ -245,11 +245,16 @@ def _print_exchanges(exchanges: list[Exchange], rank: int, facts: dict[str, Any]
 
 def _heading(facts: dict[str, Any]) -> str:
     return (
-        f"[bold]{facts['model']}[/bold] ({facts['architecture']}): {facts['parameters'] / 1e9:,.1f} B parameters in "
+        f"[bold]{facts['model']}[/bold] ({facts['architecture']}): {_count(facts['parameters'])} parameters in "
         f"{facts['tensors']:,} tensors, {readable(facts['model_bytes'])} in {facts['dtype']}\n"
         f"{facts['trainer_ranks']:,} trainer ranks, {facts['trainer']}\n"
         f"{facts['rollout_ranks']:,} rollout ranks, {facts['replicas']} x {facts['engine']}\n"
     )
+
+
+def _count(parameters: int) -> str:
+    """In billions, or in millions where those would be a rounded-off 0."""
+    return f"{parameters / 1e9:,.1f} B" if parameters >= 1e8 else f"{parameters / 1e6:,.2f} M"
 
 
 def _name(rank: int, facts: dict[str, Any]) -> str:
