@@ -178,6 +178,7 @@ CALLS: dict[str, Callable[[AutoBridge, list[nn.Module], Path], Any]] = {
 
 def never_come(rank: int, directory: Path, name: str, seconds: float, patience: float) -> str:
     """Rank 1 does something else for `seconds`, and ends; the others' time-out is `patience`."""
+    dist.barrier()  # a rank that is still connecting would find a peer that is gone
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/again", rank=rank, world_size=3, timeout=timedelta(seconds=patience)
