@@ -80,6 +80,14 @@ def test_a_ray_actor_with_two_workers(elsewhere: Interpreter, tmp_path: Path) ->
     elsewhere.call(scenarios.a_ray_actor_with_two_workers, tmp_path, timeout=500)
 
 
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.nightly
+def test_a_killed_ray_actor_with_two_workers_leaves_nothing(elsewhere: Interpreter, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    elsewhere.call(scenarios.a_killed_ray_actor_with_two_workers, tmp_path, timeout=500)
+
+
 @contextmanager
 def serving(model: Path, *options: str, **environment: str) -> Iterator[str]:
     """The URL of a `vllm serve` with `options`."""

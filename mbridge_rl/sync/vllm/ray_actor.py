@@ -15,6 +15,7 @@ from mbridge_rl.sync.errors import EngineProcessError
 from mbridge_rl.sync.vllm.completions import Completion
 from mbridge_rl.sync.vllm.engine import InProcessEngine
 from mbridge_rl.sync.vllm.process import PROOF_OF_LIFE
+from mbridge_rl.sync.vllm.worker_calls import shared_memory_files
 
 CALLS_AT_ONCE = 8  # a commit comes while requests are in flight
 
@@ -28,7 +29,12 @@ class EngineActor:
     def __init__(self, model_dir: str, threads: int | None = None, settings: Mapping[str, Any] | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        others = set(shared_memory_files(None))  # Ray may have run tasks in this process before
         self.engine = InProcessEngine(model_dir, **(settings or {}))
+        # Ray ends actors by SIGKILL, and nobody could clean up on another node. All workers have mapped what they talk through
+        # by now, so that its names can go; what has none is freed when the last of them ends, however it ends.
+        for path in set(self.engine.shared_memory_files()) - others:
+            Path(path).unlink(missing_ok=True)
 
     def pid(self) -> int:
         return os.getpid()

@@ -108,10 +108,15 @@ def shared_memory_ident(_: Any) -> str | None:
 
 
 def shared_memory_files(_: Any) -> list[str]:
-    """Of Python's multiprocessing, that this process has mapped and that have names; whoever kills it has to unlink them."""
-    names = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    ours = (name for name in names if name.startswith(("/dev/shm/psm_", "/dev/shm/sem.mp-")))
-    return sorted(name for name in ours if not name.endswith(" (deleted)"))
+    """Of Python's multiprocessing, that this process has mapped and that have names; whoever kills it has to unlink them.
+
+    By inode: who makes a semaphore has mapped it under another name.
+    """
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {int(line.split(maxsplit=5)[4]) for line in lines if "/dev/shm/" in line}
+    with os.scandir("/dev/shm") as files:
+        ours = (file for file in files if file.name.startswith(("psm_", "sem.mp-")))
+        return sorted(file.path for file in ours if file.inode() in mapped)
 
 
 def make_stage_buffers(worker: Any) -> None:
