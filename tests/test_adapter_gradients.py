@@ -104,6 +104,7 @@ def _save(rank: int, base: Path, config: LoRAConfig, directory: Path) -> None:
     bridge.save_adapter(model, directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "layout", "build", "config"),
     [

@@ -272,6 +272,7 @@ def _load_and_save(rank: int, base: Path, adapter: Path, layout: ParallelLayout,
     return after, dict(bridge.export_adapter_weights(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout", "options"),
     [

@@ -96,6 +96,7 @@ def test_logits(variant: str, tmp_path: Path) -> None:
     assert_close_logits(found, reference, family.tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_sharded(variant: str, tmp_path: Path) -> None:
     """Real processes: import, export and save bit for bit, logits equal to Transformers'."""
@@ -112,6 +113,7 @@ def test_sharded(variant: str, tmp_path: Path) -> None:
         assert_close_logits(found, reference, family.tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", LORA)
 def test_lora(variant: str, tmp_path: Path) -> None:
     """Adapted logits equal Transformers' with the merged weights that an export gives."""

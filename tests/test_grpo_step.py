@@ -195,6 +195,7 @@ LAYOUTS: list[tuple[str, Layout, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "layout", "build", "config"), LAYOUTS, ids=str)
 def test_loss_and_gradients_equal_the_papers_on_transformers(
     variant: str, layout: Layout, build: dict[str, Any], config: dict[str, Any], scratch: Path

@@ -221,6 +221,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_training_equals_one_rank(case: str) -> None:
     layout, kind, options = LAYOUTS[case]

@@ -259,6 +259,7 @@ def _alone(variant: str, lora: LoRAConfig | None, scratch: Path) -> tuple[list[M
     return run_ranks(_two_batches, 1, saved_model(variant, scratch), Layout(), {}, {}, lora)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "layout", "build", "config", "lora"), LAYOUTS, ids=str)
 def test_four_updates_a_batch_are_the_same_on_every_layout(
     variant: str, layout: Layout, build: dict[str, Any], config: dict[str, Any], lora: LoRAConfig | None, scratch: Path

@@ -54,6 +54,7 @@ def make_treacherous() -> RewardFunction:
     return treacherous
 
 
+@pytest.mark.slow
 def test_rewards_that_hang_or_die_cost_their_own_completion_alone(cluster: Any) -> None:
     judge = RayJudge(partial(make_treacherous), workers=2, timeout=5.0)
 

@@ -103,6 +103,7 @@ OTHER: list[tuple[str, Case, Case]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "case"), SAME, ids=str)
 def test_the_same_layout_goes_on_bit_for_bit(variant: str, case: Case, scratch: Path, tmp_path: Path) -> None:
     source = saved_model(variant, scratch)
@@ -115,6 +116,7 @@ def test_the_same_layout_goes_on_bit_for_bit(variant: str, case: Case, scratch: 
     assert all(torch.equal(resumed[0][1][name], weight) for name, weight in saved[0][1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "before", "after"), OTHER, ids=str)
 def test_another_layout_goes_on(variant: str, before: Case, after: Case, scratch: Path, tmp_path: Path) -> None:
     source = saved_model(variant, scratch)

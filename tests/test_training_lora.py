@@ -155,6 +155,7 @@ CASES: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "layout", "build", "config"), CASES, ids=str)
 def test_adapters_train_as_in_one_process(
     variant: str, layout: Layout, build: dict[str, Any], config: LoRAConfig, scratch: Path
@@ -213,6 +214,7 @@ def _padded_alone(
     return run_ranks(_train_ragged, 1, _checkpoint(variant, scratch), Layout(), {}, config, split)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "layout", "build", "config"), PACKED, ids=str)
 def test_packed_sequences_train_adapters_as_padded_rows_in_one_process(
     variant: str, layout: Layout, build: dict[str, Any], config: LoRAConfig, scratch: Path

@@ -88,6 +88,7 @@ def _alone(variant: str, scratch: Path) -> dict[str, Any]:
     return run_ranks(_supervised, 1, saved_model(variant, scratch), Layout(), {}, {})[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "layout", "build", "config"), LAYOUTS, ids=str)
 def test_training_equals_one_process(
     variant: str, layout: Layout, build: dict[str, Any], config: dict[str, Any], scratch: Path

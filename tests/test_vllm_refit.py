@@ -58,6 +58,7 @@ def transformers_logprobs(directory: Path, prompt: list[int], tokens: list[int],
     return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", refit_engines.FAMILIES)
 def test_refit_equals_a_fresh_engine_and_transformers(engines: Interpreter, checkpoints: Path, family: str) -> None:
     completions = engines.call(scenarios.refit_equals_fresh_engine, checkpoints, family)
