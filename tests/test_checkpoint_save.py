@@ -15,8 +15,8 @@ from torch import Tensor
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.core.plan import View
-from mbridge_rl.hf import publish
 from mbridge_rl.hf.checkpoint import Checkpoint
+from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.hf.writer import StagingDirectory, plan_files
 from mbridge_rl.sync.group import RankGroup
 
@@ -31,7 +31,7 @@ def save_both_ways(rank: int, directory: Path) -> tuple[bool, bool]:
     RankGroup.on_one_machine = False
     bridge.save_pretrained(model, directory / "written", shard_bytes=1 << 18)
     bridge.save_pretrained(model, directory / "cast", dtype=torch.bfloat16)
-    return (directory / "mapped").exists(), (directory / ".mapped.incomplete").exists()
+    return (directory / "mapped").exists(), any(directory.glob(".*"))
 
 
 def test_files_are_the_same_mapped_or_written(tmp_path: Path) -> None:
@@ -78,10 +78,10 @@ def test_dtypes_of_all_sizes_share_a_file(tmp_path: Path) -> None:
     state = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5, 7), "c": torch.randn(1).half(), "d": torch.randn(3).double()}
     tensors = [HFTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
     staging = StagingDirectory(tmp_path / "saved", plan_files(tensors))
-    mapped = staging.create(mapped=True)
+    mapped = staging.create(mapped=True).mapped
     for name, tensor in state.items():
         staging.write(View(name, 0, tensor.stride()), tuple(tensor.shape), tensor, mapped=mapped)
-    staging.finish()
+    staging.prove(staging.finish())
     staging.publish()
     assert_same_state(load_file(tmp_path / "saved" / "model.safetensors"), state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in Checkpoint(tmp_path / "saved").items())
@@ -90,15 +90,16 @@ def test_dtypes_of_all_sizes_share_a_file(tmp_path: Path) -> None:
 # Where the checkpoint takes its place.
 
 
-def staged(directory: Path, **files: str) -> Path:
-    path = directory.parent / f".{directory.name}.incomplete"
-    path.mkdir(parents=True)
+def replace(directory: Path, files: dict[str, str], *, durable: bool) -> None:
+    replacement = Replacement(directory)
+    replacement.begin()
     for name, text in files.items():
-        (path / name.replace("__", ".")).write_text(text)
-    return path
+        (replacement.path / name).write_text(text)
+    replacement.publish(durable=durable)
+    replacement.end()
 
 
-NEW = {"model__safetensors": "new", "config__json": "new"}
+NEW = {"model.safetensors": "new", "config.json": "new"}
 
 
 def texts(directory: Path) -> dict[str, str]:
@@ -110,7 +111,7 @@ def test_a_checkpoint_replaces_weights_and_leaves_other_files(tmp_path: Path) ->
     directory.mkdir()
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "notes.txt"):
         (directory / name).write_text("old")
-    publish.replace_directory(staged(directory, **NEW), directory, durable=True)
+    replace(directory, NEW, durable=True)
     assert texts(directory) == {"model.safetensors": "new", "config.json": "new", "notes.txt": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
@@ -120,7 +121,7 @@ def test_directories_inside_are_left_where_they_are(tmp_path: Path) -> None:
     (directory / "optimizer").mkdir(parents=True)
     (directory / "optimizer" / "state").write_text("precious")
     (directory / "model.safetensors").write_text("old")
-    publish.replace_directory(staged(directory, **NEW), directory, durable=False)
+    replace(directory, NEW, durable=False)
     assert texts(directory) == {"model.safetensors": "new", "config.json": "new"}
     assert (directory / "optimizer" / "state").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -113,6 +113,8 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _read_staged(descriptor: int, rectangle: Rectangle, target: Tensor) -> None:
+    if target.numel() == 0:
+        return
     for part, narrowed in _bounded(rectangle, target, _PAGE):
         blocks = _blocks(part, _PAGE)
         staging, memory = _staging(blocks, part.dtype)
@@ -132,6 +134,8 @@ def write_from(descriptor: int, rectangle: Rectangle, source: Tensor) -> None:
     if direct is not None:
         for memory, position in direct:
             _write_all(descriptor, memory, position)
+        return
+    if source.numel() == 0:
         return
     for part, narrowed in _bounded(rectangle, source, 0):
         blocks = _blocks(part, 0)

@@ -1,5 +1,5 @@
 """Writing a Hugging Face checkpoint without gathering it: headers are computed from the plan, and every rank writes the
-rectangles that it holds. Files are made in a staging directory, which takes the checkpoint's place when all of it is on disk.
+rectangles that it holds. Files are made in a staging directory, which takes the checkpoint's place when all of it is proven.
 """
 
 from __future__ import annotations
@@ -9,23 +9,25 @@ import ctypes
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mbridge_rl.core.digest import digest_strided, signed, unsigned
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.core.plan import View
 from mbridge_rl.core.segments import Shape
 from mbridge_rl.hf.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE
-from mbridge_rl.hf.publish import replace_directory
+from mbridge_rl.hf.proof import require_written
+from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.hf.rectangles import Rectangle, write_from
 
 DEFAULT_SHARD_BYTES = 5 << 30
+_CAST_BYTES = 64 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -77,47 +79,67 @@ def shard_file(name: str, tensors: Sequence[HFTensor]) -> ShardFile:
     return ShardFile(name, len(text).to_bytes(8, "little") + text, offsets, of_name, start + end)
 
 
+@dataclass(frozen=True)
+class Created:
+    """Attributes:
+    attempt: by which the other ranks join.
+    mapped: whether files may be mapped: only where the file system can reserve their space, since a mapped write to a full
+        disk kills the process.
+    """
+
+    attempt: int
+    mapped: bool
+
+
 class StagingDirectory:
     """A checkpoint under construction beside `directory`, on a file system that all ranks share.
 
-    One rank creates it, all write, and one publishes it. What an earlier, interrupted save left is removed at `create`; it
-    never had the checkpoint's name.
+    One rank creates it, all join and write and finish, all prove, and that rank publishes it, or discards it. What is at
+    `directory` stays until what was staged is read back and is proven to be what the ranks wrote.
 
     Args:
         durable: `finish` and `publish` wait for the disk, so that a power failure leaves no complete-looking ruin either.
+        only_new: refuse a directory that has something in it.
     """
 
-    def __init__(self, directory: str | Path, files: Sequence[ShardFile], *, durable: bool = True) -> None:
-        self.directory = Path(directory).resolve()
-        self.path = self.directory.parent / f".{self.directory.name}.incomplete"
+    def __init__(
+        self, directory: str | Path, files: Sequence[ShardFile], *, durable: bool = True, only_new: bool = False
+    ) -> None:
+        self._replacement = Replacement(directory, only_new=only_new)
+        self.directory = self._replacement.directory
         self._files, self._durable = files, durable
         self._file_of = {hf_name: file for file in files for hf_name in file.offsets}
+        self._digests = dict.fromkeys(self._file_of, 0)
         self._descriptors: dict[str, int] = {}
         self._memory: dict[str, Tensor] = {}
 
-    def create(self, *, mapped: bool) -> bool:
-        """Makes the files at their full size, headers written.
+    @property
+    def path(self) -> Path:
+        """Where this attempt is written to."""
+        return self._replacement.path
+
+    def create(self, *, mapped: bool) -> Created:
+        """Waits until nobody else saves there, and makes the files at their full size, headers written.
 
         Args:
             mapped: all ranks are on one machine. On a network file system machines that map the same page would overwrite each
                 other's part of it.
 
-        Returns:
-            whether they may be mapped: also only where the file system can reserve their space, since a mapped write to a full
-            disk kills the process.
-
         Raises:
-            CheckpointError: the disk is full, or the place cannot be written.
+            CheckpointError: another process is saving there, the disk is full, or the place cannot be written.
         """
         with self._explained("prepared"):
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
+            attempt = self._replacement.begin()
             for file in self._files:
                 with (self.path / file.name).open("wb") as opened:
                     opened.write(file.header)
                     opened.truncate(file.nbytes)
                     mapped = mapped and _reserve(opened.fileno(), file.nbytes)
-        return mapped
+        return Created(attempt, mapped)
+
+    def join(self, attempt: int) -> None:
+        """Another rank created the attempt of this number."""
+        self._replacement.join(attempt)
 
     def write(self, view: View, shape: Shape, source: Tensor, *, mapped: bool) -> None:
         """Writes `source`, `[*shape]` of any dtype, as a rectangle of the HF tensor `view.name`.
@@ -126,17 +148,23 @@ class StagingDirectory:
             CheckpointError: it cannot be written.
         """
         file = self._file_of[view.name]
-        tensor, start = file.tensors[view.name], file.offsets[view.name]
+        tensor = file.tensors[view.name]
         with self._explained("written"):
-            if mapped:
-                whole = self._mapped(file)[start : start + tensor.nbytes].view(tensor.dtype)
-                view.of(whole, shape).copy_(source)
-            else:
-                rectangle = Rectangle(tensor.dtype, start + view.offset * tensor.dtype.itemsize, shape, view.strides)
-                write_from(self._descriptor(file), rectangle, source)
+            for part, values in _cast(view, shape, source, tensor.dtype):
+                self._write(file, part, values, mapped=mapped)
+                self._digests[view.name] += digest_strided(
+                    values, columns=tensor.columns, offset=part.offset, strides=part.strides
+                )
 
-    def finish(self) -> None:
-        """This rank has written all it has: its bytes go to the disk. Raises CheckpointError if the disk refuses them."""
+    def finish(self) -> Tensor:
+        """This rank has written all it has: its bytes go to the disk.
+
+        Returns:
+            The digest of what this rank wrote of each tensor, int64 `[tensors]`, to be summed over ranks.
+
+        Raises:
+            CheckpointError: the disk refuses the bytes.
+        """
         self._memory.clear()
         with self._explained("written"), contextlib.ExitStack() as closing:
             for descriptor in self._descriptors.values():
@@ -145,20 +173,34 @@ class StagingDirectory:
                 for descriptor in self._descriptors.values():
                     os.fdatasync(descriptor)
             self._descriptors.clear()
+        return torch.tensor([signed(unsigned(value)) for value in self._digests.values()], dtype=torch.int64)
+
+    def prove(self, written: Tensor, *, rank: int = 0, size: int = 1) -> None:
+        """Reads this rank's share of the staged files back and compares it with what all ranks wrote.
+
+        Args:
+            written: what `finish` returned, summed over ranks.
+
+        Raises:
+            CheckpointError: other bytes are there; it names the tensor. Nothing was replaced.
+        """
+        with self._explained("read back"):
+            require_written(self.path, self._files, [unsigned(value) for value in written.tolist()], rank=rank, size=size)
 
     def publish(self) -> None:
-        """Writes the index and puts the checkpoint in its place.
+        """Writes the index and puts the checkpoint in its place, which `prove` has allowed.
 
         Raises:
             CheckpointError: it cannot be put there.
         """
         with self._explained("published"):
             self._write_index()
-            replace_directory(self.path, self.directory, durable=self._durable)
+            self._replacement.publish(durable=self._durable)
+        self._replacement.end()
 
     def discard(self) -> None:
-        """Removes what was staged."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes what was staged, and lets others save there. After `publish` it does nothing."""
+        self._replacement.end()
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -167,7 +209,17 @@ class StagingDirectory:
         except OSError as error:
             needed = sum(file.nbytes for file in self._files)
             hint = f"; it needs {needed} bytes" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-            raise CheckpointError(f"{self.directory} was not saved: {self.path} could not be {what}: {error}{hint}") from error
+            raise CheckpointError(f"{self.directory} was not saved, as it could not be {what}: {error}{hint}") from error
+
+    def _write(self, file: ShardFile, view: View, values: Tensor, *, mapped: bool) -> None:
+        start, shape = file.offsets[view.name], tuple(values.shape)
+        if mapped:
+            tensor = file.tensors[view.name]
+            whole = self._mapped(file)[start : start + tensor.nbytes].view(tensor.dtype)
+            view.of(whole, shape).copy_(values)
+        else:
+            rectangle = Rectangle(values.dtype, start + view.offset * values.dtype.itemsize, shape, view.strides)
+            write_from(self._descriptor(file), rectangle, values)
 
     def _descriptor(self, file: ShardFile) -> int:
         if file.name not in self._descriptors:
@@ -189,6 +241,22 @@ class StagingDirectory:
         total = sum(tensor.nbytes for file in self._files for tensor in file.tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (self.path / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _cast(view: View, shape: Shape, source: Tensor, dtype: torch.dtype) -> Iterator[tuple[View, Tensor]]:
+    """`source` in the file's dtype, in parts of bounded size where that takes a copy. What is digested is what is written: two
+    casts of one NaN need not give the same bits."""
+    if source.dtype == dtype:
+        yield view, source
+        return
+    nbytes = source.numel() * dtype.itemsize
+    rows = shape[0] if shape else 1
+    step = max(1, rows * _CAST_BYTES // max(1, nbytes))
+    if step >= rows:
+        yield view, source.to(dtype)
+        return
+    for first in range(0, rows, step):
+        yield replace(view, offset=view.offset + first * view.strides[0]), source[first : first + step].to(dtype)
 
 
 def _reserve(descriptor: int, nbytes: int) -> bool:

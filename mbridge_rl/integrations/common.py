@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import BridgeError
-from mbridge_rl.sync.group import RankGroup
 
 
 class NotOffered(BridgeError, NotImplementedError):
@@ -56,23 +51,3 @@ class HFStream(Iterator[tuple[str, Tensor]]):
         if self._stream is None:
             self._stream = self._start(self._ranks)
         return next(self._stream)
-
-
-def save_into(bridge: AutoBridge, models: Sequence[nn.Module], path: str | Path) -> None:
-    """Saves a checkpoint into a folder that may hold other files already (a tokenizer, a framework's own): they stay, unless
-    ours have the same names. Every rank writes its own bytes; all ranks call it together."""
-    path, group = Path(path), RankGroup()
-    staging = path / ".mbridge_rl-saving"
-    group.first_rank_does(lambda: path.mkdir(parents=True, exist_ok=True))
-    bridge.save_pretrained(models, staging)
-
-    def publish() -> None:
-        fresh = sorted(staging.iterdir())
-        for old in [*path.glob("model*.safetensors"), *path.glob("model.safetensors.index.json")]:
-            if old.name not in {file.name for file in fresh}:
-                old.unlink()  # of a checkpoint that was cut into other files: it must not be read as part of this one
-        for file in fresh:
-            os.replace(file, path / file.name)
-        shutil.rmtree(staging)
-
-    group.first_rank_does(publish)

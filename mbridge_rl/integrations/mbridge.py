@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mbridge_rl import bridge as own
 from mbridge_rl.bridges import FAMILIES
-from mbridge_rl.integrations.common import HFStream, NotOffered, chunks_of, refuse, save_into
+from mbridge_rl.integrations.common import HFStream, NotOffered, chunks_of, refuse
 
 _SET_BY_LAYOUT = {
     "tensor_model_parallel_size": "tp",
@@ -152,7 +152,7 @@ class Bridge:
     ) -> None:
         """Weights and config into a folder, whose other files stay. Every rank writes its own bytes, whatever the flags say:
         nothing is gathered, and all ranks must see the folder."""
-        save_into(self.bridge, chunks_of(models), weights_path)
+        self.bridge.save_pretrained(chunks_of(models), weights_path)
 
     def _build_config(self) -> Any:
         from mbridge_rl.megatron.model import transformer_config

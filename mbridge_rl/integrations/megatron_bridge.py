@@ -19,7 +19,7 @@ from mbridge_rl import bridge as own
 from mbridge_rl.bridges import FAMILIES
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.integrations.common import HFStream, chunks_of, refuse, save_into
+from mbridge_rl.integrations.common import HFStream, chunks_of, refuse
 from mbridge_rl.integrations.provider import Provider
 
 Model = nn.Module | Sequence[nn.Module]
@@ -164,7 +164,7 @@ class AutoBridge:
         """Weights and config into a folder, whose other files stay; adapters are merged. All ranks must see the folder."""
         unmerged = {"merge_adapter_weights=False": not merge_adapter_weights}
         refuse("save_hf_weights", {**unmerged, "weight_dtype": weight_dtype})
-        save_into(self.bridge, chunks_of(model), path)
+        self.bridge.save_pretrained(chunks_of(model), path)
 
     def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, **kwargs: Any) -> None:
         """As `save_hf_weights`, with the tokenizer and other files of the checkpoint that the bridge came from."""

@@ -7,7 +7,6 @@ Sources are mapped and read where they are needed; of the target no more than on
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.module import HFModule
+from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.hf.source import HfSource, open_source
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 
@@ -107,14 +107,15 @@ def write_rank_files(
         LayoutError: the model cannot be cut this way; CheckpointError: the directory is there already, or cannot be written.
     """
     spec.validate(layout)
-    directory = _free(directory)
-    staged = directory.parent / f".{directory.name}.incomplete"
+    replacement = Replacement(directory, only_new=True)
+    directory = replacement.directory
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
+        replacement.begin()
+        staged = replacement.path
         for rank in range(layout.world_size):
             tensors = _shard(spec, source, layout, rank)
             save_file(tensors, staged / _file_name(rank), metadata={"format": "pt", "rank": str(rank)})
+            _require_written(staged / _file_name(rank), tensors)
             yield Written(_file_name(rank), len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
         said = {
             "format": _FORMAT,
@@ -124,11 +125,11 @@ def write_rank_files(
         }
         (staged / LAYOUT_FILE).write_text(json.dumps(said, indent=2) + "\n")
         write_companions(staged)
-        staged.rename(directory)
+        replacement.publish(durable=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory} could not be written: {error}; nothing is left of it") from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        replacement.end()
 
 
 def write_checkpoint(
@@ -146,17 +147,17 @@ def write_checkpoint(
     files = plan_files(
         [HFTensor(hf_name, source.dtypes[hf_name], shape) for hf_name, shape in spec.hf_shapes.items()], shard_bytes
     )
-    staging = StagingDirectory(_free(directory), files)
+    staging = StagingDirectory(directory, files, only_new=True)
     whole = hf_side(spec)
     try:
-        mapped = staging.create(mapped=True)
+        mapped = staging.create(mapped=True).mapped
         for file in files:
             plan = compile_plan(spec, source.side, _only(whole, file.tensors))
             for copy in plan.copies:
                 tensor = source.tensors[copy.source_rank][copy.source.name]
                 staging.write(copy.target, copy.shape, copy.source.of(tensor, copy.shape), mapped=mapped)
             yield Written(file.name, len(file.tensors), file.nbytes)
-        staging.finish()
+        staging.prove(staging.finish())
         write_companions(staging.path)
         staging.publish()
     finally:
@@ -177,11 +178,20 @@ def _only(side: Side, names: Mapping[str, object]) -> Side:
     return Side(segments, shapes, {name: side.holders[name] for name in shapes})
 
 
-def _free(directory: Path) -> Path:
-    directory = directory.resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory} is there already and not empty; give another place, or remove it first")
-    return directory
+def _require_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Reads a file back. Raises CheckpointError where it does not hold `tensors`, bit for bit."""
+    file = _RankFile(path)
+    for name, tensor in tensors.items():
+        found = file.get(name)
+        if found is None or found.dtype != tensor.dtype or not torch.equal(_bytes_of(found), _bytes_of(tensor)):
+            raise CheckpointError(
+                f"{path}: {name} is not what was written when it is read back: does something else write there, or does the "
+                "file system lose data? Nothing was replaced; convert again, or to another place"
+            )
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _file_name(rank: int) -> str:

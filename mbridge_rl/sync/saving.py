@@ -16,7 +16,7 @@ from mbridge_rl.sync.group import RankGroup
 def save_together(
     staging: StagingDirectory, plan: Plan, live: Mapping[str, Tensor], group: RankGroup, write_companions: Callable[[], None]
 ) -> None:
-    """Writes and publishes `staging`; what is there already stays until that moment.
+    """Writes, proves and publishes `staging`; what is there already stays until that moment.
 
     Args:
         plan: from the ranks of `group` to whole HF tensors.
@@ -26,20 +26,30 @@ def save_together(
     Raises:
         CheckpointError: on all ranks; what was staged is removed.
     """
-    one_machine, mapped = group.on_one_machine, torch.zeros(1, dtype=torch.int64)
+    one_machine, told = group.on_one_machine, torch.zeros(2, dtype=torch.int64)
+
+    def create() -> None:
+        created = staging.create(mapped=one_machine)
+        told[:] = torch.tensor([created.attempt, int(created.mapped)])
+
     try:
-        group.first_rank_does(lambda: mapped.fill_(staging.create(mapped=one_machine)))
-        use_mapping = bool(group.sum(mapped).item())
+        group.first_rank_does(create)
+        attempt, mapped = group.sum(told).tolist()
+        staging.join(attempt)
         with group.together():
             for copy in plan.from_rank(group.rank):
-                staging.write(copy.target, copy.shape, copy.source.of(live[copy.source.name], copy.shape), mapped=use_mapping)
-            staging.finish()
+                staging.write(copy.target, copy.shape, copy.source.of(live[copy.source.name], copy.shape), mapped=bool(mapped))
+            written = staging.finish()
+        written = group.sum(written)
+        with group.together():
+            staging.prove(written, rank=group.rank, size=group.size)
         group.first_rank_does(write_companions)
         group.first_rank_does(staging.publish)
     except RanksUnreachable:
-        if group.rank == 0:
-            staging.discard()
         raise
     except Exception:
-        group.first_rank_does(staging.discard)
+        group.first_rank_does(staging.discard)  # before any rank goes on
         raise
+    finally:
+        if group.rank == 0:
+            staging.discard()
