@@ -9,7 +9,6 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ import pytest
 import torch
 from live import live, raised
 from ranks import RankError, run_ranks
-from tiny import assert_same_state, hf_state, tiny_checkpoint
+from tiny import hf_state, tiny_checkpoint
 from torch import nn
 
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.hf import publish
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.writer import plan_files
 from mbridge_rl.sync.group import RankGroup

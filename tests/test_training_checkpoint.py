@@ -187,10 +187,10 @@ def _die_in_the_middle(rank: int, source: Path, directory: Path) -> None:
     trainer = _trainer(source, Layout(tp=2), {})
     save_checkpoint(trainer, directory, 1)
 
-    def killed(*_: Any) -> None:
+    def killed(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint._publish = killed  # all bytes are there, the name is not
+    checkpoint.Replacement.publish = killed  # all bytes are there, the name is not
     save_checkpoint(trainer, directory, 2)
 
 
@@ -198,7 +198,7 @@ def test_an_interrupted_save_is_no_checkpoint(scratch: Path, tmp_path: Path) -> 
     source = saved_model(DENSE, scratch)
     with pytest.raises(RankError, match="died with status 9"):
         run_ranks(_die_in_the_middle, 2, source, tmp_path)
-    assert (tmp_path / ".step_00000002.partial").is_dir()
+    assert len(list(tmp_path.glob(".step_00000002.*.incomplete"))) == 1
     assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
 
     def go_on(rank: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mbridge_rl.core.errors import CheckpointError
+from mbridge_rl.hf.publish import put_back
 
 # What lies beside the weights and belongs to the model: tokenizer, chat template, generation defaults, code.
 _COMPANIONS = (
@@ -31,12 +32,13 @@ _NEMOTRON_NAS = "nemotron-nas"
 
 
 def local_directory(path: str | Path) -> Path:
-    """`path` if it is a directory, else the local snapshot of the hub repository of that name.
+    """`path` if it is a directory (or was, when a save into it was interrupted), else the local snapshot of the hub repository
+    of that name.
 
     Raises:
         CheckpointError: neither exists.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() or put_back(Path(path)):
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -21,6 +21,7 @@ from mbridge_rl.core.errors import CheckpointError
 LOCK_SECONDS = 60.0  # how long a save waits for another save into the same place
 _NAP_SECONDS = 0.05
 _HOLDER_BYTES = 4096
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _held: set[int] = set()  # descriptors of this process's locks
 
 
@@ -76,31 +77,27 @@ class SaveLock:
         _close(descriptor)
 
     def _try(self) -> bool:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        _held.add(descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(self.path, descriptor):  # the holder before removed this file
-                _close(descriptor)
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            _held.add(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(self.path, descriptor):  # else the holder before has removed this file
+                    self._descriptor = descriptor
+                    self._say_who()
+                    return True
+            except BlockingIOError:
                 return False
-            self._descriptor = descriptor
-            self._say_who()
-        except BlockingIOError:
-            _close(descriptor)
-            return False
-        except OSError as error:
-            _close(descriptor)
-            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
-                raise CheckpointError(
-                    f"{self._directory} was not saved: {self.path} cannot be locked ({error}), so that two processes could "
-                    "save there at once; mount the file system with locks (Lustre: -o flock), or save elsewhere"
-                ) from error
-            raise
-        except BaseException:
-            self._descriptor = None
-            _close(descriptor)
-            raise
-        return True
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    raise CheckpointError(
+                        f"{self._directory} was not saved: {self.path} cannot be locked ({error}), so that two processes could "
+                        "save there at once; mount the file system with locks (Lustre: -o flock), or save elsewhere"
+                    ) from error
+                raise
+            finally:
+                if self._descriptor is None:
+                    _close(descriptor)
 
     def _say_who(self) -> None:
         holder = {

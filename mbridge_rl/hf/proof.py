@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from mbridge_rl.core.digest import add, digest_strided
 from mbridge_rl.core.errors import CheckpointError
@@ -21,6 +22,9 @@ from mbridge_rl.core.model import HFTensor
 from mbridge_rl.hf.rectangles import Rectangle, read_into
 
 _BLOCK_BYTES = 16 << 20
+READ_BACK_ADVICE = (
+    "does something else write or clean up there, or does the file system lose data? Nothing was replaced; save again"
+)
 
 
 class PlannedFile(Protocol):
@@ -36,6 +40,14 @@ class PlannedFile(Protocol):
     def offsets(self) -> Mapping[str, int]: ...
     @property
     def tensors(self) -> Mapping[str, HFTensor]: ...
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are of one dtype and shape and have the same bytes, on whatever devices."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    flat = (tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for tensor in (one, other))
+    return torch.equal(*flat)
 
 
 def require_written(directory: Path, files: Sequence[PlannedFile], digests: Sequence[int], *, rank: int, size: int) -> None:
@@ -62,7 +74,7 @@ def require_written(directory: Path, files: Sequence[PlannedFile], digests: Sequ
         try:
             descriptor = os.open(directory / file.name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise CheckpointError(f"{directory / file.name} is gone, though this save made it: {_ADVICE}") from error
+            raise CheckpointError(f"{directory / file.name} is gone, though this save made it: {READ_BACK_ADVICE}") from error
         try:
             if with_header:
                 _require_header(descriptor, directory, file)
@@ -72,14 +84,12 @@ def require_written(directory: Path, files: Sequence[PlannedFile], digests: Sequ
             os.close(descriptor)
 
 
-_ADVICE = "does something else write or clean up there, or does the file system lose data? Nothing was replaced; save again"
-
-
 def _require_header(descriptor: int, directory: Path, file: PlannedFile) -> None:
     nbytes = os.fstat(descriptor).st_size
     if nbytes != file.nbytes or os.pread(descriptor, len(file.header), 0) != file.header:
         raise CheckpointError(
-            f"{directory / file.name} has {nbytes} bytes, {file.nbytes} were written, or its header is another: {_ADVICE}"
+            f"{directory / file.name} has {nbytes} bytes, {file.nbytes} were written, or its header is another: "
+            f"{READ_BACK_ADVICE}"
         )
 
 
@@ -87,10 +97,11 @@ def _require_tensor(descriptor: int, path: Path, tensor: HFTensor, start: int, e
     try:
         found = add(*(_digest(descriptor, tensor, start, first, count) for first, count in _blocks(tensor)))
     except EOFError as error:
-        raise CheckpointError(f"{path}: {error} within {tensor.hf_name}: {_ADVICE}") from error
+        raise CheckpointError(f"{path}: {error} within {tensor.hf_name}: {READ_BACK_ADVICE}") from error
     if found != expected:
         raise CheckpointError(
-            f"{path}: {tensor.hf_name} has digest {found:016x} when it is read back, {expected:016x} was written: {_ADVICE}"
+            f"{path}: {tensor.hf_name} has digest {found:016x} when it is read back, {expected:016x} was written: "
+            f"{READ_BACK_ADVICE}"
         )
 
 

@@ -24,6 +24,7 @@ from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.module import HFModule
+from mbridge_rl.hf.proof import READ_BACK_ADVICE, same_bits
 from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.hf.source import HfSource, open_source
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
@@ -183,15 +184,8 @@ def _require_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
     file = _RankFile(path)
     for name, tensor in tensors.items():
         found = file.get(name)
-        if found is None or found.dtype != tensor.dtype or not torch.equal(_bytes_of(found), _bytes_of(tensor)):
-            raise CheckpointError(
-                f"{path}: {name} is not what was written when it is read back: does something else write there, or does the "
-                "file system lose data? Nothing was replaced; convert again, or to another place"
-            )
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+        if found is None or not same_bits(found, tensor):
+            raise CheckpointError(f"{path}: {name} reads back as something else than was written: {READ_BACK_ADVICE}")
 
 
 def _file_name(rank: int) -> str:

@@ -2,30 +2,35 @@
 checkpointing. Every rank writes its own part, and any other layout can load it (`checkpoint_tensors`).
 
     checkpoints/step_00000012/           complete, or it would not have this name
-    checkpoints/.step_00000013.partial/
+    checkpoints/.step_00000013.ATTEMPT.incomplete/
+    checkpoints/.saving.lock             held by the one run that is saving
 
-A checkpoint is written beside its place and renamed when all ranks have written all of it: an interrupted save never looks like
-a checkpoint. With adapters they alone are saved: the frozen base comes from where it came from.
+A checkpoint is written beside its place, read back and compared with what every rank meant, and renamed only then: an
+interrupted or damaged save never looks like a checkpoint, and older ones stay until a new one is proven. With adapters they
+alone are saved: the frozen base comes from where it came from.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from mbridge_rl.core.errors import CheckpointError, listed
+from mbridge_rl.hf.proof import READ_BACK_ADVICE, same_bits
+from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.megatron.runtime import megatron_runtime
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.training.checkpoint_tensors import KINDS, TrainerTensors
@@ -36,6 +41,8 @@ from mbridge_rl.training.trainer import MegatronTrainer
 _log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8})")
+_LEFT = re.compile(r"\.step_\d{8}\.([0-9a-f]{16}\.incomplete|partial)")  # by a save or a removal that was killed
+_LOCK = ".saving.lock"
 _ROOM = "room"  # for what the first rank writes at the end
 _METADATA_BYTES = 512  # of one shard, at most
 _DESCRIPTION = "trainer.json"
@@ -76,27 +83,36 @@ def save_checkpoint(
         The checkpoint's own directory.
 
     Raises:
-        CheckpointError: on all ranks: the step is saved already, or the disk is full or not writable. Older checkpoints are
-            untouched.
+        CheckpointError: on all ranks: the step is saved already, another process is saving there, the disk is full or not
+            writable, or what was written reads back as something else. Older checkpoints are untouched.
     """
     trainer.require_loaded()
     directory, group = Path(directory), RankGroup()
     final = directory / f"step_{step:08d}"
-    partial = directory / f".{final.name}.partial"
-    with group.together():
+    replacement = Replacement(final, lock=directory.resolve() / _LOCK, only_new=True)
+    attempt = torch.zeros(1, dtype=torch.int64)
+    try:
+        with group.together():
+            if group.rank == 0:
+                attempt.fill_(_begin(replacement, final))
+        replacement.join(int(group.sum(attempt).item()))
+        partial = replacement.path
+        with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+            content = _content(trainer, dict(state or {}))
+            if group.rank == 0:
+                _take_room(content, partial, group.size)
+        with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+            _save(content, partial)
+        with group.together(), megatron_runtime(), _Tried(f"cannot save {final}: it cannot be read back"):
+            _require_saved(content, partial)
+        with group.together(), _Tried(f"cannot save {final}"):
+            if group.rank == 0:
+                _write_description(partial / _DESCRIPTION, trainer, step)
+                replacement.publish(durable=True)
+                _remove_old(directory, keep)
+    finally:
         if group.rank == 0:
-            _make_room(final, partial)
-    with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
-        content = _content(trainer, dict(state or {}))
-        if group.rank == 0:
-            _take_room(content, partial, group.size)
-    with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
-        _save(content, partial)
-    with group.together():
-        if group.rank == 0:
-            _write_description(partial / _DESCRIPTION, trainer, step)
-            _publish(partial, final)
-            _remove_old(directory, keep)
+            replacement.end()
     _log.info("saved step %d to %s", step, final)
     return final
 
@@ -175,6 +191,42 @@ def _save(content: dict[str, Any], partial: Path) -> None:
     request.execute_sync()
 
 
+def _require_saved(content: dict[str, Any], partial: Path) -> None:
+    """Reads back what this rank has written, one kind of tensor after the other; the first rank also what it wrote for all.
+
+    Raises:
+        CheckpointError: it is not what was meant, bit for bit.
+    """
+    from megatron.core import dist_checkpointing
+
+    common: dict[str, Any] = {}
+    for kind in KINDS:
+        own = {name: shards for name, shards in content["tensors"].items() if name.startswith(f"{kind}.")}
+        wanted = {name: [replace(shard, data=torch.empty_like(shard.data)) for shard in shards] for name, shards in own.items()}
+        common = dist_checkpointing.load({"tensors": wanted}, str(partial))
+        found = common.pop("tensors", {})
+        for name, shards in own.items():
+            if not all(map(same_bits, found[name], (shard.data for shard in shards))):
+                raise CheckpointError(f"{partial}: {name} reads back as something else than was written: {READ_BACK_ADVICE}")
+    found = dist_checkpointing.load({"random_state": _random_state_shard(None)}, str(partial))
+    for name, value in {"random_state": found["random_state"], **(common if dist.get_rank() == 0 else {})}.items():
+        if not _same(value, content[name].data if name == "random_state" else content[name]):
+            raise CheckpointError(f"{partial}: {name!r} reads back as something else than was written: {READ_BACK_ADVICE}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Of what a caller may save, and of random states: tensors, arrays, numbers, texts, lists and dictionaries of them."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return same_bits(one, other)
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other or (one != one and other != other))  # NaN
+
+
 def _load(trainer: MegatronTrainer, tensors: TrainerTensors, path: Path, same_layout: bool) -> dict[str, Any]:
     """One kind after the other, so that no more than the weights' size is needed beside the trainer."""
     from megatron.core import dist_checkpointing
@@ -217,14 +269,17 @@ class _Tried:
             raise CheckpointError(f"{self._what}: {type(failure).__name__}: {failure}") from failure
 
 
-def _make_room(final: Path, partial: Path) -> None:
+def _begin(replacement: Replacement, final: Path) -> int:
     if final.exists():
         raise CheckpointError(f"{final} exists already: resume from it, or choose another directory for this run")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        attempt = replacement.begin()
+        for path in final.parent.iterdir():  # of whatever step: whoever made it is dead, or would hold the lock
+            if _LEFT.fullmatch(path.name) and path != replacement.path:
+                shutil.rmtree(path, ignore_errors=True)
     except OSError as failure:
-        raise CheckpointError(f"cannot write {partial}: {failure}") from failure
+        raise CheckpointError(f"cannot write {final}: {failure}") from failure
+    return attempt
 
 
 def _write_description(path: Path, trainer: MegatronTrainer, step: int) -> None:
@@ -237,27 +292,11 @@ def _write_description(path: Path, trainer: MegatronTrainer, step: int) -> None:
     path.write_text(json.dumps(description, indent=1) + "\n")
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """All bytes to the disk, then the name."""
-    for path in [*partial.iterdir(), partial]:
-        _to_disk(path)
-    partial.rename(final)
-    _to_disk(final.parent)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _remove_old(directory: Path, keep: int | None) -> None:
     complete = sorted(_complete(directory))
     for path in complete[:-keep] if keep else []:
         # Renamed first: a removal that is interrupted leaves no half of a checkpoint.
-        doomed = path.with_name(f".{path.name}.partial")
+        doomed = path.with_name(f".{path.name}.{secrets.token_hex(8)}.incomplete")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
