@@ -31,7 +31,6 @@ MORE = [
     "Qwen--Qwen3-Coder-480B-A35B-Instruct",
     "Qwen--Qwen3-VL-2B-Instruct",
     "Qwen--Qwen3-VL-32B-Instruct",
-    "Qwen--Qwen3-VL-32B-Thinking",
     "Qwen--Qwen3-VL-4B-Instruct",
     "Qwen--Qwen3.5-122B-A10B",
     "Qwen--Qwen3.5-397B-A17B",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ def published_config(name: str) -> dict[str, Any]:
     return json.loads((DATA / f"{name}.json").read_text())
 
 
-def checkpoint(config: dict[str, Any], directory: Path) -> nn.Module:
+def checkpoint(config: dict[str, Any], directory: Path, change: Callable[[str, Tensor], None] | None = None) -> nn.Module:
     """Saves a random model of `config` by Transformers' own class, beside the config as it was published, and returns it. The
-    weights are not quantized, whatever the published ones are."""
+    weights are not quantized, whatever the published ones are; `change` gets every parameter first, by its name."""
     plain = {field: value for field, value in config.items() if field != "quantization_config"}
     model = _model_class(config["architectures"][0])._from_config(parse_config(plain), **REFERENCE).eval()
     randomize(model, seed=0, embedding=0.5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters() if change else ():
+            change(name, parameter)
     model.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(plain))
     return model
