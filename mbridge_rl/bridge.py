@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mbridge_rl.adapter_bridge import LiveAdapterBridge
-from mbridge_rl.bridges import model_spec
+from mbridge_rl.bridges import Numerics, model_spec
 from mbridge_rl.core import virtual
 from mbridge_rl.core.errors import LayoutError, StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout
@@ -58,11 +58,14 @@ class AutoBridge:
         directory: the checkpoint that it came from, `None` for a bare config.
     """
 
-    def __init__(self, hf_config: Any, directory: Path | None = None, *, mtp: bool = False) -> None:
+    def __init__(
+        self, hf_config: Any, directory: Path | None = None, *, mtp: bool = False, numerics: Numerics = "transformers"
+    ) -> None:
         if quantization := getattr(hf_config, "quantization_config", None):
             require_supported(quantization)
         self.hf_config = hf_config
-        self.spec: ModelSpec = spelled_as_in(model_spec(hf_config, mtp=mtp), directory)
+        self.spec: ModelSpec = spelled_as_in(model_spec(hf_config, mtp=mtp, numerics=numerics), directory)
+        self._warn_of_vllm()
         self.directory = directory
         self._export_plans: dict[ParallelLayout, Plan] = {}
         self._sides: dict[tuple[ParallelLayout, int], Side] = {}
@@ -70,13 +73,16 @@ class AutoBridge:
         self._streams: dict[tuple[object, ...], TensorStream] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, mtp: bool = False) -> AutoBridge:
+    def from_pretrained(cls, path: str | Path, *, mtp: bool = False, numerics: Numerics = "transformers") -> AutoBridge:
         """From a checkpoint directory, or the name of one on the Hugging Face hub.
 
         Args:
             mtp: carry multi-token-prediction layers (DeepSeek-V3, GLM-4.5): built frozen, imported, exported and saved. RL's
                 forward passes, which give no labels, skip them. Without it they are neither built nor read, and what is
                 saved lacks them: a checkpoint that serves, but not with speculative decoding by its own layers.
+            numerics: whose arithmetic the model follows where Transformers' class and vLLM's differ (docs/models.md lists
+                where): `"vllm"` makes log-probabilities those of a vLLM engine with these weights. The log warns of a model
+                for which they do differ. Weights are the same either way.
 
         Raises:
             UnsupportedModelError: no bridge for the architecture, or for a feature that the config asks for; or `mtp`, and the
@@ -84,12 +90,21 @@ class AutoBridge:
             CheckpointError: the directory holds no readable config.
         """
         directory = local_directory(path)
-        return cls(load_config(directory), directory, mtp=mtp)
+        return cls(load_config(directory), directory, mtp=mtp, numerics=numerics)
 
     @classmethod
-    def from_config(cls, hf_config: Any, *, mtp: bool = False) -> AutoBridge:
+    def from_config(cls, hf_config: Any, *, mtp: bool = False, numerics: Numerics = "transformers") -> AutoBridge:
         """From a Transformers config alone; weights are then given to `load_weights`. Arguments as `from_pretrained`'s."""
-        return cls(hf_config, mtp=mtp)
+        return cls(hf_config, mtp=mtp, numerics=numerics)
+
+    def _warn_of_vllm(self) -> None:
+        for extra in self.spec.not_in_vllm:
+            _log.warning(
+                "%s is computed otherwise in Transformers and in vLLM (%s). This model follows Transformers; "
+                'numerics="vllm" makes it equal to a vLLM engine',
+                self.spec.architecture,
+                extra,
+            )
 
     def metadata(self, dtype: torch.dtype = torch.bfloat16) -> list[HFTensor]:
         """Name, dtype and shape of every HF tensor that an export in `dtype` yields, in its order; no weight is touched."""

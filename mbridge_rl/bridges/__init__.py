@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from mbridge_rl.bridges.deepseek_v2 import deepseek_v2
 from mbridge_rl.bridges.deepseek_v3 import deepseek_v3
@@ -88,9 +88,16 @@ FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
 }
 
 
-def model_spec(hf_config: Any, *, mtp: bool = False) -> ModelSpec:
+# Whose arithmetic a model follows where Transformers and vLLM differ.
+Numerics = Literal["transformers", "vllm"]
+
+
+def model_spec(hf_config: Any, *, mtp: bool = False, numerics: Numerics = "transformers") -> ModelSpec:
     """The spec of the model that `hf_config` (a Transformers config) describes, with its multi-token-prediction layers (`mtp`)
     or without.
+
+    Args:
+        numerics: whose arithmetic it follows where Transformers and vLLM differ (`core.extras.NotInVllm`).
 
     Raises:
         UnsupportedModelError: no bridge for the architecture, or the config asks for a feature that its bridge can't express.
@@ -106,6 +113,8 @@ def model_spec(hf_config: Any, *, mtp: bool = False) -> ModelSpec:
         hint = f"; the nearest is {nearest[0]}" if nearest else ""
         raise UnsupportedModelError(f"no bridge for {architectures[0]}; supported: {', '.join(FAMILIES)}{hint}")
     spec = family(hf_config)
+    if numerics == "vllm":
+        spec = spec.as_in_vllm()
     if not mtp:
         return spec
     if spec.prediction is None:

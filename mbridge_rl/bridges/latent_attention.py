@@ -6,7 +6,11 @@ from typing import Any
 
 from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, require
 from mbridge_rl.core.errors import UnsupportedModelError
+from mbridge_rl.core.extras import LatentNormEpsilon
 from mbridge_rl.core.rules import Axis, Part, Rule, replicated
+
+# Transformers', like the models' own code, whatever `rms_norm_eps` is; Megatron and vLLM take that.
+_LATENT_EPSILON = 1e-6
 
 
 def latent_attention(hf: Any) -> Block:
@@ -37,7 +41,8 @@ def latent_attention(hf: Any) -> Block:
         "attention_dropout": 0.0,  # as in `blocks.attention`
         **_rotary(hf),
     }
-    return Block(config, tuple(rules), rotates=True)
+    extras = () if hf.rms_norm_eps == _LATENT_EPSILON else (LatentNormEpsilon(_LATENT_EPSILON, hf.rms_norm_eps),)
+    return Block(config, tuple(rules), rotates=True, extras=extras)
 
 
 def _queries(hf: Any, ours: str, theirs: str) -> list[Rule]:

@@ -1,7 +1,7 @@
 """Nemotron-H, Nemotron Nano v2 and Nemotron-3 Nano and Super: every layer is one of Mamba-2, attention, MLP or experts.
 
-Attention has no positions. Transformers keeps Mamba's time step above `time_step_min`; Megatron and vLLM, like the models' own
-code, don't.
+Attention has no positions. Transformers keeps Mamba's time step above `time_step_min`; vLLM, like Megatron and the models' own
+code, doesn't (`core.extras.TimeStepMinimum`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, activatio
 from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.bridges.mamba import MambaSizes, mamba
 from mbridge_rl.bridges.vision import language_config, text_only
-from mbridge_rl.core.extras import Routing
+from mbridge_rl.core.extras import Routing, TimeStepMinimum
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import column_parallel, replicated, vocabulary_parallel
 
@@ -98,7 +98,8 @@ def _mamba(hf: Any) -> list[Block]:
         replicated(f"{ours}.in_proj.layer_norm_weight", _NORM, (hf.hidden_size,)),
         column_parallel(f"{ours}.norm.weight", {f"{_MIXER}.norm.weight": sizes.heads * sizes.head_dim}),
     )
-    return [Block(block.config, (*norms, *block.rules))]
+    minimum = (TimeStepMinimum(hf.time_step_min),) if hf.time_step_min > 0 else ()
+    return [Block(block.config, (*norms, *block.rules), extras=minimum)]
 
 
 def _attention(hf: Any) -> list[Block]:

@@ -58,10 +58,11 @@ def text_only(hf: Any) -> TextOnly:
 
 
 def language_config(hf: Any) -> Any:
-    """The language model's config as if it stood alone, but for the architecture."""
+    """The language model's config as if it stood alone, but for the architecture. Whether its embeddings are tied is said by
+    the outer config, as Transformers reads it: `text_config` need not have the field, and what it says has no effect."""
     text = copy.copy(hf.text_config)
     text.architectures = hf.architectures
-    text.tie_word_embeddings = getattr(hf, "tie_word_embeddings", text.tie_word_embeddings)
+    text.tie_word_embeddings = bool(getattr(hf, "tie_word_embeddings", False))
     return text
 
 

@@ -179,6 +179,27 @@ class ProjectionNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentNormEpsilon:
+    """The norms inside of latent attention add `epsilon` to the mean square, instead of the model's `layernorm_epsilon`."""
+
+    epsilon: float
+    models: float
+
+    def __str__(self) -> str:
+        return f"epsilon of latent attention's norms: {self.epsilon:g} in Transformers, {self.models:g} (rms_norm_eps) in vLLM"
+
+
+@dataclass(frozen=True, slots=True)
+class TimeStepMinimum:
+    """Mamba mixers' time steps, after the softplus, are at least `minimum`."""
+
+    minimum: float
+
+    def __str__(self) -> str:
+        return f"Mamba's time steps: at least {self.minimum:g} (time_step_min) in Transformers, any in vLLM"
+
+
+@dataclass(frozen=True, slots=True)
 class TextOnly:
     """A forward pass refuses pixels and tokens that stand for them.
 
@@ -189,6 +210,8 @@ class TextOnly:
     placeholders: tuple[int, ...]
 
 
+# What Transformers computes and vLLM does not: `ModelSpec.as_in_vllm` is without them.
+NotInVllm = LatentNormEpsilon | TimeStepMinimum
 LayerExtra = LinearBiases | NoInputNorms | MambaBesideAttention
 Extra = (
     EmbeddingScale
@@ -207,5 +230,6 @@ Extra = (
     | Routing
     | ProjectionNorm
     | TextOnly
+    | NotInVllm
     | LayerExtra
 )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mbridge_rl.core.errors import LayoutError
-from mbridge_rl.core.extras import Extra
+from mbridge_rl.core.extras import Extra, NotInVllm
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.rules import Instance, Part, Rule, instantiate, renamed, renamed_hf_name
 
@@ -141,6 +141,20 @@ class ModelSpec:
         """Of this spec and its alternatives the one whose tensors are among `shapes` (by `hf_name`); this one if none is."""
         candidates = (self, *self.alternatives)
         return next((spec for spec in candidates if spec.hf_shapes.items() <= shapes.items()), self)
+
+    @property
+    def not_in_vllm(self) -> tuple[NotInVllm, ...]:
+        """What this model computes as Transformers does, and vLLM leaves out."""
+        return tuple(extra for extra in self.extras if isinstance(extra, NotInVllm))
+
+    def as_in_vllm(self) -> ModelSpec:
+        """The same weights, computed as a vLLM engine does."""
+        return replace(
+            self,
+            extras=tuple(extra for extra in self.extras if not isinstance(extra, NotInVllm)),
+            alternatives=tuple(spec.as_in_vllm() for spec in self.alternatives),
+            prediction=self.prediction.as_in_vllm() if self.prediction is not None else None,
+        )
 
     @cached_property
     def fingerprint(self) -> str:

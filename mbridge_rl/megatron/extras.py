@@ -16,6 +16,7 @@ from mbridge_rl.core.extras import (
     AttentionSoftcap,
     EmbeddingScale,
     Extra,
+    LatentNormEpsilon,
     LogitScale,
     LogitSoftcap,
     MlpScale,
@@ -30,8 +31,10 @@ from mbridge_rl.core.extras import (
     RotaryScale,
     Routing,
     TextOnly,
+    TimeStepMinimum,
 )
 from mbridge_rl.megatron.context_parallel import token_positions
+from mbridge_rl.megatron.parallel_mixers import bound_time_steps
 from mbridge_rl.megatron.projection_norm import normalize_projections
 from mbridge_rl.megatron.rotary import RotaryByLayer, RotaryByLength, with_frequencies
 from mbridge_rl.megatron.routing import replace_routing
@@ -109,6 +112,27 @@ def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Non
         return change(result if bias is None else result + bias), None
 
     module.register_forward_hook(changed)
+
+
+# Latent attention's norms: fused into the linear that follows, or a module before it.
+_LATENT_NORMS = (
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_up_proj",
+    "self_attention.q_layernorm",
+    "self_attention.kv_layernorm",
+)
+
+
+def _set_latent_epsilon(model: nn.Module, extra: LatentNormEpsilon) -> None:
+    for name, module in model.named_modules():
+        if name.endswith(_LATENT_NORMS) and hasattr(module, "eps"):
+            module.eps = extra.epsilon
+
+
+def _bound_time_steps(model: nn.Module, extra: TimeStepMinimum) -> None:
+    for module in model.modules():
+        if hasattr(module, "dt_bias") and hasattr(module, "cp"):
+            bound_time_steps(module, extra.minimum)
 
 
 def _scale_mlps(model: nn.Module, extra: MlpScale) -> None:
@@ -194,6 +218,8 @@ _ADD: dict[type, Callable[[nn.Module, Any], None]] = {
     OutputNorms: _add_output_norms,
     TextOnly: _refuse_pixels,
     MlpScale: _scale_mlps,
+    LatentNormEpsilon: _set_latent_epsilon,
+    TimeStepMinimum: _bound_time_steps,
     AttentionSoftcap: _cap_attention,
     RotaryFrequencies: _set_rotary,
     RotaryFrequenciesByLength: _set_rotary_by_length,

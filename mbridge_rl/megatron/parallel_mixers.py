@@ -1,7 +1,9 @@
-"""Attention with a Mamba mixer beside it, made of Megatron's own two modules."""
+"""Attention with a Mamba mixer beside it, made of Megatron's own two modules; and what changes a mixer's projection."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -42,11 +44,29 @@ def attention_beside_mamba(extra: MambaBesideAttention) -> type[nn.Module]:
 
 
 def _scale_projection(mixer: nn.Module, extra: MambaBesideAttention, ranks: int) -> None:
-    """On what follows the projection, so that adapters are scaled too. Every rank has an equal share of each part's rows."""
+    """Every rank has an equal share of each part's rows."""
     factors = torch.cat([torch.full((rows // ranks,), factor) for rows, factor in extra.projected])
+    _change_projection(mixer, lambda projected: projected * factors.to(projected))
+
+
+def bound_time_steps(mixer: nn.Module, minimum: float) -> None:
+    """Time steps, `softplus(projected + dt_bias)`, become at least `minimum`, before the kernels see them: softplus rises, so
+    that the bound is one of its argument. A step at its bound has no gradient, as behind a clamp."""
+    bound = math.log(math.expm1(minimum))
+
+    def bounded(projected: Tensor) -> Tensor:
+        bias = mixer.dt_bias.float()
+        others, steps = projected.split([projected.shape[-1] - len(bias), len(bias)], dim=-1)
+        return torch.cat([others, torch.maximum(steps.float(), bound - bias).to(steps.dtype)], dim=-1)
+
+    _change_projection(mixer, bounded)
+
+
+def _change_projection(mixer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Changes what follows the mixer's input projection, so that what adapters add is changed too."""
     following = mixer.cp.pre_conv_ssm
 
-    def scaled(projected: Tensor, packed_seq_params: Any) -> Tensor:
-        return following(projected * factors.to(projected), packed_seq_params)
+    def changed(projected: Tensor, packed_seq_params: Any) -> Tensor:
+        return following(change(projected), packed_seq_params)
 
-    mixer.cp.pre_conv_ssm = scaled
+    mixer.cp.pre_conv_ssm = changed

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from mbridge_rl.bridges import Numerics
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.training import toy
@@ -39,6 +40,7 @@ class ModelConfig:
     tokenizer: a directory; by default the checkpoint's own.
     dtype: of the trainer's parameters and, unless the engine section says otherwise, of the engine.
     sequence_parallel, overrides: see `AutoBridge.build_model`.
+    numerics: whose arithmetic the policy follows where Transformers and vLLM differ (docs/models.md): vLLM's, which samples.
     toy: for a toy model.
     """
 
@@ -47,6 +49,7 @@ class ModelConfig:
     dtype: Literal["fp32", "bf16"] = "bf16"
     sequence_parallel: bool | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    numerics: Numerics = "vllm"
     toy: ToyConfig | None = None
 
 

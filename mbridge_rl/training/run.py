@@ -117,7 +117,7 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if config.is_toy and not (resume and (config.run_dir / "initial" / "config.json").exists()):
         toy.make_checkpoint(config.run_dir / "initial", seed=config.seed, **_toy_shape(config))
-    bridge = AutoBridge.from_pretrained(model_directory(config))
+    bridge = AutoBridge.from_pretrained(model_directory(config), numerics=config.model.numerics)
     bridge.spec.validate(config.layout)
     _require_slots(config, bridge)
     require_format(config, bridge)
@@ -312,7 +312,7 @@ def train_rank(
         warm_problems = task.problems[: config.warm_up.problems]
         start_from, warm_steps = warm_up(config, model_directory(config), warm_problems, tokenizer, log.say if log else _silent)
 
-        bridge = AutoBridge.from_pretrained(start_from)
+        bridge = AutoBridge.from_pretrained(start_from, numerics=config.model.numerics)
         trainer = _policy(config, bridge)
         # Before the checkpoint is loaded: its reference are the first weights.
         grpo = GRPO(trainer, config.algorithm, seed=config.seed)

@@ -42,7 +42,7 @@ def warm_up(
     if (warm / "config.json").exists():
         return warm, 0
     say(f"warm-up: supervised steps until {settings.accuracy:.0%} of {len(problems)} answers are right")
-    bridge = AutoBridge.from_pretrained(start_from)
+    bridge = AutoBridge.from_pretrained(start_from, numerics=config.model.numerics)
     model = bridge.build_model(config.layout, dtype=config.torch_dtype, sequence_parallel=config.model.sequence_parallel)
     bridge.load_weights(model)
     trainer = MegatronTrainer(

@@ -85,7 +85,7 @@ class Family:
 
         model_class = self.classes[1] if self.classes else getattr(transformers, self.architecture)
         model = model_class._from_config(self.hf_config(), **REFERENCE).eval()
-        _randomize(model, seed, self.embedding)
+        randomize(model, seed, self.embedding)
         return model
 
     def checkpoint(self, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -97,7 +97,7 @@ class Family:
         return model
 
 
-def _randomize(model: nn.Module, seed: int, embedding: float) -> None:
+def randomize(model: nn.Module, seed: int, embedding: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         saved = model.state_dict().keys()  # buffers that are not are constants, such as rotary frequencies
