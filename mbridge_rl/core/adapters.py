@@ -33,8 +33,9 @@ from torch import Tensor
 
 from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout
-from mbridge_rl.core.lora_config import LoRAConfig, pattern_matches
+from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.patterns import pattern_matches
 from mbridge_rl.core.rules import Axis, Part, Rule
 from mbridge_rl.core.stacked_experts import with_stacked_experts
 

@@ -14,6 +14,7 @@ from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.pipeline import Layout, counted_stages, dealt_layers
 
 _AXES = ("tp", "cp", "ep", "dp", "pp")
+_MOST_RANKS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,11 @@ class ParallelLayout:
         for axis in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "vocab_multiple"):
             if getattr(self, axis) < 1:
                 raise LayoutError(f"{axis} must be at least 1, found {getattr(self, axis)}")
+        if max(self.world_size, self.num_stages) > _MOST_RANKS:
+            raise LayoutError(
+                f"at most {_MOST_RANKS:,} ranks can be planned, found tp*cp*dp*pp = {self.world_size:,} ranks with "
+                f"pp*vpp = {self.num_stages:,} stages"
+            )
         if sorted(self.order.split("-")) != sorted(_AXES):
             raise LayoutError(f"order must name each of {'-'.join(_AXES)} once, found {self.order!r}")
         if self.vpp > 1 and self.pp == 1:

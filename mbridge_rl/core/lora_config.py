@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import inf, sqrt
 from typing import Literal, TypeVar, get_args
+
+from mbridge_rl.core.patterns import PatternError, pattern_matches, require_pattern
 
 T = TypeVar("T")
 
 Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+
+MAX_RANK = 1 << 16
 
 ATTENTION_TARGETS = ("linear_qkv", "linear_proj")
 DENSE_TARGETS = (*ATTENTION_TARGETS, "linear_fc1", "linear_fc2")
@@ -94,22 +97,21 @@ class LoRAConfig:
         """Raises ValueError where fields are out of range or contradict each other."""
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"LoRA's pattern {pattern!r} is no regular expression: {error}") from error
-        if self.rank < 1:
-            raise ValueError(f"LoRA's rank must be at least 1, found {self.rank}")
+                require_pattern(pattern)
+            except PatternError as error:
+                raise ValueError(f"LoRA's pattern {error}") from error
+        for of_linear, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"LoRA's {of_linear} must be at least 1 and at most {MAX_RANK:,}, found {rank}")
+        for of_linear, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if not 0.0 < alpha < inf:
+                raise ValueError(f"LoRA's {of_linear} must be a finite number above 0, found {alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA's dropout is a probability below 1, found {self.dropout}")
         if self.start not in get_args(Start):
             raise ValueError(f"LoRA can start from {', '.join(get_args(Start))}, found {self.start}")
         if self.start == "orthogonal" and self.rank % 2:
             raise ValueError(f"orthogonal adapters have an even rank, found {self.rank}")
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` is for the linear of this full name."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _matched(patterns: Mapping[str, T], names: Sequence[str], default: T) -> T:

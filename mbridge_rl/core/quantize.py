@@ -25,6 +25,7 @@ from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Rule, replicated
 from mbridge_rl.core.segments import Box, Segment, Shape, Side
+from mbridge_rl.core.typed_values import AtLeastOne
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max  # 448
@@ -38,7 +39,7 @@ class Fp8:
         block: rows and columns that share a scale; `None` makes one scale per tensor.
     """
 
-    block: tuple[int, int] | None = (128, 128)
+    block: tuple[AtLeastOne, AtLeastOne] | None = (128, 128)
 
     @property
     def suffix(self) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,40 +17,27 @@ from mbridge_rl.core.errors import CheckpointError, StateMismatchError, listed
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.core.plan import Plan, View
 from mbridge_rl.core.segments import Shape
+from mbridge_rl.core.typed_values import shown
+from mbridge_rl.hf.header import Entry, read_header
+from mbridge_rl.hf.json_files import open_file, read_json
 from mbridge_rl.hf.rectangles import Rectangle, read_into, read_many
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-# The format's names of dtypes. What torch cannot name (4-bit floats) is refused with the file.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
+_MOST_INDEX_BYTES = 256 << 20
 
 
-class Entry(NamedTuple):
-    """What a file says of a tensor, and at which byte of it the tensor lies."""
+@dataclass(frozen=True)
+class _Index:
+    """An index file: which file of the directory holds each tensor."""
 
-    file: str
-    dtype: torch.dtype
-    shape: Shape
-    start: int
+    weight_map: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for file in sorted(set(self.weight_map.values())):
+            if not _is_inside(file):
+                raise ValueError(f"weight_map names the file {shown(file)}; only files of the checkpoint's directory are read")
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -78,11 +64,11 @@ class Checkpoint(Mapping[str, Tensor]):
         self._files: dict[str, int] = {}
         weakref.finalize(self, _close, self._files)
         for file in files:
-            self._files[file] = _open(self.directory / file)
+            self._files[file] = open_file(self.directory / file)
         self.entries: dict[str, Entry] = {
             hf_name: entry
             for file in files
-            for hf_name, entry in _entries(self._files[file], self.directory, file)
+            for hf_name, entry in read_header(self._files[file], self.directory / file, file)
             if weight_map is None or weight_map.get(hf_name, file) == file
         }
         if weight_map is not None and (absent := weight_map.keys() - self.entries.keys()):
@@ -156,60 +142,26 @@ class Checkpoint(Mapping[str, Tensor]):
         return file, Rectangle(dtype, start + view.offset * dtype.itemsize, shape, view.strides)
 
 
-def _weight_map(index: Path) -> dict[str, str] | None:
+def _weight_map(index: Path) -> Mapping[str, str] | None:
     if not index.parent.is_dir():
         raise CheckpointError(f"{index.parent} is not a directory; give the folder of a Hugging Face checkpoint")
-    if not index.exists():
+    if not os.path.lexists(index):
         return None
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index: {error}; download or save the checkpoint again") from error
+    weight_map = read_json(index, _Index, most_bytes=_MOST_INDEX_BYTES).weight_map
+    if not weight_map:
+        raise CheckpointError(f"{index}: weight_map is empty; download or save the checkpoint again")
     return weight_map
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a path is relative and stays in its directory. Links are followed: the hub's cache consists of them."""
+    return file != "" and not os.path.isabs(file) and not {"", ".", ".."} & set(file.split("/"))
 
 
 def _single_file(directory: Path) -> str:
     if (directory / SINGLE_FILE).exists():
         return SINGLE_FILE
     raise CheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read")
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; download or save it again") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _entries(descriptor: int, directory: Path, file: str) -> Iterator[tuple[str, Entry]]:
-    """From a header that is sound: its tensors fill the file, one after the other, and each as its shape says."""
-    path = directory / file
-    try:
-        size = os.fstat(descriptor).st_size
-        data = 8 + int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if not 8 < data <= size:
-            raise ValueError(f"a header of {data - 8} bytes in a file of {size}")
-        header: dict[str, Any] = json.loads(os.pread(descriptor, data - 8, 8))
-        header.pop("__metadata__", None)
-        end = data
-        for hf_name, said in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, start = DTYPES.get(said["dtype"]), tuple(said["shape"]), data + said["data_offsets"][0]
-            if dtype is None:
-                raise CheckpointError(f"{path}: {hf_name} is {said['dtype']}, which is none of {', '.join(DTYPES)}")
-            if start != end:
-                raise ValueError(f"{hf_name} begins at byte {start}, the one before it ends at {end}")
-            end = data + said["data_offsets"][1]
-            if end - start != prod(shape) * dtype.itemsize:
-                raise ValueError(f"{hf_name} has {end - start} bytes, its shape {list(shape)} says otherwise")
-            yield hf_name, Entry(file, dtype, shape, start)
-        if end != size:
-            raise ValueError(f"its tensors end at byte {end} of {size}")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is truncated or corrupt ({error}); download or save it again") from error
 
 
 def _close(descriptors: dict[str, int]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from torch import Tensor
 
@@ -21,10 +21,15 @@ from mbridge_rl.core.adapters import (
     targets_of,
 )
 from mbridge_rl.core.errors import CheckpointError, StateMismatchError, UnsupportedModelError, listed
-from mbridge_rl.core.lora_config import LoRAConfig, pattern_matches
+from mbridge_rl.core.lora_config import MAX_RANK, LoRAConfig
 from mbridge_rl.core.model import HFTensor, ModelSpec
+from mbridge_rl.core.patterns import PatternError, pattern_matches
+from mbridge_rl.core.typed_values import Positive, Range, shown
 from mbridge_rl.hf.checkpoint import Checkpoint
+from mbridge_rl.hf.json_files import from_json, read_json_object
 from mbridge_rl.hf.writer import ShardFile, shard_file
+
+T = TypeVar("T")
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -43,6 +48,23 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("modules_to_save", "layer_replication", "trainable_token_indices"), (None, [])),
     **dict.fromkeys(("alora_invocation_tokens", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config"), (None,)),
 }
+
+
+Rank = Annotated[int, Range(1, MAX_RANK)]
+
+
+@dataclass(frozen=True)
+class _AdapterConfig:
+    """What is read of `adapter_config.json`, beside `_PLAIN`. Which modules have adapters is not: the tensors say that."""
+
+    r: Rank
+    lora_alpha: Positive
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    lora_dropout: Annotated[float, Range(least=0.0, below=1.0)] | None = None
+    rank_pattern: Mapping[str, Rank] | None = None
+    alpha_pattern: Mapping[str, Positive] | None = None
+    target_parameters: list[str] | None = None
 
 
 def open_adapter(directory: str | Path) -> Checkpoint:
@@ -64,35 +86,31 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
             have.
     """
     path = Path(directory) / ADAPTER_CONFIG
-    try:
-        said: dict[str, Any] = json.loads(path.read_text())
-        rank, alpha = int(said["r"]), float(said["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not the config of a LoRA adapter: {error!r}") from error
+    said = read_json_object(path)
+    fields = from_json(said, _AdapterConfig, str(path))
     if str(said.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UnsupportedModelError(
-            f"{path}: init_lora_weights={said['init_lora_weights']!r} changed the base weights at first: save the adapter "
+            f"{path}: init_lora_weights={shown(said['init_lora_weights'])} changed the base weights at first: save the adapter "
             f"with save_pretrained(path_initial_model_for_weight_conversion=...), which makes it one of weights as they were"
         )
     for name, plain in _PLAIN.items():
         if said.get(name, plain[0]) not in plain:
-            raise UnsupportedModelError(f"{path}: {name}={said[name]!r} is not supported; only {name}={plain[0]!r} is")
+            raise UnsupportedModelError(f"{path}: {name}={shown(said[name])} is not supported; only {name}={plain[0]!r} is")
     modules = {_FACTOR.sub("", name.removeprefix(PEFT_PREFIX)) for name in open_adapter(directory)}
     stacks = {module for module in modules if _STACK.search(module)}
     config = LoRAConfig(
-        rank,
-        alpha,
+        fields.r,
+        fields.lora_alpha,
         canonical=True,
-        rslora=bool(said.get("use_rslora")),
-        dora=bool(said.get("use_dora")),
-        dropout=float(said.get("lora_dropout") or 0.0),
+        rslora=bool(fields.use_rslora),
+        dora=bool(fields.use_dora),
+        dropout=fields.lora_dropout or 0.0,
         stacked_experts=bool(stacks),
     )
-    config.require_valid()
     hf_names = set(adapted_spec(spec, config).hf_shapes)
     linears = {linear_name(hf_name) for hf_name in hf_names}
     if stacks:
-        modules = modules - stacks | _targeted(said.get("target_parameters") or (), linears & hf_names)
+        modules = modules - stacks | _targeted(fields.target_parameters or (), linears & hf_names)
     if base := sorted(module for module in modules if module.endswith((".base_layer.weight", ".base_layer.bias"))):
         raise UnsupportedModelError(
             f"{directory} holds weights of the base model beside adapters ({listed(base)}): save it with "
@@ -104,11 +122,11 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
         raise StateMismatchError(f"{directory} adapts what {spec.architecture} does not have: {listed(unknown)}")
     config = replace(config, targets=targets_of(adapted_spec(spec, config), modules))
     # PEFT also writes patterns that match nothing.
-    patterns = {
-        name: {pattern: value for pattern, value in (said.get(name) or {}).items() if _matches_any(pattern, modules)}
-        for name in ("rank_pattern", "alpha_pattern")
-    }
-    config = replace(config, **patterns)
+    config = replace(
+        config,
+        rank_pattern=_matching(fields.rank_pattern or {}, modules, f"{path}: rank_pattern"),
+        alpha_pattern=_matching(fields.alpha_pattern or {}, modules, f"{path}: alpha_pattern"),
+    )
     adapted_rules(adapted_spec(spec, config), config)
     return config
 
@@ -118,8 +136,18 @@ def _targeted(target_parameters: Sequence[str], parameters: Set[str]) -> set[str
     return {name for name in parameters if any(name == target or name.endswith(f".{target}") for target in target_parameters)}
 
 
-def _matches_any(pattern: str, modules: Set[str]) -> bool:
-    return any(pattern_matches(pattern, module) for module in modules)
+def _matching(patterns: Mapping[str, T], modules: Set[str], where: str) -> dict[str, T]:
+    """Those of the patterns that match a module.
+
+    Raises:
+        CheckpointError: one is no regular expression, or takes too long to match.
+    """
+    try:
+        return {
+            pattern: value for pattern, value in patterns.items() if any(pattern_matches(pattern, module) for module in modules)
+        }
+    except PatternError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def adapter_file(tensors: Sequence[HFTensor]) -> ShardFile:

@@ -21,7 +21,8 @@ from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.core.plan import View
 from mbridge_rl.core.segments import Shape
-from mbridge_rl.hf.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE
+from mbridge_rl.hf.checkpoint import INDEX_FILE, SINGLE_FILE
+from mbridge_rl.hf.header import DTYPES
 from mbridge_rl.hf.proof import require_written
 from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.hf.rectangles import Rectangle, write_from

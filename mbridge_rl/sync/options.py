@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mbridge_rl.core.quantize import Fp8
+from mbridge_rl.core.typed_values import AtLeastZero, Bytes, Seconds, range_problems
 from mbridge_rl.sync.errors import SyncError
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.update import Mode
@@ -42,12 +43,12 @@ class SyncOptions:
 
     mode: Mode = "staged"
     transport: Transport = "auto"
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    bucket_bytes: Bytes = DEFAULT_BUCKET_BYTES
     verify: bool = True
     nonfinite: Literal["refuse", "pass"] = "refuse"
     requests: InFlight = "keep"
-    retries: int = 1
-    timeout: float = 120.0
+    retries: AtLeastZero = 1
+    timeout: Seconds = 120.0
     store: str | None = None
     url: str | None = None
     lost_engines: Literal["raise", "drop"] = "raise"
@@ -60,11 +61,8 @@ class SyncOptions:
             "transport='files' needs url, a directory or an object store that both ends reach": (
                 self.transport == "files" and not self.url
             ),
-            f"bucket_bytes must be at least 1, found {self.bucket_bytes}": self.bucket_bytes < 1,
-            f"retries must not be negative, found {self.retries}": self.retries < 0,
-            f"timeout must be more than 0 seconds, found {self.timeout:g}": not self.timeout > 0,
         }
-        if problems := [text for text, is_so in wrong.items() if is_so]:
+        if problems := range_problems(self) + [text for text, is_so in wrong.items() if is_so]:
             raise SyncError("; ".join(problems))
         if self.store is not None:
             WeightStore(self.store)  # whose name it can be

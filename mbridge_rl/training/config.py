@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from mbridge_rl.bridges import Numerics
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.typed_values import (
+    AtLeastOne,
+    AtLeastZero,
+    Bytes,
+    NotNegative,
+    Positive,
+    Range,
+    Seconds,
+    Seed,
+    Share,
+    Threads,
+    range_problems,
+    shown,
+)
 from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.training import toy
 from mbridge_rl.training.config_file import ConfigError, read_config
@@ -28,8 +42,12 @@ class ToyConfig:
     characters: that the tokenizer knows.
     """
 
-    num_layers: int = 2
+    num_layers: AtLeastOne = 2
     characters: str = toy.CHARACTERS
+
+    def __post_init__(self) -> None:
+        if not self.characters or len(set(self.characters)) < len(self.characters):
+            raise ValueError(f"characters must be text in which each letter stands once, found {shown(self.characters)}")
 
 
 @dataclass(frozen=True)
@@ -63,10 +81,10 @@ class WarmUpConfig:
         problems: how many of the task's are used, from the first.
     """
 
-    accuracy: float = 0.0
-    learning_rate: float = 2e-4
-    max_steps: int = 500
-    problems: int = 256
+    accuracy: Share = 0.0
+    learning_rate: Positive = 2e-4
+    max_steps: AtLeastZero = 500
+    problems: AtLeastOne = 256
 
 
 @dataclass(frozen=True)
@@ -88,19 +106,19 @@ class RolloutConfig:
     max_turns: of an episode.
     """
 
-    prompts_per_step: int = 8
-    max_prompt_tokens: int | None = None
-    max_tokens: int = 256
-    temperature: float = 1.0
+    prompts_per_step: AtLeastOne = 8
+    max_prompt_tokens: AtLeastOne | None = None
+    max_tokens: AtLeastOne = 256
+    temperature: Positive = 1.0
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[AtLeastZero, ...] = ()
     long_prompts: Literal["drop", "refuse"] = "drop"
     mode: Literal["sync", "one-step-off", "async"] = "sync"
-    max_staleness: int = 2
-    segment_tokens: int = 256
-    max_rejected: int = 4
+    max_staleness: AtLeastZero = 2
+    segment_tokens: AtLeastOne = 256
+    max_rejected: AtLeastZero = 4
     environment: str | None = None
-    max_turns: int = 1
+    max_turns: AtLeastOne = 1
 
 
 @dataclass(frozen=True)
@@ -115,16 +133,16 @@ class EngineConfig:
     options: more arguments of `vllm.LLM`.
     """
 
-    count: int = 1
-    tensor_parallel_size: int = 1
-    max_model_len: int = 1024
-    max_num_seqs: int = 256
-    kv_cache_bytes: int = 1 << 27
+    count: AtLeastOne = 1
+    tensor_parallel_size: AtLeastOne = 1
+    max_model_len: AtLeastOne = 1024
+    max_num_seqs: AtLeastOne = 256
+    kv_cache_bytes: Bytes = 1 << 27
     dtype: str | None = None
-    restarts: int = 3
-    threads: int = 1
-    start_timeout: float = 300.0
-    call_timeout: float = 600.0
+    restarts: AtLeastZero = 3
+    threads: Threads = 1
+    start_timeout: Seconds = 300.0
+    call_timeout: Seconds = 600.0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -143,15 +161,15 @@ class TaskConfig:
 
     kind: Literal["sums", "reasoning-gym", "jsonl", "python"] = "sums"
     dataset: str | None = None
-    size: int = 1000
-    seed: int = 0
+    size: AtLeastOne = 1000
+    seed: Seed = 0
     options: dict[str, Any] = field(default_factory=dict)
     prompt: str = "{question}"
     chat: bool = False
     system: str | None = None
     order: Literal["shuffled", "unsolved-first"] = "shuffled"
-    evaluate_every: int = 0
-    evaluate_problems: int = 100
+    evaluate_every: AtLeastZero = 0
+    evaluate_problems: AtLeastOne = 100
 
 
 @dataclass(frozen=True)
@@ -165,8 +183,8 @@ class RewardConfig:
     """
 
     function: str = "task"
-    workers: int = 0
-    timeout: float = 30.0
+    workers: AtLeastZero = 0
+    timeout: Seconds = 30.0
     failed: Literal["mask", "zero", "raise"] = "mask"
 
 
@@ -206,8 +224,8 @@ class CheckpointConfig:
     export: write the policy as a Hugging Face checkpoint at the end (`RUN/final`), and adapters as PEFT's.
     """
 
-    every: int = 0
-    keep: int = 2
+    every: AtLeastZero = 0
+    keep: AtLeastOne = 2
     export: bool = True
 
 
@@ -220,8 +238,8 @@ class LoggingConfig:
 
     console: bool = True
     tensorboard: bool = False
-    prometheus_port: int | None = None
-    samples: int = 2
+    prometheus_port: Annotated[int, Range(0, 65535)] | None = None
+    samples: AtLeastZero = 2
 
 
 @dataclass(frozen=True)
@@ -238,12 +256,12 @@ class RunnerConfig:
     """
 
     kind: Literal["local", "ray"] = "local"
-    restarts: int = 0
+    restarts: AtLeastZero = 0
     address: str | None = None
     placement: Literal["colocated", "separate"] = "separate"
-    cpus_per_rank: float = 1.0
-    cpus_per_engine: float = 1.0
-    threads: int = 1
+    cpus_per_rank: NotNegative = 1.0
+    cpus_per_engine: NotNegative = 1.0
+    threads: Threads = 1
 
 
 @dataclass(frozen=True)
@@ -258,8 +276,8 @@ class RunConfig:
 
     model: ModelConfig
     run_dir: Path
-    steps: int = 100
-    seed: int = 0
+    steps: AtLeastZero = 100
+    seed: Seed = 0
     stop_at_accuracy: float | None = None
     layout: ParallelLayout = field(default_factory=ParallelLayout)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -307,37 +325,11 @@ def load_run_config(path: str | Path, overrides: tuple[str, ...] | list[str] = (
     return read_config(RunConfig, path, overrides)
 
 
-_AT_LEAST = {
-    "steps": 0,
-    "rollout.prompts_per_step": 1,
-    "rollout.max_tokens": 1,
-    "rollout.max_turns": 1,
-    "rollout.segment_tokens": 1,
-    "rollout.max_rejected": 0,
-    "algorithm.group_size": 1,
-    "engine.count": 1,
-    "engine.tensor_parallel_size": 1,
-    "engine.max_num_seqs": 1,
-    "engine.restarts": 0,
-    "task.size": 1,
-    "task.evaluate_every": 0,
-    "reward.workers": 0,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "runner.restarts": 0,
-}
-
-
 def _contradictions(config: RunConfig) -> list[str]:
     """Everything about the sections together that cannot be meant."""
     rollout, engine, task, reward = config.rollout, config.engine, config.task, config.reward
-    problems = [
-        f"{path} must be at least {least}, found {found}"
-        for path, least in _AT_LEAST.items()
-        if (found := _at(config, path)) < least
-    ]
     checks = {
-        "rollout.temperature must be positive: the trainer divides by it": rollout.temperature <= 0,
+        "rollout.stop must not hold an empty text, which every turn ends with": "" in rollout.stop,
         f"trainer.temperature={config.trainer.temperature:g} is not rollout.temperature={rollout.temperature:g}: set the "
         "rollout's only": config.trainer.temperature not in (1.0, rollout.temperature),
         f"rollout.max_tokens={rollout.max_tokens} leaves no room for a prompt in engine.max_model_len={engine.max_model_len}": (
@@ -383,10 +375,4 @@ def _contradictions(config: RunConfig) -> list[str]:
         ),
         "runner.address is for runner.kind=ray": config.runner.address is not None and config.runner.kind != "ray",
     }
-    return problems + [text for text, wrong in checks.items() if wrong]
-
-
-def _at(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
+    return range_problems(config) + [text for text, wrong in checks.items() if wrong]

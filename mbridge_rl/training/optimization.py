@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
+from mbridge_rl.core.typed_values import AtLeastOne, NotNegative, Positive, Range, range_problems
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.training.logprobs import DEFAULT_MAX_ELEMENTS
 
 Schedule = Literal["constant", "linear", "cosine", "inverse-square-root"]
+Beta = Annotated[float, Range(least=0.0, below=1.0)]
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class TrainerConfig:
     learning_rate: float = 1e-6
     schedule: Schedule = "constant"
     warmup_steps: int = 0
-    decay_steps: int | None = None
+    decay_steps: AtLeastOne | None = None
     min_learning_rate: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    epsilon: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
     clip_grad: float = 1.0
     micro_batch_size: int = 8
     micro_batch_tokens: int | None = None
@@ -57,6 +59,8 @@ class TrainerConfig:
     offload: str = "none"
 
     def __post_init__(self) -> None:
+        if problems := range_problems(self):
+            raise ValueError("; ".join(problems))
         if self.schedule not in ("constant", "linear", "cosine", "inverse-square-root"):
             raise ValueError(f"unknown schedule {self.schedule!r}: choose constant, linear, cosine or inverse-square-root")
         if self.schedule in ("linear", "cosine") and (self.decay_steps or 0) <= self.warmup_steps:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
+from mbridge_rl.core.typed_values import range_problems
 from mbridge_rl.training.objectives.advantages import Baseline, Normalization
 from mbridge_rl.training.objectives.aggregation import Aggregation
 from mbridge_rl.training.objectives.correction import ImportanceCorrection
@@ -102,6 +103,8 @@ class GRPOConfig:
         return self.mask_truncated or self.ignore_truncated or self.truncated_reward is not None or self.truncation_penalty > 0
 
     def __post_init__(self) -> None:
+        if problems := range_problems(self):
+            raise ValueError("; ".join(problems))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, choices))}")
