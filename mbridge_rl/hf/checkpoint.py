@@ -19,9 +19,7 @@ from mbridge_rl.core.model import HFTensor
 from mbridge_rl.core.plan import Plan, View
 from mbridge_rl.core.segments import Shape
 from mbridge_rl.hf.rectangles import Rectangle, read_into, read_many
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from mbridge_rl.hf.weight_files import INDEX_FILE, SINGLE_FILE, require_one_copy, require_one_set, require_safetensors
 
 # The format's names of dtypes. What torch cannot name (4-bit floats) is refused with the file.
 DTYPES = {
@@ -67,22 +65,27 @@ class Checkpoint(Mapping[str, Tensor]):
         entries: what the headers say of each tensor.
 
     Raises:
-        CheckpointError: no safetensors files, a file that the index names is missing, or a truncated or corrupt file;
+        CheckpointError: no safetensors files, files of which other programs would read others (`hf.weight_files`), a file that
+            the index names is missing, or a truncated or corrupt file;
             StateMismatchError: the index names tensors that its files do not hold. Only headers have been read by then.
     """
 
     def __init__(self, directory: str | Path, file: str | None = None) -> None:
         self.directory = Path(directory)
         weight_map = None if file else _weight_map(self.directory / INDEX_FILE)
+        if weight_map is not None:
+            require_one_set(self.directory, weight_map)
         files = sorted(set(weight_map.values())) if weight_map is not None else [file or _single_file(self.directory)]
         self._files: dict[str, int] = {}
         weakref.finalize(self, _close, self._files)
         for file in files:
             self._files[file] = _open(self.directory / file)
+        headers = {file: dict(_entries(self._files[file], self.directory, file)) for file in files}
+        require_one_copy(self.directory, headers)
         self.entries: dict[str, Entry] = {
             hf_name: entry
-            for file in files
-            for hf_name, entry in _entries(self._files[file], self.directory, file)
+            for file, of_file in headers.items()
+            for hf_name, entry in of_file.items()
             if weight_map is None or weight_map.get(hf_name, file) == file
         }
         if weight_map is not None and (absent := weight_map.keys() - self.entries.keys()):
@@ -169,9 +172,8 @@ def _weight_map(index: Path) -> dict[str, str] | None:
 
 
 def _single_file(directory: Path) -> str:
-    if (directory / SINGLE_FILE).exists():
-        return SINGLE_FILE
-    raise CheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read")
+    require_safetensors(directory)
+    return SINGLE_FILE
 
 
 def _open(path: Path) -> int:

@@ -17,6 +17,8 @@ from mbridge_rl.core.model import HFTensor
 
 SUPPORTED = ("fp8", "mxfp4")
 
+_QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
+
 _SCALE = "_scale_inv"  # fp8 in blocks: `X.weight` and `X.weight_scale_inv`
 _TENSOR_SCALE = ".weight_scale"  # fp8 with one scale: `X.weight` and `X.weight_scale`
 _BLOCKS, _SCALES = "_blocks", "_scales"  # mxfp4: `X_blocks` and `X_scales`
@@ -89,6 +91,13 @@ class Dequantized(Mapping[str, Tensor]):
 
 def _tensor_scale_of(hf_name: str) -> str:
     return f"{hf_name}_scale" if hf_name.endswith(".weight") else ""
+
+
+def quantization_of(hf_config: Any) -> Any:
+    """What a config says of its checkpoint's quantization, `None` where it is not quantized."""
+    text_config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    configs = (getattr(config, field, None) for config in (hf_config, text_config) for field in _QUANTIZATION_FIELDS)
+    return next((config for config in configs if config), None)
 
 
 def require_supported(quantization_config: Any) -> Mapping[str, Any]:

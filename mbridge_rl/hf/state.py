@@ -34,7 +34,8 @@ def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Described], where: st
         StateMismatchError: a missing, unexpected or wrongly shaped tensor, or one that is not floating point.
     """
     missing = spec.hf_shapes.keys() - hf_state.keys() - spec.repeated_hf_names
-    extra = {hf_name for hf_name in hf_state.keys() - spec.hf_shapes.keys() if not is_ignored(spec, hf_name)}
+    unknown = hf_state.keys() - spec.hf_shapes.keys() - spec.aliases.keys()
+    extra = {hf_name for hf_name in unknown if not is_ignored(spec, hf_name)}
     if missing or extra:
         problems = [f"missing {listed(missing)}"] if missing else []
         problems += [f"unexpected {listed(extra)}"] if extra else []
