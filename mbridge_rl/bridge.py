@@ -25,9 +25,9 @@ from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import copy_companions, load_config, local_directory, save_config
-from mbridge_rl.hf.dequantize import quantization_of, require_supported
 from mbridge_rl.hf.module import HFModule
 from mbridge_rl.hf.peft import read_lora_config
+from mbridge_rl.hf.quantization import quantization_of, require_supported
 from mbridge_rl.hf.source import HfSource, HfState, checked_state, has_own_output_layer, open_source, spelled_as_in
 from mbridge_rl.hf.state import Contiguous
 from mbridge_rl.hf.tied import untied

@@ -13,8 +13,9 @@ from mbridge_rl.core.errors import CheckpointError, StateMismatchError
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import local_directory
-from mbridge_rl.hf.dequantize import Dequantized, quantization_of
+from mbridge_rl.hf.dequantize import Dequantized
 from mbridge_rl.hf.module import HFModule
+from mbridge_rl.hf.quantization import quantization_of
 from mbridge_rl.hf.state import Contiguous, check_hf_state
 from mbridge_rl.hf.tied import Renamed, add_missing_names, missing_names, own_tensors, require_tied
 
@@ -47,7 +48,10 @@ def open_checkpoint(spec: ModelSpec, hf_config: Any, directory: Path) -> Checkpo
         CheckpointError, StateMismatchError: it cannot be read, or is another model's.
     """
     opened = _opened(spec, hf_config, directory)
-    check_hf_state(spec, opened.entries if isinstance(opened, Checkpoint) else opened.tensors, str(directory))
+    if isinstance(opened, Checkpoint):
+        check_hf_state(spec, opened.entries, str(directory))
+    else:
+        check_hf_state(spec, opened.tensors, str(directory), str(opened.scheme))
     require_tied(spec, opened, str(directory))
     return opened
 
@@ -58,9 +62,10 @@ def checked_state(spec: ModelSpec, hf_state: HfState, where: str) -> HfState:
     Raises:
         StateMismatchError: they are another model's.
     """
+    quantized = hf_state if isinstance(hf_state, Dequantized) else None
     if missing := missing_names(spec, hf_state):
         hf_state = Renamed(hf_state, missing)
-    check_hf_state(spec, hf_state.tensors if isinstance(hf_state, Dequantized) else hf_state, where)
+    check_hf_state(spec, hf_state, where, "" if quantized is None else str(quantized.scheme))
     require_tied(spec, hf_state, where)
     return hf_state
 
