@@ -25,11 +25,12 @@ from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import copy_companions, load_config, local_directory, save_config
-from mbridge_rl.hf.dequantize import require_supported
 from mbridge_rl.hf.module import HFModule
 from mbridge_rl.hf.peft import read_lora_config
-from mbridge_rl.hf.source import HfSource, HfState, open_source, spelled_as_in
-from mbridge_rl.hf.state import Contiguous, check_hf_state
+from mbridge_rl.hf.quantization import quantization_of, require_supported
+from mbridge_rl.hf.source import HfSource, HfState, checked_state, has_own_output_layer, open_source, spelled_as_in
+from mbridge_rl.hf.state import Contiguous
+from mbridge_rl.hf.tied import untied
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 from mbridge_rl.quantized_bridge import LiveQuantizedBridge
 from mbridge_rl.sync.group import RankGroup
@@ -54,15 +55,24 @@ class AutoBridge:
 
     Attributes:
         hf_config: the Transformers config.
-        spec: what both ends know of the model (`core.model.ModelSpec`).
+        spec: what both ends know of the model (`core.model.ModelSpec`). Of a checkpoint whose config says that it is tied, and
+            whose output layer is another tensor than its embedding, both are those of an untied model.
         directory: the checkpoint that it came from, `None` for a bare config.
     """
 
     def __init__(
         self, hf_config: Any, directory: Path | None = None, *, mtp: bool = False, numerics: Numerics = "transformers"
     ) -> None:
-        if quantization := getattr(hf_config, "quantization_config", None):
+        if quantization := quantization_of(hf_config):
             require_supported(quantization)
+        tied = spelled_as_in(model_spec(hf_config), directory)
+        if directory is not None and has_own_output_layer(tied, hf_config, directory):
+            _log.warning(
+                "%s: tie_word_embeddings is true, and the checkpoint's output layer differs from its embedding: the model is "
+                "built with an output layer of its own, as Transformers and vLLM do. Exports keep it and say so",
+                directory,
+            )
+            hf_config = untied(hf_config)
         self.hf_config = hf_config
         self.spec: ModelSpec = spelled_as_in(model_spec(hf_config, mtp=mtp, numerics=numerics), directory)
         self._warn_of_vllm()
@@ -125,7 +135,7 @@ class AutoBridge:
             hf_state = HFModule(self.spec, hf_state)
             source, tensors, dtypes = hf_state.side, hf_state, hf_state.hf_dtypes()
         else:
-            check_hf_state(self.spec, hf_state, "the given state dict")
+            hf_state = checked_state(self.spec, hf_state, "the given state dict")
             source, tensors = hf_side(self.spec), Contiguous(hf_state)
             dtypes = {hf_name: hf_state[hf_name].dtype for hf_name in self.spec.hf_shapes if hf_name in hf_state}
         side = megatron_side(self.spec, layout)

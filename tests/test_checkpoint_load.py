@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from live import live, raised
 from pages import PAGE, watched
 from ranks import run_ranks
 from safetensors.torch import save_file
-from tiny import hf_state, tiny_checkpoint
+from tiny import assert_same_state, hf_state, tiny_checkpoint
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
@@ -267,3 +269,38 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(directory / "model.safetensors", (directory / "model.safetensors").stat().st_size // 2)
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: {re.escape(last)} cannot be read .*bytes too early"):
         checkpoint.read_into(View(last, 0, (1,)), (64,), torch.empty(64))
+
+
+def test_two_sets_of_files_are_refused_where_programs_read_others(tmp_path: Path) -> None:
+    """Transformers reads the single file, vLLM those of the index; an index of the single file is one set."""
+    directory, model = tiny_checkpoint(tmp_path / "one", "llama", seed=1)
+    tiny_checkpoint(tmp_path / "other", "llama", seed=2)[1].save_pretrained(tmp_path / "other", max_shard_size="200KB")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(hf_state(directory), "model.safetensors")}))
+    assert_same_state(dict(Checkpoint(directory)), hf_state(directory))
+    for path in (tmp_path / "other").glob("*.safetensors*"):
+        if path.name != "model.safetensors":
+            shutil.copy(path, directory)
+    with pytest.raises(
+        CheckpointError, match=r"holds model.safetensors and also .*, which names model-00001.* Remove"
+    ):
+        Checkpoint(directory)
+    (directory / "model.safetensors").unlink()
+    assert Checkpoint(directory).entries.keys() == model.state_dict().keys()
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "x.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "y.safetensors")
+    index = {"weight_map": {"a": "x.safetensors", "b": "x.safetensors", "c": "y.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"b lie in y\.safetensors and in x\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(name: str, tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    (directory / "model.safetensors").rename(directory / name)
+    with pytest.raises(CheckpointError, match=rf"holds {name}, .*from_pretrained\('.*'\)\.save_pretrained"):
+        AutoBridge.from_pretrained(directory).verify(directory, hf_state(directory))

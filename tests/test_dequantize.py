@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.hf.dequantize import Dequantized
+from mbridge_rl.hf.source import open_checkpoint
 from mbridge_rl.megatron.parallel import initialize_parallel
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -105,3 +107,102 @@ def load_and_save(rank: int, directory: Path, layout: ParallelLayout) -> None:
     model = bridge.build_model(dtype=torch.bfloat16)
     bridge.load_weights(model)
     bridge.save_pretrained(model, directory / "saved")
+
+
+def fp8_checkpoint(directory: Path, quantization: dict[str, Any], scale_shape: Any, name: str) -> dict[str, torch.Tensor]:
+    """A llama whose linears are fp8 with scales `{linear}.{name}` of the shape that `scale_shape(rows, columns)` gives, beside
+    scales of activations and of KV caches; returns the tensors that it stands for."""
+    tiny_checkpoint(directory, "llama")
+    state = {name: tensor.bfloat16() for name, tensor in hf_state(directory).items()}
+    expected, generator = dict(state), torch.Generator().manual_seed(3)
+    for weight in [weight for weight in state if weight.endswith("_proj.weight")]:
+        linear, (rows, columns) = weight.removesuffix(".weight"), state[weight].shape
+        scale = torch.rand(scale_shape(rows, columns), generator=generator) + 0.5
+        state[weight] = state[weight].to(torch.float8_e4m3fn)
+        state[f"{linear}.{name}"] = scale
+        state[f"{linear}.input_scale"] = torch.tensor(0.25)
+        by_row = scale if scale.numel() == 1 else scale.reshape(rows, 1) if scale.numel() == rows else None
+        if by_row is None:
+            by_row = scale.repeat_interleave(16, 0).repeat_interleave(32, 1)[:rows, :columns]
+        expected[weight] = (state[weight].float() * by_row).bfloat16()
+    state["model.layers.0.self_attn.k_scale"] = torch.tensor(0.5)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization, "dtype": "bfloat16"}))
+    return expected
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "symmetric": True, **weights}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+
+
+STATIC = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+FP8_SCHEMES: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "one scale, static activations": (STATIC, lambda rows, columns: (), "weight_scale"),
+    "one scale, as Ministral 3 has it": (STATIC, lambda rows, columns: (), "weight_scale_inv"),
+    "blocks, static activations": (
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [16, 32]},
+        lambda rows, columns: (-(-rows // 16), -(-columns // 32)),
+        "weight_scale_inv",
+    ),
+    "compressed-tensors, tensor": (compressed(strategy="tensor"), lambda rows, columns: (1,), "weight_scale"),
+    "compressed-tensors, channel": (compressed(strategy="channel"), lambda rows, columns: (rows, 1), "weight_scale"),
+    "compressed-tensors, block": (
+        compressed(strategy="block", block_structure=[16, 32]),
+        lambda rows, columns: (-(-rows // 16), -(-columns // 32)),
+        "weight_scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FP8_SCHEMES)
+def test_every_fp8_scheme_is_read_and_shards_as_what_it_stands_for(kind: str, tmp_path: Path) -> None:
+    expected = fp8_checkpoint(tmp_path, *FP8_SCHEMES[kind])
+    bridge = AutoBridge.from_pretrained(tmp_path)
+    opened = open_checkpoint(bridge.spec, bridge.hf_config, tmp_path)
+    assert_same_state(dict(opened), expected)
+    layout = ParallelLayout(tp=2, pp=2)
+    assert_same_state(bridge.unshard(bridge.shard(opened, layout), layout), expected)
+
+
+def test_scales_of_stacked_experts() -> None:
+    """As Transformers holds them: blocks of every expert, or one scale each."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 40, 64, generator=generator).to(torch.float8_e4m3fn)
+    blocks = torch.rand(3, 3, 2, generator=generator)
+    state = {"experts.gate_up_proj": weight, "experts.gate_up_proj_scale_inv": blocks}
+    state["experts.gate_up_proj_activation_scale"] = torch.ones(3)
+    plain = Dequantized(state, FP8 | {"weight_block_size": [16, 32]}, torch.float32)
+    assert list(plain) == ["experts.gate_up_proj"]
+    by_element = blocks.repeat_interleave(16, 1).repeat_interleave(32, 2)[:, :40]
+    assert torch.equal(plain["experts.gate_up_proj"], weight.float() * by_element)
+    each = Dequantized({**state, "experts.gate_up_proj_scale_inv": blocks[:, 0, 0]}, FP8, torch.float32)
+    assert torch.equal(each["experts.gate_up_proj"], weight.float() * blocks[:, :1, :1])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "int8": (compressed(type="int", strategy="channel"), r"config_groups\.group_0\.weights\.type='int'"),
+    "fp4": (compressed(num_bits=4, strategy="group"), r"config_groups\.group_0\.weights\.num_bits=4"),
+    "packed": ({**compressed(), "format": "pack-quantized"}, r"compressed-tensors' and format='pack-quantized'"),
+    "sparse": ({**compressed(), "sparsity_config": {"format": "sparse-24-bitmask"}}, r"sparsity_config\.format='sparse-24-bit"),
+    "rotated": (
+        {**compressed(), "transform_config": {"config_groups": {"R1": {}}}},
+        r"transform_config\.config_groups=\[.R1",
+    ),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, r"quant_method='modelopt'"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_schemes_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    fp8_checkpoint(tmp_path, REFUSED[kind][0], lambda rows, columns: (), "weight_scale")
+    with pytest.raises(UnsupportedModelError, match=REFUSED[kind][1]):
+        AutoBridge.from_pretrained(tmp_path)
+
+
+def test_tensors_that_are_not_the_schemes_are_refused_with_it(tmp_path: Path) -> None:
+    fp8_checkpoint(tmp_path, FP8, lambda rows, columns: (), "weight_zero_point")
+    bridge = AutoBridge.from_pretrained(tmp_path)
+    with pytest.raises(StateMismatchError, match=r"unexpected .*weight_zero_point.*quantization_config.quant_method='fp8'"):
+        open_checkpoint(bridge.spec, bridge.hf_config, tmp_path)

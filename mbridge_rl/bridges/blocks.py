@@ -105,7 +105,7 @@ def decoder(hf: Any, *blocks: Block, extras: tuple[Extra, ...] = ()) -> ModelSpe
         rules=rules,
         num_experts=next((block.num_experts for block in blocks if block.num_experts), None),
         extras=(*(extra for block in blocks for extra in block.extras), *rotary, *extras),
-        ignored_hf_prefixes=("lm_head.weight",) if tied else (),
+        aliases={"lm_head.weight": embedding} if tied else {},
     )
 
 

@@ -81,17 +81,9 @@ def opened_checkpoint(directory: Path, bridge: AutoBridge) -> Checkpoint | Dequa
     Raises:
         CheckpointError, StateMismatchError: it cannot be read, or is not the checkpoint of the config beside it.
     """
-    import torch
+    from mbridge_rl.hf.source import open_checkpoint
 
-    from mbridge_rl.hf.checkpoint import Checkpoint
-    from mbridge_rl.hf.dequantize import Dequantized
-    from mbridge_rl.hf.state import check_hf_state
-
-    hf_state: Checkpoint | Dequantized = Checkpoint(directory)
-    if quantization := getattr(bridge.hf_config, "quantization_config", None):
-        hf_state = Dequantized(hf_state, quantization, bridge.hf_config.dtype or torch.bfloat16)
-    check_hf_state(bridge.spec, hf_state.tensors, str(directory))
-    return hf_state
+    return open_checkpoint(bridge.spec, bridge.hf_config, directory)
 
 
 def _layout_options(

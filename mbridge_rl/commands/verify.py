@@ -132,7 +132,9 @@ def _compared_logits(checkpoint: Path, bridge: AutoBridge, found: Tensor, tolera
     import torch
     import transformers
 
-    if getattr(bridge.hf_config, "quantization_config", None):
+    from mbridge_rl.hf.quantization import quantization_of
+
+    if quantization_of(bridge.hf_config):
         said = "not compared: the checkpoint is quantized, which Transformers does not run everywhere"
         return {"what": "logits", "equal": None, "said": said}
     transformers.utils.logging.disable_progress_bar()

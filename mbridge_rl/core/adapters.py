@@ -83,7 +83,7 @@ def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
     adapted = adapted_rules(spec, config)
     names = _peft_modules_of([part for one in adapted for part in one.parts])
     rules = tuple(factor for one in adapted for factor in _Factors(one, names).rules())
-    return replace(spec, rules=rules, extras=(), ignored_hf_prefixes=())
+    return replace(spec, rules=rules, extras=(), ignored_hf_prefixes=(), aliases={})
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,8 +64,10 @@ class ModelSpec:
             function that builds it}`. Their tensors are in `rules` like all others.
         alternatives: the same model for checkpoints that name or stack its tensors otherwise, likelier ones first.
         prediction: the same model with its multi-token-prediction layers; `None` where it has none, or has them already.
-        ignored_hf_prefixes: beginnings of names of tensors that a checkpoint may hold though the model has no use for them (a
-            tied model's `lm_head.weight`, layers that only pretraining uses).
+        ignored_hf_prefixes: beginnings of names of tensors that a checkpoint may hold though the model has no use for them
+            (layers that only pretraining uses).
+        aliases: other names under which a checkpoint may hold a tensor, instead of its own name or beside it: `{alias:
+            hf_name}`. A tied model's `lm_head.weight` is one (`hf.tied`).
     """
 
     architecture: str
@@ -82,6 +84,7 @@ class ModelSpec:
     alternatives: tuple[ModelSpec, ...] = ()
     prediction: ModelSpec | None = None
     ignored_hf_prefixes: tuple[str, ...] = field(default=())
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def instances(self) -> list[Instance]:
@@ -135,7 +138,8 @@ class ModelSpec:
     def renamed(self, prefixes: Mapping[str, str]) -> ModelSpec:
         """The same model for checkpoints with other names (`core.rules.renamed`)."""
         ignored = tuple(renamed_hf_name(prefix, prefixes) for prefix in self.ignored_hf_prefixes)
-        return replace(self, rules=renamed(self.rules, prefixes), ignored_hf_prefixes=ignored)
+        aliases = {renamed_hf_name(alias, prefixes): renamed_hf_name(name, prefixes) for alias, name in self.aliases.items()}
+        return replace(self, rules=renamed(self.rules, prefixes), ignored_hf_prefixes=ignored, aliases=aliases)
 
     def for_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
         """Of this spec and its alternatives the one whose tensors are among `shapes` (by `hf_name`); this one if none is."""

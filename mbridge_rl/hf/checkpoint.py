@@ -21,9 +21,7 @@ from mbridge_rl.core.typed_values import shown
 from mbridge_rl.hf.header import Entry, read_header
 from mbridge_rl.hf.json_files import open_file, read_json
 from mbridge_rl.hf.rectangles import Rectangle, read_into, read_many
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from mbridge_rl.hf.weight_files import INDEX_FILE, SINGLE_FILE, require_one_copy, require_one_set, require_safetensors
 
 _MOST_INDEX_BYTES = 256 << 20
 
@@ -53,22 +51,27 @@ class Checkpoint(Mapping[str, Tensor]):
         entries: what the headers say of each tensor.
 
     Raises:
-        CheckpointError: no safetensors files, a file that the index names is missing, or a truncated or corrupt file;
+        CheckpointError: no safetensors files, files of which other programs would read others (`hf.weight_files`), a file that
+            the index names is missing, or a truncated or corrupt file;
             StateMismatchError: the index names tensors that its files do not hold. Only headers have been read by then.
     """
 
     def __init__(self, directory: str | Path, file: str | None = None) -> None:
         self.directory = Path(directory)
         weight_map = None if file else _weight_map(self.directory / INDEX_FILE)
+        if weight_map is not None:
+            require_one_set(self.directory, weight_map)
         files = sorted(set(weight_map.values())) if weight_map is not None else [file or _single_file(self.directory)]
         self._files: dict[str, int] = {}
         weakref.finalize(self, _close, self._files)
         for file in files:
             self._files[file] = open_file(self.directory / file)
+        headers = {file: dict(read_header(self._files[file], self.directory / file, file)) for file in files}
+        require_one_copy(self.directory, headers)
         self.entries: dict[str, Entry] = {
             hf_name: entry
-            for file in files
-            for hf_name, entry in read_header(self._files[file], self.directory / file, file)
+            for file, of_file in headers.items()
+            for hf_name, entry in of_file.items()
             if weight_map is None or weight_map.get(hf_name, file) == file
         }
         if weight_map is not None and (absent := weight_map.keys() - self.entries.keys()):
@@ -159,9 +162,8 @@ def _is_inside(file: str) -> bool:
 
 
 def _single_file(directory: Path) -> str:
-    if (directory / SINGLE_FILE).exists():
-        return SINGLE_FILE
-    raise CheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints are read")
+    require_safetensors(directory)
+    return SINGLE_FILE
 
 
 def _close(descriptors: dict[str, int]) -> None:

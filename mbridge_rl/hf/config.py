@@ -88,8 +88,10 @@ def parse_config(values: Mapping[str, Any]) -> Any:
 def save_config(hf_config: Any, directory: Path, dtype: torch.dtype) -> None:
     """Writes config.json, its dtype that of the saved weights, which are never quantized."""
     saved = copy.deepcopy(hf_config)
-    if getattr(saved, "quantization_config", None) is not None:
-        del saved.quantization_config
+    for config in (saved, saved.get_text_config()):
+        for field in ("quantization_config", "compression_config"):
+            if getattr(config, field, None) is not None:
+                delattr(config, field)
     saved.dtype = dtype
     saved.save_pretrained(directory)
 

@@ -1,7 +1,8 @@
-"""Quantized checkpoints as plain ones, dequantized when read: fp8 with block scales (DeepSeek-V3) or one scale per tensor, and
-mxfp4 (GPT-OSS).
+"""Quantized checkpoints as plain ones, dequantized when read: fp8 with scales per block, row or tensor (those of DeepSeek-V3, of
+Transformers and of compressed-tensors), and mxfp4 (GPT-OSS).
 
-The trainer holds bf16 or fp32, and an ordinary export is a plain checkpoint; `core.quantize` is the way back to fp8.
+The trainer holds bf16 or fp32, and an ordinary export is a plain checkpoint; `core.quantize` is the way back to fp8. Scales of
+activations and of KV caches are left out: they say how an engine rounds what it computes, and belong to no weight.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.errors import StateMismatchError, UnsupportedModelError
+from mbridge_rl.core.errors import StateMismatchError, listed
 from mbridge_rl.core.model import HFTensor
+from mbridge_rl.hf.quantization import scheme_of
 
-SUPPORTED = ("fp8", "mxfp4")
-
-_SCALE = "_scale_inv"  # fp8 in blocks: `X.weight` and `X.weight_scale_inv`
-_TENSOR_SCALE = ".weight_scale"  # fp8 with one scale: `X.weight` and `X.weight_scale`
+_SCALE = "_scale_inv"  # fp8: `X.weight` and `X.weight_scale_inv`, or `X` and `X_scale_inv` of stacked experts
+_WEIGHT_SCALE = ".weight_scale"  # fp8 by others: `X.weight` and `X.weight_scale`
 _BLOCKS, _SCALES = "_blocks", "_scales"  # mxfp4: `X_blocks` and `X_scales`
+_OF_ACTIVATIONS = (
+    *(".input_scale", ".output_scale", ".activation_scale", "_activation_scale"),
+    *(".q_scale", ".k_scale", ".v_scale", ".prob_scale"),
+)
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _MXFP4_BIAS = 127
 
@@ -32,30 +36,30 @@ class Dequantized(Mapping[str, Tensor]):
         quantization_config: from its config.json.
         dtype: of the dequantized tensors; others keep theirs.
 
+    Attributes:
+        scheme: how the weights are stored.
+
     Raises:
-        UnsupportedModelError: another method than `SUPPORTED`.
+        UnsupportedModelError: another method than `hf.quantization.SUPPORTED`.
         StateMismatchError: scales without weights, or of a shape that does not fit (when the tensor is read).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], quantization_config: Any, dtype: torch.dtype) -> None:
-        config = require_supported(quantization_config)
+        self.scheme = scheme_of(quantization_config)
         self._tensors, self._dtype = tensors, dtype
-        self._block = tuple(config.get("weight_block_size") or (128, 128))
-        scales = {name for name in tensors if name.endswith((_SCALE, _SCALES, _TENSOR_SCALE))}
-        self._names = [self._plain(name) for name in tensors if name not in scales]
-        orphans = [name for name in scales if self._of_scale(name) not in tensors]
-        if orphans:
-            raise StateMismatchError(f"scales without weights: {', '.join(sorted(orphans)[:8])}; the checkpoint is incomplete")
+        scales = {name for name in tensors if name.endswith((_SCALE, _SCALES, _WEIGHT_SCALE))}
+        weights = (name for name in tensors if name not in scales and not name.endswith(_OF_ACTIVATIONS))
+        self._names = [name.removesuffix(_BLOCKS) for name in weights]
+        if orphans := [name for name in scales if self._of_scale(name) not in tensors]:
+            raise StateMismatchError(f"scales without weights: {listed(orphans)}; the checkpoint is incomplete ({self.scheme})")
 
     def __getitem__(self, hf_name: str) -> Tensor:
         if hf_name + _BLOCKS in self._tensors:
             blocks, scales = self._tensors[hf_name + _BLOCKS], self._tensors[hf_name + _SCALES]
             return dequantize_mxfp4(blocks, scales, self._dtype)
-        if hf_name + _SCALE in self._tensors:
-            return dequantize_fp8(hf_name, self._tensors[hf_name], self._tensors[hf_name + _SCALE], self._block, self._dtype)
-        if (one := _tensor_scale_of(hf_name)) in self._tensors:
-            return (self._tensors[hf_name].float() * self._tensors[one].float()).to(self._dtype)
-        return self._tensors[hf_name]
+        if (scale := self._scale_of(hf_name)) is None:
+            return self._tensors[hf_name]
+        return dequantize_fp8(hf_name, self._tensors[hf_name], self._tensors[scale], self.scheme.block, self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -73,49 +77,49 @@ class Dequantized(Mapping[str, Tensor]):
             experts, rows, groups, width = self._tensors[hf_name + _BLOCKS].shape
             return HFTensor(hf_name, self._dtype, (experts, groups * width * 2, rows))
         stored = self._tensors[hf_name]
-        scaled = hf_name + _SCALE in self._tensors or _tensor_scale_of(hf_name) in self._tensors
-        return HFTensor(hf_name, self._dtype if scaled else stored.dtype, tuple(stored.shape))
+        return HFTensor(hf_name, stored.dtype if self._scale_of(hf_name) is None else self._dtype, tuple(stored.shape))
 
-    @staticmethod
-    def _plain(name: str) -> str:
-        return name.removesuffix(_BLOCKS)
+    def _scale_of(self, hf_name: str) -> str | None:
+        """The name of an fp8 weight's scales."""
+        names = (hf_name + _SCALE, f"{hf_name}_scale" if hf_name.endswith(".weight") else "")
+        return next((name for name in names if name in self._tensors), None)
 
     @staticmethod
     def _of_scale(name: str) -> str:
-        if name.endswith(_TENSOR_SCALE):
+        if name.endswith(_WEIGHT_SCALE):
             return name.removesuffix("_scale")
         return name.removesuffix(_SCALE) if name.endswith(_SCALE) else name.removesuffix(_SCALES) + _BLOCKS
 
 
-def _tensor_scale_of(hf_name: str) -> str:
-    return f"{hf_name}_scale" if hf_name.endswith(".weight") else ""
-
-
-def require_supported(quantization_config: Any) -> Mapping[str, Any]:
-    """The quantization config as a mapping; raises UnsupportedModelError for a method that cannot be imported."""
-    config = quantization_config if isinstance(quantization_config, Mapping) else quantization_config.to_dict()
-    method = config.get("quant_method")
-    if method not in SUPPORTED:
-        raise UnsupportedModelError(
-            f"quantization_config has quant_method={method!r}; checkpoints quantized by {' and '.join(SUPPORTED)} can be "
-            f"imported, dequantize this one first"
-        )
-    return config
-
-
 def dequantize_fp8(hf_name: str, weight: Tensor, scale: Tensor, block: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`weight [rows, columns]` times its block's `scale [ceil(rows / block), ceil(columns / block)]`, in fp32, then `dtype`."""
-    expected = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
-    if tuple(scale.shape) != expected:
+    """`weight [..., rows, columns]` times its scale, in fp32, then `dtype`.
+
+    Args:
+        scale: one for all, one per row (`[rows]` or `[rows, 1]`), or one per block (`[ceil(rows / block), ceil(columns /
+            block)]`); of stacked experts `[experts, ...]`, for each expert one of these.
+    """
+    if weight.dim() == 3 and scale.dim() >= 1 and scale.shape[0] == weight.shape[0]:
+        each = (dequantize_fp8(f"{hf_name}[{i}]", weight[i], scale[i], block, dtype) for i in range(len(weight)))
+        return torch.stack(list(each))
+    rows, columns = weight.shape[-2:] if weight.dim() > 1 else (1, weight.numel())
+    expected = tuple(-(-size // step) for size, step in zip((rows, columns), block, strict=True))
+    if scale.numel() == 1:
+        by_block, block = scale.reshape(1, 1), (rows, columns)
+    elif tuple(scale.shape) in ((rows,), (rows, 1)):
+        by_block, block = scale.reshape(rows, 1), (1, columns)
+    elif tuple(scale.shape) == expected:
+        by_block = scale
+    else:
         raise StateMismatchError(
             f"{hf_name}{_SCALE} has shape {list(scale.shape)}, blocks of {list(block)} of {list(weight.shape)} "
             f"need {list(expected)}"
         )
     result = torch.empty(weight.shape, dtype=dtype)
-    widths = scale.float().repeat_interleave(block[1], dim=1)[:, : weight.shape[1]]
-    for index, row in enumerate(range(0, weight.shape[0], block[0])):  # a row of blocks at a time bounds the fp32 copy
-        rows = slice(row, row + block[0])
-        result[rows] = (weight[rows].float() * widths[index]).to(dtype)
+    widths = by_block.float().repeat_interleave(block[1], dim=1)[:, :columns]
+    of_rows, given = result.view(rows, columns), weight.view(rows, columns)
+    for index, row in enumerate(range(0, rows, block[0])):  # a row of blocks at a time bounds the fp32 copy
+        part = slice(row, row + block[0])
+        of_rows[part] = (given[part].float() * widths[index]).to(dtype)
     return result
 
 

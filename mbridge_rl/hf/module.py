@@ -79,7 +79,11 @@ class HFModule(Mapping[str, Tensor]):
             if saved.parameter_name not in self.side.shapes and saved.data_in not in named
         ]
         if loose:
-            raise StateMismatchError(f"{module_name}: {listed(loose)} should be tied and is not: call its tie_weights() first")
+            raise StateMismatchError(
+                f"{module_name}: {listed(loose)} should be tied and is not. If they are meant to be one tensor, call its "
+                f"tie_weights() first; if not, make the bridge from the module's checkpoint, or from a config with "
+                f"tie_word_embeddings=False"
+            )
 
 
 class SavedView(Tensor):

@@ -23,30 +23,37 @@ class Described(Protocol):
     def shape(self) -> Sequence[int]: ...
 
 
-def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Described], where: str) -> None:
+def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Described], where: str, quantized: str = "") -> None:
     """Checks names, shapes and dtypes of `hf_state` against the mapping.
 
     Args:
         hf_state: tensors, or what their file says of them.
         where: what the state is, for the message (a path, or "the given state dict").
+        quantized: what config.json says of the state's quantization, for the message.
 
     Raises:
         StateMismatchError: a missing, unexpected or wrongly shaped tensor, or one that is not floating point.
     """
     missing = spec.hf_shapes.keys() - hf_state.keys() - spec.repeated_hf_names
-    extra = {hf_name for hf_name in hf_state.keys() - spec.hf_shapes.keys() if not is_ignored(spec, hf_name)}
+    unknown = hf_state.keys() - spec.hf_shapes.keys() - spec.aliases.keys()
+    extra = {hf_name for hf_name in unknown if not is_ignored(spec, hf_name)}
     if missing or extra:
         problems = [f"missing {listed(missing)}"] if missing else []
         problems += [f"unexpected {listed(extra)}"] if extra else []
         raise StateMismatchError(
-            f"{where} does not match {spec.architecture}: {'; '.join(problems)}. "
-            f"Is config.json the one of these weights? Nothing was changed"
+            f"{where} does not match {spec.architecture}: {'; '.join(problems)}. {_doubt(quantized)} Nothing was changed"
         )
     for hf_name in (hf_name for hf_name in spec.hf_shapes if hf_name in hf_state):
         try:
             check_hf_tensor(spec, hf_name, hf_state[hf_name], where)
         except StateMismatchError as error:
             raise StateMismatchError(f"{error}. Nothing was changed") from error
+
+
+def _doubt(quantized: str) -> str:
+    if quantized:
+        return f"config.json says {quantized}: these are not the weights and scales that such a checkpoint is known to hold."
+    return "Is config.json the one of these weights?"
 
 
 def check_hf_tensor(spec: ModelSpec, hf_name: str, tensor: Described, where: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from mbridge_rl.core.digest import digest
 from mbridge_rl.core.errors import BridgeError, StateMismatchError, listed
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import Plan
@@ -51,6 +52,9 @@ class _Receiver:
     def __init__(self, spec: ModelSpec, plan: Plan, targets: Mapping[str, Tensor]) -> None:
         self._spec, self._plan, self._targets = spec, plan, targets
         self._padded = {name for names in plan.padded_names.values() for name in names}
+        self._tied = frozenset(spec.aliases.values())
+        self._names: set[str] = set()  # as the stream says them
+        self._first: dict[str, tuple[str, torch.dtype, int]] = {}  # of tied tensors: name, dtype and digest of what came first
         self.arrived: set[str] = set()
 
     def take(self, stream: Stream) -> None:
@@ -79,15 +83,19 @@ class _Receiver:
             f"load the model again before you use it"
         )
 
-    def _take_one(self, hf_name: str, tensor: Tensor) -> None:
-        if hf_name in self.arrived:
-            raise StateMismatchError(f"the stream holds {hf_name} twice")
-        if is_ignored(self._spec, hf_name):
+    def _take_one(self, name: str, tensor: Tensor) -> None:
+        if name in self._names:
+            raise StateMismatchError(f"the stream holds {name} twice")
+        if is_ignored(self._spec, name):
             return
+        self._names.add(name)
+        hf_name = self._spec.aliases.get(name, name)
         if hf_name not in self._spec.hf_shapes:
-            raise StateMismatchError(f"the stream holds {hf_name}, which {self._spec.architecture} does not have")
+            raise StateMismatchError(f"the stream holds {name}, which {self._spec.architecture} does not have")
         check_hf_tensor(self._spec, hf_name, tensor, "the stream")
         whole = tensor.detach().contiguous()
+        if hf_name in self._tied and self._is_repeated(name, hf_name, whole):
+            return
         for copy in self._plan.by_hf_name.get(hf_name, ()):
             target = self._targets[copy.target.name]
             if copy.target.name in self._padded:
@@ -95,3 +103,21 @@ class _Receiver:
                 self._padded.discard(copy.target.name)
             copy.target.of(target, copy.shape).copy_(copy.source.of(whole, copy.shape))
         self.arrived.add(hf_name)
+
+    def _is_repeated(self, name: str, hf_name: str, whole: Tensor) -> bool:
+        """Whether a tied tensor came before, under its other name.
+
+        Raises:
+            StateMismatchError: what came then was not the same.
+        """
+        content = (whole.dtype, digest(whole))
+        if hf_name not in self._first:
+            self._first[hf_name] = (name, *content)
+            return False
+        first, *other = self._first[hf_name]
+        if other != [*content]:
+            raise StateMismatchError(
+                f"the stream holds a {name} that is not its {first}, and this model was built tied (tie_word_embeddings), so "
+                f"that it has one tensor for both: build it from a config with tie_word_embeddings=False"
+            )
+        return True

@@ -382,7 +382,8 @@ class WeightSync:
     def _meet(self) -> None:
         """Once: the engines' workers are asked what they keep, everybody compiles the plan, and learns how it will travel."""
         self._require_same((self._spec.fingerprint, self._layout, str(self._dtype), self.options))
-        self._info = init_info(self._spec.hf_tensors(self._dtype), config_summary(self._bridge.hf_config))
+        summary = config_summary(self._bridge.hf_config, tied=self._spec.tied_embeddings)
+        self._info = init_info(self._spec.hf_tensors(self._dtype), summary)
         workers, self._replicas, hosts = self._introduction()
         self._route = self._planned(workers)
         self._said = {

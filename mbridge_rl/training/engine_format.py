@@ -9,7 +9,7 @@ import torch
 
 from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.quantize import Fp8, quantized_spec
-from mbridge_rl.hf.dequantize import require_supported
+from mbridge_rl.hf.quantization import quantization_of, require_supported
 from mbridge_rl.training.config import RunConfig
 from mbridge_rl.training.config_file import ConfigError
 
@@ -30,7 +30,7 @@ def require_format(config: RunConfig, bridge: Any) -> None:
 
 
 def _of_plain_weights(config: RunConfig, bridge: Any) -> Iterator[str]:
-    quantization = getattr(bridge.hf_config, "quantization_config", None)
+    quantization = quantization_of(bridge.hf_config)
     if not quantization:
         return
     held = _scheme_of(quantization)
@@ -42,7 +42,7 @@ def _of_plain_weights(config: RunConfig, bridge: Any) -> Iterator[str]:
 
 
 def _of_fp8(config: RunConfig, bridge: Any, scheme: Fp8) -> Iterator[str]:
-    quantization = getattr(bridge.hf_config, "quantization_config", None)
+    quantization = quantization_of(bridge.hf_config)
     try:
         quantized_spec(bridge.spec, scheme)
     except UnsupportedModelError as error:

@@ -26,14 +26,21 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "moe_intermediate_size": ("moe_intermediate_size",),
     "norm_topk_prob": ("norm_topk_prob",),
 }
+_ABOUT_TYING = (
+    ". tie_word_embeddings is what each has built: vLLM builds an output layer of its own where its checkpoint holds an "
+    "lm_head.weight that differs from the embedding, or that pipeline parallelism keeps it from comparing; save the trainer's "
+    "model with save_pretrained, and start the engine from there"
+)
 _ROPE_FIELDS = ("rope_type", "rope_theta", "factor")
-_SAME_ROPE_TYPE = {"deepseek_yarn": "yarn"}  # vLLM renames it in the engine's config
 
 
-def config_summary(hf_config: Any) -> dict[str, Any]:
+def config_summary(hf_config: Any, *, tied: bool | None = None) -> dict[str, Any]:
     """The fields of a Transformers config that both ends must agree on, as plain JSON types.
 
     Multimodal configs are read at their text part.
+
+    Args:
+        tied: whether the model that was built has one tensor for embedding and output layer; `None` means what the config says.
     """
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     summary: dict[str, Any] = {"architecture": (getattr(hf_config, "architectures", None) or [None])[0]}
@@ -44,17 +51,23 @@ def config_summary(hf_config: Any) -> dict[str, Any]:
     rope = getattr(text, "rope_parameters", None) or {}
     for name in _ROPE_FIELDS:
         value = rope.get(name) if isinstance(rope, Mapping) else None
-        summary[name] = getattr(text, name, None) if value is None else _SAME_ROPE_TYPE.get(value, value)
+        summary[name] = getattr(text, name, None) if value is None else value
+    if tied is not None:
+        summary["tie_word_embeddings"] = tied
     return {key: value for key, value in summary.items() if value is not None}
 
 
-def require_same_config(trainer: Mapping[str, Any], engine_hf_config: Any) -> None:
+def require_same_config(trainer: Mapping[str, Any], engine_hf_config: Any, *, tied: bool | None = None) -> None:
     """Compare the trainer's `config_summary` with the engine's own.
+
+    Args:
+        engine_hf_config: what the engine was started with, not what it made of it.
+        tied: as `config_summary`'s.
 
     Raises:
         EngineMismatch: naming every field that differs, with both values.
     """
-    engine = config_summary(engine_hf_config)
+    engine = config_summary(engine_hf_config, tied=tied)
     differences = [
         f"{key}: the trainer has {trainer.get(key)!r}, the engine {engine.get(key)!r}"
         for key in sorted(trainer.keys() | engine.keys())
@@ -64,6 +77,7 @@ def require_same_config(trainer: Mapping[str, Any], engine_hf_config: Any) -> No
         raise EngineMismatch(
             "the engine's model config is not the trainer's; start the engine from the trainer's checkpoint. "
             + "; ".join(differences)
+            + (_ABOUT_TYING if trainer.get("tie_word_embeddings") != engine.get("tie_word_embeddings") else "")
         )
 
 

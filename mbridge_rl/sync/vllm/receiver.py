@@ -24,6 +24,7 @@ from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, IncompleteSyn
 from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.vllm import cpu_weights
 from mbridge_rl.sync.vllm.compatibility import require_same_config
+from mbridge_rl.sync.vllm.engine_config import config_as_given, is_tied
 from mbridge_rl.sync.vllm.guard import Guard
 from mbridge_rl.sync.vllm.loading import loader_for
 from mbridge_rl.sync.vllm.proof import LandingMap
@@ -84,7 +85,7 @@ class Receiver:
         """
         self.abort("another trainer introduced itself")
         if config is not None:
-            require_same_config(config, self.vllm_config.model_config.hf_config)
+            require_same_config(config, config_as_given(self.vllm_config.model_config), tied=is_tied(self.model))
         tensors = list(metadata)
         with self._scope(), self._loader.plain():
             self._landings = LandingMap.learn(self.model, tensors, self._device, self.vllm_config)
