@@ -12,7 +12,10 @@ PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --dura
 NIGHTLY = $(addprefix tests/test_,$(addsuffix .py,training_learns training_run attached_engines plan_properties \
 	vllm_plan_refit vllm_chaos requests_in_flight cli))
 
-.PHONY: demo test nightly bench support-table venv lint clean
+# Variants of `tools/kernels.py`, for example KERNELS="zen threads-2"; all of them take hours.
+KERNELS ?=
+
+.PHONY: demo test test-kernels nightly bench support-table venv lint clean
 
 demo: venv
 	$(BIN)/mbridge-rl demo $(DEMO_ARGS)
@@ -21,6 +24,10 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST)
+
+# The tests that compare numbers, with the arithmetic of other processors.
+test-kernels: venv
+	$(BIN)/python tools/kernels.py $(KERNELS) -- -n $(TEST_WORKERS) --dist loadfile
 
 # The toy task in every mode, with full weights and adapters, on forks, torchrun and Ray, with every objective in every mode, and
 # the game of several turns, three seeds each; and what takes too long elsewhere: hours. Every case has its own processes, ports and

@@ -85,7 +85,7 @@ def _run_rank(
         stack_file = (folder / f"{rank}.stack").open("w")
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ.get("MBRIDGE_TEST_THREADS", "1")))
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/rendezvous",

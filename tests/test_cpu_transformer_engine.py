@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import assert_near, rounding
 from torch import Tensor
 
 from mbridge_rl.megatron.context_parallel import context_parallel_positions
@@ -18,8 +19,8 @@ with megatron_runtime():
     from mbridge_rl.megatron.cpu_attention import DotProductAttention
     from mbridge_rl.megatron.cpu_transformer_engine import GroupedLinear, LayerNorm, LayerNormLinear, Linear, RMSNorm
 
-# fp32 sums of at most 100 terms of order 1, in another order.
-TOLERANCE = {"atol": 2e-6, "rtol": 2e-6}
+# Two sums that follow each other, such as a norm's and a product's or scores and weighted values, of at most 9 terms: a length.
+ROUNDING = rounding(9, 2)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -39,8 +40,8 @@ def test_norms(zero_centered: bool) -> None:
         norm.weight.data = _random(7, seed=1)
     layer.bias.data = _random(7, seed=2)
     gamma = rms.weight + 1 if zero_centered else rms.weight
-    torch.testing.assert_close(rms(x), _rms(x, gamma, 1e-3), **TOLERANCE)
-    torch.testing.assert_close(layer(x), F.layer_norm(x, (7,), gamma, layer.bias, 1e-3), **TOLERANCE)
+    assert_near(rms(x), _rms(x, gamma, 1e-3), ROUNDING)
+    assert_near(layer(x), F.layer_norm(x, (7,), gamma, layer.bias, 1e-3), ROUNDING)
     assert rms.bias is None
 
 
@@ -50,7 +51,7 @@ def test_linear_returns_or_adds_its_bias() -> None:
     for linear in (adds, returns):
         linear.weight.data, linear.bias.data = _random(5, 6, seed=1), _random(5, seed=2)
     output, bias = returns(x)
-    torch.testing.assert_close(output + bias, adds(x), **TOLERANCE)
+    assert_near(output + bias, adds(x), ROUNDING)
     assert torch.equal(output, x @ returns.weight.T)
 
 
@@ -63,7 +64,7 @@ def test_layer_norm_linear_returns_its_normalised_input(return_bias: bool) -> No
     plain = module(x)
     module.return_layernorm_output = True
     *rest, ln_out = module(x)
-    torch.testing.assert_close(ln_out, _rms(x, module.layer_norm_weight, 1e-5), **TOLERANCE)
+    assert_near(ln_out, _rms(x, module.layer_norm_weight, 1e-5), ROUNDING)
     expected = list(plain) if return_bias else [plain]
     assert len(rest) == len(expected)
     assert all(torch.equal(mine, other) for mine, other in zip(rest, expected, strict=True))
@@ -76,7 +77,7 @@ def test_grouped_linear_multiplies_each_expert_with_its_own_tokens() -> None:
     x = _random(7, 4)
     expected = torch.cat([x[:2] @ module.weight0.T, x[2:2] @ module.weight1.T, x[2:] @ module.weight2.T])
     for splits in ([2, 0, 5], torch.tensor([2, 0, 5])):
-        torch.testing.assert_close(module(x, splits), expected, **TOLERANCE)
+        assert_near(module(x, splits), expected, ROUNDING)
 
 
 def test_bf16_is_rounded_once() -> None:
@@ -119,7 +120,7 @@ def test_attention(options: dict[str, Any], value_dim: int) -> None:
         hidden |= torch.ones(9, 9).tril(-4).bool()
     if "softmax_type" in options:
         module.softmax_offset.data = sink = _random(4, seed=3)
-    torch.testing.assert_close(module(query, key, value), _attention(query, key, value, hidden, sink), **TOLERANCE)
+    assert_near(module(query, key, value), _attention(query, key, value, hidden, sink), ROUNDING)
 
 
 def test_attention_mask_counts_only_where_te_reads_it() -> None:
@@ -129,15 +130,13 @@ def test_attention_mask_counts_only_where_te_reads_it() -> None:
     mask[:, 0] = True
     mask[0, 0] = False
     shown = _attention(query, key, value, torch.zeros_like(mask))
-    torch.testing.assert_close(module(query, key, value, mask, attn_mask_type="no_mask"), shown, **TOLERANCE)
-    torch.testing.assert_close(
+    assert_near(module(query, key, value, mask, attn_mask_type="no_mask"), shown, ROUNDING)
+    assert_near(
         module(query, key, value, mask[None, None], attn_mask_type="arbitrary"),
         _attention(query, key, value, mask),
-        **TOLERANCE,
+        ROUNDING,
     )
-    torch.testing.assert_close(
-        module(query, key, value, mask, attn_mask_type="causal"), _attention(query, key, value, _causal(9)), **TOLERANCE
-    )
+    assert_near(module(query, key, value, mask, attn_mask_type="causal"), _attention(query, key, value, _causal(9)), ROUNDING)
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
@@ -146,7 +145,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     module = DotProductAttention(4, 6)
     packed = module(query, key, value, qkv_format="thd", attn_mask_type="padding_causal", cu_seqlens_q=offsets)
     apart = [module(*(t[a:b].unsqueeze(1) for t in (query, key, value))).squeeze(1) for a, b in ((0, 4), (4, 9))]
-    torch.testing.assert_close(packed, torch.cat(apart), **TOLERANCE)
+    assert_near(packed, torch.cat(apart), ROUNDING)
 
 
 def test_context_parallel_positions_deal_every_token_once() -> None:

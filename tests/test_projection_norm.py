@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import run_ranks
+from tolerance import assert_near, rounding
 from torch import Tensor
 
 from mbridge_rl.core.layout import ParallelLayout
@@ -43,10 +44,10 @@ def test_values_and_gradients(heads: int, ranks: int) -> None:
     expected = torch.nn.functional.rms_norm(whole.flatten(2), (heads * DIM,), scale, EPS).view_as(x)
     (expected * upstream).sum().backward()
     parts = run_ranks(normalized, ranks, ranks, x, weight, upstream)
-    gradient = torch.zeros_like(x)
+    gradient, tolerance = torch.zeros_like(x), rounding(heads * DIM, 3)  # the sum of squares, and back twice
     for rank, (output, local_gradient, _) in enumerate(parts):
         first = rank * heads // ranks
-        torch.testing.assert_close(output, expected[:, :, first : first + output.shape[2]])
+        assert_near(output, expected[:, :, first : first + output.shape[2]], tolerance)
         gradient[:, :, first : first + output.shape[2]] += local_gradient
-    torch.testing.assert_close(gradient, whole.grad)
-    torch.testing.assert_close(sum(weight_gradient for *_, weight_gradient in parts), scale.grad)
+    assert_near(gradient, whole.grad, tolerance)
+    assert_near(sum(weight_gradient for *_, weight_gradient in parts), scale.grad, tolerance)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankError, run_ranks
-from tiny import saved_model
+from tiny import DENSE as SIZES
+from tiny import hf_state, saved_model
+from tolerance import assert_near, assert_trained_near, backward, forward
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
@@ -33,6 +35,10 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("training_checkpoint")
 
 
+STEPS = 5
+FORWARD, BACKWARD = (of(SIZES["num_hidden_layers"], SIZES["intermediate_size"]) for of in (forward, backward))
+
+
 def _batch(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(2, 515, (4, 9), generator=generator).tolist()
@@ -48,7 +54,9 @@ def _trainer(
     bridge.load_weights(model)
     if lora is not None:
         add_lora(model, lora)
-    return MegatronTrainer(model, TrainerConfig(learning_rate=1e-3, micro_batch_size=2, **SCHEDULE, **config))
+    # An epsilon far above the rounding of gradients, so that weights depend on them smoothly.
+    settings = {"learning_rate": 1e-3, "epsilon": 1e-3, "micro_batch_size": 2, **SCHEDULE, **config}
+    return MegatronTrainer(model, TrainerConfig(**settings))
 
 
 def _steps(trainer: MegatronTrainer, first: int, last: int) -> list[tuple[float, float]]:
@@ -123,10 +131,11 @@ def test_another_layout_goes_on(variant: str, before: Case, after: Case, scratch
     curve, weights, _ = run_ranks(_save, before[0].world_size, source, before, tmp_path, None)[0]
     found, found_weights, _ = run_ranks(_resume, after[0].world_size, source, after, tmp_path, None)[0]
     assert [rate for _, rate in found] == [rate for _, rate in curve]
-    # fp32 sums in another order; without Adam's moments the second loss is off by percents.
-    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in curve], rel=1e-5)
+    # Without Adam's moments the second loss is off by percents.
+    assert_near([loss for loss, _ in found], [loss for loss, _ in curve], FORWARD, what="losses")
+    start = hf_state(source)
     for name, weight in weights.items():
-        torch.testing.assert_close(found_weights[name], weight, atol=2e-4, rtol=1e-3)
+        assert_trained_near(found_weights[name], weight, start[name], BACKWARD, updates=STEPS, what=name)
 
 
 def test_another_layout_draws_what_follows_from_seed_and_step(scratch: Path, tmp_path: Path) -> None:
@@ -156,7 +165,7 @@ def test_adapters_alone_are_saved(scratch: Path, tmp_path: Path) -> None:
     assert resumed[0][0] == saved[0][0]
     assert all(torch.equal(resumed[0][1][name], weight) for name, weight in saved[0][1].items())
     moved = run_ranks(_resume, 2, source, other, tmp_path, lora)
-    assert [loss for loss, _ in moved[0][0]] == pytest.approx([loss for loss, _ in saved[0][0]], rel=1e-5)
+    assert_near([loss for loss, _ in moved[0][0]], [loss for loss, _ in saved[0][0]], FORWARD, what="losses")
     size = sum(file.stat().st_size for file in (tmp_path / "step_00000003").iterdir())
     assert size < 3 * sum(weight.nbytes for weight in saved[0][1].values())  # which would have moments, too
     with pytest.raises(RankError, match="holds the adapters of another model, or of other adapters"):

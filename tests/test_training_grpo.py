@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tolerance import assert_near, rounding
 
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.grpo import grpo_loss, policy_metrics
@@ -17,14 +18,18 @@ from mbridge_rl.training.objectives.kl import kl_penalty
 from mbridge_rl.training.objectives.metrics import mismatch_metrics
 from mbridge_rl.training.objectives.surrogates import clipped_surrogate, policy_ratio
 
+# Log-probabilities are fp32, what is made of them is summed in fp64: two are rounded, and their difference.
+ROUNDING = rounding(3)
+
 
 def test_advantages_compare_within_a_group() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 5.0, 3.0, 1.0])
     std = math.sqrt(1 / 3)
     expected = torch.tensor([2 / 3 / std, -1 / 3 / std, -1 / 3 / std, 1.0, 0.0, -1.0])
-    torch.testing.assert_close(group_advantages(rewards, 3), expected, atol=1e-5, rtol=1e-5)
+    # The library adds 1e-6 to the deviation, which is 0.58.
+    assert_near(group_advantages(rewards, 3), expected, rounding(3, 3) + 1e-6 / std)
     without_std = group_advantages(rewards, 3, normalize_std="none")
-    torch.testing.assert_close(without_std, torch.tensor([2 / 3, -1 / 3, -1 / 3, 2.0, 0.0, -2.0]))
+    assert_near(without_std, torch.tensor([2 / 3, -1 / 3, -1 / 3, 2.0, 0.0, -2.0]), rounding(3))
 
 
 def test_groups_without_variance_give_exact_zeros() -> None:
@@ -53,7 +58,7 @@ def test_the_ratio_is_clipped_where_it_would_overshoot(ratio: float, advantage: 
     ratio = policy_ratio(log_probs, torch.zeros(1))
     loss = clipped_surrogate(ratio, torch.tensor([advantage]), clip_low=0.2, clip_high=0.28)
     loss.sum().backward()
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert_near(loss.item(), expected, rounding(1, 3))  # logarithm, exponential, product
     assert bool(log_probs.grad) == gradient
 
 
@@ -74,8 +79,9 @@ def test_kl_estimators_estimate_the_kl() -> None:
     true_kl = (policy.exp() * (policy - reference)).sum()
     for estimator in ("k1", "k3"):
         estimate = (policy.exp() * kl_penalty(policy, reference, estimator)).sum()
-        torch.testing.assert_close(estimate, true_kl, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(kl_penalty(policy, reference, "k2"), (policy - reference) ** 2 / 2)
+        # Sums of terms as large as the largest ratio, which cancel.
+        assert_near(estimate, true_kl, rounding(9, 3), scale=(policy - reference).abs().exp().max().item())
+    assert_near(kl_penalty(policy, reference, "k2"), (policy - reference) ** 2 / 2, rounding(1, 3))
     assert (kl_penalty(policy, reference, "k3") >= 0).all()
     with pytest.raises(ValueError, match="k4"):
         kl_penalty(policy, reference, "k4")  # type: ignore[arg-type]
@@ -88,9 +94,9 @@ def test_mismatch_estimates_the_kl_from_the_trainer_to_the_engine() -> None:
     drawn = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3])
     mask = torch.tensor([True] * 8 + [False])
     found = mismatch_metrics(train[drawn][None], engine[drawn][None], mask[None])
-    assert found["kl_train_rollout"] == pytest.approx((train.exp() * (train - engine)).sum().item(), rel=1e-6)
-    assert found["mismatch_max"] == pytest.approx(math.log(2), rel=1e-6)
-    assert found["mismatch_mean"] == pytest.approx(math.log(2) * 6 / 8, rel=1e-6)
+    assert_near(found["kl_train_rollout"], (train.exp() * (train - engine)).sum().item(), ROUNDING, scale=math.log(8))
+    assert_near(found["mismatch_max"], math.log(2), ROUNDING, scale=math.log(8))
+    assert_near(found["mismatch_mean"], math.log(2) * 6 / 8, ROUNDING, scale=math.log(8))
 
 
 def _batch() -> Batch:
@@ -103,7 +109,7 @@ def test_batches_align_with_the_prediction() -> None:
     batch = _batch()
     assert batch.tokens.tolist() == [[5, 6, 10, 11, 0, 0], [7, 8, 9, 12, 0, 0]]
     assert batch.need("targets")[batch.mask].tolist() == [10, 11, 12]
-    assert batch.need("rollout_log_probs")[batch.mask].tolist() == pytest.approx([-0.1, -0.2, -0.3])
+    assert torch.equal(batch.need("rollout_log_probs")[batch.mask], torch.tensor([-0.1, -0.2, -0.3]))
     assert batch.mask.nonzero().tolist() == [[0, 1], [0, 2], [1, 2]]
     assert batch.spread(torch.tensor([1.0, 2.0]))[batch.mask].tolist() == [1.0, 1.0, 2.0]
     assert batch.num_tokens == 3
@@ -143,7 +149,7 @@ def test_metrics_look_at_the_mask_only() -> None:
     assert set(metrics.values()) == {0.0}
     log_probs[0, 1] = -1.0 + math.log(1.5)
     metrics = policy_metrics(log_probs, batch, GRPOConfig())
-    assert metrics["clip_fraction"] == metrics["clip_fraction_high"] == pytest.approx(1 / 3)
+    assert metrics["clip_fraction"] == metrics["clip_fraction_high"] == 1 / 3
     assert metrics["clip_fraction_low"] == 0.0  # the ratio is too high, not too low
-    assert metrics["ppo_kl"] == pytest.approx(-math.log(1.5) / 3)
+    assert_near(metrics["ppo_kl"], -math.log(1.5) / 3, ROUNDING, scale=1.0)
     assert masked_mean(log_probs, torch.zeros_like(batch.mask)) == 0.0

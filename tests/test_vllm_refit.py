@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_near, forward
 
 pytest.importorskip("vllm")
 
@@ -24,8 +24,7 @@ from interpreter import Interpreter
 from mbridge_rl.sync.errors import EngineProcessError
 from mbridge_rl.sync.vllm.process import EngineProcess
 
-# fp32 kernels of two libraries over three layers of width 192: sums in another order, measured at 5e-6
-LOGPROB_TOLERANCE = 1e-4
+ROUNDING = forward(layers=3, width=192)  # of the largest of these models
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +64,8 @@ def test_refit_equals_a_fresh_engine_and_transformers(engines: Interpreter, chec
     for prompt, completion in zip(refit_engines.PROMPTS, completions, strict=True):
         expected = transformers_logprobs(checkpoints / family / "B", prompt, completion.tokens)
         assert expected.argmax(-1).tolist() == completion.tokens
-        difference = expected.max(-1).values - torch.tensor(completion.logprobs)
-        assert difference.abs().max() < LOGPROB_TOLERANCE
+        size = expected.abs().max().item()
+        assert_near(completion.logprobs, expected.max(-1).values, ROUNDING, scale=size, what="log-probabilities")
 
 
 @pytest.mark.parametrize("family", refit_engines.FAMILIES)
@@ -165,7 +164,7 @@ def test_sampling_is_seeded_and_logprobs_are_of_the_sampled_distribution(engines
     completion = first[4]
     expected = transformers_logprobs(checkpoints / "qwen3" / "A", refit_engines.PROMPTS[1], completion.tokens, temperature=0.7)
     for position, (token, logprob) in enumerate(zip(completion.tokens, completion.logprobs, strict=True)):
-        assert math.isclose(expected[position, token].item(), logprob, abs_tol=LOGPROB_TOLERANCE)
+        assert_near(logprob, expected[position, token].item(), ROUNDING, scale=expected.abs().max().item())
 
 
 def test_seeds_and_lengths_of_prompts_go_with_them(engines: Interpreter, checkpoints: Path) -> None:

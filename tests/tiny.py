@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"head_dim": 24, "num_local_experts": 6, "intermediate_size": 32}),
 }
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe")
+
+
+def logit_scale(hidden_size: int, *, tied: bool = False) -> float:
+    """How large logits of these models get: four deviations of products of a normed state with random rows of the head."""
+    return 4 * (0.5 if tied else 0.1) * math.sqrt(hidden_size)
 
 
 def tiny_config(variant: str, **changes: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tolerance import forward
 from torch import Tensor, nn
 
 from mbridge_rl.core.layout import ParallelLayout
@@ -49,7 +50,7 @@ class Family:
         layout: real processes for `test_sharded`: TP x PP x EP or the nearest that the model admits.
         engine: further options of vLLM's engine; a string says why vLLM cannot run the family on this CPU.
         lora: targets of adapters (Megatron linears); a string says why there are none.
-        tolerance: of fp32 logits, largest absolute difference from Transformers'; more than 1e-3 needs a comment.
+        tolerance: largest difference of fp32 logits from Transformers', relative to the largest logit; more needs a comment.
         ignored: beginnings of names in the checkpoint that the bridge leaves alone.
         embedding: standard deviation of token embeddings; models that scale them need less, or they repeat themselves.
         classes: of the config and the model, where Transformers has none.
@@ -65,7 +66,7 @@ class Family:
     layout: ParallelLayout = ParallelLayout(tp=2, pp=2, stage_layers=(2, 1))  # noqa: RUF009 (immutable)
     engine: Mapping[str, Any] | str = field(default_factory=dict)
     lora: tuple[str, ...] | str = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    tolerance: float = 1e-3
+    tolerance: float = forward(layers=4, width=256)
     ignored: tuple[str, ...] = ()
     embedding: float = 0.5
     classes: tuple[type[Any], type[nn.Module]] | None = None

@@ -50,7 +50,7 @@ def token_weights(mask: Tensor, aggregation: Aggregation = "token-mean", *, leng
     }
     if aggregation not in divisors:
         raise ValueError(f"unknown aggregation {aggregation!r}: choose {', '.join(get_args(Aggregation))}")
-    return mask / divisors[aggregation]
+    return mask.double() / divisors[aggregation]
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> float:
