@@ -382,7 +382,8 @@ class WeightSync:
     def _meet(self) -> None:
         """Once: the engines' workers are asked what they keep, everybody compiles the plan, and learns how it will travel."""
         self._require_same((self._spec.fingerprint, self._layout, str(self._dtype), self.options))
-        self._info = init_info(self._spec.hf_tensors(self._dtype), config_summary(self._bridge.hf_config))
+        tensors, optional = self._spec.hf_tensors(self._dtype), self._spec.optional_hf_names
+        self._info = init_info(tensors, config_summary(self._bridge.hf_config), optional)
         workers, self._replicas, hosts = self._introduction()
         self._route = self._planned(workers)
         self._said = {
