@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mbridge_rl.sync.pull import restore_from_store
     from mbridge_rl.sync.refit import WeightSync
     from mbridge_rl.sync.report import SyncReport
+    from mbridge_rl.sync.reshard import reshard
     from mbridge_rl.sync.store import WeightStore
     from mbridge_rl.sync.vllm.async_engine import AsyncEngine
     from mbridge_rl.sync.vllm.engine import InProcessEngine
@@ -35,6 +36,7 @@ __all__ = [
     "destroy_parallel",
     "initialize_parallel",
     "megatron_runtime",
+    "reshard",
     "restore_from_store",
 ]
 
@@ -53,6 +55,7 @@ _HOMES = {
     "destroy_parallel": "mbridge_rl.megatron.parallel",
     "initialize_parallel": "mbridge_rl.megatron.parallel",
     "megatron_runtime": "mbridge_rl.megatron.runtime",
+    "reshard": "mbridge_rl.sync.reshard",
     "restore_from_store": "mbridge_rl.sync.pull",
 }
 

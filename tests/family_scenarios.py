@@ -46,10 +46,8 @@ def adapted_logits(rank: int, directory: Path, targets: tuple[str, ...], tokens:
 
 
 def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: bool = False) -> list[Any]:
-    """Megatron and vLLM in one process: an engine of checkpoint A is refitted to B and compared with an engine of B. With
-    prediction layers over a static plan, in which workers get what they keep."""
+    """Megatron and vLLM in one process: an engine of checkpoint A is refitted to B and compared with an engine of B."""
     from mbridge_rl.sync.refit import WeightSync
-    from mbridge_rl.sync.vllm.compatibility import config_summary
     from mbridge_rl.sync.vllm.engine import InProcessEngine
 
     _know_in_process(AutoBridge.from_pretrained(directory / "A").hf_config.architectures[0])
@@ -63,15 +61,9 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: boo
             model = bridge.build_model(dtype=dtype)
             bridge.load_weights(model)
             before = _greedy(engine)
-            if mtp:
-                sync = WeightSync(bridge, model, engine)
-                sync.sync(1)
-                sync.close()
-            else:
-                left_out = bridge.spec.carried_hf_names
-                metadata = [tensor for tensor in bridge.metadata(dtype) if tensor.hf_name not in left_out]
-                engine.prepare(metadata, config_summary(bridge.hf_config))
-                engine.refit((entry for entry in bridge.export_weights(model) if entry[0] not in left_out), version=1)
+            sync = WeightSync(bridge, model, engine)
+            sync.sync(1)
+            sync.close()
         finally:
             destroy_parallel()
         found = _greedy(engine)

@@ -1,20 +1,25 @@
-"""Checkpoints, engines and a sender: what the scenarios of `refit_scenarios.py` are played with."""
+"""Checkpoints, engines and a trainer: what the scenarios of `refit_scenarios.py` are played with."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from standin import plain_trainer, set_weights
 from torch import Tensor
 
-from mbridge_rl.core.digest import digest
+from mbridge_rl.core.digest import combine, digest
+from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.vllm import worker_calls
+from mbridge_rl.sync.refit import WeightSync
+from mbridge_rl.sync.report import SyncReport
+from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
 from mbridge_rl.sync.vllm.compatibility import config_summary
 from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine
 
@@ -82,6 +87,10 @@ def fresh_completions(directory: Path, family: str, tag: str) -> list[Completion
         return greedy(engine)
 
 
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    return combine({hf_name: digest(tensor) for hf_name, tensor in weights.items()})
+
+
 def metadata_of(weights: dict[str, Tensor]) -> list[HFTensor]:
     return [HFTensor(hf_name, tensor.dtype, tuple(tensor.shape)) for hf_name, tensor in weights.items()]
 
@@ -100,12 +109,6 @@ def without_versions(completions: list[Completion]) -> list[tuple[list[int], lis
     return [(completion.tokens, completion.logprobs) for completion in completions]
 
 
-def prepared(directory: Path, family: str) -> InProcessEngine:
-    engine = engine_of(directory, family)
-    engine.prepare(metadata_of(weights_of(directory, family, "A")), config_of(directory, family))
-    return engine
-
-
 def parameters_of(engine: InProcessEngine) -> dict[str, Tensor]:
     return {name: parameter.clone() for name, parameter in engine.receiver.model.named_parameters()}
 
@@ -115,45 +118,95 @@ def assert_serves(engine: Any, directory: Path, family: str, tag: str) -> None:
     assert without_versions(greedy(engine)) == without_versions(fresh_completions(directory, family, tag))
 
 
-@dataclass
-class TensorBatch:
-    """Copies of some tensors, which a test may spoil, and the digests that they should have."""
+class Trainer:
+    """A trainer of plain tensors, which syncs an engine as every trainer does: by `WeightSync`."""
 
-    tensors: list[tuple[str, Tensor]]
-    digests: dict[str, int]
+    def __init__(self, engine: Any, directory: Path, family: str, **options: Any) -> None:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(directory / family / "A")
+        self._bridge, self._model = plain_trainer(config, ParallelLayout(), 0, weights_of(directory, family, "A"))
+        self._sync = WeightSync(self._bridge, self._model, engine, **options)
+
+    def sync(self, weights: Mapping[str, Tensor], version: int) -> SyncReport:
+        set_weights(self._bridge, self._model, 0, weights)
+        return self._sync.sync(version)
+
+    def update(self, version: int) -> dict[str, Any]:
+        """What the engine is told when a sync begins."""
+        wire, _ = self._sync._way.open(version, self._sync.route)
+        fingerprint = self._sync.route.fingerprint
+        return {
+            "version": version,
+            "fingerprint": fingerprint,
+            "mode": self._sync.options.mode,
+            "wire": {**wire, "replica": 0},
+            "timeout": 20.0,
+            "requests": "keep",
+            "delta": None,
+        }
 
     @property
-    def names(self) -> list[str]:
-        return [hf_name for hf_name, _ in self.tensors]
+    def parts(self) -> int:
+        """How many parts one sync sends."""
+        return sum(len(bucket.parts) for worker in self._sync.route.workers for bucket in worker.buckets)
 
-    def flip(self, index: int, bit: int) -> None:
-        self.tensors[index][1].view(-1).view(torch.uint8)[0] ^= bit
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sync.close()
 
 
-class Sender:
-    """Whole tensors from this process, batch by batch, as `InProcessEngine.refit` hands them over."""
+@contextmanager
+def flipped_bit(number: int) -> Iterator[None]:
+    """Of the parts that trainers send inside, number `number` leaves with another bit than it was packed with."""
 
-    def __init__(self, engine: InProcessEngine, weights: dict[str, Tensor], config: dict[str, Any] | None = None) -> None:
-        self.engine = engine
-        engine.prepare(metadata_of(weights), config)
+    def flip(outlet: Any, worker: int, index: int, part: Any) -> None:
+        outlet.place(worker, index, part)[part.nbytes // 2].bitwise_xor_(64)
 
-    def batches(self, weights: dict[str, Tensor], size: int, seed: int = 0) -> list[TensorBatch]:
-        """Of `size` tensors in random order: qkv and experts fall apart."""
-        order = list(weights)
-        random.Random(seed).shuffle(order)
-        parts = [order[first : first + size] for first in range(0, len(order), size)]
-        return [
-            TensorBatch([(name, weights[name].clone()) for name in part], {name: digest(weights[name]) for name in part})
-            for part in parts
-        ]
+    with _before_sending(number, flip):
+        yield
 
-    def send(self, batch: TensorBatch, version: int) -> None:
-        self.engine._in_workers(worker_calls.receive, version, batch.tensors, batch.digests)
-        for _, tensor in batch.tensors:
-            tensor.fill_(7.0)  # a trainer uses the memory again
 
-    def sync(self, weights: dict[str, Tensor], version: int, size: int = 1000, seed: int = 0) -> dict[str, Any]:
-        self.engine.start_weight_update()
-        for batch in self.batches(weights, size, seed):
-            self.send(batch, version)
-        return self.engine.finish_weight_update(str(version))
+@contextmanager
+def failing_part(number: int) -> Iterator[None]:
+    """The trainer fails before it sends part `number`."""
+
+    def fail(*_: Any) -> None:
+        raise ValueError("boom")
+
+    with _before_sending(number, fail):
+        yield
+
+
+@contextmanager
+def _before_sending(number: int, action: Callable[[Any, int, int, Any], None]) -> Iterator[None]:
+    original = {kind: kind.send for kind in (SlotOutlet, RingOutlet)}
+    sent = itertools.count()
+
+    def acting(send: Callable[..., None]) -> Callable[..., None]:
+        def act_and_send(outlet: Any, worker: int, index: int, part: Any) -> None:
+            if next(sent) == number:
+                action(outlet, worker, index, part)
+            send(outlet, worker, index, part)
+
+        return act_and_send
+
+    for kind, send in original.items():
+        kind.send = acting(send)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for kind, send in original.items():
+            kind.send = send  # type: ignore[method-assign]
+
+
+@contextmanager
+def left_open(engine: Any) -> Iterator[None]:
+    """Nobody tells the engine that an update was given up, as where its trainer was killed."""
+    engine.abort_update = lambda reason: None
+    try:
+        yield
+    finally:
+        del engine.abort_update

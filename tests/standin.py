@@ -224,8 +224,12 @@ class _Module(nn.Module):
 def light_model(
     variant: str, layout: ParallelLayout, rank: int, state: Mapping[str, Tensor], sizes: Mapping[str, Any] = SIZES
 ) -> tuple[Any, list[nn.Module]]:
-    """A bridge and what one rank of `layout` holds of `state`, under Megatron's own names."""
-    config = tiny_config(variant, **sizes)
+    """`plain_trainer` of a tiny model."""
+    return plain_trainer(tiny_config(variant, **sizes), layout, rank, state)
+
+
+def plain_trainer(config: Any, layout: ParallelLayout, rank: int, state: Mapping[str, Tensor]) -> tuple[Any, list[nn.Module]]:
+    """A bridge and what one rank of `layout` holds of `state`, under Megatron's own names: a trainer without Megatron."""
     spec = model_spec(config)
     dtype = next(iter(state.values())).dtype
     side = megatron_side(spec, layout, rank)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mbridge_rl.core.digest import add, digest
+from mbridge_rl.core.digest import add, digest, digest_strided
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import EngineMismatch
 from mbridge_rl.sync.vllm.landing import View, times_covered
@@ -230,6 +230,13 @@ def test_digests_of_landings_add_up_to_the_tensors() -> None:
     trace = trace_of(model, **{name: tuple(tensor.shape) for name, tensor in tensors.items()})
     model.load_weights(iter(tensors.items()))
     for name, tensor in tensors.items():
-        meta = HFTensor(name, torch.float32, tuple(tensor.shape))
-        parts = [landing.digest(landing.target.of(model.qkv.data), meta) for landing in trace.landings[name]]
+        parts = [
+            digest_strided(
+                landing.target.of(model.qkv.data),
+                columns=tensor.shape[-1],
+                offset=landing.source.offset,
+                strides=landing.source.strides,
+            )
+            for landing in trace.landings[name]
+        ]
         assert add(*parts) == digest(tensor)

@@ -69,8 +69,8 @@ def test_refit_equals_a_fresh_engine_and_transformers(engines: Interpreter, chec
 
 
 @pytest.mark.parametrize("family", refit_engines.FAMILIES)
-def test_batches_that_split_fused_tensors_are_exact(engines: Interpreter, checkpoints: Path, family: str) -> None:
-    engines.call(scenarios.scattered_batches_are_exact, checkpoints, family)
+def test_buckets_that_split_fused_tensors_are_exact(engines: Interpreter, checkpoints: Path, family: str) -> None:
+    engines.call(scenarios.buckets_that_split_tensors_are_exact, checkpoints, family)
 
 
 @pytest.mark.parametrize("family", refit_engines.FAMILIES)
@@ -108,12 +108,12 @@ def test_metadata_that_does_not_fit_the_engine_is_refused(engines: Interpreter, 
     engines.call(scenarios.unfitting_metadata_is_refused, checkpoints)
 
 
-def test_tensors_that_are_not_what_was_announced_are_refused(engines: Interpreter, checkpoints: Path) -> None:
-    engines.call(scenarios.unfitting_tensors_are_refused, checkpoints)
-
-
 def test_updates_out_of_order_are_refused(engines: Interpreter, checkpoints: Path) -> None:
     engines.call(scenarios.misuse_of_an_update, checkpoints)
+
+
+def test_a_version_whose_trainer_failed_is_lost_and_the_next_sync_heals(engines: Interpreter, checkpoints: Path) -> None:
+    engines.call(scenarios.trainers_that_fail_amid_an_update, checkpoints)
 
 
 def test_a_commit_drops_the_prefix_cache(engines: Interpreter, checkpoints: Path) -> None:

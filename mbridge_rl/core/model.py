@@ -118,10 +118,12 @@ class ModelSpec:
         return frozenset(hf_name for instance in instances for hf_name in instance.hf_names)
 
     @cached_property
-    def prediction_hf_names(self) -> frozenset[str]:
-        """Tensors of multi-token-prediction layers, for which an engine that does not speculate with them has no place."""
+    def optional_hf_names(self) -> frozenset[str]:
+        """Tensors that an engine may have no place for: those of carried modules, which an engine of text alone does not build,
+        and those of multi-token-prediction layers, which an engine that does not speculate with them leaves out."""
         of_layers = (instance for instance in self.instances if instance.rule.placement == "prediction_stage")
-        return self.repeated_hf_names | {hf_name for instance in of_layers for hf_name in instance.hf_names}
+        predicted = {hf_name for instance in of_layers for hf_name in instance.hf_names}
+        return self.carried_hf_names | self.repeated_hf_names | predicted
 
     def hf_grid(self, hf_name: str) -> tuple[int, ...]:
         """The factored shape that boxes of `hf_name` count in; its row-major order is the tensor's own."""

@@ -112,7 +112,7 @@ def engine_side(spec: ModelSpec, workers: Sequence[WorkerDescription], dtypes: M
                 if segment.local_name in worker.parameters:
                     shapes[segment.local_name] = worker.parameters[segment.local_name][1]
             segments += made
-    landed = {segment.hf_name for segment in segments} | spec.prediction_hf_names
+    landed = {segment.hf_name for segment in segments} | spec.optional_hf_names
     if nowhere := [hf_name for hf_name in spec.hf_shapes if hf_name not in landed]:
         raise EngineMismatch(f"no worker of the engine has a place for {listed(nowhere)}; is it another model?")
     return Side(tuple(segments), shapes, {name: tuple(sorted(ranks)) for name, ranks in holders.items()})

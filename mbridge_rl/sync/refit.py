@@ -382,8 +382,9 @@ class WeightSync:
     def _meet(self) -> None:
         """Once: the engines' workers are asked what they keep, everybody compiles the plan, and learns how it will travel."""
         self._require_same((self._spec.fingerprint, self._layout, str(self._dtype), self.options))
+        tensors, optional = self._spec.hf_tensors(self._dtype), self._spec.optional_hf_names
         summary = config_summary(self._bridge.hf_config, tied=self._spec.tied_embeddings)
-        self._info = init_info(self._spec.hf_tensors(self._dtype), summary)
+        self._info = init_info(tensors, summary, optional)
         workers, self._replicas, hosts = self._introduction()
         self._route = self._planned(workers)
         self._said = {

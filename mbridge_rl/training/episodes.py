@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mbridge_rl.sync.vllm.engine import Completion
-from mbridge_rl.training.rewards import Problem, Verdict, checked
+from mbridge_rl.training.rewards import Judge, Problem, Verdict, checked
 
 NOT_SAMPLED = -1
 """The version of a token that the policy did not write."""
@@ -149,6 +149,13 @@ class EpisodeRunner:
         """Rounds until all episodes are finished."""
         while under_way := [episode for episode in episodes if not episode.finish]:
             self.advance(under_way, greedy=greedy)
+
+    def verdicts(self, episodes: Sequence[Episode], judge: Judge) -> list[Verdict]:
+        """The verdict on every finished episode: its environment's where that gave one, else the judge's."""
+        open_episodes = [episode for episode in episodes if episode.verdict is None]
+        questions = [(episode.problem, self.text(episode)) for episode in open_episodes]
+        judged = iter(judge.judge(questions) if questions else ())
+        return [episode.verdict or next(judged) for episode in episodes]
 
     def text(self, episode: Episode) -> str:
         """The policy's last turn, without the stop token that ended it."""

@@ -32,12 +32,6 @@ class Problems(Protocol):
 
     def draw(self, count: int) -> list[Problem]: ...
     def update(self, problem: Problem, mean_reward: float) -> None: ...
-    def verdicts(self, episodes: Sequence[Episode]) -> list[Verdict]:
-        """Of finished episodes: their environments', or the judge's."""
-        asked = [episode for episode in episodes if episode.verdict is None]
-        said = iter(self._judge.judge([(episode.problem, self._runner.text(episode)) for episode in asked]) if asked else ())
-        return [episode.verdict or next(said) for episode in episodes]
-
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -146,9 +140,7 @@ class Generator:
 
     def verdicts(self, episodes: Sequence[Episode]) -> list[Verdict]:
         """Of finished episodes: their environments', or the judge's."""
-        asked = [episode for episode in episodes if episode.verdict is None]
-        said = iter(self._judge.judge([(episode.problem, self._runner.text(episode)) for episode in asked]) if asked else ())
-        return [episode.verdict or next(said) for episode in episodes]
+        return self._runner.verdicts(episodes, self._judge)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on in another process, unfinished episodes included; while paused only."""

@@ -201,10 +201,5 @@ class Rollout:
         return episodes
 
     def _verdicts(self, episodes: Sequence[Episode]) -> list[Verdict]:
-        asked = [episode for episode in episodes if episode.verdict is None]
-        said = iter(self._judge.judge([(episode.problem, self._text(episode)) for episode in asked]) if asked else ())
-        return [episode.verdict or next(said) for episode in episodes]
-
-    def _text(self, episode: Episode) -> str:
         assert self._runner is not None
-        return self._runner.text(episode)
+        return self._runner.verdicts(episodes, self._judge)

@@ -1,12 +1,10 @@
 """The weight-transfer backend "mbridge": what vLLM makes in each worker, with our receiver in it.
 
-Weights reach it by planned syncs (`worker_calls`, `sync.worker`) or, as whole HF tensors, from the worker's own process
-(`InProcessEngine.refit`); vLLM's own `update_weights` is refused.
+Weights reach it by planned syncs alone (`worker_calls`, `sync.worker`); vLLM's own three calls of an update are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +17,8 @@ from mbridge_rl.sync.errors import EngineMismatch, SyncError
 from mbridge_rl.sync.vllm.compatibility import metadata_fingerprint
 from mbridge_rl.sync.vllm.receiver import Receiver
 
+_PLANNED_ONLY = "the backend 'mbridge' takes weights by planned syncs (mbridge_rl.WeightSync), not by vLLM's own update calls"
+
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
@@ -28,7 +28,7 @@ class InitInfo(WeightTransferInitInfo):
         names, dtypes, shapes: every HF tensor that each sync brings; dtypes as "bfloat16", shapes as lists.
         fingerprint: `metadata_fingerprint` of the trainer's metadata.
         config: the trainer's `config_summary`; empty skips the comparison.
-        verify: whether each sync proves the live weights by digest.
+        optional: names of tensors that the engine may have no place for.
     """
 
     names: list[str]
@@ -36,7 +36,7 @@ class InitInfo(WeightTransferInitInfo):
     shapes: list[list[int]]
     fingerprint: str
     config: dict[str, Any] = field(default_factory=dict)
-    verify: bool = True
+    optional: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -54,35 +54,20 @@ class PlannedSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self.receiver = Receiver(model, vllm_config)
-        self.report: dict[str, Any] | None = None
-        self._prepared = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         metadata = parse_metadata(init_info)
-        self.receiver.prepare(metadata, init_info.config or None, verify=init_info.verify)
+        self.receiver.prepare(metadata, init_info.config or None, init_info.optional)
         self.shutdown()
-        self._prepared = True
 
     def start_weight_update(self) -> None:
-        """Nothing yet: the version to begin comes with the first batch."""
-        if not self._prepared:
-            raise SyncError("init_weight_transfer_engine has to come before start_weight_update")
-        self.receiver.abort("another update started")
-        self.report = None
+        raise SyncError(_PLANNED_ONLY)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        raise SyncError("weights come by a planned sync (WeightSync), or from this process (InProcessEngine.refit)")
-
-    def receive_tensors(self, version: int, tensors: list[tuple[str, torch.Tensor]], digests: Mapping[str, int] | None) -> None:
-        """One batch that is already in this process; see `Receiver.load`."""
-        if self.receiver.updating is None:
-            self.receiver.begin(version)
-        elif version != self.receiver.updating:
-            raise SyncError(f"a batch of version {version} came amid the update to version {self.receiver.updating}")
-        self.receiver.load(tensors, digests)
+        raise SyncError(_PLANNED_ONLY)
 
     def finish_weight_update(self) -> None:
-        self.report = self.receiver.commit()
+        raise SyncError(_PLANNED_ONLY)
 
     def shutdown(self) -> None:
         self.receiver.shards.close()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.errors import SyncError
@@ -34,15 +33,13 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 _SEVERAL_WORKERS_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # binding fails where there are fewer cores than workers
-_BATCH_BYTES = 64 << 20  # tensors of an in-process refit that are checked, then loaded, together
 
 
 class InProcessEngine(TransactionalEngine):
     """A vLLM `LLM` whose weights a trainer replaces, version by version.
 
-    It has the methods that `sync.refit.WeightSync` asks of an engine, and those of vLLM's weight-sync client; `refit` takes
-    tensors directly. Several threads may call it: requests of all of them share the engine's steps, and an update comes between
-    two steps.
+    It has the methods that `sync.refit.WeightSync` asks of an engine. Several threads may call it: requests of all of them
+    share the engine's steps, and an update comes between two steps.
 
     Args:
         model_dir: a Hugging Face checkpoint; its weights are version `weight_version`.
@@ -105,7 +102,6 @@ class InProcessEngine(TransactionalEngine):
         # the trainer's, and those of other engines. `close` does the rest of it.
         client._finalizer.detach()
         self._core = client.engine_core
-        self._updating: int | None = None
         self._requests = RequestRunner(self.llm.llm_engine)
         self._watch: UpdateWatch | None = None
         self.llm.update_weight_version(str(weight_version))
@@ -180,64 +176,6 @@ class InProcessEngine(TransactionalEngine):
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
 
-    def prepare(self, metadata: Iterable[HFTensor], config: Mapping[str, Any] | None = None) -> None:
-        """Announce the tensors of every later `refit`, once; see `Receiver.prepare`."""
-        tensors = list(metadata)
-        self.init_weight_transfer_engine(init_info(tensors, config))
-
-    def refit(
-        self, stream: Iterable[tuple[str, Tensor]], version: int, digests: Mapping[str, int] | None = None
-    ) -> dict[str, Any]:
-        """Load every tensor of `stream` (`hf_name`, whole HF tensor) from this process, prove it, and serve it as `version`.
-
-        The tensors are read while `stream` is iterated, a bounded batch at a time, and only on this thread.
-
-        Args:
-            digests: the trainer's digests by `hf_name`; without them the engine is proven to hold what `stream` gave.
-
-        Returns:
-            `Receiver.commit`'s report.
-
-        Raises:
-            SyncError: and its subclasses, as `Receiver.load` and `Receiver.commit` do; also without a `prepare` before.
-        """
-        self.receiver  # noqa: B018  says early that tensors cannot be handed to other processes
-        self._requests.hold("keep")
-        try:
-            self.start_weight_update()
-            try:
-                for batch in _batches(stream):
-                    self._in_workers(worker_calls.receive, version, batch, digests)
-            except BaseException as error:  # also the stream's own: the engine must not wait for more
-                self._call_workers(worker_calls.abandon, f"its stream failed: {error}")
-                raise
-            self._updating = version
-            return self.finish_weight_update(str(version))
-        finally:
-            self._requests.resume()
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """See `backend.InitInfo` for the fields, and `Receiver.prepare` for what is raised."""
-        self._in_workers(worker_calls.initialize, init_info)
-
-    def start_weight_update(self) -> None:
-        """Start an update; one that is still open is dropped."""
-        self._updating = None
-        self._in_workers(worker_calls.start)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, Any]:
-        """Prove and commit the update, drop the prefix cache, and return the first worker's report.
-
-        Raises:
-            SyncError: `weight_version` is not the version of the update; otherwise see `Receiver.commit`.
-        """
-        if weight_version is not None and self._updating is not None and int(weight_version) != self._updating:
-            raise SyncError(f"version {weight_version} cannot be committed: the open update is to {self._updating}")
-        reports = self._in_workers(worker_calls.finish)
-        self._updating = None
-        self._serve(reports[0]["version"])
-        return reports[0] | {"workers": len(reports)}
-
     def reset_prefix_cache(self) -> None:
         """Forget cached keys and values, also of requests in flight, which compute them anew; a commit does it by itself."""
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
@@ -309,29 +247,23 @@ class InProcessEngine(TransactionalEngine):
                 path.unlink(missing_ok=True)
 
 
-def init_info(metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`backend.InitInfo` in plain JSON types."""
+def init_info(
+    metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None, optional: Collection[str] = ()
+) -> dict[str, Any]:
+    """`backend.InitInfo` in plain JSON types.
+
+    Args:
+        optional: names of announced tensors that the engine may have no place for (`ModelSpec.optional_hf_names`).
+    """
     tensors = list(metadata)
     return {
         "names": [tensor.hf_name for tensor in tensors],
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
         "shapes": [list(tensor.shape) for tensor in tensors],
+        "optional": sorted(optional),
         "fingerprint": metadata_fingerprint(tensors),
         "config": dict(config or {}),
     }
-
-
-def _batches(stream: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    batch: list[tuple[str, Tensor]] = []
-    nbytes = 0
-    for hf_name, tensor in stream:
-        batch.append((hf_name, tensor))
-        nbytes += tensor.numel() * tensor.element_size()
-        if nbytes >= _BATCH_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
 
 
 def _import_vllm() -> tuple[Any, Any]:

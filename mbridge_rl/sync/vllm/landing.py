@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.digest import contiguous_strides, digest_strided
-from mbridge_rl.core.model import HFTensor
+from mbridge_rl.core.digest import contiguous_strides
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +33,6 @@ class Landing:
     parameter_name: str
     source: View  # of the row-major HF tensor
     target: View  # of the parameter as it lies in memory; same shape as `source`
-
-    def digest(self, values: Tensor, tensor: HFTensor) -> int:
-        """Digest of this part of `tensor`, in HF coordinates, from `values` of the landing's shape."""
-        source = self.source
-        return digest_strided(values, columns=tensor.columns, offset=source.offset, strides=source.strides)
 
 
 def times_covered(views: Iterable[View], shape: Sequence[int], strides: Sequence[int] | None = None) -> Coverage:

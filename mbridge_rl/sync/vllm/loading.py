@@ -22,10 +22,8 @@ class Loader(Protocol):
 
     keeps_references: bool  # whether `load` may hold on to the tensors after it returned
 
-    def begin(self) -> None: ...
-
-    def begin_in_place(self) -> dict[str, Tensor]:
-        """`begin`, for writes past `load`: the tensors by parameter name that the kernels will read, to be written directly."""
+    def begin(self) -> dict[str, Tensor]:
+        """Opens the model for writing. Returns the tensors that the kernels read, by parameter name, to be written directly."""
 
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None: ...
 
@@ -65,11 +63,8 @@ class _PlainLoader:
         self._model = model
         self._dtype = vllm_config.model_config.dtype
 
-    def begin(self) -> None:
+    def begin(self) -> dict[str, Tensor]:
         cpu_weights.restore_plain(self._model)
-
-    def begin_in_place(self) -> dict[str, Tensor]:
-        self.begin()
         return {name: tensor.data for name, tensor in parameters_and_buffers(self._model).items()}
 
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -99,16 +94,13 @@ class _LayerwiseLoader:
         self._model = model
         self._model_config = vllm_config.model_config
 
-    def begin(self) -> None:
+    def begin(self) -> dict[str, Tensor]:
+        """vLLM puts the tensors that it had before back into every layer that nothing was loaded into."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        live = {name: tensor.data for name, tensor in parameters_and_buffers(self._model).items()}
         initialize_layerwise_reload(self._model)
-
-    def begin_in_place(self) -> dict[str, Tensor]:
-        """vLLM puts the tensors that it had before back into every layer that nothing was loaded into."""
-        kept = {name: tensor.data for name, tensor in parameters_and_buffers(self._model).items()}
-        self.begin()
-        return kept
+        return live
 
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         self._model.load_weights(tensors)

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from mbridge_rl.core import errors as core_errors
 from mbridge_rl.sync import errors as sync_errors
 from mbridge_rl.sync.errors import EngineProcessError, SyncError
@@ -78,23 +76,8 @@ def initialize(worker: Any, init_info: dict[str, Any]) -> None:
     worker.init_weight_transfer_engine(init_info)
 
 
-def start(worker: Any) -> None:
-    """Start an update; one that is still open is dropped first."""
-    _inner(worker)._weight_update_active = False
-    worker.start_weight_update()
-
-
-def finish(worker: Any) -> dict[str, Any] | None:
-    try:
-        worker.finish_weight_update()
-    finally:  # vLLM leaves the flag set when finishing fails, and would refuse the next start
-        _inner(worker)._weight_update_active = False
-    return backend_of(worker).report
-
-
 def abandon(worker: Any, reason: str) -> None:
     """Drop an open update, because another worker or its sender failed."""
-    _inner(worker)._weight_update_active = False
     backend_of(worker).receiver.abort(reason)
 
 
@@ -126,17 +109,6 @@ def make_stage_buffers(worker: Any) -> None:
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
         )
-
-
-def receive(worker: Any, version: int, batch: list[tuple[str, Tensor]], digests: Mapping[str, int] | None) -> None:
-    """One batch of an update in process: the tensors are handed over as they are."""
-    if not _inner(worker)._weight_update_active:
-        raise SyncError("start_weight_update must be called first")
-    try:
-        backend_of(worker).receive_tensors(version, batch, digests)
-    except BaseException:
-        _inner(worker)._weight_update_active = False
-        raise
 
 
 def describe(worker: Any) -> dict[str, Any]:
