@@ -110,7 +110,7 @@ def spread(weights: Tensor, chosen: Tensor) -> Tensor:
     ],
 )
 def test_what_is_left_to_megatron_is_the_same(routing: Routing, topk: int, biased: bool, megatrons: bool) -> None:
-    hf = SimpleNamespace(hidden_size=HIDDEN, num_hidden_layers=1, num_experts_per_tok=topk)
+    hf = SimpleNamespace(hidden_size=HIDDEN, num_hidden_layers=1, num_experts_per_tok=topk, architecture="Test")
     block = gated_experts(hf, (0,), routing, experts=12, ffn=32, bias_shape=(12,) if biased else None)
     assert block.extras == (() if megatrons else (routing,))
     if not megatrons:

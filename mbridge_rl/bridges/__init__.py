@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any, Literal
 
+from mbridge_rl.bridges.config_reader import ConfigReader, reader_of, refuse_unread
 from mbridge_rl.bridges.deepseek_v2 import deepseek_v2
 from mbridge_rl.bridges.deepseek_v3 import deepseek_v3
 from mbridge_rl.bridges.ernie4_5 import ernie4_5
@@ -41,10 +42,10 @@ from mbridge_rl.bridges.qwen3_next import qwen3_next
 from mbridge_rl.bridges.qwen_vl import qwen2_5_vl, qwen3_5_moe_vl, qwen3_5_vl, qwen3_vl, qwen3_vl_moe
 from mbridge_rl.bridges.seed_oss import seed_oss
 from mbridge_rl.bridges.unsupported import UNSUPPORTED
-from mbridge_rl.core.errors import UnsupportedModelError
+from mbridge_rl.core.errors import CheckpointError, UnsupportedModelError
 from mbridge_rl.core.model import ModelSpec
 
-FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
+FAMILIES: dict[str, Callable[[ConfigReader], ModelSpec]] = {
     "LlamaForCausalLM": llama,
     "DeciLMForCausalLM": nemotron_nas,
     "MistralForCausalLM": mistral,
@@ -101,8 +102,13 @@ def model_spec(hf_config: Any, *, mtp: bool = False, numerics: Numerics = "trans
 
     Raises:
         UnsupportedModelError: no bridge for the architecture, or the config asks for a feature that its bridge can't express.
+        CheckpointError: a field of the config holds what no model could have; its name, what it holds and what is expected.
     """
     architectures = getattr(hf_config, "architectures", None) or []
+    if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(
+            f"architectures={architectures!r} in the config; expected a list with the name of a model's class"
+        )
     if not architectures:
         raise UnsupportedModelError(f"the config names no architecture; set architectures to one of {', '.join(FAMILIES)}")
     if reason := UNSUPPORTED.get(architectures[0]):
@@ -112,7 +118,9 @@ def model_spec(hf_config: Any, *, mtp: bool = False, numerics: Numerics = "trans
         nearest = difflib.get_close_matches(architectures[0], FAMILIES, n=1, cutoff=0.3)
         hint = f"; the nearest is {nearest[0]}" if nearest else ""
         raise UnsupportedModelError(f"no bridge for {architectures[0]}; supported: {', '.join(FAMILIES)}{hint}")
-    spec = family(hf_config)
+    reader = reader_of(hf_config, architectures[0])
+    spec = family(reader)
+    refuse_unread(reader)
     if numerics == "vllm":
         spec = spec.as_in_vllm()
     if not mtp:

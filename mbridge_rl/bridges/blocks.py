@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.rope import rope
-from mbridge_rl.core.errors import UnsupportedModelError
+from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import Extra, LinearBiases, NoInputNorms, OutputNorms, ProjectionNorm, RotaryScale
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import (
@@ -54,6 +55,10 @@ class Block:
         return replace(self, rules=renamed(self.rules, prefixes))
 
 
+# Linear attention has blocks of its own, which read where it is.
+_LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """`max(x, 0) ** 2` (arXiv 2109.08668)."""
     return functional.relu(x).square()
@@ -68,9 +73,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def decoder(hf: Any, *blocks: Block, extras: tuple[Extra, ...] = ()) -> ModelSpec:
-    """A decoder-only model with rotary positions: embeddings, `blocks` in every layer, final norm, output layer."""
-    h, tied = hf.hidden_size, bool(hf.tie_word_embeddings)
+def decoder(hf: ConfigReader, *blocks: Block, extras: tuple[Extra, ...] = (), partial_rotation: bool = False) -> ModelSpec:
+    """A decoder-only model with rotary positions: embeddings, `blocks` in every layer, final norm, output layer.
+
+    Args:
+        partial_rotation: the family rotates the share of each head that `partial_rotary_factor` says; others rotate all of it.
+    """
+    h, tied = hf.hidden_size, hf.tie_word_embeddings
     embedding = "model.embed_tokens.weight"
     output = embedding if tied else "lm_head.weight"
     vocab = (hf.vocab_size, h)
@@ -84,7 +93,7 @@ def decoder(hf: Any, *blocks: Block, extras: tuple[Extra, ...] = ()) -> ModelSpe
         "num_layers": hf.num_hidden_layers,
         "hidden_size": h,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": getattr(hf, "rms_norm_eps", None) or hf.norm_eps,
+        "layernorm_epsilon": hf.rms_norm_eps if hf.declares("rms_norm_eps") else hf.norm_eps,
         "activation_func": activation(hf),
         "bias_activation_fusion": activation(hf) is functional.silu,  # of the others Megatron has no fused form, or another one
         "gated_linear_unit": True,
@@ -94,9 +103,9 @@ def decoder(hf: Any, *blocks: Block, extras: tuple[Extra, ...] = ()) -> ModelSpe
     }
     for block in blocks:
         config.update(block.config)
-    positions, rotary = _positions(hf, blocks, config)
+    positions, rotary = _positions(hf, blocks, config, partial_rotation)
     return ModelSpec(
-        architecture=hf.architectures[0],
+        architecture=hf.architecture,
         num_layers=hf.num_hidden_layers,
         vocab_size=hf.vocab_size,
         tied_embeddings=tied,
@@ -109,12 +118,15 @@ def decoder(hf: Any, *blocks: Block, extras: tuple[Extra, ...] = ()) -> ModelSpe
     )
 
 
-def _positions(hf: Any, blocks: Sequence[Block], config: dict[str, Any]) -> tuple[dict[str, Any], tuple[Extra, ...]]:
+def _positions(
+    hf: ConfigReader, blocks: Sequence[Block], config: dict[str, Any], partial: bool
+) -> tuple[dict[str, Any], tuple[Extra, ...]]:
     """Arguments of Megatron's `GPTModel`, and extras. A factor that all attention scores have goes into the softmax, where it
     costs nothing."""
     if any(block.rotates for block in blocks):
         return {"position_embedding_type": "rope"}, ()
-    rotary, dim = rope(hf), config["kv_channels"]
+    dim = config["kv_channels"]
+    rotary = rope(hf, dim, partial=partial)
     positions = {"position_embedding_type": "rope", "rotary_base": rotary.theta, "rotary_percent": rotary.percent}
     if rotary.score_factor == 1.0:
         return positions, rotary.extras
@@ -124,23 +136,21 @@ def _positions(hf: Any, blocks: Sequence[Block], config: dict[str, Any]) -> tupl
     return positions, (*rotary.extras, RotaryScale(rotary.score_factor, int(dim * rotary.percent)))
 
 
-def activation(hf: Any) -> Callable[[Tensor], Tensor]:
-    """The function that `hidden_act` names.
+def activation(hf: ConfigReader) -> Callable[[Tensor], Tensor]:
+    """The function that the class's field for it names.
 
     Raises:
         UnsupportedModelError: none that Megatron's MLPs are known to compute as Transformers does.
     """
-    names = (getattr(hf, field, None) for field in ("hidden_activation", "hidden_act", "mlp_hidden_act"))
-    name = next(name for name in names if name)
+    field = next(field for field in ("hidden_act", "hidden_activation", "mlp_hidden_act") if hf.declares(field))
+    name = hf.get(field)
     if name not in _ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"{hf.architectures[0]}: activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
-        )
+        raise hf.refuse(field, f"activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
 def attention(
-    hf: Any,
+    hf: ConfigReader,
     *,
     qkv_bias: bool | None = None,
     output_bias: bool | None = None,
@@ -151,11 +161,12 @@ def attention(
     """Grouped-query attention, its norm fused into QKV as Transformer Engine lays it out.
 
     Args:
-        qkv_bias, output_bias: `None` means what `attention_bias` says of all four projections.
+        qkv_bias, output_bias: `None` means what `attention_bias` says of all four projections, and none where the family's
+            configs have no such field.
         fused: the HF tensor that stacks queries, keys and values; `None` where they are three.
         norm: HF's norm before it, `None` for none.
     """
-    biased = bool(getattr(hf, "attention_bias", False))
+    biased = hf.get("attention_bias", False)
     qkv_bias, output_bias = biased if qkv_bias is None else qkv_bias, biased if output_bias is None else output_bias
     h, heads, kv_heads, dim = hf.hidden_size, hf.num_attention_heads, kv_heads_of(hf), head_dim(hf)
     ours, theirs = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
@@ -185,7 +196,7 @@ def attention(
     return Block(config, tuple(rules), extras=(*extras, *_no_norm(norm)))
 
 
-def projection_norms(hf: Any) -> Block:
+def projection_norms(hf: ConfigReader) -> Block:
     """Queries and keys normalised over all heads together, beside `attention`."""
     dim, ours, theirs = head_dim(hf), f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
     rules = (
@@ -195,30 +206,39 @@ def projection_norms(hf: Any) -> Block:
     return Block({"qk_layernorm": True}, rules, extras=(ProjectionNorm(hf.rms_norm_eps),))
 
 
-def sliding_windows(hf: Any) -> dict[str, Any]:
+def sliding_windows(hf: ConfigReader) -> dict[str, Any]:
     """Megatron's fields for attention that sees the last `sliding_window` tokens only: in all layers, or in those that
-    `layer_types` names.
+    `layer_types` names. A family whose configs lack one of the fields has no windows, or has them in all layers. Further fields
+    that say where windows are have no effect beside these two, into which Transformers' classes have put what they say.
 
     Raises:
         UnsupportedModelError: layers of a kind that is neither that nor full attention.
     """
-    layer_types = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
-    if "chunked_attention" in layer_types:
-        raise UnsupportedModelError(f"{hf.architectures[0]}: chunked attention (in layer_types) is not supported")
-    windowed = [int(kind == "sliding_attention") for kind in layer_types]
-    window = getattr(hf, "sliding_window", None)
-    if window is None or not any(windowed):
+    hf.ignore("use_sliding_window", "max_window_layers", "sliding_window_pattern")
+    layer_types, window = hf.get("layer_types"), hf.get("sliding_window")
+    if layer_types and len(layer_types) != hf.num_hidden_layers:
+        raise CheckpointError(
+            f"{hf.architecture}: layer_types has {len(layer_types)} entries; expected num_hidden_layers={hf.num_hidden_layers}"
+        )
+    if unknown := set(layer_types or ()) - _LAYER_TYPES:
+        raise hf.refuse("layer_types", f"{sorted(unknown)[0]} is not supported; supported: {', '.join(sorted(_LAYER_TYPES))}")
+    windowed = [int(kind == "sliding_attention") for kind in layer_types or ["sliding_attention"] * hf.num_hidden_layers]
+    if not any(windowed):
+        return {}
+    if not window:
+        if layer_types or window == 0:
+            raise hf.refuse("sliding_window", f"{window}, though layers have windows; give their size")
         return {}
     return {"window_size": (window - 1, 0), "window_attn_skip_freq": windowed}
 
 
 def gated_mlp(
-    hf: Any, *, bias: bool | None = None, fused: str | None = None, norm: str | None = "post_attention_layernorm"
+    hf: ConfigReader, *, bias: bool | None = None, fused: str | None = None, norm: str | None = "post_attention_layernorm"
 ) -> Block:
     """`down(silu(gate(x)) * up(x))`, its norm fused into the first linear.
 
     Args:
-        bias: `None` means what `mlp_bias` says.
+        bias: `None` means what `mlp_bias` says, and none where the family's configs have no such field.
         fused: the HF tensor that stacks gate and up; `None` where they are two.
         norm: HF's norm before it, `None` for none.
     """
@@ -226,14 +246,14 @@ def gated_mlp(
     return _mlp(hf, {"gate_proj": f, "up_proj": f}, bias, fused, norm)
 
 
-def plain_mlp(hf: Any, *, bias: bool | None = None, norm: str | None = "post_attention_layernorm") -> Block:
+def plain_mlp(hf: ConfigReader, *, bias: bool | None = None, norm: str | None = "post_attention_layernorm") -> Block:
     """`down(act(up(x)))`, its norm fused into the first linear; arguments as `gated_mlp`'s."""
     block = _mlp(hf, {"up_proj": hf.intermediate_size}, bias, None, norm)
     return replace(block, config={**block.config, "gated_linear_unit": False})
 
 
-def _mlp(hf: Any, sizes: dict[str, int], bias: bool | None, fused: str | None, norm: str | None) -> Block:
-    bias = bool(getattr(hf, "mlp_bias", False)) if bias is None else bias
+def _mlp(hf: ConfigReader, sizes: dict[str, int], bias: bool | None, fused: str | None, norm: str | None) -> Block:
+    bias = hf.get("mlp_bias", False) if bias is None else bias
     h, f = hf.hidden_size, hf.intermediate_size
     ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
     rules = _input_norm(f"{ours}.linear_fc1", norm, h)
@@ -247,7 +267,9 @@ def _mlp(hf: Any, sizes: dict[str, int], bias: bool | None, fused: str | None, n
     return Block({"ffn_hidden_size": f}, tuple(rules), extras=(*extras, *_no_norm(norm)))
 
 
-def output_norms(hf: Any, attention: str = "post_attention_layernorm", mlp: str = "post_feedforward_layernorm") -> Block:
+def output_norms(
+    hf: ConfigReader, attention: str = "post_attention_layernorm", mlp: str = "post_feedforward_layernorm"
+) -> Block:
     """Norms of what attention and MLP add to the residual stream, by HF's names."""
     names = {"post_self_attn_layernorm": attention, "post_mlp_layernorm": mlp}
     rules = [
@@ -271,18 +293,22 @@ def _no_norm(norm: str | None) -> tuple[Extra, ...]:
     return () if norm else (NoInputNorms(),)
 
 
-def head_dim(hf: Any) -> int:
-    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-
-
-def kv_heads_of(hf: Any) -> int:
-    return getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
-
-
-def require(hf: Any, name: str, expected: Any) -> None:
-    """Raises UnsupportedModelError where the config says something else than what the bridge can express."""
-    found = getattr(hf, name, expected)
-    if found != expected:
-        raise UnsupportedModelError(
-            f"{hf.architectures[0]}: {name}={found!r} is not supported by its bridge, which needs {name}={expected!r}"
+def head_dim(hf: ConfigReader) -> int:
+    """Every model of Transformers looks for `head_dim`, also those whose config class has no such field."""
+    given = hf.undeclared("head_dim")
+    if given is None and hf.hidden_size % hf.num_attention_heads:
+        raise CheckpointError(
+            f"{hf.architecture}: hidden_size={hf.hidden_size} does not divide by num_attention_heads={hf.num_attention_heads}; "
+            "expected a multiple, or a head_dim"
         )
+    return given or hf.hidden_size // hf.num_attention_heads
+
+
+def kv_heads_of(hf: ConfigReader) -> int:
+    heads = hf.num_key_value_heads or hf.num_attention_heads
+    if hf.num_attention_heads % heads:
+        raise CheckpointError(
+            f"{hf.architecture}: num_key_value_heads={heads}; expected a divisor of "
+            f"num_attention_heads={hf.num_attention_heads}"
+        )
+    return heads

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from mbridge_rl.bridges.blocks import decoder, gated_mlp, require
+from mbridge_rl.bridges.blocks import decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.experts import dense_then_sparse, sigmoid_experts
 from mbridge_rl.bridges.latent_attention import latent_attention
 from mbridge_rl.bridges.prediction import with_prediction
 from mbridge_rl.core.model import ModelSpec
 
 
-def deepseek_v3(hf: Any) -> ModelSpec:
-    require(hf, "moe_layer_freq", 1)
+def deepseek_v3(hf: ConfigReader) -> ModelSpec:
+    hf.require("moe_layer_freq", 1)
     dense, sparse = dense_then_sparse(hf)
     attention, experts = latent_attention(hf), sigmoid_experts(hf, sparse)
     return with_prediction(hf, decoder(hf, attention, gated_mlp(hf).only_in(dense), *experts), (attention, *experts))

@@ -4,9 +4,9 @@ shared ones, in a range of layers."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp, require
+from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
@@ -14,8 +14,8 @@ from mbridge_rl.core.model import ModelSpec
 _NAMES = ExpertNames(bias="moe_statics.e_score_correction_bias")
 
 
-def ernie4_5_moe(hf: Any) -> ModelSpec:
-    require(hf, "use_bias", False)
+def ernie4_5_moe(hf: ConfigReader) -> ModelSpec:
+    hf.require("use_bias", False)
     sparse = tuple(
         layer
         for layer in range(hf.moe_layer_start_index, min(hf.moe_layer_end_index + 1, hf.num_hidden_layers))

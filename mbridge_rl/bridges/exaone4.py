@@ -1,13 +1,12 @@
 """EXAONE 4: norms after attention and MLP instead of before, normalised queries and keys; in the 32B full-attention layers have
 no positions, and the others see a window."""
 
-from typing import Any
-
 from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp, output_norms
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.model import ModelSpec
 
 
-def exaone4(hf: Any) -> ModelSpec:
+def exaone4(hf: ConfigReader) -> ModelSpec:
     unrotated = [int(hf.sliding_window is not None and kind == "full_attention") for kind in hf.layer_types]
     positions = Block({"no_rope_freq": unrotated} if any(unrotated) else {})
     blocks = (attention(hf, qk_norm=True, norm=None), positions, gated_mlp(hf, norm=None), output_norms(hf))

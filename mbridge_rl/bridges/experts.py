@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, require
+from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block
+from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.core.config_fields import MOST_EXPERTS_OF_ALL_LAYERS
+from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, replicated, row_parallel
 
@@ -35,7 +38,7 @@ MIXTRAL_NAMES = ExpertNames("block_sparse_moe", "w1", "w3", "w2", bias="e_score_
 
 
 def gated_experts(
-    hf: Any,
+    hf: ConfigReader,
     layers: tuple[int, ...],
     routing: Routing,
     *,
@@ -53,6 +56,11 @@ def gated_experts(
         bias_shape: HF's shape of the bias that only choosing sees; `None` where the routers have none.
         fp32_router: the family computes routers' logits in fp32 whatever the model's dtype.
     """
+    if experts % routing.groups or routing.chosen_groups > routing.groups:
+        raise CheckpointError(
+            f"{hf.architecture}: n_group={routing.groups}, topk_group={routing.chosen_groups}; expected a divisor of the "
+            f"{experts} experts, and no more chosen groups than groups"
+        )
     h, theirs = hf.hidden_size, f"{HF_LAYER}.{names.block}"
     ours, one = f"{MEGATRON_LAYER}.mlp.experts", f"{theirs}.experts.{{expert}}"
     gate_up = {f"{one}.{name}.weight": ffn for name in names.first}
@@ -73,8 +81,18 @@ def gated_experts(
     return Block(config, tuple(rules), num_experts=experts, extras=extras).only_in(layers)
 
 
-def expert_config(hf: Any, layers: tuple[int, ...], *, experts: int, ffn: int) -> dict[str, Any]:
+def expert_config(hf: ConfigReader, layers: tuple[int, ...], *, experts: int, ffn: int) -> dict[str, Any]:
     """What every layer of experts sets; balancing is for pretraining and off."""
+    if hf.num_experts_per_tok > experts:
+        raise CheckpointError(
+            f"{hf.architecture}: num_experts_per_tok={hf.num_experts_per_tok}; expected at most the number of experts, "
+            f"{experts}"
+        )
+    if experts * len(layers) > MOST_EXPERTS_OF_ALL_LAYERS:
+        raise CheckpointError(
+            f"{hf.architecture}: {experts} experts in each of {len(layers)} layers; expected at most "
+            f"{MOST_EXPERTS_OF_ALL_LAYERS} in all layers together"
+        )
     return {
         "num_moe_experts": experts,
         "moe_router_topk": hf.num_experts_per_tok,
@@ -85,10 +103,10 @@ def expert_config(hf: Any, layers: tuple[int, ...], *, experts: int, ffn: int) -
     }
 
 
-def sigmoid_experts(hf: Any, layers: tuple[int, ...]) -> tuple[Block, ...]:
+def sigmoid_experts(hf: ConfigReader, layers: tuple[int, ...]) -> tuple[Block, ...]:
     """Experts as DeepSeek-V3 and GLM-4.5 have them: chosen by sigmoid scores plus a bias, beside shared ones."""
-    require(hf, "scoring_func", "sigmoid")
-    require(hf, "topk_method", "noaux_tc")
+    hf.require("scoring_func", "sigmoid")
+    hf.require("topk_method", "noaux_tc")
     routing = Routing(
         "sigmoid",
         normalized=hf.norm_topk_prob,
@@ -102,7 +120,7 @@ def sigmoid_experts(hf: Any, layers: tuple[int, ...]) -> tuple[Block, ...]:
 
 
 def shared_experts(
-    hf: Any,
+    hf: ConfigReader,
     layers: tuple[int, ...],
     ffn: int,
     *,
@@ -122,7 +140,7 @@ def shared_experts(
     return Block(config, tuple(rules)).only_in(layers)
 
 
-def dense_then_sparse(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def dense_then_sparse(hf: ConfigReader) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The `first_k_dense_replace` dense layers, and the layers of experts after them."""
     dense = min(hf.first_k_dense_replace, hf.num_hidden_layers)
     return tuple(range(dense)), tuple(range(dense, hf.num_hidden_layers))

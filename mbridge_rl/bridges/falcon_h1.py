@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
-from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder, gated_mlp, head_dim, require
+from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder, gated_mlp, head_dim
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.mamba import MambaSizes, mamba
+from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import EmbeddingScale, LogitScale, MambaBesideAttention, MlpScale
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import column_parallel
@@ -21,7 +22,10 @@ _NAMES = {
 }
 
 
-def falcon_h1(hf: Any) -> ModelSpec:
+def falcon_h1(hf: ConfigReader) -> ModelSpec:
+    for name, count in {"mlp_multipliers": 2, "ssm_multipliers": 5}.items():
+        if len(hf.get(name)) != count:
+            raise CheckpointError(f"{hf.architecture}: {name}={hf.get(name)}; expected {count} numbers")
     gate_factor, output_factor = hf.mlp_multipliers
     gate = Block({"activation_func": ScaledSilu(gate_factor), "bias_activation_fusion": False})
     extras = (EmbeddingScale(hf.embedding_multiplier), LogitScale(hf.lm_head_multiplier), MlpScale(output_factor))
@@ -38,14 +42,15 @@ class ScaledSilu:
         return functional.silu(x * self.factor)
 
 
-def _mixers(hf: Any) -> tuple[Block, Block]:
+def _mixers(hf: ConfigReader) -> tuple[Block, Block]:
     sizes = _sizes(hf)
     ours, theirs, inner = f"{MEGATRON_LAYER}.self_attention.mamba", f"{HF_LAYER}.mamba", sizes.convolved["x"]
     mixer = mamba(hf.hidden_size, sizes, ours, theirs)
+    hf.ignore("mamba_norm_before_gate", "mamba_d_ssm", "mamba_expand", "mamba_chunk_size")
     if hf.mamba_rms_norm:
         # Megatron's mixer has these built in.
-        require(hf, "mamba_norm_before_gate", False)
-        require(hf, "rms_norm_eps", 1e-5)
+        hf.require("mamba_norm_before_gate", False)
+        hf.require("rms_norm_eps", 1e-5)
         norm = column_parallel(f"{ours}.norm.weight", {f"{theirs}.norm.weight": inner})
         mixer = replace(mixer, rules=(*mixer.rules, norm))
     factors = [hf.ssm_in_multiplier * factor for factor in hf.ssm_multipliers]
@@ -58,20 +63,24 @@ def _mixers(hf: Any) -> tuple[Block, Block]:
     return _attention(hf), replace(mixer, extras=(beside,))
 
 
-def _attention(hf: Any) -> Block:
+def _attention(hf: ConfigReader) -> Block:
     """What is linear in them carries the factors of queries, keys and values on: scores, and the output."""
     norm = f"{MEGATRON_LAYER}.input_layernorm.weight"
     block = attention(hf)
     rules = tuple(
         replace(rule, megatron_name=norm) if rule.megatron_name.endswith(".layer_norm_weight") else rule for rule in block.rules
     )
+    if hf.attention_bias and hf.attention_in_multiplier != 1.0:
+        raise hf.refuse(
+            "attention_bias", f"biases beside attention_in_multiplier={hf.attention_in_multiplier} are not supported"
+        )
     scale = head_dim(hf) ** -0.5 * hf.attention_in_multiplier**2 * hf.key_multiplier
     return replace(block, rules=rules, config={**block.config, "softmax_scale": scale})
 
 
-def _sizes(hf: Any) -> MambaSizes:
+def _sizes(hf: ConfigReader) -> MambaSizes:
     for name, expected in {"mamba_d_conv": 4, "mamba_conv_bias": True, "mamba_proj_bias": False, "hidden_act": "silu"}.items():
-        require(hf, name, expected)
-    require(hf, "projectors_bias", False)
-    require(hf, "time_step_limit", (0.0, float("inf")))
+        hf.require(name, expected)
+    hf.require("projectors_bias", False)
+    hf.require("time_step_limit", (0.0, float("inf")))
     return MambaSizes(hf.mamba_n_heads, hf.mamba_d_head, hf.mamba_n_groups, hf.mamba_d_state, hf.mamba_d_conv)

@@ -4,24 +4,31 @@ whose output is gated in the others."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, attention, head_dim, kv_heads_of
+from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import PlainNorm
 from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, replicated, row_parallel, stacked, whole
 
 _OURS, _THEIRS = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.linear_attn"
 
 
-def gated_delta_net(hf: Any, projection: tuple[Part, ...]) -> Block:
+def gated_delta_net(hf: ConfigReader, projection: tuple[Part, ...]) -> Block:
     """Linear attention in the layers that `layer_types` says.
 
     Args:
         projection: rows of the input projection in Megatron's order: query, key, value, gate z, beta, alpha.
     """
+    hf.require("hidden_act", "silu")  # of the convolution too, which Megatron has built in
     layers = _layers(hf, "linear_attention")
     key, value = hf.linear_num_key_heads * hf.linear_key_head_dim, hf.linear_num_value_heads * hf.linear_value_head_dim
     h, heads, width = hf.hidden_size, hf.linear_num_value_heads, hf.linear_conv_kernel_dim
+    if heads % hf.linear_num_key_heads:
+        raise CheckpointError(
+            f"{hf.architecture}: linear_num_key_heads={hf.linear_num_key_heads}; expected a divisor of "
+            f"linear_num_value_heads={heads}"
+        )
     rules = (
         replicated(f"{_OURS}.in_proj.layer_norm_weight", f"{HF_LAYER}.input_layernorm.weight", (h,)),
         Rule(f"{_OURS}.in_proj.weight", projection, (0, h), axis="tp"),
@@ -44,7 +51,7 @@ def gated_delta_net(hf: Any, projection: tuple[Part, ...]) -> Block:
     return Block(config, rules, extras=(PlainNorm("self_attention.out_norm"),)).only_in(layers)
 
 
-def projections_by_head(hf: Any) -> tuple[Part, ...]:
+def projections_by_head(hf: ConfigReader) -> tuple[Part, ...]:
     """Qwen3-Next: for every key head its query, key, values and gates together; betas and alphas likewise."""
     values = hf.linear_num_value_heads // hf.linear_num_key_heads
     key, value = hf.linear_key_head_dim, values * hf.linear_value_head_dim
@@ -54,7 +61,7 @@ def projections_by_head(hf: Any) -> tuple[Part, ...]:
     )
 
 
-def projections_apart(hf: Any) -> tuple[Part, ...]:
+def projections_apart(hf: ConfigReader) -> tuple[Part, ...]:
     """Qwen3.5: query, key and value in one tensor, the others in tensors of their own."""
     h, heads = hf.hidden_size, hf.linear_num_value_heads
     key, value = hf.linear_num_key_heads * hf.linear_key_head_dim, heads * hf.linear_value_head_dim
@@ -66,9 +73,10 @@ def projections_apart(hf: Any) -> tuple[Part, ...]:
     )
 
 
-def gated_attention(hf: Any) -> Block:
+def gated_attention(hf: ConfigReader) -> Block:
     """Attention in the layers that `layer_types` says, its output times the sigmoid of a gate. HF's `q_proj` holds, head by
     head, the query and its gate; Megatron has a group's queries, then their gates, then its key and value."""
+    hf.require("attention_bias", False)
     plain = attention(hf, qk_norm=True)
     h, heads, groups, dim = hf.hidden_size, hf.num_attention_heads, kv_heads_of(hf), head_dim(hf)
     q_proj, *keys = (f"{HF_LAYER}.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj"))
@@ -83,7 +91,7 @@ def gated_attention(hf: Any) -> Block:
     )
 
 
-def _layers(hf: Any, kind: str) -> tuple[int, ...]:
+def _layers(hf: ConfigReader, kind: str) -> tuple[int, ...]:
     return tuple(layer for layer, found in enumerate(hf.layer_types) if found == kind)
 
 
@@ -91,7 +99,7 @@ def _rows(name: str, sizes: tuple[int, ...], inner: tuple[int, ...]) -> tuple[Pa
     return stacked(f"{_THEIRS}.{name}.weight", sizes, inner)
 
 
-def _of_each_head(hf: Any, name: str, sizes: tuple[int, ...]) -> tuple[Part, ...]:
+def _of_each_head(hf: ConfigReader, name: str, sizes: tuple[int, ...]) -> tuple[Part, ...]:
     """A tensor that holds `sizes` rows of each part for every key head, as one part each."""
     heads, rows, h = hf.linear_num_key_heads, sum(sizes), hf.hidden_size
     starts = (sum(sizes[:index]) for index in range(len(sizes)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.gemma import gemma3
 from mbridge_rl.bridges.vision import Tower, with_vision
 from mbridge_rl.core.model import ModelSpec
@@ -17,7 +18,7 @@ _NAMES = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head
 def _vision_tower(hf: Any) -> nn.Module:
     from transformers import AutoModel
 
-    return AutoModel.from_config(hf.vision_config)
+    return AutoModel.from_config(hf.vision_config, trust_remote_code=False)
 
 
 def _projector(hf: Any) -> nn.Module:
@@ -32,7 +33,9 @@ _TOWERS = {
 }
 
 
-def gemma3_vl(hf: Any) -> ModelSpec:
+def gemma3_vl(hf: ConfigReader) -> ModelSpec:
     """Checkpoints of the hub say `vision_tower.vision_model`, those that Transformers saves today `vision_tower`."""
+    hf.ignore("mm_tokens_per_image", "boi_token_index", "eoi_token_index")
+    hf.nested("text_config").require("final_logit_softcapping", None)  # Transformers' model with vision does not compute it
     spec = with_vision(hf, gemma3, _NAMES, _TOWERS)
     return replace(spec, alternatives=(spec.renamed({"vision_tower.vision_model.": "vision_tower."}),))

@@ -4,26 +4,27 @@ transposed, gate and up interleaved, between which stands a clamped SwiGLU (`(up
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.experts import ROUTER, expert_config
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import EXPERT, Axis, Part, Rule, column_parallel, replicated
 
 
-def gpt_oss(hf: Any) -> ModelSpec:
+def gpt_oss(hf: ConfigReader) -> ModelSpec:
+    hf.require("attention_bias", True)
     return decoder(hf, attention(hf), _sinks(hf), _experts(hf))
 
 
-def _sinks(hf: Any) -> Block:
+def _sinks(hf: ConfigReader) -> Block:
     ours, theirs = f"{MEGATRON_LAYER}.self_attention.core_attention.softmax_offset", f"{HF_LAYER}.self_attn.sinks"
     return Block({"softmax_type": "learnable"}, (column_parallel(ours, {theirs: hf.num_attention_heads}),))
 
 
-def _experts(hf: Any) -> Block:
+def _experts(hf: ConfigReader) -> Block:
     h, f, experts = hf.hidden_size, hf.intermediate_size, hf.num_local_experts
     ours, theirs = f"{MEGATRON_LAYER}.mlp.experts", f"{HF_LAYER}.mlp.experts"
     this_one = Axis(experts, index=EXPERT)

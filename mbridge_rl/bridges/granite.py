@@ -1,13 +1,12 @@
 """Granite 3: Llama with multipliers on embeddings, attention scores, residual branches and logits."""
 
-from typing import Any
-
 from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.extras import EmbeddingScale, LogitScale, ResidualScale
 from mbridge_rl.core.model import ModelSpec
 
 
-def granite(hf: Any) -> ModelSpec:
+def granite(hf: ConfigReader) -> ModelSpec:
     extras = (
         EmbeddingScale(hf.embedding_multiplier),
         ResidualScale(hf.residual_multiplier),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, require
-from mbridge_rl.core.errors import UnsupportedModelError
+from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block
+from mbridge_rl.bridges.config_reader import ConfigReader, rope_value
+from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import LatentNormEpsilon
 from mbridge_rl.core.rules import Axis, Part, Rule, replicated
 
@@ -13,11 +14,13 @@ from mbridge_rl.core.rules import Axis, Part, Rule, replicated
 _LATENT_EPSILON = 1e-6
 
 
-def latent_attention(hf: Any) -> Block:
+def latent_attention(hf: ConfigReader) -> Block:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values, and with `q_lora_rank` queries too, pass
     through low-rank projections whose norms are fused into the up-projections. Only these are cut, by whole heads."""
-    require(hf, "attention_bias", False)
-    require(hf, "rope_interleave", True)
+    hf.require("attention_bias", False)
+    hf.require("num_key_value_heads", hf.num_attention_heads, None)
+    hf.ignore("head_dim")
+    hf.require("rope_interleave", True)
     h, heads, rope, lora = hf.hidden_size, hf.num_attention_heads, hf.qk_rope_head_dim, hf.kv_lora_rank
     key, value = hf.qk_nope_head_dim, hf.v_head_dim
     ours, theirs = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
@@ -45,7 +48,7 @@ def latent_attention(hf: Any) -> Block:
     return Block(config, tuple(rules), rotates=True, extras=extras)
 
 
-def _queries(hf: Any, ours: str, theirs: str) -> list[Rule]:
+def _queries(hf: ConfigReader, ours: str, theirs: str) -> list[Rule]:
     heads, dim, lora = hf.num_attention_heads, hf.qk_nope_head_dim + hf.qk_rope_head_dim, hf.q_lora_rank
     if lora is None:
         return [_by_head(f"{ours}.linear_q_proj.weight", f"{theirs}.q_proj.weight", heads, dim, hf.hidden_size)]
@@ -68,32 +71,40 @@ def _output(megatron_name: str, hf_name: str, rows: int, heads: int, dim: int) -
     return Rule(megatron_name, (part,), (rows, 0), dim=1, axis="tp")
 
 
-def _rotary(hf: Any) -> dict[str, Any]:
+def _rotary(hf: ConfigReader) -> dict[str, Any]:
     """Rotary positions as fields of Megatron's `MLATransformerConfig`: plain, or YaRN (arXiv 2309.00071)."""
     rope = hf.rope_parameters
-    config = {"rotary_base": rope["rope_theta"], "rotary_percent": 1.0}
-    rope_type = rope.get("rope_type", "default")
+    rope_type = rope_value(hf, rope, "rope_type", "default")
+    config = {"rotary_base": rope_value(hf, rope, "rope_theta", ...), "rotary_percent": 1.0}
+    if rope_value(hf, rope, "partial_rotary_factor") not in (None, 1.0):
+        raise hf.refuse(
+            "rope_parameters.partial_rotary_factor", "latent attention rotates all of its qk_rope_head_dim channels"
+        )
+    if hf.qk_rope_head_dim % 2:
+        raise CheckpointError(f"{hf.architecture}: qk_rope_head_dim={hf.qk_rope_head_dim}; expected an even number of channels")
     if rope_type == "default":
         return {**config, "rope_type": "rope", "rotary_scaling_factor": 1.0}
     if rope_type != "yarn":
-        raise UnsupportedModelError(
-            f"{hf.architectures[0]}: rope type {rope_type!r} is not supported by Megatron's latent attention; "
-            f"supported: default, yarn"
+        raise hf.refuse(
+            "rope_parameters.rope_type",
+            f"rope type {rope_type!r} is not supported by Megatron's latent attention; supported: default, yarn",
         )
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    if rope.get("attention_factor") is not None or not rope.get("truncate", True) or (mscale_all_dim and not mscale):
-        raise UnsupportedModelError(
-            f"{hf.architectures[0]}: YaRN with attention_factor, with truncate=False, or with mscale_all_dim but no mscale has "
-            f"no counterpart in Megatron's latent attention; found {dict(rope)}"
+    mscale, mscale_all_dim = rope_value(hf, rope, "mscale"), rope_value(hf, rope, "mscale_all_dim")
+    whole_numbers = rope_value(hf, rope, "truncate", True)
+    if rope_value(hf, rope, "attention_factor") is not None or not whole_numbers or (mscale_all_dim and not mscale):
+        raise hf.refuse(
+            "rope_parameters",
+            "YaRN with attention_factor, with truncate=False, or with mscale_all_dim but no mscale has no counterpart in "
+            f"Megatron's latent attention; found {dict(rope)}",
         )
-    original = rope["original_max_position_embeddings"]
+    original = rope_value(hf, rope, "original_max_position_embeddings", hf.max_position_embeddings)
     return {
         **config,
         "rope_type": "yarn",
-        "rotary_scaling_factor": rope.get("factor") or hf.max_position_embeddings / original,
+        "rotary_scaling_factor": rope_value(hf, rope, "factor") or hf.max_position_embeddings / original,
         "original_max_position_embeddings": original,
-        "beta_fast": rope.get("beta_fast") or 32,
-        "beta_slow": rope.get("beta_slow") or 1,
+        "beta_fast": rope_value(hf, rope, "beta_fast") or 32,
+        "beta_slow": rope_value(hf, rope, "beta_slow") or 1,
         # Transformers looks at mscale only where mscale_all_dim is there too, and takes 1 otherwise.
         "mscale": mscale if mscale_all_dim else 1.0,
         "mscale_all_dim": mscale_all_dim or 0.0,

@@ -1,10 +1,9 @@
 """Llama 2 and 3.x: grouped-query attention without biases, gated MLP; tied in the small 3.2 models."""
 
-from typing import Any
-
 from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.model import ModelSpec
 
 
-def llama(hf: Any) -> ModelSpec:
+def llama(hf: ConfigReader) -> ModelSpec:
     return decoder(hf, attention(hf), gated_mlp(hf))

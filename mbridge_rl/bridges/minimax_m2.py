@@ -2,17 +2,18 @@
 every layer, chosen with a bias."""
 
 from dataclasses import replace
-from typing import Any
 
-from mbridge_rl.bridges.blocks import HF_LAYER, attention, decoder, projection_norms, require
+from mbridge_rl.bridges.blocks import HF_LAYER, attention, decoder, projection_norms
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.experts import MIXTRAL_NAMES, gated_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 
 
-def minimax_m2(hf: Any) -> ModelSpec:
+def minimax_m2(hf: ConfigReader) -> ModelSpec:
     for name, expected in _FIXED.items():
-        require(hf, name, expected)
+        hf.require(name, expected)
+    hf.ignore("rotary_dim")  # Transformers' class has put it into rope_parameters
     layers, experts = tuple(range(hf.num_hidden_layers)), hf.num_local_experts
     routed = gated_experts(
         hf,
@@ -24,9 +25,9 @@ def minimax_m2(hf: Any) -> ModelSpec:
         bias_shape=(experts,),
         fp32_router=True,
     )
-    spec = decoder(hf, attention(hf), projection_norms(hf), routed)
+    spec = decoder(hf, attention(hf), projection_norms(hf), routed, partial_rotation=True)
     # Prediction layers, whose form no implementation says.
-    modules = range(hf.num_hidden_layers, hf.num_hidden_layers + (getattr(hf, "num_mtp_modules", None) or 0))
+    modules = range(hf.num_hidden_layers, hf.num_hidden_layers + (hf.undeclared("num_mtp_modules") or 0))
     ignored = (f"{HF_LAYER.format(layer=layer)}." for layer in modules)
     return replace(spec, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *ignored))
 

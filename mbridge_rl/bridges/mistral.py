@@ -1,10 +1,9 @@
 """Mistral 7B and Ministral 8B: Llama whose attention sees a window, in all layers or in some."""
 
-from typing import Any
-
 from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.model import ModelSpec
 
 
-def mistral(hf: Any) -> ModelSpec:
+def mistral(hf: ConfigReader) -> ModelSpec:
     return decoder(hf, attention(hf), gated_mlp(hf))

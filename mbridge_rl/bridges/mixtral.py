@@ -1,14 +1,13 @@
 """Mixtral: Mistral's attention, softmax-routed experts in every layer."""
 
-from typing import Any
-
 from mbridge_rl.bridges.blocks import attention, decoder
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.experts import MIXTRAL_NAMES, gated_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 
 
-def mixtral(hf: Any) -> ModelSpec:
+def mixtral(hf: ConfigReader) -> ModelSpec:
     layers = tuple(range(hf.num_hidden_layers))
     experts = gated_experts(hf, layers, Routing(), experts=hf.num_local_experts, ffn=hf.intermediate_size, names=MIXTRAL_NAMES)
     return decoder(hf, attention(hf), experts)

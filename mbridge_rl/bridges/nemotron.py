@@ -1,16 +1,16 @@
 """Nemotron 4 and Minitron: layer norms whose weight is stored less one, squared ReLU without a gate, half-rotated heads."""
 
 from dataclasses import replace
-from typing import Any
 
 from mbridge_rl.bridges.blocks import Block, attention, decoder, plain_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Rule
 
 
-def nemotron(hf: Any) -> ModelSpec:
+def nemotron(hf: ConfigReader) -> ModelSpec:
     norms = Block({"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True})
-    spec = decoder(hf, norms, attention(hf), plain_mlp(hf))
+    spec = decoder(hf, norms, attention(hf), plain_mlp(hf), partial_rotation=True)
     return replace(spec, rules=tuple(rule for weight in spec.rules for rule in (weight, *_norm_bias(weight))))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, activation, attention, plain_mlp, require
+from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, activation, attention, plain_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.bridges.mamba import MambaSizes, mamba
 from mbridge_rl.bridges.vision import language_config, text_only
@@ -22,7 +23,24 @@ _TOWERS = ("vision_model.", "vision_projector.", "mlp1.", "sound_encoder.", "sou
 _NORM, _MIXER = f"{_LAYER}.norm.weight", f"{_LAYER}.mixer"
 
 
-def nemotron_h(hf: Any) -> ModelSpec:
+# The pattern's letters, which are Megatron's, by Transformers' names.
+_LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+_WITHOUT_EFFECT = (
+    "num_hidden_layers expand chunk_size use_mamba_kernels mamba_ssm_cache_dtype moe_shared_expert_overlap "
+    "time_step_max time_step_floor time_step_limit num_nextn_predict_layers mtp_layers_block_type"
+)
+_OF_TOWERS = (
+    "vision_config audio_config force_image_size downsample_ratio projector_hidden_size vision_hidden_size video_pruning_rate "
+    "video_temporal_patch_size"
+)
+_OF_EXPERTS = (
+    "n_routed_experts n_shared_experts moe_intermediate_size moe_shared_expert_intermediate_size moe_latent_size "
+    "num_experts_per_tok routed_scaling_factor n_group topk_group norm_topk_prob"
+)
+
+
+def nemotron_h(hf: ConfigReader) -> ModelSpec:
+    hf.ignore(*_WITHOUT_EFFECT.split())
     for name, expected in {
         "tie_word_embeddings": False,
         "use_bias": False,
@@ -31,8 +49,14 @@ def nemotron_h(hf: Any) -> ModelSpec:
         "residual_in_fp32": False,
         "sliding_window": None,
     }.items():
-        require(hf, name, expected)
-    h, pattern = hf.hidden_size, hf.hybrid_override_pattern
+        hf.require(name, expected)
+    h, pattern = hf.hidden_size, _pattern(hf)
+    # To the blocks of other families these are layers like theirs, without windows.
+    hf = hf.with_values(num_hidden_layers=len(pattern), layer_types=None)
+    if "M" not in pattern:
+        hf.ignore("time_step_min")
+    if "E" not in pattern:
+        hf.ignore(*_OF_EXPERTS.split())
     kinds = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
     layers = {kind: tuple(layer for layer, letter in enumerate(pattern) if letter == kind) for kind in kinds}
     blocks = [block.only_in(layers[kind]) for kind, build in kinds.items() if layers[kind] for block in build(hf)]
@@ -60,7 +84,7 @@ def nemotron_h(hf: Any) -> ModelSpec:
     for block in blocks:
         config.update(block.config)
     return ModelSpec(
-        architecture=hf.architectures[0],
+        architecture=hf.architecture,
         num_layers=len(pattern),
         vocab_size=hf.vocab_size,
         tied_embeddings=False,
@@ -74,15 +98,23 @@ def nemotron_h(hf: Any) -> ModelSpec:
     )
 
 
-def nemotron_h_omni(hf: Any) -> ModelSpec:
+def _pattern(hf: ConfigReader) -> str:
+    kinds = hf.layers_block_type
+    if not kinds or set(kinds) - _LETTERS.keys():
+        raise hf.refuse("layers_block_type", f"{kinds} is not supported; supported are layers of {', '.join(_LETTERS)}")
+    return "".join(_LETTERS[kind] for kind in kinds)
+
+
+def nemotron_h_omni(hf: ConfigReader) -> ModelSpec:
     """The language model of Nemotron-3 Nano Omni. Its towers for images and sound stay where they are: an export has none of
     their tensors."""
+    hf.ignore(*_OF_TOWERS.split())
     spec = nemotron_h(language_config(hf)).renamed({name: f"language_model.{name}" for name in ("backbone.", "lm_head.")})
     extras = (*spec.extras, text_only(hf))
     return replace(spec, extras=extras, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *_TOWERS))
 
 
-def _mamba(hf: Any) -> list[Block]:
+def _mamba(hf: ConfigReader) -> list[Block]:
     # Megatron's mixer has these built in.
     for name, expected in {
         "conv_kernel": 4,
@@ -90,8 +122,8 @@ def _mamba(hf: Any) -> list[Block]:
         "mamba_proj_bias": False,
         "layer_norm_epsilon": 1e-5,
     }.items():
-        require(hf, name, expected)
-    require(hf, "mamba_hidden_act", "silu")
+        hf.require(name, expected)
+    hf.require("mamba_hidden_act", "silu")
     sizes = MambaSizes(hf.mamba_num_heads, hf.mamba_head_dim, hf.n_groups, hf.ssm_state_size, hf.conv_kernel)
     ours, block = f"{MEGATRON_LAYER}.mixer", mamba(hf.hidden_size, sizes, f"{MEGATRON_LAYER}.mixer", _MIXER)
     norms = (
@@ -102,32 +134,32 @@ def _mamba(hf: Any) -> list[Block]:
     return [Block(block.config, (*norms, *block.rules), extras=minimum)]
 
 
-def _attention(hf: Any) -> list[Block]:
+def _attention(hf: ConfigReader) -> list[Block]:
     return [_with_our_names(attention(hf))]
 
 
-def _mlp(hf: Any) -> list[Block]:
+def _mlp(hf: ConfigReader) -> list[Block]:
     return [_with_our_names(plain_mlp(hf))]
 
 
-def _experts(hf: Any) -> list[Block]:
+def _experts(hf: ConfigReader) -> list[Block]:
     """Experts without gates, in Nemotron-3 Super between projections to a smaller size, beside one that sees every token."""
-    require(hf, "n_shared_experts", 1)
+    hf.require("n_shared_experts", 1)
     routing = Routing(
         "sigmoid",
         normalized=hf.norm_topk_prob,
         scaling_factor=hf.routed_scaling_factor,
-        groups=hf.n_group,
-        chosen_groups=hf.topk_group,
+        groups=hf.n_group or 1,
+        chosen_groups=hf.topk_group or 1,
     )
-    names, every = ExpertNames(gate=None), tuple(range(len(hf.hybrid_override_pattern)))
+    names, every = ExpertNames(gate=None), tuple(range(hf.num_hidden_layers))
     sizes = {"experts": hf.n_routed_experts, "ffn": hf.moe_intermediate_size, "latent": hf.moe_latent_size}
     routed = gated_experts(hf, every, routing, **sizes, names=names, bias_shape=(hf.n_routed_experts,), fp32_router=True)
     shared = shared_experts(hf, every, hf.moe_shared_expert_intermediate_size, names=names)
     return [_with_our_names(block) for block in (routed, shared, _latent_projections(hf))]
 
 
-def _latent_projections(hf: Any) -> Block:
+def _latent_projections(hf: ConfigReader) -> Block:
     latent, h = hf.moe_latent_size, hf.hidden_size
     if latent is None:
         return Block()

@@ -3,17 +3,24 @@ lack attention or MLP altogether."""
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp
-from mbridge_rl.core.errors import UnsupportedModelError
+from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.core.config_fields import check_value
+from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.model import ModelSpec
 
 
-def nemotron_nas(hf: Any) -> ModelSpec:
+def nemotron_nas(hf: ConfigReader) -> ModelSpec:
+    if len(hf.block_configs) != hf.num_hidden_layers:
+        raise CheckpointError(
+            f"{hf.architecture}: block_configs has {len(hf.block_configs)} entries; expected "
+            f"num_hidden_layers={hf.num_hidden_layers}"
+        )
+    hf.ignore("num_key_value_heads", "intermediate_size")
     heads = [_kv_heads(hf, layer) for layer in range(hf.num_hidden_layers)]
     widths = [_ffn_size(hf, layer) for layer in range(hf.num_hidden_layers)]
     layers = [
@@ -25,35 +32,48 @@ def nemotron_nas(hf: Any) -> ModelSpec:
     return decoder(hf, *attentions, *_by_size(hf, gated_mlp, "intermediate_size", widths), sizes)
 
 
-def _by_size(hf: Any, block: Callable[[Any], Block], field: str, sizes: list[int | None]) -> list[Block]:
+def _by_size(hf: ConfigReader, block: Callable[[ConfigReader], Block], field: str, sizes: list[int | None]) -> list[Block]:
     """The block in each of its sizes, in the layers that have it so."""
     blocks = []
     for size in sorted({size for size in sizes if size is not None}):
-        of_size = copy.copy(hf)
-        setattr(of_size, field, size)
-        blocks.append(block(of_size).only_in(tuple(layer for layer, found in enumerate(sizes) if found == size)))
+        layers = tuple(layer for layer, found in enumerate(sizes) if found == size)
+        blocks.append(block(hf.with_values(**{field: size})).only_in(layers))
     return blocks
 
 
-def _kv_heads(hf: Any, layer: int) -> int | None:
-    block = hf.block_configs[layer].attention
-    for name in ("replace_with_linear", "sparsify", "window_length", "num_sink_tokens"):
-        _refuse(hf, layer, "attention", name)
-    return None if block.no_op else hf.num_attention_heads // block.n_heads_in_group
-
-
-def _ffn_size(hf: Any, layer: int) -> int | None:
-    block = hf.block_configs[layer].ffn
-    for name in ("replace_with_linear", "sparsify"):
-        _refuse(hf, layer, "ffn", name)
-    if block.no_op:
+def _kv_heads(hf: ConfigReader, layer: int) -> int | None:
+    block = _part(hf, layer, "attention", ("replace_with_linear", "sparsify", "window_length", "num_sink_tokens"))
+    if block.get("no_op"):
         return None
-    if block.get("intermediate_size"):
-        return block.intermediate_size
-    size = int(2 * block.ffn_mult * hf.hidden_size / 3)
+    group = block.get("n_heads_in_group")
+    if not isinstance(group, int) or group < 1 or hf.num_attention_heads % group:
+        raise CheckpointError(
+            f"{hf.architecture}: block_configs[{layer}].attention.n_heads_in_group={group!r}; expected a divisor of "
+            f"num_attention_heads={hf.num_attention_heads}"
+        )
+    return hf.num_attention_heads // group
+
+
+def _ffn_size(hf: ConfigReader, layer: int) -> int | None:
+    block = _part(hf, layer, "ffn", ("replace_with_linear", "sparsify"))
+    if block.get("no_op"):
+        return None
+    if size := block.get("intermediate_size"):
+        check_value("intermediate_size", size, f"{hf.architecture}: block_configs[{layer}].ffn.")
+        return size
+    factor = block.get("ffn_mult")
+    if not isinstance(factor, int | float) or not 0 < factor < 1024:
+        raise CheckpointError(f"{hf.architecture}: block_configs[{layer}].ffn.ffn_mult={factor!r}; expected a positive number")
+    size = int(2 * factor * hf.hidden_size / 3)
     return size + -size % 256
 
 
-def _refuse(hf: Any, layer: int, part: str, name: str) -> None:
-    if value := hf.block_configs[layer][part].get(name):
-        raise UnsupportedModelError(f"{hf.architectures[0]}: block_configs[{layer}].{part}.{name}={value!r} is not supported")
+def _part(hf: ConfigReader, layer: int, name: str, refused: tuple[str, ...]) -> Mapping[str, Any]:
+    """What `block_configs` says of a layer's attention or MLP."""
+    part = hf.block_configs[layer].get(name)
+    if not isinstance(part, Mapping):
+        raise CheckpointError(f"{hf.architecture}: block_configs[{layer}].{name}={part!r}; expected an object")
+    for field in refused:
+        if part.get(field):
+            raise hf.refuse(f"block_configs[{layer}].{name}.{field}", f"{part[field]!r} is not supported")
+    return part

@@ -5,11 +5,11 @@ for all sequences if its `max_model_len` is beyond; a trainer of such an engine 
 `long_factor`.
 """
 
-from typing import Any
-
 from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.model import ModelSpec
 
 
-def phi3(hf: Any) -> ModelSpec:
-    return decoder(hf, attention(hf, fused="qkv_proj"), gated_mlp(hf, fused="gate_up_proj"))
+def phi3(hf: ConfigReader) -> ModelSpec:
+    hf.ignore("original_max_position_embeddings")  # Transformers' class has put it into rope_parameters
+    return decoder(hf, attention(hf, fused="qkv_proj"), gated_mlp(hf, fused="gate_up_proj"), partial_rotation=True)

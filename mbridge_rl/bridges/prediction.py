@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Rule, column_parallel, replicated, vocabulary_parallel
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def with_prediction(hf: Any, spec: ModelSpec, blocks: Sequence[Block]) -> ModelSpec:
+def with_prediction(hf: ConfigReader, spec: ModelSpec, blocks: Sequence[Block]) -> ModelSpec:
     """`spec`, of whose checkpoints the prediction layers are ignored, and which knows itself with them (`prediction`).
 
     Args:
         blocks: what an ordinary layer of a prediction layer is made of; Megatron builds it like the model's last layer.
     """
-    count = getattr(hf, "num_mtp_layers", None) or getattr(hf, "num_nextn_predict_layers", None) or 0
+    count = hf.undeclared("num_mtp_layers") or hf.undeclared("num_nextn_predict_layers") or 0
     if not count:
         return spec
     names = [HF_LAYER.format(layer=hf.num_hidden_layers + index) for index in range(count)]

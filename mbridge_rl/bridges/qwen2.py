@@ -1,10 +1,9 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
 
-from typing import Any
-
 from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.model import ModelSpec
 
 
-def qwen2(hf: Any) -> ModelSpec:
+def qwen2(hf: ConfigReader) -> ModelSpec:
     return decoder(hf, attention(hf, qkv_bias=True), gated_mlp(hf))

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from mbridge_rl.bridges.blocks import Block, decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.bridges.gated_delta_net import gated_attention, gated_delta_net, projections_by_head
 from mbridge_rl.bridges.qwen3_moe import layers_with_experts
@@ -16,15 +16,15 @@ from mbridge_rl.core.model import ModelSpec
 PREDICTION_LAYERS = ("mtp.",)
 
 
-def qwen3_next(hf: Any) -> ModelSpec:
+def qwen3_next(hf: ConfigReader) -> ModelSpec:
     sparse, dense = layers_with_experts(hf)
     experts = experts_beside_gated(hf, sparse, normalized=hf.norm_topk_prob)
     blocks = (gated_delta_net(hf, projections_by_head(hf)), gated_attention(hf), gated_mlp(hf).only_in(dense), *experts)
-    spec = decoder(hf, *blocks)
+    spec = decoder(hf, *blocks, partial_rotation=True)
     return replace(spec, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *PREDICTION_LAYERS))
 
 
-def experts_beside_gated(hf: Any, layers: tuple[int, ...], *, normalized: bool) -> tuple[Block, Block]:
+def experts_beside_gated(hf: ConfigReader, layers: tuple[int, ...], *, normalized: bool) -> tuple[Block, Block]:
     """Experts, and one that sees every token, weighed by a gate."""
     names = ExpertNames(shared="shared_expert")
     return (

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mbridge_rl.bridges.blocks import require
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
 from mbridge_rl.bridges.qwen3_5 import qwen3_5, qwen3_5_moe
@@ -20,32 +20,31 @@ from mbridge_rl.core.stacked_experts import with_stacked_experts
 _UNDER_MODEL = {"model.": "model.language_model."}
 
 
-def qwen2_5_vl(hf: Any) -> ModelSpec:
+def qwen2_5_vl(hf: ConfigReader) -> ModelSpec:
     return with_vision(hf, qwen2, {}, {"visual": Tower(_qwen2_5, "visual")})
 
 
-def qwen3_vl(hf: Any) -> ModelSpec:
+def qwen3_vl(hf: ConfigReader) -> ModelSpec:
     return with_vision(hf, qwen3, _UNDER_MODEL, {"visual": Tower(_qwen3, "model.visual")})
 
 
-def qwen3_5_vl(hf: Any) -> ModelSpec:
+def qwen3_5_vl(hf: ConfigReader) -> ModelSpec:
     return with_vision(hf, qwen3_5, _UNDER_MODEL, {"visual": Tower(_qwen3_5, "model.visual")})
 
 
-def qwen3_vl_moe(hf: Any) -> ModelSpec:
+def qwen3_vl_moe(hf: ConfigReader) -> ModelSpec:
     """Experts are stacked: in checkpoints of the hub the other way round than in those that Transformers saves."""
     spec = with_vision(hf, _normalizing_qwen3_moe, _UNDER_MODEL, {"visual": Tower(_qwen3_moe, "model.visual")})
     return replace(with_stacked_experts(spec, transposed=True), alternatives=(with_stacked_experts(spec),))
 
 
-def _normalizing_qwen3_moe(text: Any) -> ModelSpec:
+def _normalizing_qwen3_moe(text: ConfigReader) -> ModelSpec:
     """This family's routers always normalise."""
-    require(text, "norm_topk_prob", True)
-    text.norm_topk_prob = True
-    return qwen3_moe(text)
+    text.require("norm_topk_prob", True)
+    return qwen3_moe(text.with_values(norm_topk_prob=True))
 
 
-def qwen3_5_moe_vl(hf: Any) -> ModelSpec:
+def qwen3_5_moe_vl(hf: ConfigReader) -> ModelSpec:
     return with_vision(hf, qwen3_5_moe, _UNDER_MODEL, {"visual": Tower(_qwen3_5_moe, "model.visual")})
 
 

@@ -1,10 +1,9 @@
 """Seed-OSS: Llama with biases on q, k, v, and a switch of its own for the output projection's."""
 
-from typing import Any
-
 from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
+from mbridge_rl.bridges.config_reader import ConfigReader
 from mbridge_rl.core.model import ModelSpec
 
 
-def seed_oss(hf: Any) -> ModelSpec:
+def seed_oss(hf: ConfigReader) -> ModelSpec:
     return decoder(hf, attention(hf, output_bias=hf.attention_out_bias), gated_mlp(hf))

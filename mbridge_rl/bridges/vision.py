@@ -3,7 +3,6 @@ it, frozen. Training sees text alone: a forward pass refuses pixels and tokens t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import TextOnly
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Rule, replicated
@@ -21,7 +22,7 @@ class Tower:
     """A module of Transformers' model, by its path there.
 
     Attributes:
-        build: makes it from the config; on the meta device when only shapes are asked for.
+        build: makes it from the Transformers config; on the meta device when only shapes are asked for.
         hf_name: how its tensors' names begin in a checkpoint.
     """
 
@@ -30,7 +31,7 @@ class Tower:
 
 
 def with_vision(
-    hf: Any, family: Callable[[Any], ModelSpec], prefixes: Mapping[str, str], towers: Mapping[str, Tower]
+    hf: ConfigReader, family: Callable[[ConfigReader], ModelSpec], prefixes: Mapping[str, str], towers: Mapping[str, Tower]
 ) -> ModelSpec:
     """The spec of a vision-language model.
 
@@ -39,8 +40,9 @@ def with_vision(
         prefixes: beginnings of the language model's names on its own, and in these checkpoints.
         towers: by their name in the Megatron model.
     """
-    rules = tuple(rule for name, tower in towers.items() for rule in _tower_rules(hf, name, tower))
-    carried = {name: _Build(hf, tower) for name, tower in towers.items()}
+    hf.ignore("vision_config", "vision_start_token_id", "vision_end_token_id")  # the towers' own code reads vision_config
+    rules = tuple(rule for name, tower in towers.items() for rule in _tower_rules(hf.config, name, tower))
+    carried = {name: _Build(hf.config, tower) for name, tower in towers.items()}
 
     def with_towers(spec: ModelSpec) -> ModelSpec:
         spec = spec.renamed(prefixes)
@@ -51,34 +53,36 @@ def with_vision(
     return with_towers(family(language_config(hf)))
 
 
-def text_only(hf: Any) -> TextOnly:
+def text_only(hf: ConfigReader) -> TextOnly:
     """Refuses what stands for pixels in these models' tokens."""
     fields = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
-    return TextOnly(tuple(sorted({getattr(hf, name) for name in fields if getattr(hf, name, None) is not None})))
+    return TextOnly(tuple(sorted({token for name in fields if (token := hf.undeclared(name)) is not None})))
 
 
-def language_config(hf: Any) -> Any:
-    """The language model's config as if it stood alone, but for the architecture. Whether its embeddings are tied is said by
-    the outer config, as Transformers reads it: `text_config` need not have the field, and what it says has no effect."""
-    text = copy.copy(hf.text_config)
-    text.architectures = hf.architectures
-    text.tie_word_embeddings = bool(getattr(hf, "tie_word_embeddings", False))
-    return text
+def language_config(hf: ConfigReader) -> ConfigReader:
+    """The language model's config as if it stood alone. Whether its embeddings are tied is said by the outer config, as
+    Transformers reads it: `text_config` need not have the field, and what it says has no effect."""
+    return hf.nested("text_config").with_values(tie_word_embeddings=hf.undeclared("tie_word_embeddings", False))
 
 
 @dataclass(frozen=True)
 class _Build:
-    hf: Any
+    config: Any
     tower: Tower
 
     def __call__(self) -> nn.Module:
-        return self.tower.build(self.hf)
+        return self.tower.build(self.config)
 
 
-def _tower_rules(hf: Any, name: str, tower: Tower) -> list[Rule]:
+def _tower_rules(config: Any, name: str, tower: Tower) -> list[Rule]:
     """One per tensor that a checkpoint holds."""
-    with torch.device("meta"):
-        tensors = tower.build(hf).state_dict(keep_vars=True)
+    try:
+        with torch.device("meta"):
+            tensors = tower.build(config).state_dict(keep_vars=True)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of foreign code
+        raise CheckpointError(
+            f"{tower.hf_name}: Transformers cannot build it from the config's vision_config: {error!r}"
+        ) from error
     return [
         replicated(f"{name}.{tensor}", f"{tower.hf_name}.{tensor}", tuple(values.shape), placement="first_stage")
         for tensor, values in tensors.items()

@@ -138,7 +138,9 @@ def _compared_logits(checkpoint: Path, bridge: AutoBridge, found: Tensor, tolera
         said = "not compared: the checkpoint is quantized, which Transformers does not run everywhere"
         return {"what": "logits", "equal": None, "said": said}
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, config=bridge.hf_config, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, config=bridge.hf_config, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         expected = model(_tokens(bridge).cpu()).logits
     largest, difference = expected.abs().max().item(), (found - expected).abs().max().item()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mbridge_rl.core.config_fields import check_values
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.hf.publish import put_back
 
@@ -52,37 +53,65 @@ def local_directory(path: str | Path) -> Path:
 
 
 def load_config(directory: Path) -> Any:
-    """The Transformers config of a checkpoint directory.
+    """The Transformers config of a checkpoint directory. Code that the directory may bring is never run.
 
     Raises:
-        CheckpointError: there is no config.json, or Transformers cannot read it.
+        CheckpointError: there is no config.json, a field of it holds what no model could have, or Transformers has no class for
+            it or cannot read it.
     """
-    from transformers import AutoConfig
-
-    if not (directory / "config.json").exists():
+    path = directory / "config.json"
+    if not path.exists():
         raise CheckpointError(f"{directory} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        values = json.loads((directory / "config.json").read_text())
-        return (
-            parse_config(values)
-            if values.get("model_type") in (*_SAME_AS, _NEMOTRON_NAS)
-            else AutoConfig.from_pretrained(directory)
-        )
-    except Exception as error:  # Transformers' own validation raises many types; all of them mean this
-        raise CheckpointError(f"{directory}/config.json: Transformers cannot read it: {error}") from error
+        values = json.loads(path.read_text(), object_hook=_special_floats)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON file: {error}") from error
+    try:
+        config = parse_config(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    config.name_or_path = str(directory)
+    return config
 
 
-def parse_config(values: Mapping[str, Any]) -> Any:
-    """The Transformers config that the contents of a config.json stand for, without the code of its repository."""
+def parse_config(values: Any) -> Any:
+    """The Transformers config that the contents of a config.json stand for, by Transformers' own class of its `model_type`: the
+    code of its repository, which `auto_map` names, is never run.
+
+    Raises:
+        CheckpointError: a field holds what no model could have (its name, what it holds and what is expected), or Transformers
+            has no class for the model or cannot make one.
+    """
     from transformers import CONFIG_MAPPING
 
-    if values["model_type"] == _NEMOTRON_NAS:
-        from mbridge_rl.hf.nemotron_nas import NemotronNasConfig
+    check_values(values)
+    model_type = values.get("model_type")
+    known = _SAME_AS.get(model_type, model_type) if isinstance(model_type, str) else None
+    if known != _NEMOTRON_NAS and known not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"Transformers cannot read it: it has no class for model_type={model_type!r}; code that a checkpoint brings "
+            "(auto_map) is never run"
+        )
+    try:
+        if known == _NEMOTRON_NAS:
+            from mbridge_rl.hf.nemotron_nas import NemotronNasConfig
 
-        return NemotronNasConfig.from_dict(dict(values))
-    model_type = _SAME_AS.get(values["model_type"], values["model_type"])
-    plain = {name: value for name, value in values.items() if name != "auto_map"}
-    return CONFIG_MAPPING[model_type].from_dict({**plain, "model_type": model_type})
+            return NemotronNasConfig.from_dict(dict(values))
+        # Whoever writes a renamed model's config again writes the class's model_type, which the repository's code is not for.
+        ours = {**values, "model_type": known} if known == model_type else _without_code(values, known)
+        return CONFIG_MAPPING[known].from_dict(copy.deepcopy(ours))
+    except Exception as error:  # Transformers' own validation raises many types; all of them mean this
+        raise CheckpointError(f"Transformers cannot read it: {error!r}") from error
+
+
+def _without_code(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    return {**{name: value for name, value in values.items() if name != "auto_map"}, "model_type": model_type}
+
+
+def _special_floats(values: dict[str, Any]) -> Any:
+    """The numbers that JSON doesn't have, as Transformers writes them: `{"__float__": "Infinity"}`."""
+    tag = values.get("__float__") if len(values) == 1 else None
+    return float(tag) if tag in ("Infinity", "-Infinity", "NaN") else values
 
 
 def save_config(hf_config: Any, directory: Path, dtype: torch.dtype) -> None:

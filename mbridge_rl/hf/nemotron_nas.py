@@ -24,6 +24,8 @@ class NemotronNasConfig(LlamaConfig):
 
     model_type = "nemotron-nas"
 
+    block_configs: list[dict[str, Any]] | None = None
+
     def __init__(self, block_configs: list[Mapping[str, Any]] | None = None, **fields: Any) -> None:
         super().__init__(**{name: value for name, value in fields.items() if value is not None})
         self.block_configs = [

@@ -126,9 +126,9 @@ def _transformers_agrees(run_dir: Path) -> bool:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     asked = read_lines(run_dir / EVALUATION_FILE)
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "final", trust_remote_code=False)
     with toy.quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32, trust_remote_code=False).eval()
     prompts = torch.tensor([tokenizer.encode(line["prompt"]) for line in asked])
     answers = model.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=toy.ANSWER_TOKENS

@@ -205,7 +205,7 @@ def model_directory(config: RunConfig) -> Path:
 def load_tokenizer(config: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or model_directory(config))
+    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or model_directory(config), trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # padding is never attended to and never in a mask
     return tokenizer

@@ -74,6 +74,7 @@ class InProcessEngine(TransactionalEngine):
             register()
             arguments: dict[str, Any] = {
                 "skip_tokenizer_init": True,
+                "trust_remote_code": False,  # who needs the code of a checkpoint says so in engine_args
                 "enforce_eager": True,
                 "max_num_batched_tokens": max(max_model_len, 2048),
                 # vLLM takes back what a seeded request drew where a prompt was cut, which CPU generators cannot do.
