@@ -71,6 +71,7 @@ class InProcessEngine(TransactionalEngine):
         weight_version: int = 0,
         **engine_args: Any,
     ) -> None:
+        super().__init__()
         self._workers = tensor_parallel_size * pipeline_parallel_size
         with _environment(self._workers):
             llm_class, transfer_config = _import_vllm()
@@ -234,7 +235,7 @@ class InProcessEngine(TransactionalEngine):
         if weight_version is not None and self._updating is not None and int(weight_version) != self._updating:
             raise SyncError(f"version {weight_version} cannot be committed: the open update is to {self._updating}")
         reports = self._in_workers(worker_calls.finish)
-        self._updating = None
+        self._updating = self._disagreement = None
         self._serve(reports[0]["version"])
         return reports[0] | {"workers": len(reports)}
 
