@@ -51,7 +51,7 @@ def unexpected(store: str, *, partial: bool = False) -> list[str]:
         partial: a writer was killed, who may just have been writing the head.
     """
     head = WeightStore(store).head()
-    prefix, kept = f"mbridge_rl-store-{store}-", re.compile(r"head\.json|users\.lock|[0-9a-f]+\.plan\.json")
+    prefix, kept = f"mbridge_rl-store-{store}-", re.compile(r"head\.json|users\.lock|[0-9a-f]+\.[0-9a-f]+\.plan\.json")
     names = [path.name.removeprefix(prefix) for path in _SHARED_MEMORY.glob(f"{prefix}*")]
     images: dict[str, list[str]] = {}
     wrong = []

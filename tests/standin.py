@@ -29,15 +29,16 @@ from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.sync.engine_side import alike
-from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, EngineUnusable, StoreError
+from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, EngineUnusable, SyncError
 from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.joining import live_update
 from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.timeline import Stopwatch
 from mbridge_rl.sync.vllm.compatibility import require_same_config
 from mbridge_rl.sync.vllm.worker_calls import described, rebuilt
 from mbridge_rl.sync.watch import UpdateWatch
-from mbridge_rl.sync.worker import ShardReceiver, load_from_store, merged_report
+from mbridge_rl.sync.worker import ShardReceiver, merged_report
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 131}
 
@@ -107,11 +108,14 @@ class StandInEngine:
             worker.load_weights(state.items())
         self.version = 0
         self._watch: UpdateWatch | None = None
+        self._open: tuple[int, str | None] | None = None
 
     def generate(self) -> tuple[int, str]:
         for receiver in self.receivers:
             if receiver.serving.guard.reason is not None:
                 raise EngineUnusable(receiver.serving.guard.reason)
+        if len({receiver.serving.fill for receiver in self.receivers}) > 1:
+            raise EngineUnusable("the workers hold weights of different syncs")
         return self.version, weights_digest([worker.parameters_by_name() for worker in self.workers])
 
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
@@ -133,8 +137,10 @@ class StandInEngine:
             receiver.adopt(rank, introduction)
 
     def begin_update(self, update: dict[str, Any]) -> None:
+        self._open = None
         for receiver in self.receivers:
             receiver.receive(*(update[name] for name in ("version", "fingerprint", "mode", "wire", "timeout", "delta")))
+        self._open = update["version"], update["wire"].get("fill")
         if update["mode"] == "streaming":
             self._watch = UpdateWatch(self.update_status, self.abort_update, update["timeout"])
 
@@ -143,15 +149,18 @@ class StandInEngine:
 
     def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
         self._end_watch()
+        if self._open is None or self._open[0] != version:
+            raise SyncError(f"version {version} cannot be committed: open is {self._open}")
+        (_, fill), self._open = self._open, None
         watch = Stopwatch("engine")
         with watch("pause"):
-            report = merged_report(self._together(lambda receiver: receiver.commit(version)))
-            self.version = version
+            report = self._commit(version, fill)
         report["spans"] += [span.to_json() for span in watch.spans]
         return report
 
     def abort_update(self, reason: str) -> None:
         self._end_watch()
+        self._open = None
         for receiver in self.receivers:
             receiver.abort(reason)
 
@@ -162,16 +171,16 @@ class StandInEngine:
 
     def catch_up(self, name: str, directory: str) -> dict[str, Any]:
         store = WeightStore(name, directory)
-        head = store.head()
-        if head is None:
-            raise StoreError(f"nothing was committed to {name}")
-        kept = store.description(head.fingerprint)
+        update, kept = live_update(store)
         if not alike(self.describe_workers(kept["init_info"]), kept["workers"]):
             raise EngineMismatch(f"the weight store {name!r} is of another engine")
         self.adopt_route(kept)
-        report = merged_report(self._together(lambda receiver: load_from_store(receiver, store, head.token)))
-        self.version = head.version
-        return report
+        try:
+            self.begin_update(update)
+        except Exception as error:
+            self.abort_update(str(error))
+            raise
+        return self.commit_update(update["version"])
 
     def close(self) -> None:
         for receiver in self.receivers:
@@ -182,14 +191,16 @@ class StandInEngine:
             self._watch.end()
             self._watch = None
 
-    def _together(self, call: Callable[[ShardReceiver], dict[str, Any]]) -> list[dict[str, Any]]:
-        """As `InProcessEngine._in_workers`: if one fails, none serves the update alone."""
+    def _commit(self, version: int, fill: str | None) -> dict[str, Any]:
+        """As `TransactionalEngine`: if one worker fails, none serves the update alone."""
         try:
-            return [call(receiver) for receiver in self.receivers]
+            report = merged_report([receiver.commit(version, fill) for receiver in self.receivers])
         except Exception as error:
             for receiver in self.receivers:
-                receiver.abort(str(error))
+                receiver.lose(version, str(error), fill)
             raise
+        self.version = version
+        return report
 
 
 def weights_digest(workers: Sequence[Mapping[str, Tensor]]) -> str:

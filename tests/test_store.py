@@ -17,6 +17,7 @@ import torch
 
 from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.errors import StoreError
+from mbridge_rl.sync.image import LABEL_BYTES, new_fill
 from mbridge_rl.sync.store import Slot, WeightStore, remove_stale_stores
 
 SIZES = (4096, 1000)
@@ -37,6 +38,12 @@ def commit(store: WeightStore, version: int) -> str:
     store.describe("feed", PLAN)
     store.commit(slot, version, "feed", None)
     return slot.token
+
+
+def live_fill(store: WeightStore) -> str:
+    head = store.head()
+    assert head is not None
+    return head.fill
 
 
 def held(store: WeightStore) -> int:
@@ -111,7 +118,8 @@ def test_a_reader_is_told_when_the_store_has_moved_on(tmp_path: Path) -> None:
     store = WeightStore("policy", tmp_path)
     with pytest.raises(StoreError, match="nothing was committed"):
         store.read(0)
-    first = commit(store, 1)
+    commit(store, 1)
+    first = live_fill(store)
     commit(store, 2)
     with pytest.raises(StoreError, match="has moved on to version 2"):
         store.read(0, first)
@@ -125,7 +133,7 @@ def test_a_slot_of_another_size_is_not_reused(tmp_path: Path) -> None:
     commit(store, 2)
     slot = store.begin((SIZES[0], SIZES[1] + 1))
     assert slot.token != first
-    assert [Path(path).stat().st_size for path in slot.paths] == [SIZES[0], SIZES[1] + 1]
+    assert [Path(path).stat().st_size for path in slot.paths] == [LABEL_BYTES + SIZES[0], LABEL_BYTES + SIZES[1] + 1]
     assert first not in images(tmp_path, store)
     assert held(store) == 2
 
@@ -137,6 +145,7 @@ def test_a_dead_trainers_slot_is_not_reused(tmp_path: Path) -> None:
     slot = dead.begin(SIZES)
     straggler = slot.open()
     dead.abandon(slot)  # its locks end with the process
+    dead.close()
     store = WeightStore("policy", tmp_path)
     mine = store.begin(SIZES)
     assert mine.token != slot.token
@@ -148,23 +157,14 @@ def test_a_dead_trainers_slot_is_not_reused(tmp_path: Path) -> None:
     assert held(store) == 2
 
 
-def test_a_slot_that_another_writer_fills_is_left_to_it(tmp_path: Path) -> None:
-    one, other = WeightStore("policy", tmp_path), WeightStore("policy", tmp_path)
-    commit(one, 1)
-    slot = one.begin(SIZES)
-    assert commit(other, 2) != slot.token
-    fill(slot, 3)
-    one.commit(slot, 3, "feed", None)
-    assert held(other) == 3
-
-
 def test_a_part_that_is_read_stays_with_its_readers(tmp_path: Path) -> None:
     """Where workers fill their own images, two tokens take turns."""
     store = WeightStore("policy", tmp_path)
 
     def brought(version: int, token: str) -> None:
+        fill_name = new_fill()
         for worker, size in enumerate(SIZES):
-            part = store.part(token, worker, size)
+            part = store.part(token, worker, size, fill_name)
             part.image.fill_(version)
             part.commit(version, {"fingerprint": "feed"}, SIZES)
 
@@ -182,7 +182,8 @@ def test_parts_of_earlier_trainers_go_when_the_next_one_brings_its_own(tmp_path:
     store = WeightStore("policy", tmp_path)
 
     def brought(version: int, token: str, *, commits: bool = True) -> None:
-        parts = [store.part(token, worker, size) for worker, size in enumerate(SIZES)]
+        fill_name = new_fill()
+        parts = [store.part(token, worker, size, fill_name) for worker, size in enumerate(SIZES)]
         for part in parts:
             part.image.fill_(version)
         for part in parts:
@@ -215,7 +216,8 @@ def test_unnamed_stores_go_as_soon_as_their_writer_has(tmp_path: Path) -> None:
     ready, go_on = os.pipe(), os.pipe()
 
     def write() -> None:
-        commit(WeightStore(WeightStore.unnamed(), tmp_path), 1)
+        store = WeightStore.unnamed(tmp_path)
+        commit(store, 1)
         os.write(ready[1], b"x")
         os.read(go_on[0], 1)
         die()
@@ -235,7 +237,7 @@ def test_unnamed_stores_go_as_soon_as_their_writer_has(tmp_path: Path) -> None:
 
 
 def test_an_unnamed_store_ends_with_its_writers_close(tmp_path: Path) -> None:
-    store = WeightStore(WeightStore.unnamed(), tmp_path)
+    store = WeightStore.unnamed(tmp_path)
     commit(store, 1)
     WeightStore(store.name, tmp_path).close()  # a reader's
     assert held(store) == 1
@@ -313,16 +315,16 @@ def dying_at(call: int, patch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    def torn(path: Path, text: str) -> int:
+    def torn(descriptor: int, content: memoryview) -> int:
         nonlocal seen
         seen += 1
         if seen == call:
-            write_text(path, text[: len(text) // 2])
+            write(descriptor, content[: len(content) // 2])
             die()
-        return write_text(path, text)
+        return write(descriptor, content)
 
-    write_text = Path.write_text
-    patch.setattr(Path, "write_text", torn)
+    write = os.write
+    patch.setattr(os, "write", torn)
     patch.setattr(os, "fsync", counted(os.fsync))
     patch.setattr(os, "replace", counted(os.replace))
     patch.setattr(os, "posix_fallocate", counted(os.posix_fallocate))
@@ -336,6 +338,7 @@ def test_a_writer_killed_amid_a_copy_to_disk_leaves_the_old_version(tmp_path: Pa
     store, disk = WeightStore("policy", tmp_path / "memory"), WeightStore("policy", tmp_path / "disk", durable=True)
     commit(store, 1)
     store.copy_to(disk)
+    disk.close()
     commit(store, 2)
 
     def copy(call: int) -> None:
@@ -355,6 +358,7 @@ def test_a_writer_killed_amid_a_copy_to_disk_leaves_the_old_version(tmp_path: Pa
         if found[-1] == 2:  # the next one starts from the old version again
             disk = WeightStore("policy", tmp_path / "disk", durable=True)
             commit(disk, 1)
+            disk.close()
     assert found[-1] == 2
     assert found.count(1) >= 2 * len(SIZES) + 2  # allocated, copied and synced each image, and wrote the head
     assert found[: found.count(1)] == [1] * found.count(1)  # at one step it becomes the new version
@@ -387,7 +391,9 @@ def test_on_a_disk_bytes_come_before_the_head_that_names_them(tmp_path: Path, mo
 
 def test_readers_of_a_busy_store_see_whole_versions(tmp_path: Path) -> None:
     """A reader beside a writer in another process that commits as fast as it can, and is killed amid it."""
-    commit(WeightStore("policy", tmp_path), 1)
+    before = WeightStore("policy", tmp_path)
+    commit(before, 1)
+    before.close()
 
     def write() -> None:
         store = WeightStore("policy", tmp_path)

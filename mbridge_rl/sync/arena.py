@@ -1,5 +1,8 @@
 """Bytes in shared memory: how weights cross from a trainer to an engine on one machine without being copied twice.
 
+An arena is alive while its owner holds its lock, and while nothing else says so: containers share `/dev/shm`, but not their
+numbers of processes. The pid in its name is for people who look.
+
 A writer maps the file shared. A reader maps it privately (copy on write), because some engines' weight loaders change the
 tensors they are given: such a write stays in that reader and never reaches the other workers. Both touch every page once,
 up front: first-touch page faults would cost several times the copy itself.
@@ -9,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import math
 import os
@@ -23,24 +25,47 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.sync.errors import ArenaError
+from mbridge_rl.sync.locks import keep, release, try_lock
+from mbridge_rl.sync.private_files import create_file, open_file
 
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
-_NAME = re.compile(r"mbridge_rl-(?P<pid>\d+)-[0-9a-f]+\.arena")
+_NAME = re.compile(r"mbridge_rl-\d+-[0-9a-f]+\.arena(\.[0-9a-f]+\.partial)?")
 _PAGE = 4096
 
 
 class Arena:
-    """`nbytes` of shared memory behind a path. Make one with `Arena.create` (writer) or `Arena.attach` (reader)."""
+    """`nbytes` of shared memory behind a path. Make one with `Arena.create` (writer) or `Arena.attach` (reader).
 
-    def __init__(self, path: Path, nbytes: int, *, writable: bool, lock: int | None = None) -> None:
+    Args:
+        start: first byte of the file that belongs to the arena; what is before it is `front`.
+        lock: that the arena's owner holds, and that ends with it.
+        descriptor: of the file where it is open already, which it stays; it was examined then.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        nbytes: int,
+        *,
+        writable: bool,
+        lock: int | None = None,
+        start: int = 0,
+        descriptor: int | None = None,
+    ) -> None:
         self.path = str(path)
         self.nbytes = nbytes
         self.writable = writable
-        storage = torch.UntypedStorage.from_file(self.path, writable, nbytes)
-        self._bytes: Tensor | None = torch.empty(0, dtype=torch.uint8).set_(storage)
-        _touch(self._bytes)
+        self._start = start
+        opened = open_file(path, os.O_RDWR if writable else os.O_RDONLY, ArenaError) if descriptor is None else descriptor
+        try:  # by its descriptor: what was examined is what is mapped
+            storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{opened}", writable, start + nbytes)
+        finally:
+            if descriptor is None:
+                os.close(opened)
+        self._mapped: Tensor | None = torch.empty(0, dtype=torch.uint8).set_(storage)
+        _touch(self._mapped)
         self._finalizer = weakref.finalize(self, _release, self.path, lock, os.getpid())
 
     @classmethod
@@ -57,7 +82,7 @@ class Arena:
         remove_stale(directory)
         path = directory / f"mbridge_rl-{os.getpid()}-{secrets.token_hex(8)}.arena"
         lock = allocate(path, nbytes)
-        return cls(path, nbytes, writable=True, lock=lock)
+        return cls(path, nbytes, writable=True, lock=keep(lock))
 
     @classmethod
     def attach(cls, path: str | Path, nbytes: int, *, writable: bool = False) -> Arena:
@@ -83,18 +108,25 @@ class Arena:
         Raises:
             ArenaError: the arena is closed, or the tensor is misaligned or reaches past the end.
         """
-        if self._bytes is None:
+        if self._mapped is None:
             raise ArenaError(f"the arena at {self.path} is closed")
         nbytes = math.prod(shape) * dtype.itemsize
         if offset < 0 or offset + nbytes > self.nbytes:
             raise ArenaError(f"bytes {offset}..{offset + nbytes} are outside of an arena of {self.nbytes} bytes")
         if offset % dtype.itemsize:
             raise ArenaError(f"offset {offset} is not aligned for {dtype} ({dtype.itemsize} bytes an element)")
-        return self._bytes[offset : offset + nbytes].view(dtype).view(tuple(shape))
+        first = self._start + offset
+        return self._mapped[first : first + nbytes].view(dtype).view(tuple(shape))
+
+    def front(self) -> bytes:
+        """What lies before the arena in its file, as it is now."""
+        if self._mapped is None:
+            raise ArenaError(f"the arena at {self.path} is closed")
+        return self._mapped[: self._start].numpy().tobytes()
 
     def close(self) -> None:
         """Forget the mapping and, where this process created the arena, unlink it. Views handed out stay readable."""
-        self._bytes = None
+        self._mapped = None
         self._finalizer()
 
     def __enter__(self) -> Arena:
@@ -110,12 +142,12 @@ def allocate(path: Path, nbytes: int) -> int:
     Raises:
         ArenaError: its directory has no room for it.
     """
-    lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    lock = _locked_file(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         os.posix_fallocate(lock, 0, nbytes)  # fails here and now; a write to a full /dev/shm would be a bus error
     except OSError as error:
-        _release(str(path), lock, os.getpid())
+        path.unlink(missing_ok=True)
+        os.close(lock)
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
         free = os.statvfs(path.parent)
@@ -126,38 +158,36 @@ def allocate(path: Path, nbytes: int) -> int:
     return lock
 
 
-def remove_stale(directory: Path = SHARED_MEMORY) -> list[Path]:
-    """Unlink arenas in `directory` whose owner is gone, and return their paths.
+def _locked_file(path: Path) -> int:
+    """A new file, locked from the moment when it has its name: `remove_stale` takes what is not locked for a dead owner's."""
+    while True:
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+        lock = create_file(partial)
+        with contextlib.suppress(FileNotFoundError):  # `remove_stale` came in between
+            if try_lock(lock):
+                os.rename(partial, path)
+                return lock
+        os.close(lock)
 
-    Gone means both: no process has the pid in the file's name, and nobody holds its lock (a pid alone lies where two
-    containers share the directory).
-    """
+
+def remove_stale(directory: Path = SHARED_MEMORY) -> list[Path]:
+    """Unlinks this user's arenas in `directory` whose owner is gone, which is when nobody holds their lock; returns their
+    paths."""
     removed = []
-    for path in directory.glob("mbridge_rl-*.arena"):
-        match = _NAME.fullmatch(path.name)
-        if match is None or _is_alive(int(match["pid"])):
+    for path in directory.glob("mbridge_rl-*.arena*"):
+        if _NAME.fullmatch(path.name) is None:
             continue
-        with contextlib.suppress(OSError):  # locked by its owner, not ours, or gone by now
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with contextlib.suppress(OSError, ArenaError):  # gone by now, or another user's
+            descriptor = open_file(path, os.O_RDWR, ArenaError)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-                removed.append(path)
+                if try_lock(descriptor):
+                    path.unlink()
+                    removed.append(path)
             finally:
                 os.close(descriptor)
     if removed:
         logger.info("removed %d arenas of dead processes from %s", len(removed), directory)
     return removed
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _touch(data: Tensor) -> None:
@@ -171,4 +201,4 @@ def _release(path: str, lock: int | None, owner: int) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    os.close(lock)
+    release(lock)

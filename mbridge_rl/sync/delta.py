@@ -12,8 +12,6 @@ the digests of the new version, which travel with every sync, prove what came ou
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import struct
 import zlib
@@ -29,7 +27,6 @@ from mbridge_rl.core.buckets import aligned
 from mbridge_rl.core.delta import Difference, Kind
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.engine_side import WHOLE_TENSOR
-from mbridge_rl.sync.packing import Digests
 from mbridge_rl.sync.route import Bucket, Part, Piece, Route, WorkerRoute
 from mbridge_rl.sync.transports import Inlet
 
@@ -41,11 +38,6 @@ _FRAME = struct.Struct("<BQQ")  # kind, count, bytes of the planes
 
 PartId = tuple[int, int]  # worker, bucket: one trainer rank has one part of it
 Pack = Callable[[WorkerRoute, Part, Tensor], None]
-
-
-def proof_of(version: int, digests: Digests) -> str:
-    """Names the weights that one worker keeps: `version`, and the digests of all of them by HF name."""
-    return hashlib.blake2b(json.dumps([version, sorted(digests.items())]).encode(), digest_size=16).hexdigest()
 
 
 def shrunk(route: WorkerRoute, sizes: Sequence[int]) -> WorkerRoute:

@@ -65,6 +65,7 @@ class Engines:
         self._numbers = itertools.count(len(self._members))
         self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="mbridge-engine")
         self.generation, self.turn = 0, threading.Lock()
+        self._fill = ""  # of the update that began last
 
     @property
     def all(self) -> tuple[Engine, ...]:
@@ -132,6 +133,8 @@ class Engines:
         self.each(lambda _, engine: engine.adopt_route(introduction))
 
     def begin(self, update: dict[str, Any]) -> None:
+        self._fill = update["wire"]["fill"]
+
         def call(index: int, engine: Engine) -> None:
             wire = {**update["wire"], "replica": index}
             if "store" in wire:  # replicas on one host keep images of their own
@@ -179,12 +182,19 @@ class Engines:
             self.require_well()
 
     def proofs(self) -> list[list[str | None]]:
-        """Of the weights that every worker of every engine serves (`delta.proof_of`)."""
+        """Of the weights that every worker of every engine serves (`packing.proof_of`)."""
         return self.each(lambda _, engine: [worker["proof"] for worker in engine.update_status()])
 
     def commit(self, version: int, requests: str, timeout: float) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
         """See `each_alone`."""
-        return self.each_alone(version, lambda _, engine: engine.commit_update(version, requests, timeout))
+
+        def call(_: int, engine: Engine) -> dict[str, Any]:
+            report = engine.commit_update(version, requests, timeout)
+            if (fill := report.get("fill", self._fill)) != self._fill:
+                raise SyncError(f"the engine committed fill {fill} as version {version}, the trainer meant fill {self._fill}")
+            return report
+
+        return self.each_alone(version, call)
 
     def each_alone(
         self, version: int, action: Callable[[int, Any], dict[str, Any]]

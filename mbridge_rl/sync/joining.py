@@ -7,8 +7,9 @@ from typing import Any
 
 from mbridge_rl.sync.engine_side import alike
 from mbridge_rl.sync.engines import Engine
-from mbridge_rl.sync.errors import EngineMismatch
-from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.errors import EngineMismatch, StoreError
+from mbridge_rl.sync.store import Head, WeightStore
+from mbridge_rl.sync.transports.shared_memory import store_wire
 
 
 def introduce(engine: Engine, introduction: Mapping[str, Any]) -> set[str]:
@@ -33,8 +34,26 @@ def bring_up(engine: Engine, store: WeightStore, fingerprint: str, requests: str
     head = store.head()
     if head is None or head.fingerprint != fingerprint:
         return None
-    wire = {"kind": "store", "name": store.name, "directory": str(store.directory), "token": head.token}
-    update = {"version": head.version, "fingerprint": fingerprint, "mode": "staged", "wire": wire, "delta": None}
-    engine.begin_update({**update, "timeout": timeout, "requests": requests})
+    engine.begin_update(committed_update(store, head, requests, timeout))
     engine.commit_update(head.version, requests, timeout)
     return head.version
+
+
+def committed_update(store: WeightStore, head: Head, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
+    """An update to what a store holds, as `Engine.begin_update` takes it: it says which fill all workers have to load. They
+    open and verify it when the update begins, and nobody fills it anew until they have committed it."""
+    wire = store_wire(store, head.token, head.fill) | {"committed": True}
+    names = {"version": head.version, "fingerprint": head.fingerprint, "mode": "staged", "wire": wire, "delta": None}
+    return names | {"timeout": timeout, "requests": requests}
+
+
+def live_update(store: WeightStore) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The update to what is live in a store now, and what the trainer said of it when it introduced itself.
+
+    Raises:
+        StoreError: nothing was committed there.
+    """
+    head = store.head()
+    if head is None:
+        raise StoreError(f"nothing was committed to the weight store {store.name!r} in {store.directory}")
+    return committed_update(store, head), store.description(head.fingerprint)

@@ -11,9 +11,8 @@ from mbridge_rl.core.digest import add, combine, signed, unsigned
 from mbridge_rl.core.plan import View
 from mbridge_rl.core.segments import Shape
 from mbridge_rl.sync import packing
-from mbridge_rl.sync.delta import proof_of
 from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.packing import Digests
+from mbridge_rl.sync.packing import Digests, proof_of
 from mbridge_rl.sync.route import Part, Piece, Route, WorkerRoute
 
 
@@ -63,7 +62,7 @@ class Packer:
             packing.write_digests(worker, self._of_workers[worker.rank], into)
 
     def proven(self, version: int, group: RankGroup) -> tuple[str, list[str]]:
-        """The digest of all weights, and every worker's proof (`delta.proof_of`). All ranks together."""
+        """The digest of all weights, and every worker's proof (`packing.proof_of`). All ranks together."""
         all_names = list(self._dtypes)
         tables = [(all_names, self._counted)]
         tables += [(list(worker.hf_names), self._of_workers[worker.rank]) for worker in self._route.workers]

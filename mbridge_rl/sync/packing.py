@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -16,6 +18,13 @@ from mbridge_rl.sync.errors import DigestMismatch
 from mbridge_rl.sync.route import Part, Piece, WorkerRoute
 
 Digests = dict[str, int]
+
+
+def proof_of(version: int, digests: Digests) -> str:
+    """Names the weights that one worker keeps: `version`, and the digests of all of them by HF name."""
+    return hashlib.blake2b(json.dumps([version, sorted(digests.items())]).encode(), digest_size=16).hexdigest()
+
+
 _BLOCK_BYTES = 1 << 19  # what is moved is digested while it is in a core's cache still
 
 
@@ -114,6 +123,16 @@ def require_expected(worker: WorkerRoute, image: Tensor) -> None:
     expected, found = expected_digests(worker, image), image_digests(worker, image)
     if wrong := [hf_name for hf_name, value in expected.items() if found.get(hf_name, 0) != value]:
         raise DigestMismatch(f"{len(wrong)} tensors arrived with other bytes for worker {worker.rank}: {listed(wrong)}")
+
+
+def require_proof(worker: WorkerRoute, image: Tensor, version: int, proof: str) -> None:
+    """Raises DigestMismatch where the digests in an image are not those of which the trainer gave the `proof`; reads nothing
+    else of it."""
+    if (own := proof_of(version, expected_digests(worker, image))) != proof:
+        raise DigestMismatch(
+            f"the image of worker {worker.rank} has the digests of other weights than version {version}: proof {own}, expected "
+            f"{proof}"
+        )
 
 
 def live_digests(pieces: Iterable[Piece], parameters: Mapping[str, Tensor]) -> Digests:

@@ -21,11 +21,12 @@ from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Segment, Side
 from mbridge_rl.megatron.parameters import layout_of, live_side
 from mbridge_rl.sync import packing
+from mbridge_rl.sync.arena import Arena
 from mbridge_rl.sync.engine_side import boxes_of
 from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, StoreError
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.route import Piece, WorkerRoute
-from mbridge_rl.sync.store import Slot, WeightStore
+from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.verify import differing, digests_of_model
 from mbridge_rl.sync.vllm.landing import Landing, View
 
@@ -52,8 +53,13 @@ def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightSto
                     f"{bridge.spec.fingerprint}: give it the bridge of the checkpoint that the engine was started from"
                 )
             routes = [WorkerRoute.from_json(worker) for worker in kept["route"]]
-            images = {route.rank: readings.enter_context(store.read(route.rank, head.token)).image for route in routes}
-        restore(bridge, model, routes, images, group)
+            opened = {route.rank: readings.enter_context(store.read(route.rank, head.fill)) for route in routes}
+            for route in routes if head.proofs is not None else ():
+                packing.require_proof(route, opened[route.rank].image, head.version, head.proofs[route.rank])
+        restore(bridge, model, routes, {rank: reading.image for rank, reading in opened.items()}, group)
+        with group.together():
+            for reading in opened.values():
+                reading.require_same()
     _log.info("restored version %d from the weight store %s", head.version, store.name)
     return head.version
 
@@ -147,24 +153,21 @@ def _digests_of_images(
 
 @contextmanager
 def published(
-    store: WeightStore, routes: Sequence[WorkerRoute], publish: Callable[[Sequence[str]], object], group: RankGroup
+    routes: Sequence[WorkerRoute], publish: Callable[[Sequence[str]], object], group: RankGroup
 ) -> Iterator[dict[int, Tensor]]:
-    """The images that a live engine's workers write into a slot of `store`, which does not become live."""
-    slots: list[Slot] = []
+    """The images that a live engine's workers write into shared memory of this one call: a worker that comes late finds nothing
+    there to write to."""
+    with ExitStack() as opened:
+        made: list[Arena] = []
 
-    def ask() -> None:
-        slots.append(store.begin([route.nbytes for route in routes]))
-        publish(slots[0].paths)
+        def ask() -> None:
+            made.extend(opened.enter_context(Arena.create(route.nbytes)) for route in routes)
+            publish([arena.path for arena in made])
 
-    try:
         group.first_rank_does(ask)
-        said = group.gather_object((slots[0].token, slots[0].paths) if slots else None)[0]
+        paths = group.gather_object([arena.path for arena in made])[0]
         with group.together():
-            slot = slots[0] if slots else Slot(*said, tuple(route.nbytes for route in routes), [])
-            arenas = slot.open()
+            arenas = made or [
+                opened.enter_context(Arena.attach(path, route.nbytes)) for path, route in zip(paths, routes, strict=True)
+            ]
         yield {route.rank: arena.view(0, (arena.nbytes,), torch.uint8) for route, arena in zip(routes, arenas, strict=True)}
-        for arena in arenas:
-            arena.close()
-    finally:
-        for made in slots:
-            store.abandon(made)

@@ -10,7 +10,7 @@ streaming, they replace them as they arrive.
 from __future__ import annotations
 
 import logging
-import os
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from mbridge_rl.sync.errors import (
 from mbridge_rl.sync.finite import refuse_strange, require_finite
 from mbridge_rl.sync.group import RankGroup
 from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.image import new_fill
 from mbridge_rl.sync.joining import bring_up, introduce
 from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.sync.packer import Packer
@@ -86,7 +87,8 @@ class WeightSync:
         options: or fields of `SyncOptions` by keyword.
 
     Raises:
-        SyncError: no engine was given; EngineMismatch: an engine's model is not the bridge's; PlanError. No weight is changed.
+        SyncError: no engine was given; EngineMismatch: an engine's model is not the bridge's; PlanError; StoreError: another
+            trainer of this host writes to a store of this name. No weight is changed.
     """
 
     def __init__(
@@ -112,9 +114,15 @@ class WeightSync:
         self._sinks = sinks if self._group.rank == 0 else ()
         self._generation = 0  # of the engines
         self._slot = 0  # of the two that workers on other hosts fill in turn
+        self._session = secrets.token_hex(8)  # of this trainer, on the hosts of its engines
         self._planning = Stopwatch(phases.lane(self._group.rank))
-        with self._planning(phases.PLAN):
-            self._meet()
+        self._store = self._make_store()
+        try:
+            with self._planning(phases.PLAN):
+                self._meet()
+        except BaseException:
+            self._store.close()
+            raise
         self._deltas = DeltaSender(self._route, self._group.rank) if self.options.delta else None
 
     def sync(self, version: int) -> SyncReport:
@@ -194,7 +202,7 @@ class WeightSync:
         def publish(paths: Sequence[str]) -> None:
             self._engines.all[engine].publish_weights(paths)
 
-        with published(self._store, self._route.workers, publish, self._group) as images:
+        with published(self._route.workers, publish, self._group) as images:
             restore(self._bridge, self._model, self._route.workers, images, self._group)
 
     @property
@@ -233,7 +241,7 @@ class WeightSync:
             with watch("verify"):
                 digest, proofs = self._verify(version, packer)
             with watch("decide"):
-                self._group.first_rank_does(lambda: self._way.commit(version, digest))
+                self._group.first_rank_does(lambda: self._way.commit(version, digest, proofs))
                 if self._deltas is not None:
                     self._deltas.commit(version, proofs)
         except BaseException as error:
@@ -279,7 +287,10 @@ class WeightSync:
         landing = {
             "store": self._store.name,
             "directory": str(self._store.directory),
-            "token": f"{os.getpid()}x{self._slot}",
+            "temporary": self._store.temporary,
+            "session": self._session,
+            "token": f"{self._session}x{self._slot}",
+            "fill": new_fill(),
             "version": version,
             "fingerprint": self._route.fingerprint,
             "sizes": [worker.nbytes for worker in self._route.workers],
@@ -396,7 +407,7 @@ class WeightSync:
             "model": self._spec.fingerprint,
         }
         self._group.first_rank_does(lambda: self._engines.adopt(self._said))
-        self._store = self._make_store(self._said)
+        self._group.first_rank_does(lambda: self._store.describe(self._route.fingerprint, self._said))
         self._transport, self._way = self._choose_way(hosts)
 
     def _meet_members(self) -> None:
@@ -449,10 +460,15 @@ class WeightSync:
             raise SyncError("trainer ranks compiled different plans: do they run the same version of mbridge_rl?")
         return route
 
-    def _make_store(self, introduction: Mapping[str, Any]) -> WeightStore:
-        name = self.options.store or self._group.gather_object(WeightStore.unnamed())[0]
-        store = WeightStore(name, SHARED_MEMORY)
-        self._group.first_rank_does(lambda: store.describe(self._route.fingerprint, introduction))
+    def _make_store(self) -> WeightStore:
+        """From here on no other trainer writes to a store of its name on this host. All ranks together.
+
+        Raises:
+            StoreError: on all ranks: another trainer does.
+        """
+        name = self._group.gather_object(self.options.store or WeightStore.unnamed().name)[0]
+        store = WeightStore(name, SHARED_MEMORY, temporary=self.options.store is None)
+        self._group.first_rank_does(store.hold)
         return store
 
     def _choose_way(self, engine_hosts: set[str]) -> tuple[str, Way]:

@@ -27,6 +27,7 @@ from mbridge_rl.sync.serving import Serving
 from mbridge_rl.sync.store import StorePart, WeightStore
 from mbridge_rl.sync.timeline import Stopwatch
 from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
+from mbridge_rl.sync.transports.shared_memory import SlotInlet
 from mbridge_rl.sync.waiting import Patience
 
 Mode = Literal["staged", "streaming"]
@@ -78,6 +79,8 @@ class Update:
         self._said, self._verify, self._store = said, said["verify"], store
         self._verify_at_once = self._verify and writes_are_final
         self._wire, self._timeout = wire, timeout
+        self.fill: str | None = wire.get("fill")  # names the update; its version may come again
+        self._slot: SlotInlet | None = None
         self.error: BaseException | None = None
         self.expected: Digests | None = None  # the trainer's, once live weights were proven to be that
         self.finished = False
@@ -95,11 +98,13 @@ class Update:
 
     def start(self) -> None:
         if self.mode == "staged" and self._wire["kind"] == "store":
-            self.finished = True  # trainer ranks fill and verify the slot; it is read at commit
+            if self._wire.get("committed"):  # perhaps long ago: nobody has verified the image just now
+                self._open_slot(again=True)
+            self.finished = True  # else trainer ranks fill and verify the slot, and it is opened at commit
             return
         if self.mode == "staged":
             assert self._store is not None
-            self._part = self._store.part(self._wire["token"], self._route.rank, self._route.nbytes)
+            self._part = self._store.part(self._wire["token"], self._route.rank, self._route.nbytes, self._wire["fill"])
         else:
             self._open()
         action, inlet = self._stage if self.mode == "staged" else self._write_all, self._open_inlet()
@@ -116,15 +121,37 @@ class Update:
             raise self.error
 
     def load_staged(self) -> None:
-        """From the image into the parameters."""
+        """From the image into the parameters. The image is the one that was meant: asked before the first write, and after the
+        last.
+
+        Raises:
+            StoreError, DigestMismatch: it is not.
+        """
         with self.watch("load"):
-            inlet = self._open_inlet() if self._part is None else _ImageInlet(self._part.image, self._route)
-            try:
-                self._open()
-                with torch.no_grad():
-                    self._write_all(inlet)
-            finally:
-                inlet.close()
+            if self._part is not None:
+                self._part.require_same(self._version)
+                self._load(_ImageInlet(self._part.image, self._route))
+                self._part.require_same(self._version)
+                return
+            slot = self._open_slot(again=False) if self._slot is None else self._slot
+            self._load(_CountingInlet(slot, self._count))
+            slot.require_same()
+
+    def _load(self, inlet: Inlet) -> None:
+        self._open()
+        with torch.no_grad():
+            self._write_all(inlet)
+
+    def _open_slot(self, *, again: bool) -> SlotInlet:
+        """The image in the weight store, which nobody fills anew until this update is closed."""
+        self._slot = SlotInlet(self._wire, self._route, self._patience)
+        self._slot.require_version(self._version, verify=self._verify, again=again)
+        return self._slot
+
+    @property
+    def _version(self) -> int:
+        assert self._serving.updating is not None
+        return self._serving.updating
 
     def _open(self) -> None:
         self.opened = True
@@ -182,6 +209,8 @@ class Update:
     def close(self) -> None:
         if self._part is not None:
             self._part.close()
+        if self._slot is not None:
+            self._slot.close()
 
     def _guarded(self, action: Callable[[Inlet], None], inlet: Inlet) -> None:
         with self.watch("receive"):

@@ -18,9 +18,9 @@ from mbridge_rl.core.errors import listed
 from mbridge_rl.core.weighing import compile_ahead
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.delta import proof_of, shrunk
+from mbridge_rl.sync.delta import shrunk
 from mbridge_rl.sync.errors import DeltaRefused, EngineMismatch, SyncError
-from mbridge_rl.sync.packing import Digests
+from mbridge_rl.sync.packing import Digests, proof_of
 from mbridge_rl.sync.places import each_written_once, is_whole, require_place
 from mbridge_rl.sync.route import WorkerRoute, fingerprint_of
 from mbridge_rl.sync.serving import Serving
@@ -82,6 +82,8 @@ class ShardReceiver:
         if said["verify"]:
             compile_ahead()
         self.abort("another trainer introduced itself")
+        if self._store is not None:
+            self._store.stop_writing()  # its images are the trainer's before; this one may bring others under the same name
         self._route, self._said, self._writes_are_final = route, said, final
 
     def receive(
@@ -123,22 +125,26 @@ class ShardReceiver:
             self._update.start()
 
     def status(self) -> dict[str, Any]:
-        """`{"arrived": whether everything is there and, if staged, verified, "error": what went wrong, "proof": of the live
-        weights}`."""
+        """`{"arrived": whether everything is there and, if staged, verified, "error": what went wrong, "proof" and "fill": of
+        the live weights}`."""
         update, error = self._update, self._error if self._update is None else self._update.error
         return {
             "arrived": update is not None and update.finished,
             "error": None if error is None else [type(error).__name__, str(error)],
             "proof": self.serving.proof,
+            "fill": self.serving.fill,
         }
 
-    def commit(self, version: int) -> dict[str, Any]:
+    def commit(self, version: int, fill: str | None = None) -> dict[str, Any]:
         """Makes the live weights those that arrived, proves it, and serves them.
 
+        Args:
+            fill: of the update that is meant, where its sender named it: another one of the same version may be open.
+
         Returns:
-            A report in plain JSON types: `version`, `tensors`, `bytes` (that the wire handed over, counted as they came: with
-            alignment and digests), `digests` (of what this worker holds, by HF
-            name, in hex, where no other worker counts it), `whole` (those that the engine's own loader took), `seconds` by
+            A report in plain JSON types: `version`, `fill`, `tensors`, `bytes` (that the wire handed over, counted as they
+            came: with alignment and digests), `digests` (of what this worker holds, by HF name, in hex, where no other worker
+            counts it), `whole` (those that the engine's own loader took), `seconds` by
             phase, `spans` (`sync.timeline.Span`).
 
         Raises:
@@ -149,6 +155,8 @@ class ShardReceiver:
             raise SyncError("receive(version) has to come before commit(version)")
         if version != self.serving.updating:
             raise SyncError(f"version {version} cannot be committed: the open update is to version {self.serving.updating}")
+        if fill is not None and fill != update.fill:
+            raise SyncError(f"fill {fill} of version {version} cannot be committed: the open update brings fill {update.fill}")
         self.serving.written = True  # it is decided: whatever fails now, the old version is not served beside others' new one
         with self.serving.failing(self.abort, f"the update to version {version} failed at commit"):
             update.join()
@@ -164,9 +172,10 @@ class ShardReceiver:
             update.keep()
         self._update = self._error = None
         update.close()
-        self.serving.commit(None if update.expected is None else proof_of(version, update.expected))
+        self.serving.commit(None if update.expected is None else proof_of(version, update.expected), update.fill)
         spans = [span.to_json() for span in update.watch.spans]
-        return report | {"version": version, "rank": self.route.rank, "seconds": update.watch.seconds, "spans": spans}
+        names = {"version": version, "fill": update.fill, "rank": self.route.rank}
+        return report | names | {"seconds": update.watch.seconds, "spans": spans}
 
     def abort(self, reason: str) -> None:
         """Drops an open update."""
@@ -181,6 +190,16 @@ class ShardReceiver:
         if self.serving.updating is not None:
             self.serving.abort(reason)
 
+    def lose(self, version: int, reason: str, fill: str | None) -> None:
+        """The commit of `version` failed in some worker of the engine: none of them serves, whatever it holds.
+
+        Args:
+            fill: of the update, which is dropped where it is still open.
+        """
+        if self._update is not None and self._update.fill == fill:
+            self.abort(reason)
+        self.serving.lose(version, reason)
+
     def close(self) -> None:
         """Drops an open update, and shared memory that nobody else knows of."""
         self.abort("the engine is closed")
@@ -191,10 +210,11 @@ class ShardReceiver:
     def _store_of(self, wire: Wire) -> WeightStore | None:
         if "store" not in wire:
             return None
-        if self._store is None or self._store.name != wire["store"]:
+        if self._store is None or (self._store.name, self._store.session) != (wire["store"], wire["session"]):
             if self._store is not None:
                 self._store.close()
-            self._store = WeightStore(wire["store"], wire["directory"])
+            directory, temporary = wire["directory"], wire["temporary"]
+            self._store = WeightStore(wire["store"], directory, temporary=temporary, session=wire["session"])
         return self._store
 
     def publish(self, into: Tensor) -> None:
@@ -234,7 +254,14 @@ class ShardReceiver:
 
 
 def merged_report(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What an engine says of a commit, from its workers' reports: with the digest of all weights together."""
+    """What an engine says of a commit, from its workers' reports: with the digest of all weights together.
+
+    Raises:
+        SyncError: they did not all commit the same.
+    """
+    committed = [(report["version"], report["fill"]) for report in reports]
+    if len(set(committed)) > 1:
+        raise SyncError(f"the workers of one engine committed different versions: {committed} (version and fill, by worker)")
     digests: Digests = {}
     for report in reports:
         for hf_name, value in report["digests"].items():
@@ -243,6 +270,7 @@ def merged_report(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     phases = {phase for report in reports for phase in report["seconds"]}
     return {
         "version": reports[0]["version"],
+        "fill": reports[0]["fill"],
         "workers": len(reports),
         "bytes": sum(report["bytes"] for report in reports),
         "bytes_per_worker": [report["bytes"] for report in reports],
@@ -252,17 +280,3 @@ def merged_report(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "seconds": {phase: max(report["seconds"].get(phase, 0.0) for report in reports) for phase in sorted(phases)},
         "spans": [span for report in reports for span in report["spans"]],
     }
-
-
-def load_from_store(receiver: ShardReceiver, store: WeightStore, token: str) -> dict[str, Any]:
-    """Brings one worker to the live version of a store, as a sync would: a restarted or late engine catches up.
-
-    Raises:
-        SyncError: see `WeightStore.read` and `ShardReceiver.commit`.
-    """
-    head = store.head()
-    if head is None:
-        raise SyncError(f"nothing was committed to the weight store {store.name!r}")
-    wire = {"kind": "store", "name": store.name, "directory": str(store.directory), "token": token}
-    receiver.receive(head.version, head.fingerprint, "staged", wire, timeout=60.0)
-    return receiver.commit(head.version)

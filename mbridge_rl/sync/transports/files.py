@@ -1,20 +1,25 @@
 """Through files, by fsspec: a directory that both ends mount, or an object store. For ends without a common network.
 
-A part is one file. Readers take a file when it has its full size; what it holds is proven by digest like everything else.
+A part is one file. Readers take a file when it has its full size; what it holds is proven by digest like everything else. The
+folder of an update has a random name, so that no other update's files are ever taken for its own. In a mounted directory both
+are their user's alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mbridge_rl.sync.private_files import write_new_file
 from mbridge_rl.sync.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.waiting import Patience
@@ -26,6 +31,20 @@ def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     return fsspec.core.url_to_fs(url)
+
+
+def _make_folder(files: Any, root: str) -> None:
+    if not _is_local(files):
+        files.makedirs(root, exist_ok=False)
+        return
+    Path(root).parent.mkdir(parents=True, exist_ok=True)
+    os.mkdir(root, 0o700)
+
+
+def _is_local(files: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(files, LocalFileSystem)
 
 
 def _name(worker: int, index: int, part: Part) -> str:
@@ -63,6 +82,9 @@ class FilesOutlet:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _write(self, path: str, data: Tensor) -> None:
+        if _is_local(self._files):
+            write_new_file(Path(path), memoryview(data.numpy()))
+            return
         with self._files.open(path, "wb") as file:
             file.write(memoryview(data.numpy()))
 
@@ -120,15 +142,14 @@ class FilesWay:
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         """All ranks together."""
         context = self._context
-        url = context.from_first_rank(f"{context.url}/{version}-{secrets.token_hex(4)}")
+        url = context.from_first_rank(f"{context.url}/{version}-{secrets.token_hex(16)}")
         self._folders.append(url)
 
         def make() -> None:
             while len(self._folders) > 2:
                 self._remove(self._folders[0])
                 del self._folders[0]
-            files, root = _file_system(url)
-            files.makedirs(root, exist_ok=True)
+            _make_folder(*_file_system(url))
 
         context.group.first_rank_does(make)
         largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
@@ -138,7 +159,7 @@ class FilesWay:
     def verify(self, with_digests: bool) -> None:
         """The workers do."""
 
-    def commit(self, version: int, digest: str | None) -> None:
+    def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
         """The workers do."""
 
     def abandon(self) -> None:

@@ -160,7 +160,7 @@ class GroupWay:
             "kind": "process_group",
             "host": self._server.host,
             "port": self._server.port,
-            "group": secrets.token_hex(8),
+            "group": secrets.token_hex(16),
             "backend": "nccl" if context.device.type == "cuda" else "gloo",
             "trainers": context.group.size,
             "workers": workers,
@@ -171,7 +171,7 @@ class GroupWay:
     def verify(self, with_digests: bool) -> None:
         """The workers do."""
 
-    def commit(self, version: int, digest: str | None) -> None:
+    def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
         """The workers do."""
 
     def abandon(self) -> None:

@@ -2,16 +2,19 @@
 
 A ring holds a few buckets per worker. Each trainer rank counts what it has filled, the worker counts what it has emptied; each
 number has one writer, so nobody waits for a lock. Its writer does hold one on its place, for as long as it takes part. Whoever
-fails lets go of it, whoever is killed has the kernel let go of it, and whoever waits for them looks, and knows at once.
+fails lets go of it, whoever is killed has the kernel let go of it, and whoever waits for them looks, and knows at once. A count
+has the random number of its update in its upper half: what somebody counts late, for another update, counts as nothing.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import struct
 from collections.abc import Sequence
-from io import FileIO
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,10 @@ from torch import Tensor
 from mbridge_rl.core.buckets import aligned
 from mbridge_rl.sync import packing
 from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.errors import PeerFailed
+from mbridge_rl.sync.errors import ArenaError, PeerFailed, StoreError
+from mbridge_rl.sync.image import Label
+from mbridge_rl.sync.locks import keep, release
+from mbridge_rl.sync.private_files import open_file
 from mbridge_rl.sync.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.store import Slot, WeightStore
 from mbridge_rl.sync.transports import Context, Outlet, Wire
@@ -28,6 +34,7 @@ from mbridge_rl.sync.waiting import Patience
 RING_BUCKETS = 3  # one is packed, one is full, one is loaded
 _LINE = 64  # bytes between counters: writers of neighbours do not share a cache line
 _FLOCK = struct.Struct("hhqqi4x")  # C's: type, whence, start, length, pid
+_COUNT_BITS = 32
 
 
 class SlotOutlet:
@@ -35,6 +42,15 @@ class SlotOutlet:
 
     def __init__(self, slot: Slot) -> None:
         self._arenas = slot.open()
+
+    def require_fill(self, fill: str) -> None:
+        """
+        Raises:
+            StoreError: the slot is not, or not any more, that of the fill which the first rank began.
+        """
+        for arena in self._arenas:
+            if (label := Label.of(arena)).fill != fill:
+                raise StoreError(f"{arena.path} has fill {label.fill}, the first trainer rank began fill {fill}")
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
         return self._arenas[worker].view(part.start, (part.nbytes,), torch.uint8)
@@ -58,11 +74,35 @@ class SlotOutlet:
 
 
 class SlotInlet:
-    """Reads the live slot, which is complete by then."""
+    """Reads the live slot, which is complete by then. It stays this worker's to read until it is closed."""
 
     def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
         self._route = route
-        self._reading = WeightStore(wire["name"], wire["directory"]).read(route.rank, wire["token"])
+        self._reading = WeightStore(wire["name"], wire["directory"]).read(route.rank, wire["fill"])
+
+    def require_version(self, version: int, *, verify: bool, again: bool) -> None:
+        """Compares what was opened with what this worker is to load.
+
+        Args:
+            verify: by digest as well: that the image says of itself what the head says of it.
+            again: also that its bytes are what it says; costs one read of all of them.
+
+        Raises:
+            StoreError: it is another version; DigestMismatch: it was damaged.
+        """
+        head, worker = self._reading.head, self._route.rank
+        if head.version != version:
+            raise StoreError(f"fill {head.fill} of the weight store is version {head.version}, expected version {version}")
+        if not verify:
+            return
+        if head.proofs is not None:
+            packing.require_proof(self._route, self._reading.image, version, head.proofs[worker])
+        if again:
+            packing.require_expected(self._route, self._reading.image)
+
+    def require_same(self) -> None:
+        """See `Reading.require_same`."""
+        self._reading.require_same()
 
     def take(self, index: int) -> Sequence[Tensor]:
         parts = self._route.buckets[index].parts
@@ -87,19 +127,30 @@ class Ring:
         sources: number of trainer ranks.
         replicas: number of engines that each read every bucket.
         mine: the counter that is written here, in the order above.
+        update: random number of the update.
     """
 
-    def __init__(self, arena: Arena, sources: int, replicas: int, cell_bytes: int, mine: int) -> None:
+    def __init__(self, arena: Arena, sources: int, replicas: int, cell_bytes: int, mine: int, update: int = 0) -> None:
         self.path = arena.path
-        self._arena, self._sources, self._cell_bytes, self._mine = arena, sources, cell_bytes, mine
+        self._arena, self._sources, self._cell_bytes, self._mine, self._update = arena, sources, cell_bytes, mine, update
         self._head = arena.view(0, (aligned((sources + replicas) * _LINE),), torch.uint8)
         self._counters = self._head.view(torch.int64).numpy()[:: _LINE // 8][: sources + replicas]
-        self._file = FileIO(arena.path)
+        self._file = keep(open_file(Path(arena.path), error_type=ArenaError))
+        self._is_open = True
         self._lock(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, mine)
 
     @staticmethod
     def nbytes(sources: int, replicas: int, cell_bytes: int) -> int:
         return aligned((sources + replicas) * _LINE) + RING_BUCKETS * cell_bytes
+
+    @staticmethod
+    def new_update() -> int:
+        """Fits into the upper half of a count."""
+        return secrets.randbits(63 - _COUNT_BITS)
+
+    def turn_to(self, update: int) -> None:
+        """Nothing was counted for this update yet."""
+        self._update = update
 
     def start_anew(self) -> None:
         self._head.zero_()
@@ -110,15 +161,15 @@ class Ring:
 
     def count(self, buckets: int) -> None:
         """So many are filled, or emptied, by this one."""
-        self._counters[self._mine] = buckets
+        self._counters[self._mine] = self._update << _COUNT_BITS | buckets
 
     def filled(self, source: int) -> int:
         """The last bucket that `source` has filled, plus one."""
-        return int(self._counters[source])
+        return self._counted(source)
 
     def emptied(self) -> int:
         """The last bucket that all replicas have emptied, plus one."""
-        return int(self._counters[self._sources :].min())
+        return min(map(self._counted, range(self._sources, len(self._counters))))
 
     def require_filling(self, source: int, index: int) -> None:
         """
@@ -144,14 +195,19 @@ class Ring:
         self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, self._mine)  # closing would not do where a forked child has the file, too
 
     def close(self) -> None:
-        if not self._file.closed:
+        if self._is_open:
+            self._is_open = False
             self.leave()
-            self._file.close()
+            release(self._file)
         self._arena.close()
+
+    def _counted(self, number: int) -> int:
+        update, buckets = divmod(int(self._counters[number]), 1 << _COUNT_BITS)
+        return buckets if update == self._update else 0
 
     def _left_before(self, number: int, index: int) -> bool:
         found = self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, number)
-        return found == fcntl.F_UNLCK and self._counters[number] <= index  # in this order: what it counted last is final now
+        return found == fcntl.F_UNLCK and self._counted(number) <= index  # in this order: what it counted last is final now
 
     def _lock(self, command: int, kind: int, number: int) -> int:
         """Returns which lock is in the way, for a command that asks."""
@@ -195,7 +251,7 @@ class RingInlet:
         self._route, self._patience = route, patience
         sizes = wire["sources"], wire["replicas"], wire["cell_bytes"][route.rank]
         arena = Arena.attach(wire["paths"][route.rank], Ring.nbytes(*sizes), writable=True)
-        self._ring = Ring(arena, *sizes, mine=wire["sources"] + wire["replica"])
+        self._ring = Ring(arena, *sizes, mine=wire["sources"] + wire["replica"], update=wire["update"])
 
     def take(self, index: int) -> Sequence[Tensor]:
         bucket = self._route.buckets[index]
@@ -220,6 +276,11 @@ class RingInlet:
         self._ring.close()
 
 
+def store_wire(store: WeightStore, token: str, fill: str) -> dict[str, Any]:
+    """What a worker needs to find a fill of a slot."""
+    return {"kind": "store", "name": store.name, "directory": str(store.directory), "token": token, "fill": fill}
+
+
 class StoreWay:
     """The trainer's end of the weight store: every rank packs into the idle slot, and verifies its share of what all packed."""
 
@@ -235,15 +296,15 @@ class StoreWay:
         context, sizes = self._context, [worker.nbytes for worker in self._context.route.workers]
         made: list[Slot] = []
         context.group.first_rank_does(lambda: made.append(self._store.begin(sizes)))
-        token, paths = context.from_first_rank((made[0].token, made[0].paths) if made else None)
-        self._slot = made[0] if made else Slot(token, paths, tuple(sizes), [])
+        token, fill, paths = context.from_first_rank((made[0].token, made[0].fill, made[0].paths) if made else None)
+        self._slot = made[0] if made else Slot(token, fill, paths, tuple(sizes), [])
         with context.group.together():
             if token not in self._opened:
                 self._close_outlets(keep=1)
                 self._opened[token] = SlotOutlet(self._slot)
+            self._opened[token].require_fill(fill)
         self._outlet = self._opened[token]
-        wire = {"kind": "store", "name": self._store.name, "directory": str(self._store.directory), "token": token}
-        return wire, self._outlet
+        return store_wire(self._store, token, fill), self._outlet
 
     def verify(self, with_digests: bool) -> None:
         """This rank's share of the images: computed anew, against what the ranks said that they packed.
@@ -257,10 +318,10 @@ class StoreWay:
         for worker in self._context.route.workers[self._context.group.rank :: self._context.group.size]:
             packing.require_expected(worker, self._outlet.image(worker.rank))
 
-    def commit(self, version: int, digest: str | None) -> None:
+    def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
         """The decision: from here on this version is the live one. Rank 0 alone."""
         assert self._slot is not None
-        self._store.commit(self._slot, version, self._context.route.fingerprint, digest)
+        self._store.commit(self._slot, version, self._context.route.fingerprint, digest, proofs or None)
 
     def abandon(self) -> None:
         if self._slot is not None:
@@ -292,16 +353,19 @@ class RingWay:
                 self._rings = [Ring(Arena.create(Ring.nbytes(*size)), *size, mine=0) for size in sizes]
             for ring in self._rings if rank == 0 else ():
                 ring.start_anew()
-        paths = context.from_first_rank([ring.path for ring in self._rings])
+        paths, update = context.from_first_rank(([ring.path for ring in self._rings], Ring.new_update()))
         with context.group.together():
             if [ring.path for ring in self._rings] != paths:
                 arenas = [
                     Arena.attach(path, Ring.nbytes(*size), writable=True) for path, size in zip(paths, sizes, strict=True)
                 ]
                 self._rings = [Ring(arena, *size, mine=rank) for arena, size in zip(arenas, sizes, strict=True)]
+        for ring in self._rings:
+            ring.turn_to(update)
         wire = {
             "kind": "shared_memory",
             "paths": paths,
+            "update": update,
             "sources": context.group.size,
             "replicas": context.replicas,
             "cell_bytes": self._cell_bytes,
@@ -311,7 +375,7 @@ class RingWay:
     def verify(self, with_digests: bool) -> None:
         """The workers do, from their live weights."""
 
-    def commit(self, version: int, digest: str | None) -> None:
+    def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
         """The workers hold it already."""
 
     def abandon(self) -> None:

@@ -30,6 +30,7 @@ class AttachedEngine(TransactionalEngine):
         Raises:
             SyncError: its workers cannot be reached, or there are several engines behind it.
         """
+        super().__init__()
         workers, all_workers = self._sizes()
         if workers != all_workers:
             raise SyncError(
@@ -79,11 +80,11 @@ class AttachedEngine(TransactionalEngine):
         """It did at the pause."""
 
     def _hold(self, requests: InFlight, timeout: float) -> None:
-        lost = requests == "wait" and any(self._call_workers(worker_calls.unusable))
+        lost = requests == "wait" and self._refusal() is not None
         self._halt("keep" if lost else requests, timeout)  # what waits for weights cannot be waited for
 
     def _resume(self) -> None:
-        if not any(self._call_workers(worker_calls.unusable)):
+        if self._refusal() is None:
             self._go_on()
 
     def _serve(self, version: int) -> None:

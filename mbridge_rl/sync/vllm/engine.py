@@ -68,6 +68,7 @@ class InProcessEngine(TransactionalEngine):
         weight_version: int = 0,
         **engine_args: Any,
     ) -> None:
+        super().__init__()
         self._workers = tensor_parallel_size * pipeline_parallel_size
         with _environment(self._workers):
             llm_class, transfer_config = _import_vllm()

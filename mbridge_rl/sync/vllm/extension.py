@@ -19,6 +19,8 @@ _CALLS = {
         worker_calls.commit_shards,
         worker_calls.abandon,
         worker_calls.unusable,
+        worker_calls.identity,
+        worker_calls.lose,
         worker_calls.publish,
         worker_calls.catch_up,
         adapter_slots.in_slots,

@@ -34,6 +34,18 @@ _READY = -1  # the reply id under which a child reports that its engine is up
 _LOG_LINES = 30
 PROOF_OF_LIFE = 5.0  # seconds that a call gets while an earlier one is unanswered: a hung engine costs one call_timeout
 _CALLS_AT_ONCE = 8
+_IN_ORDER = frozenset(
+    (
+        "describe_workers",
+        "adopt_route",
+        "begin_update",
+        "commit_update",
+        "abort_update",
+        "publish_weights",
+        "catch_up",
+        "put_adapter",
+    )
+)  # calls that change what is served: one that was given up must not run after those that came later
 
 
 class EngineProcess:
@@ -274,12 +286,13 @@ def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]
         with sending:
             connection.send(reply)
 
-    with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool, ThreadPoolExecutor(1) as in_order:
         while True:
             try:
-                pool.submit(answer, *connection.recv())
+                call, method, args, kwargs = connection.recv()
             except EOFError:
                 break
+            (in_order if method in _IN_ORDER else pool).submit(answer, call, method, args, kwargs)
     engine.close()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mbridge_rl.sync.arena import SHARED_MEMORY
 from mbridge_rl.sync.engine_side import alike
-from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, StoreError
+from mbridge_rl.sync.errors import EngineMismatch, EngineUnusable, SyncError
+from mbridge_rl.sync.joining import live_update
 from mbridge_rl.sync.store import WeightStore
 from mbridge_rl.sync.timeline import Stopwatch
 from mbridge_rl.sync.vllm import worker_calls
@@ -19,7 +22,11 @@ from mbridge_rl.sync.worker import merged_report
 class TransactionalEngine(AdaptableEngine):
     """What `sync.refit.WeightSync` asks of an engine (`sync.engines.Engine`); arguments and results are plain JSON types."""
 
-    _streaming_pause: Stopwatch | None = None  # of a streaming update that is under way
+    def __init__(self) -> None:
+        self._streaming_pause: Stopwatch | None = None  # of a streaming update that is under way
+        self._turn = threading.RLock()  # one transaction at a time, from whatever threads its calls come
+        self._open: tuple[int, str | None] | None = None  # version and fill of the update that its workers were told to bring
+        self._disagreement: str | None = None  # why the workers perhaps do not all hold the same
 
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         """Learn where the announced tensors (`init_info`) land in each worker; see `Receiver.prepare` for what is raised."""
@@ -36,14 +43,17 @@ class TransactionalEngine(AdaptableEngine):
         Args:
             update: `version`, `fingerprint`, `mode`, `wire`, `timeout` (seconds).
         """
-        if update["mode"] == "streaming":
-            self._streaming_pause = _paused()
-            self._hold(update.get("requests", "keep"), update["timeout"])
-        try:
-            self._in_workers(worker_calls.receive_shards, update)
-        except BaseException:
-            self._resume()
-            raise
+        with self._turn:
+            self._open = None
+            if update["mode"] == "streaming":
+                self._streaming_pause = _paused()
+                self._hold(update.get("requests", "keep"), update["timeout"])
+            try:
+                self._in_workers(worker_calls.receive_shards, update)
+            except BaseException:
+                self._resume()
+                raise
+            self._open = update["version"], update["wire"].get("fill")
 
     def update_status(self) -> list[dict[str, Any]]:
         """See `ShardReceiver.status`, of every worker."""
@@ -57,14 +67,21 @@ class TransactionalEngine(AdaptableEngine):
 
         Returns:
             `sync.worker.merged_report`, with `seconds["pause"]`: in which the engine did not generate.
+
+        Raises:
+            SyncError: no update to this version is open; or what failed in a worker, and then all refuse to generate.
         """
+        with self._turn:
+            return self._commit(version, self._opened(version), requests, timeout)
+
+    def _commit(self, version: int, fill: str | None, requests: InFlight, timeout: float) -> dict[str, Any]:
         watch = self._streaming_pause or _paused()  # a streaming update has held generation since it began
         self._streaming_pause = None
         with watch("hold"):
             self._hold(requests, timeout)
         try:
             with watch("commit"):
-                report = merged_report(self._in_workers(worker_calls.commit_shards, version))
+                report = self._commit_in_workers(version, fill)
             with watch("serve"):
                 self._serve(version)
         finally:
@@ -74,49 +91,84 @@ class TransactionalEngine(AdaptableEngine):
         report["spans"] += [span.to_json() for span in watch.spans]
         return report
 
+    def _opened(self, version: int) -> str | None:
+        """The fill of the update that a commit ends."""
+        if self._open is None or self._open[0] != version:
+            begun = "none is open" if self._open is None else f"the open update is to version {self._open[0]}"
+            raise SyncError(f"version {version} cannot be committed: {begun}; begin_update has to come before commit_update")
+        (_, fill), self._open = self._open, None
+        return fill
+
+    def _commit_in_workers(self, version: int, fill: str | None) -> dict[str, Any]:
+        """All workers serve the fill, or none serves anything: some may have it then, and others not."""
+        self._disagreement = f"not all workers of the engine have committed version {version}, and a complete sync has to come"
+        try:
+            report = merged_report(self._call_workers(worker_calls.commit_shards, version, fill))
+        except BaseException as error:
+            self._disagreement = f"version {version} was lost, and a complete sync has to come: {error}"
+            with suppress(Exception):  # a worker that cannot be asked; the engine itself refuses anyway
+                self._call_workers(worker_calls.lose, version, str(error), fill)
+            raise
+        self._disagreement = None
+        return report
+
     def abort_update(self, reason: str) -> None:
         """Drop an open update. If live weights were written, the engine refuses to generate until the next one."""
-        self._streaming_pause = None
-        self._call_workers(worker_calls.abandon, reason)
-        self._resume()
+        with self._turn:
+            self._open = self._streaming_pause = None
+            self._call_workers(worker_calls.abandon, reason)
+            self._resume()
 
     def publish_weights(self, paths: Sequence[str]) -> list[str]:
         """Every worker writes its image, with digests, to its own of `paths`; returns the workers' route fingerprints."""
+        self._require_agreement()
         return self._in_workers(worker_calls.publish, list(paths))
 
     def catch_up(self, name: str, directory: str | None = None) -> dict[str, Any]:
-        """Serve the live version of a weight store, without the trainer.
+        """Serve the live version of a weight store, without the trainer. The engine decides for all its workers which fill that
+        is; each opens and verifies its image of it before any of them writes.
 
         Raises:
-            SyncError: nothing was committed there; EngineMismatch: it is the store of another engine layout or model.
+            SyncError: nothing was committed there, or another version since; the old version serves on. EngineMismatch: it is
+                the store of another engine layout or model.
         """
         store = WeightStore(name, directory or SHARED_MEMORY)
-        head = store.head()
-        if head is None:
-            raise StoreError(f"nothing was committed to the weight store {name!r} in {store.directory}")
-        kept = store.description(head.fingerprint)
-        mine = self.describe_workers(kept["init_info"])
-        if not alike(mine, kept["workers"]):
-            raise EngineMismatch(
-                f"the weight store {name!r} is of an engine whose {len(kept['workers'])} workers keep other weights than these "
-                f"{len(mine)}: start the engine with the same parallel sizes and dtype"
-            )
-        self.adopt_route(kept)
-        self._hold("keep", 600.0)
-        try:
-            report = merged_report(self._in_workers(worker_calls.catch_up, name, str(store.directory), head.token))
-            self._serve(head.version)
-        finally:
-            self._resume()
-        return report
+        with self._turn:
+            update, kept = live_update(store)
+            mine = self.describe_workers(kept["init_info"])
+            if not alike(mine, kept["workers"]):
+                raise EngineMismatch(
+                    f"the weight store {name!r} is of an engine whose {len(kept['workers'])} workers keep other weights than "
+                    f"these {len(mine)}: start the engine with the same parallel sizes and dtype"
+                )
+            self.adopt_route(kept)
+            self._in_workers(worker_calls.catch_up, update)
+            try:
+                return self._commit(update["version"], update["wire"]["fill"], "keep", update["timeout"])
+            except BaseException as error:  # also of the pause: nobody else would drop the update
+                with suppress(Exception):
+                    self._call_workers(worker_calls.abandon, str(error))
+                raise
 
     def require_usable(self) -> None:
         """
         Raises:
             EngineUnusable: a sync failed half-way; the message names the version that was lost.
         """
-        if refused := [reason for reason in self._call_workers(worker_calls.unusable) if reason]:
-            raise EngineUnusable(refused[0])
+        if (reason := self._refusal()) is not None:
+            raise EngineUnusable(reason)
+
+    def _refusal(self) -> str | None:
+        """Why the engine must not generate; `None` if it may."""
+        identities = self._call_workers(worker_calls.identity)
+        if refused := [identity["refuses"] for identity in identities if identity["refuses"]]:
+            return refused[0]
+        return self._disagreement or _disagreement([identity["fill"] for identity in identities])
+
+    def _require_agreement(self) -> None:
+        fills = [identity["fill"] for identity in self._call_workers(worker_calls.identity)]
+        if (reason := self._disagreement or _disagreement(fills)) is not None:
+            raise EngineUnusable(reason)
 
     def _in_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
         """As `_call_workers`; if one worker fails, the others drop the update too, so that none serves it alone."""
@@ -125,6 +177,12 @@ class TransactionalEngine(AdaptableEngine):
         except Exception as error:
             self._call_workers(worker_calls.abandon, str(error))
             raise
+
+
+def _disagreement(fills: Sequence[str | None]) -> str | None:
+    if len(set(fills)) == 1:
+        return None
+    return f"the engine's workers hold weights of different syncs (fills by worker: {list(fills)}): a complete sync has to come"
 
 
 def _paused() -> Stopwatch:

@@ -17,8 +17,6 @@ from mbridge_rl.core import errors as core_errors
 from mbridge_rl.sync import errors as sync_errors
 from mbridge_rl.sync.errors import EngineProcessError, SyncError
 from mbridge_rl.sync.host import machine_id
-from mbridge_rl.sync.store import WeightStore
-from mbridge_rl.sync.worker import load_from_store
 
 if TYPE_CHECKING:
     from mbridge_rl.sync.vllm.backend import PlannedSyncEngine
@@ -133,8 +131,19 @@ def status(worker: Any) -> dict[str, Any]:
     return backend_of(worker).receiver.shards.status()
 
 
-def commit_shards(worker: Any, version: int) -> dict[str, Any]:
-    return backend_of(worker).receiver.shards.commit(version)
+def commit_shards(worker: Any, version: int, fill: str | None = None) -> dict[str, Any]:
+    return backend_of(worker).receiver.shards.commit(version, fill)
+
+
+def lose(worker: Any, version: int, reason: str, fill: str | None) -> None:
+    """The commit failed in some worker: none of them serves."""
+    backend_of(worker).receiver.shards.lose(version, reason, fill)
+
+
+def identity(worker: Any) -> dict[str, str | None]:
+    """Why this worker refuses to generate, if it does, and which fill its weights came by."""
+    receiver = backend_of(worker).receiver
+    return {"refuses": receiver.unusable, "fill": receiver.serving.fill}
 
 
 def publish(worker: Any, paths: Sequence[str]) -> str:
@@ -143,8 +152,9 @@ def publish(worker: Any, paths: Sequence[str]) -> str:
     return shards.fingerprint
 
 
-def catch_up(worker: Any, name: str, directory: str, token: str) -> dict[str, Any]:
-    return load_from_store(backend_of(worker).receiver.shards, WeightStore(name, directory), token)
+def catch_up(worker: Any, update: Mapping[str, Any]) -> None:
+    """Opens and verifies the image of a fill that was committed, of which the engine decided for all its workers."""
+    receive_shards(worker, update)
 
 
 def _inner(worker: Any) -> Any:
