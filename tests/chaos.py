@@ -37,6 +37,7 @@ from typing import Any
 import leftovers
 import torch
 import torch.distributed as dist
+from children import fork
 from fused_engine import EngineLayout
 from standin import RemoteEngine, light_model, random_weights, serve, served, set_weights
 from torch import Tensor
@@ -199,18 +200,20 @@ class Scene:
 
     def _serving(self, engine: int) -> int:
         path = self.folder / f"engine{engine}.{len(list(self.folder.glob(f'engine{engine}.*')))}"
-        pid = _fork(lambda: serve(path, VARIANT, ENGINE))
-        self.pids.append(pid)
-        self.running.add(pid)
+        pid = fork(lambda: serve(path, VARIANT, ENGINE), self._register)
         _wait_for(path.exists, "the engine's socket")
         return pid
 
+    def _register(self, pid: int) -> None:
+        self.pids.append(pid)
+        self.running.add(pid)
+
     def _trainers(self, case: Case | None, versions: list[int]) -> list[int]:
         engines = self.case.engines
-        ranks = [_fork(lambda rank=rank: _train(rank, self.folder, self.name, case, versions, engines)) for rank in range(2)]
-        self.pids += ranks
-        self.running.update(ranks)
-        return ranks
+        return [
+            fork(lambda rank=rank: _train(rank, self.folder, self.name, case, versions, engines), self._register)
+            for rank in range(2)
+        ]
 
     def _moment(self) -> float:
         """Of the strike; one that never came would have been the last thing."""
@@ -356,21 +359,6 @@ def _said(folder: Path, rank: int) -> str:
     text = path.read_text() if path.exists() else "killed"
     path.unlink(missing_ok=True)
     return text
-
-
-def _fork(function: Callable[[], None]) -> int:
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        function()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _has_ended(pid: int) -> bool:
