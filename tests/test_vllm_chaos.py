@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("vllm")
 
 import chaos
+from children import fork
 from refit_engines import without_versions
 from standin import light_model
 from test_refit_end_to_end import PROMPTS
@@ -44,8 +45,10 @@ class Trainers:
         self._round += 1
         folder = self.folder / str(self._round)
         folder.mkdir()
-        ranks = [chaos._fork(lambda rank=rank: self._rank(rank, folder, version, tag, mode, victim, then)) for rank in range(2)]
+        ranks: list[int] = []
         try:
+            for rank in range(2):
+                fork(lambda rank=rank: self._rank(rank, folder, version, tag, mode, victim, then), ranks.append)
             if victim is not None or then is not None:
                 chaos._wait_for((folder / "amid").exists, "the transfer", 90)
                 if victim is not None:

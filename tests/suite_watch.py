@@ -1,0 +1,69 @@
+"""Ends what an interrupted test suite started: a process of its own waits for the suite's end, whatever ends it.
+
+A suite that is killed cannot end its children. Those that it forked die with it (`children.py`); the interpreters that it
+started (pytest-xdist's, those of `interpreter.py`, commands, and what these start) carry a mark in their environment, by which
+this process finds them, in whatever session they are and whoever has adopted them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+MARK = "MBRIDGE_TEST_SUITE"
+
+_watch: subprocess.Popen[bytes] | None = None
+
+
+def begin() -> None:
+    """Every interpreter that this process starts from here on, and whatever that starts, ends with this process."""
+    global _watch
+    os.environ[MARK] = secrets.token_hex(16)
+    command = [sys.executable, "-S", __file__, str(os.getpid()), os.environ[MARK]]
+    nowhere = subprocess.DEVNULL  # whoever reads the suite's output does not wait for this process
+    _watch = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
+
+
+def marked(mark: str) -> list[int]:
+    """Running processes that were started with this mark, but for the caller."""
+    entry = f"{MARK}={mark}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if entry in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:  # not ours, or gone by now
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def _wait_for_the_end_of(pid: int) -> None:
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    select.select([handle], [], [])
+
+
+def main() -> None:
+    pid, mark = sys.argv[1:]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _wait_for_the_end_of(int(pid))
+    while left := marked(mark):  # what one of them starts meanwhile has the mark, too
+        for other in left:
+            try:
+                os.kill(other, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()
