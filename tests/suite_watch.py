@@ -18,16 +18,13 @@ from pathlib import Path
 
 MARK = "MBRIDGE_TEST_SUITE"
 
-_watch: subprocess.Popen[bytes] | None = None
-
 
 def begin() -> None:
     """Every interpreter that this process starts from here on, and whatever that starts, ends with this process."""
-    global _watch
     os.environ[MARK] = secrets.token_hex(16)
     command = [sys.executable, "-S", __file__, str(os.getpid()), os.environ[MARK]]
     nowhere = subprocess.DEVNULL  # whoever reads the suite's output does not wait for this process
-    _watch = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    subprocess.run(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True, check=True)
 
 
 def marked(mark: str) -> list[int]:
@@ -43,19 +40,13 @@ def marked(mark: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-def _wait_for_the_end_of(pid: int) -> None:
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    select.select([handle], [], [])
-
-
 def main() -> None:
-    pid, mark = sys.argv[1:]
+    suite, mark = os.pidfd_open(int(sys.argv[1])), sys.argv[2]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    _wait_for_the_end_of(int(pid))
+    if os.fork():  # the suite has no child that its tests could take for theirs
+        return
+    select.select([suite], [], [])
     while left := marked(mark):  # what one of them starts meanwhile has the mark, too
         for other in left:
             try:

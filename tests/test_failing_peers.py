@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import chaos
+import chaos_trainer
 import pytest
 import torch
 from children import fork
@@ -241,7 +242,7 @@ class Amid:
 
         RingOutlet.send = halts
         try:
-            chaos._meet(self.folder, rank)
+            chaos_trainer.meet(self.folder, rank)
             engines = [self.engine(number) for number in range(2)] if rank == 0 else None
             sync_of(rank, engines, **WAYS[self.way]).sync(1)
             said = "done"

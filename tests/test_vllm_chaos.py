@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("vllm")
 
 import chaos
+import chaos_trainer
 from children import fork
 from refit_engines import without_versions
 from standin import light_model
@@ -72,11 +73,11 @@ class Trainers:
                 time.sleep(2.0)
             send(outlet, worker, index, part)
 
-        for kind in chaos.OUTLETS:
+        for kind in chaos_trainer.OUTLETS:
             kind.send = lambda *args, send=kind.send: slowly(*args, send=send)
         torch.set_num_threads(1)
         try:
-            chaos._meet(folder, rank)
+            chaos_trainer.meet(folder, rank)
             state = hf_state(self.folder / tag)
             bridge, model = light_model("qwen3", ParallelLayout(tp=2), rank, state, SIZES)
             sync = WeightSync(bridge, model, self.engine if rank == 0 else None, mode=mode, store=self.store, timeout=6.0,
