@@ -26,65 +26,34 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import leftovers
 import torch
-import torch.distributed as dist
-from fused_engine import EngineLayout
-from standin import RemoteEngine, light_model, random_weights, serve, served, set_weights
-from torch import Tensor
+from chaos_trainer import (
+    ENGINE,
+    FAULTS,
+    PATIENCE,
+    STALL_WAITS,
+    VARIANT,
+    WAIT_SECONDS,
+    WAYS,
+    Case,
+    address,
+    train,
+    weights,
+    write,
+)
+from children import fork
+from standin import RemoteEngine, serve, served
+from starving import starved_together
 
-from mbridge_rl.core.errors import BridgeError
-from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import EngineUnusable, SyncError
-from mbridge_rl.sync.refit import WeightSync
+from mbridge_rl.sync.errors import EngineUnusable
 from mbridge_rl.sync.store import WeightStore
-from mbridge_rl.sync.transports.files import FilesOutlet
-from mbridge_rl.sync.transports.process_group import GroupOutlet
-from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
 
-WAYS = [("staged", "shared_memory"), ("streaming", "shared_memory"), ("staged", "process_group"),
-        ("streaming", "process_group"), ("staged", "files")]  # fmt: skip
-FAULTS = ["kill rank 0", "kill rank 1", "kill the engine", "drop", "corrupt", "stall"]
-OUTLETS: list[Any] = [SlotOutlet, RingOutlet, GroupOutlet, FilesOutlet]
-LAYOUT, ENGINE, VARIANT = ParallelLayout(tp=2), EngineLayout(tp=2), "qwen3"
-WAIT_SECONDS = 1.5  # of every wait inside of a sync
 BOUND_WAITS = 4.0  # from the strike to every survivor's verdict: its own wait, and those for whoever waits for it
-STALL_WAITS = 3.0  # that a stalled rank sleeps
-RUN_SECONDS = 90.0  # until a process that hangs is given up
-
-
-@dataclass(frozen=True)
-class Case:
-    mode: str
-    transport: str
-    fault: str
-    moment: float  # of the second sync, 0..1
-    delta: bool
-    seed: int
-    engines: int = 1
-    copied: bool = False  # a killed engine catches up from a copy on a disk
-
-    @property
-    def struck(self) -> int:
-        """The engine that is killed, if one is."""
-        return self.seed % self.engines
-
-    @property
-    def kills(self) -> bool:
-        return self.fault.startswith("kill")
-
-    def store(self, engine: int) -> str:
-        """What the name of the store has more where workers keep their own images, as on other hosts."""
-        own = self.transport != "shared_memory" or (self.delta and self.mode == "staged")
-        return f".{engine}" if own else ""
 
 
 @dataclass
@@ -108,18 +77,6 @@ def cases(count: int, seed: int) -> list[Case]:
         )
         for index in range(count)
     ]
-
-
-def weights(version: int) -> dict[str, Tensor]:
-    """Version 2 is version 1 with other values in one of fifty elements."""
-    if version != 2:
-        return random_weights(VARIANT, version)
-    generator = torch.Generator().manual_seed(2)
-    before, after = random_weights(VARIANT, 1), random_weights(VARIANT, 2)
-    return {
-        name: torch.where(torch.rand(tensor.shape, generator=generator) < 0.02, after[name], tensor)
-        for name, tensor in before.items()
-    }
 
 
 def run(case: Case) -> Outcome:
@@ -156,13 +113,14 @@ class Scene:
         self.running: set[int] = set()
         self._digests = {version: served(weights(version), VARIANT, ENGINE) for version in (0, 1, 2, 3)}
         self._engines: list[int] = []
+        self._starved: dict[int, float] = {}  # at the beginning of the sync that is struck
 
     def play(self) -> Outcome:
         case = self.case
         self._engines += [self._serving(engine) for engine in range(case.engines)]
         ranks = self._trainers(case, [1, 2])
-        _strike(case, ranks, self._engines[case.struck], self.folder)
-        _wait_for(lambda: all(map(_has_ended, ranks)), f"trainer ranks of {case}", RUN_SECONDS)
+        self._strike(ranks)
+        _wait_for(lambda: all(map(_has_ended, ranks)), f"trainer ranks of {case}")
         said = [_said(self.folder, rank) for rank in range(2)]
         for rank, text in enumerate(said):
             assert text in ("2", "killed") or "Traceback" not in text, (case, text)
@@ -170,23 +128,22 @@ class Scene:
         assert (self.folder / "at-2-0").exists(), f"{case} never came to version 2: {said}"
         killed = [case.struck] if case.fault == "kill the engine" else []
         found = [self._verdict_of(engine) for engine in range(case.engines) if engine not in killed]
-        verdicts = [time.monotonic(), *(float(path.read_text()) for path in self.folder.glob("verdict-*"))]
+        waits = self._waits(ranks)
         found += map(self._starts_again, killed)
-        waits = max(0.0, max(verdicts) - self._moment()) / WAIT_SECONDS
         bound = BOUND_WAITS + (STALL_WAITS if case.fault == "stall" else 0.0)
         assert waits < bound, f"{case}: {said}, {found} after {waits:.1f} times the time-out of a wait"
         self._reap()
         again = self._trainers(None, [3])
-        _wait_for(lambda: all(map(_has_ended, again)), f"the next trainer of {case}", RUN_SECONDS)
+        _wait_for(lambda: all(map(_has_ended, again)), f"the next trainer of {case}")
         assert [_said(self.folder, rank) for rank in range(2)] == ["3", "3"], case
         for engine in range(case.engines):
-            assert RemoteEngine(_address(self.folder, engine)).generate() == (3, self._digests[3]), case
+            assert RemoteEngine(address(self.folder, engine), PATIENCE).generate() == (3, self._digests[3]), case
         return Outcome(found, said, waits)
 
     def end(self) -> None:
         """Nobody is killed: trainers are done, and engines close."""
         for engine in range(self.case.engines):
-            threads = RemoteEngine(_address(self.folder, engine)).shut_down()
+            threads = RemoteEngine(address(self.folder, engine), PATIENCE).shut_down()
             assert not threads, f"{self.case}: engine {engine} still has the threads {threads}"
         _wait_for(lambda: all(map(_has_ended, self.pids)), f"the end of all processes of {self.case}")
         self._reap()
@@ -199,23 +156,47 @@ class Scene:
 
     def _serving(self, engine: int) -> int:
         path = self.folder / f"engine{engine}.{len(list(self.folder.glob(f'engine{engine}.*')))}"
-        pid = _fork(lambda: serve(path, VARIANT, ENGINE))
-        self.pids.append(pid)
-        self.running.add(pid)
+        pid = fork(lambda: serve(path, VARIANT, ENGINE), self._register)
         _wait_for(path.exists, "the engine's socket")
         return pid
 
+    def _register(self, pid: int) -> None:
+        self.pids.append(pid)
+        self.running.add(pid)
+
     def _trainers(self, case: Case | None, versions: list[int]) -> list[int]:
         engines = self.case.engines
-        ranks = [_fork(lambda rank=rank: _train(rank, self.folder, self.name, case, versions, engines)) for rank in range(2)]
-        self.pids += ranks
-        self.running.update(ranks)
-        return ranks
+        return [
+            fork(lambda rank=rank: train(rank, self.folder, self.name, case, versions, engines), self._register)
+            for rank in range(2)
+        ]
 
-    def _moment(self) -> float:
-        """Of the strike; one that never came would have been the last thing."""
+    def _strike(self, ranks: Sequence[int]) -> None:
+        """SIGKILL at a moment of the second sync, which takes about half a second; a little late also, to meet the commit."""
+        case, folder = self.case, self.folder
+        _wait_for(lambda: (folder / "at-2-0").exists() or all(map(_has_ended, ranks)), f"the second sync of {case}")
+        self._starved = starved_together([os.getpid(), *ranks, *self._engines])
+        if not case.kills:
+            return
+        victims = {"kill rank 0": ranks[0], "kill rank 1": ranks[1], "kill the engine": self._engines[case.struck]}
+        time.sleep(case.moment * 0.7)
+        write(folder / "struck", str(time.monotonic()))
+        os.kill(victims[case.fault], signal.SIGKILL)
+        _wait_for(lambda: _has_ended(victims[case.fault]), "the end of a killed process")
+
+    def _waits(self, ranks: Sequence[int]) -> float:
+        """From the strike (one that never came would have been the last thing) until now, when the engines have said what they
+        serve, and the ranks what came of the sync, in waits. Time in which they had no processor is the machine's."""
+        now = starved_together([os.getpid(), *self._engines])
+        verdicts = [time.monotonic()]
+        for rank, pid in enumerate(ranks):
+            if (path := self.folder / f"verdict-{rank}").exists():
+                moment, now[pid] = map(float, path.read_text().split())
+                verdicts.append(moment)
         struck = self.folder / "struck"
-        return float(struck.read_text()) if struck.exists() else time.monotonic()
+        moment = float(struck.read_text()) if struck.exists() else time.monotonic()
+        late = sum(max(0.0, seconds - self._starved[pid]) for pid, seconds in now.items())
+        return max(0.0, max(verdicts) - moment - late) / WAIT_SECONDS
 
     def _starts_again(self, engine: int) -> str:
         """One that was killed catches up."""
@@ -223,7 +204,7 @@ class Scene:
         head = store.head()
         assert head is not None, f"{self.case}: the store is empty"
         self._engines[engine] = self._serving(engine)
-        client = RemoteEngine(_address(self.folder, engine))
+        client = RemoteEngine(address(self.folder, engine), PATIENCE)
         if self.case.copied:
             store.copy_to(WeightStore("copy", self.folder, durable=True))
             client.catch_up("copy", str(self.folder))
@@ -234,9 +215,9 @@ class Scene:
 
     def _verdict_of(self, engine: int) -> str:
         """What an engine that lives serves now."""
-        case, deadline = self.case, time.monotonic() + RUN_SECONDS
+        case, deadline = self.case, time.monotonic() + PATIENCE
         assert not _has_ended(self._engines[engine]), f"engine {engine} died of {case}"
-        client = RemoteEngine(_address(self.folder, engine))
+        client = RemoteEngine(address(self.folder, engine), PATIENCE)
         while True:
             refusal = None
             try:
@@ -253,124 +234,11 @@ class Scene:
             time.sleep(0.02)
 
 
-def _address(folder: Path, engine: int) -> Path:
-    """Of the one that started last."""
-    return sorted(folder.glob(f"engine{engine}.*"))[-1]
-
-
-def _train(rank: int, folder: Path, name: str, case: Case | None, versions: list[int], engines: int) -> None:
-    """A trainer rank: syncs the versions, and leaves a file that says which was the last, or why there was none."""
-    torch.set_num_threads(1)
-    try:
-        _meet(folder, rank, "-".join(map(str, versions)))
-        bridge, model = light_model(VARIANT, LAYOUT, rank, weights(versions[0]))
-        clients = [RemoteEngine(_address(folder, engine)) for engine in range(engines)] if rank == 0 else None
-        mode, transport = (case.mode, case.transport) if case else ("staged", "shared_memory")
-        if mode == "streaming":  # which leaves nothing in the store
-            with closing(WeightSync(bridge, model, clients, transport=transport, store=name, bucket_bytes=1 << 11)) as staged:
-                _undisturbed(staged, versions[0])
-        sync = WeightSync(
-            bridge, model, clients, mode=mode, transport=transport, store=name, url=str(folder / "files"), bucket_bytes=1 << 11,
-            timeout=WAIT_SECONDS if case else 20.0, retries=0, delta=case is not None and case.delta,
-        )  # fmt: skip
-        with closing(sync):
-            for version in versions:
-                set_weights(bridge, model, rank, weights(version))
-                (folder / f"at-{version}-{rank}").touch()
-                if version == 2 and case is not None:
-                    _sabotage(case, rank, len(list(sync.route.parts_of(rank))), folder)
-                    _struck_sync(sync, folder / f"verdict-{rank}")
-                else:
-                    _undisturbed(sync, version)
-        result = str(versions[-1])
-    except BridgeError as error:
-        result = f"{type(error).__name__}: {error}"
-    except Exception:
-        result = traceback.format_exc()
-    (folder / f"said-{rank}.partial").write_text(result)
-    (folder / f"said-{rank}.partial").rename(folder / f"said-{rank}")
-
-
-def _struck_sync(sync: WeightSync, verdict: Path) -> None:
-    try:
-        sync.sync(2)
-    finally:
-        verdict.write_text(str(time.monotonic()))
-
-
-def _undisturbed(sync: WeightSync, version: int) -> None:
-    """What nobody strikes may still be late on a machine that does much else."""
-    for attempt in range(8):
-        try:
-            sync.sync(version)
-            return
-        except SyncError:
-            if attempt == 7:
-                raise
-
-
-def _meet(folder: Path, rank: int, tag: str = "") -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    meeting = f"file://{folder}/meeting-{tag}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=20))
-
-
-def _sabotage(case: Case, rank: int, parts: int, folder: Path) -> None:
-    """Of what rank 1 sends; and every sender takes its time, so that strikes from outside find it amid a sync."""
-    victim = int(case.moment * parts)
-    seen = 0
-    for kind in OUTLETS:
-
-        def send(outlet: Any, worker: int, index: int, part: Any, send: Any = kind.send) -> None:
-            nonlocal seen
-            seen += 1
-            time.sleep(0.3 / parts)
-            if rank == 1 and seen == victim + 1 and not case.kills:
-                (folder / "struck").write_text(str(time.monotonic()))
-                if case.fault == "drop":
-                    outlet.place(worker, index, part).fill_(0xEE)  # where the bytes would be, other ones are
-                    return
-                if case.fault == "stall":
-                    time.sleep(STALL_WAITS * WAIT_SECONDS)
-                if case.fault == "corrupt":
-                    outlet.place(worker, index, part)[: 1 + part.nbytes // 2].bitwise_xor_(0x55)
-            send(outlet, worker, index, part)
-
-        kind.send = send
-
-
-def _strike(case: Case, ranks: list[int], engine: int, folder: Path) -> None:
-    """SIGKILL at a moment of the second sync, which takes about half a second; a little late also, to meet the commit."""
-    victims = {"kill rank 0": ranks[0], "kill rank 1": ranks[1], "kill the engine": engine}
-    if not case.kills:
-        return
-    _wait_for(lambda: (folder / "at-2-0").exists() or all(_has_ended(pid) for pid in ranks), f"the second sync of {case}", 60.0)
-    time.sleep(case.moment * 0.7)
-    (folder / "struck").write_text(str(time.monotonic()))
-    os.kill(victims[case.fault], signal.SIGKILL)
-    _wait_for(lambda: _has_ended(victims[case.fault]), "the end of a killed process")
-
-
 def _said(folder: Path, rank: int) -> str:
     path = folder / f"said-{rank}"
     text = path.read_text() if path.exists() else "killed"
     path.unlink(missing_ok=True)
     return text
-
-
-def _fork(function: Callable[[], None]) -> int:
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        function()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _has_ended(pid: int) -> bool:
@@ -386,7 +254,7 @@ def _end(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _wait_for(done: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+def _wait_for(done: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"

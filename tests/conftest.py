@@ -8,6 +8,7 @@ from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
 from pathlib import Path
 
 import pytest
+import suite_watch
 
 # Two threads cut sums in other places than one does: `tools/kernels.py` runs the tests that compare numbers with both.
 _THREADS = os.environ.setdefault("MBRIDGE_TEST_THREADS", "1")
@@ -31,6 +32,11 @@ import torch  # noqa: E402
 torch.set_num_threads(int(_THREADS))
 
 _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # whose own suite has begun already
+        suite_watch.begin()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

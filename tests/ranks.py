@@ -7,7 +7,6 @@ Starting four interpreters with torchrun takes 8 to 15 seconds, nearly all of it
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import importlib
 import os
@@ -24,8 +23,8 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from children import fork
 
-_PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 3.0
 _IMPORTED_BEFORE_THE_FORK = (
     "megatron.core.distributed",
@@ -50,16 +49,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             the stack on which each rank hung. No process is left behind in any case.
     """
     _import_megatron()
-    sys.stdout.flush()
-    sys.stderr.flush()
     with tempfile.TemporaryDirectory(prefix="mbridge_ranks_") as folder:
         pids: list[int] = []
         try:
             for rank in range(world_size):
-                pid = os.fork()
-                if pid == 0:
-                    _run_rank(function, rank, world_size, args, Path(folder), timeout)
-                pids.append(pid)
+                fork(lambda rank=rank: _run_rank(function, rank, world_size, args, Path(folder), timeout), pids.append)
             finished = _wait(pids, timeout)
             stacks = [] if len(finished) == world_size else _stacks(pids, finished, Path(folder))
         finally:
@@ -81,7 +75,6 @@ def _run_rank(
     """The life of a child. It leaves by `os._exit`: the parent's exit handlers and pytest are not its own."""
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the parent, whatever kills it
         stack_file = (folder / f"{rank}.stack").open("w")
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from chaos import FAULTS, WAYS, Case, run
+from chaos import run
+from chaos_trainer import FAULTS, WAYS, Case
 
 
 @pytest.mark.slow

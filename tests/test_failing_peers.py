@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import chaos
+import chaos_trainer
 import pytest
 import torch
+from children import fork
 from fused_engine import EngineLayout
 from ranks import run_ranks
 from standin import RemoteEngine, StandInEngine, light_model, random_weights, serve, served
@@ -193,10 +195,10 @@ class Amid:
         self.addresses = [folder / f"engine{number}" for number in range(2)]
         self.pids: dict[str, int] = {}
         for number in range(2):
-            self.pids[f"engine {number}"] = chaos._fork(lambda number=number: self._engine(number))
+            self._fork(f"engine {number}", lambda number=number: self._engine(number))
         chaos._wait_for(lambda: all(map(Path.exists, self.addresses)), "the engines' sockets")
         for rank in range(2):
-            self.pids[f"rank {rank}"] = chaos._fork(lambda rank=rank: self._rank(rank))
+            self._fork(f"rank {rank}", lambda rank=rank: self._rank(rank))
 
     def kill(self, victim: str) -> None:
         chaos._wait_for((self.folder / f"amid {victim}").exists, f"{victim} amid the transfer", 60.0)
@@ -214,6 +216,9 @@ class Amid:
             chaos._end(pid)
         remove_stale()  # as the next writer would
         remove_stale_stores()
+
+    def _fork(self, who: str, life: Callable[[], None]) -> None:
+        fork(life, lambda pid: self.pids.update({who: pid}))
 
     def _engine(self, number: int) -> None:
         give_back = RingInlet.give_back
@@ -237,7 +242,7 @@ class Amid:
 
         RingOutlet.send = halts
         try:
-            chaos._meet(self.folder, rank)
+            chaos_trainer.meet(self.folder, rank)
             engines = [self.engine(number) for number in range(2)] if rank == 0 else None
             sync_of(rank, engines, **WAYS[self.way]).sync(1)
             said = "done"

@@ -15,6 +15,8 @@ import torch
 pytest.importorskip("vllm")
 
 import chaos
+import chaos_trainer
+from children import fork
 from refit_engines import without_versions
 from standin import light_model
 from test_refit_end_to_end import PROMPTS
@@ -44,8 +46,10 @@ class Trainers:
         self._round += 1
         folder = self.folder / str(self._round)
         folder.mkdir()
-        ranks = [chaos._fork(lambda rank=rank: self._rank(rank, folder, version, tag, mode, victim, then)) for rank in range(2)]
+        ranks: list[int] = []
         try:
+            for rank in range(2):
+                fork(lambda rank=rank: self._rank(rank, folder, version, tag, mode, victim, then), ranks.append)
             if victim is not None or then is not None:
                 chaos._wait_for((folder / "amid").exists, "the transfer", 90)
                 if victim is not None:
@@ -69,11 +73,11 @@ class Trainers:
                 time.sleep(2.0)
             send(outlet, worker, index, part)
 
-        for kind in chaos.OUTLETS:
+        for kind in chaos_trainer.OUTLETS:
             kind.send = lambda *args, send=kind.send: slowly(*args, send=send)
         torch.set_num_threads(1)
         try:
-            chaos._meet(folder, rank)
+            chaos_trainer.meet(folder, rank)
             state = hf_state(self.folder / tag)
             bridge, model = light_model("qwen3", ParallelLayout(tp=2), rank, state, SIZES)
             sync = WeightSync(bridge, model, self.engine if rank == 0 else None, mode=mode, store=self.store, timeout=6.0,

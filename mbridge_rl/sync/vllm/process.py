@@ -61,6 +61,8 @@ class EngineProcess:
         log_path: the child's output; default: a temporary file, shown when the child fails.
     """
 
+    _program = "mbridge_rl.sync.vllm.process"  # the module that the child runs
+
     def __init__(
         self,
         model_dir: str | Path,
@@ -93,7 +95,7 @@ class EngineProcess:
             return self
         mine, theirs = socket.socketpair()
         arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(self._settings)]
-        command = [sys.executable, "-m", "mbridge_rl.sync.vllm.process", *arguments]
+        command = [sys.executable, "-m", self._program, *arguments]
         with theirs, self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
