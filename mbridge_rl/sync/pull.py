@@ -158,7 +158,7 @@ def published(
 
     try:
         group.first_rank_does(ask)
-        said = group.gather_object((slots[0].token, slots[0].paths) if slots else None)[0]
+        said = group.gather_plain((slots[0].token, slots[0].paths) if slots else None)[0]
         with group.together():
             slot = slots[0] if slots else Slot(*said, tuple(route.nbytes for route in routes), [])
             arenas = slot.open()

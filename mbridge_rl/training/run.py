@@ -302,6 +302,7 @@ def train_rank(
                 console=settings.console,
                 tensorboard=settings.tensorboard,
                 prometheus_port=settings.prometheus_port,
+                prometheus_address=settings.prometheus_address,
                 resumed_at=step,
             )
             log.say(f"mbridge-rl train: {config.model.path}, {config.layout}, {config.rollout.mode}, from step {step}")

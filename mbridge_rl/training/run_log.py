@@ -38,7 +38,7 @@ _WIDTHS = (5, 7, 8, 7, 7, 16, 8, 5, 8, 9, 16)
 
 class RunLog:
     """Args:
-        prometheus_port: where the syncs' numbers are served over HTTP; `None` serves none.
+        prometheus_port, prometheus_address: where the syncs' numbers are served over HTTP; no port serves none.
         resumed_at: the step that a resumed run goes on after; what an interrupted run wrote beyond it is dropped.
 
     Attributes:
@@ -46,7 +46,14 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, *, console: bool, tensorboard: bool, prometheus_port: int | None = None, resumed_at: int = 0
+        self,
+        run_dir: Path,
+        *,
+        console: bool,
+        tensorboard: bool,
+        prometheus_port: int | None = None,
+        prometheus_address: str = "127.0.0.1",
+        resumed_at: int = 0,
     ) -> None:
         self._run_dir = run_dir
         self._console = Console(quiet=not console, highlight=False)
@@ -60,7 +67,7 @@ class RunLog:
             self.sinks.append(TensorBoard(self._board))
         self._prometheus = None
         if prometheus_port is not None:
-            self._prometheus = Prometheus(prometheus_port, labels={"run": run_dir.name})
+            self._prometheus = Prometheus(prometheus_port, address=prometheus_address, labels={"run": run_dir.name})
             self.sinks.append(self._prometheus)
         self._lines = 0
 
