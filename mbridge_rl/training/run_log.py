@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mbridge_rl.hf.publish import replace_file
 from mbridge_rl.sync.sinks import SYNCS_FILE, JsonLines, Prometheus, Sink, TensorBoard, open_tensorboard
 from mbridge_rl.training.metrics import Metrics
 
@@ -99,7 +100,7 @@ class RunLog:
     def evaluation(self, step: int, completions: list[tuple[str, str, float]]) -> None:
         """What the policy said greedily, `(prompt, completion, reward)`: replaces the last evaluation."""
         lines = [{"step": step, "prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in completions]
-        (self._run_dir / EVALUATION_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        replace_file(self._run_dir / EVALUATION_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
     def close(self) -> None:
         if self._board is not None:
@@ -145,4 +146,4 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 def _cut(path: Path, counter: str, last: int) -> None:
     """Drops lines whose `counter` is beyond `last`, and one that was not finished."""
     lines = [line for line in read_lines(path) if line[counter] <= last]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))
