@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.layout import ParallelLayout as Layout
+from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -219,6 +221,58 @@ def test_an_interrupted_save_is_no_checkpoint(scratch: Path, tmp_path: Path) -> 
 
     assert run_ranks(go_on, 2) == [1, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def _damage(rank: int, source: Path, directory: Path, what: str) -> str:
+    """Rank 1 damages what it wrote, before it is read back."""
+    from mbridge_rl.training import checkpoint
+
+    trainer = _trainer(source, Layout(tp=2), {})
+    save_checkpoint(trainer, directory, 1)
+    real = checkpoint._save
+
+    def damaged(content: dict[str, Any], partial: Path) -> None:
+        real(content, partial)
+        if rank == 1:
+            (file,) = partial.glob("__1_*.distcp")
+            bytes_of = bytearray(file.read_bytes())
+            tensor = next(iter(content["tensors"].values()))[0].data
+            if what == "a bit":
+                bytes_of[bytes_of.index(tensor.numpy().tobytes())] ^= 1
+            file.write_bytes(bytes_of if what == "a bit" else bytes_of[:-1000])
+
+    checkpoint._save = damaged
+    with pytest.raises(CheckpointError) as refused:
+        save_checkpoint(trainer, directory, 2, keep=1)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("what", ["a bit", "the end"])
+def test_what_reads_back_as_something_else_is_no_checkpoint(what: str, scratch: Path, tmp_path: Path) -> None:
+    for text in run_ranks(_damage, 2, saved_model(DENSE, scratch), tmp_path, what):
+        assert ("reads back as something else than was written" if what == "a bit" else "cannot be read back") in text
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def _wait_in_vain(rank: int, source: Path, directory: Path) -> str:
+    from mbridge_rl.hf import lock
+
+    lock.LOCK_SECONDS = 0.2
+    trainer = _trainer(source, Layout(tp=2), {})
+    with pytest.raises(CheckpointError) as refused:
+        save_checkpoint(trainer, directory, 1)
+    return str(refused.value)
+
+
+def test_two_runs_that_save_into_one_directory(scratch: Path, tmp_path: Path) -> None:
+    """Whatever step the other one saves."""
+    other = Replacement(tmp_path / "step_00000007", lock=tmp_path / ".saving.lock")
+    other.begin()
+    for text in run_ranks(_wait_in_vain, 2, saved_model(DENSE, scratch), tmp_path):
+        assert f"process {os.getpid()} on" in text
+    assert other.path.is_dir()
+    other.end()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_checkpoints_say_what_is_wrong(scratch: Path, tmp_path: Path) -> None:

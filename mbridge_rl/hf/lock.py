@@ -58,6 +58,14 @@ class SaveLock:
         """Takes the lock if it is free, and returns whether it was. Raises as `acquire`."""
         return self._try()
 
+    def holder(self) -> tuple[str, str]:
+        """Who holds the lock, and what to do if it hangs, in words."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            holder = json.loads(self.path.read_bytes()[:_HOLDER_BYTES])
+            pid, host = int(holder["pid"]), str(holder["host"])
+            return f"process {pid} on {host} (since {holder['since']})", f"if it hangs, end it (kill -9 {pid} on {host})"
+        return "another process", "if it hangs, end it"
+
     def require_held(self) -> None:
         """Raises CheckpointError if somebody removed the lock's file: another process may hold the lock by now."""
         if self._descriptor is None or not _is_at(self.path, self._descriptor):
@@ -111,12 +119,7 @@ class SaveLock:
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
     def _busy(self, seconds: float) -> str:
-        who, advice = "another process", "if it hangs, end it"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            holder = json.loads(self.path.read_bytes()[:_HOLDER_BYTES])
-            pid, host = int(holder["pid"]), str(holder["host"])
-            who = f"process {pid} on {host} (since {holder['since']})"
-            advice = f"if it hangs, end it (kill -9 {pid} on {host})"
+        who, advice = self.holder()
         return (
             f"{self._directory} was not saved: {who} has been saving there and was not done within {seconds:g} s; {advice}, "
             f"or save elsewhere. The lock is {self.path}: it ends with its holder, do not remove it by hand"

@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mbridge_rl.integrations.common import HFStream
 from mbridge_rl.sync.broadcast import Broadcast
 from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.transports.process_group import leave, own_address
+from mbridge_rl.sync.rendezvous import new_secret, own_address, serve_store
+from mbridge_rl.sync.transports.process_group import leave
 
 try:
     from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
@@ -56,8 +56,8 @@ class MBridgeCheckpointEngine(CheckpointEngine):
         backend: str | None = None,
     ) -> None:
         self._bucket_size, self._verify, self._timeout, self._backend = bucket_size, verify, timeout, backend
-        self._member = secrets.token_hex(8)
-        self._server = dist.TCPStore(own_address(), 0, is_master=True, wait_for_workers=False) if is_master else None
+        self._member, self._secret = secrets.token_hex(8), new_secret()
+        self._server = serve_store(own_address()) if is_master else None
         self._channel: Broadcast | None = None
         self._group: dict[str, Any] | None = None
         self._rank: int | None = None
@@ -65,7 +65,9 @@ class MBridgeCheckpointEngine(CheckpointEngine):
     def prepare(self) -> dict[str, Any]:
         """What `build_topology` needs of this worker, in plain JSON types. Buckets are allocated as they are filled."""
         told = {"member": self._member, "cuda": torch.cuda.is_available(), "backend": self._backend}
-        return told if self._server is None else {**told, "host": self._server.host, "port": self._server.port}
+        if self._server is None:
+            return told
+        return {**told, "host": self._server.host, "port": self._server.port, "secret": self._secret}
 
     @classmethod
     def build_topology(
@@ -86,6 +88,7 @@ class MBridgeCheckpointEngine(CheckpointEngine):
         name = hashlib.blake2b("".join(member["member"] for member in members).encode(), digest_size=8).hexdigest()
         group = {
             "group": name,
+            "secret": master["secret"],
             "host": master["host"],
             "port": master["port"],
             "backend": master["backend"] or ("nccl" if on_gpus else "gloo"),

@@ -164,7 +164,7 @@ class AdapterSync:
                 raise EngineMismatch(f"the engines' LoRA slots are of different dtypes: {sorted(dtypes)}")
 
         self._group.first_rank_does(ask)
-        infos = self._group.gather_object(said[0] if said else None)[0]
+        infos = self._group.gather_plain(said[0] if said else None)[0]
         return getattr(torch, infos[0]["dtype"]), [info["host"] == machine_id() for info in infos]
 
     def _make_arena(self, nbytes: int) -> Arena:
@@ -174,7 +174,7 @@ class AdapterSync:
                 return Arena.create(nbytes)
         created: list[Arena] = []
         self._group.first_rank_does(lambda: created.append(Arena.create(nbytes)))
-        path = self._group.gather_object(created[0].path if created else None)[0]
+        path = self._group.gather_plain(created[0].path if created else None)[0]
         return created[0] if created else Arena.attach(path, nbytes, writable=True)
 
     def _attempt(self, version: int, watch: Stopwatch) -> _Done:
@@ -236,7 +236,7 @@ class AdapterSync:
         outcomes, reports = said[0] if said else (all_well, [])
         failed = torch.tensor([sum(outcome.error is not None for outcome in outcomes)])
         if self._group.maximum(failed).item():
-            outcomes = self._group.gather_object(outcomes)[0]
+            outcomes = self._group.gather_plain(outcomes, (EngineOutcome,))[0]
         for outcome in outcomes:
             if outcome.error is not None:
                 _log.warning("engine %d stays at its version before %d: %s", outcome.engine, update["version"], outcome.error)

@@ -75,7 +75,8 @@ class Broadcast:
     time-out, ends the group; the next one needs another id.
 
     Args:
-        group: plain JSON: `group` (an id), `host` and `port` of a `TCPStore`, `backend` (gloo or nccl), `size`.
+        group: plain JSON: `group` (an id), `secret`, `host` and `port` of a store (`sync.rendezvous`), `backend` (gloo or
+            nccl), `size`.
         rank: in the group.
         bucket_bytes: of one bucket; two are staged at once.
         verify: digests; the sender's choice counts.

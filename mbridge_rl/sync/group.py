@@ -19,8 +19,10 @@ from torch import Tensor
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.errors import PeerFailed, RanksUnreachable, SyncError, TransferTimeout
 from mbridge_rl.sync.host import machine_id
+from mbridge_rl.sync.plain import Types, dumped, loaded
 
 Failure = tuple[type[BridgeError], str]
+_SIZE_BYTES = 8
 _TELL_SECONDS = 3.0  # for ranks that time out a little later
 _ON_ONE_MACHINE: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
 
@@ -51,7 +53,7 @@ class RankGroup:
             return True
         group = self._group or dist.group.WORLD
         if group not in _ON_ONE_MACHINE:
-            _ON_ONE_MACHINE[group] = len(set(self.gather_object(machine_id()))) == 1
+            _ON_ONE_MACHINE[group] = len(set(self.gather_plain(machine_id()))) == 1
         return _ON_ONE_MACHINE[group]
 
     def broadcast(self, payload: Tensor, source_rank: int) -> dist.Work | None:
@@ -143,14 +145,37 @@ class RankGroup:
             if self.rank == 0:
                 action()
 
-    def gather_object(self, value: Any) -> list[Any]:
-        """Every rank's `value`. For the one-time handshake and for failures only, never for payload."""
+    def gather_plain(self, value: Any, types: Types = ()) -> list[Any]:
+        """Every rank's `value`, which is plain data (`sync.plain`): nothing that arrives is unpickled.
+
+        For the one-time handshake and for failures only, never for payload.
+
+        Args:
+            types: the dataclasses that may be in it.
+        """
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        message = torch.frombuffer(bytearray(dumped(value, types)), dtype=torch.uint8)
+        longest = int(self.maximum(torch.tensor([len(message)])).item())
+        padded = torch.zeros(_SIZE_BYTES + longest, dtype=torch.uint8)
+        padded[:_SIZE_BYTES] = torch.tensor([len(message)]).view(torch.uint8)
+        padded[_SIZE_BYTES : _SIZE_BYTES + len(message)] = message
+        mine = padded.to(self.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
         with self._explained():
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+            dist.all_gather(gathered, mine, group=self._group)
+        return [_value_of(one.cpu(), types) for one in gathered]
+
+    def share_plain(self, value: Any, types: Types = ()) -> Any:
+        """Rank 0's `value` on every rank, in two messages. As `gather_plain` else; it may be large."""
+        if self.size == 1:
+            return value
+        message = torch.frombuffer(bytearray(dumped(value, types)), dtype=torch.uint8) if self.rank == 0 else torch.zeros(0)
+        size = torch.tensor([len(message)], device=self.device)
+        self.wait([self.broadcast(size.view(torch.uint8), 0)])
+        content = (message if self.rank == 0 else torch.zeros(int(size), dtype=torch.uint8)).to(self.device)
+        self.wait([self.broadcast(content, 0)])
+        return value if self.rank == 0 else loaded(content.cpu().numpy().tobytes(), types)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -189,18 +214,32 @@ class Agreement:
         self._group.wait([self.work])
         if not self._failed.item():
             return
-        rank, (error_class, text) = _cause(self._group.gather_object(_told(self._failure)))
+        told = self._group.gather_plain(_told(self._failure))
+        rank, (error_class, text) = _cause([failure and (_class_named(failure[0]), failure[1]) for failure in told])
         if rank == self._group.rank and isinstance(self._failure, BridgeError):
             raise self._failure
         raise error_class(f"rank {self._group.rank}: rank {rank} failed: {text}") from self._failure
 
 
-def _told(failure: Exception | None) -> Failure | None:
-    """A failure as all ranks are told of it."""
+def _told(failure: Exception | None) -> tuple[str, str] | None:
+    """A failure as all ranks are told of it: the name of its class, and the message."""
     if failure is None:
         return None
     error_class = type(failure) if isinstance(failure, BridgeError) else SyncError
-    return error_class, f"{type(failure).__name__}: {failure}"
+    return error_class.__name__, f"{type(failure).__name__}: {failure}"
+
+
+def _class_named(name: str) -> type[BridgeError]:
+    """The error class of this name that this process knows; SyncError if there is none."""
+    known: list[type[BridgeError]] = [BridgeError]
+    for error_class in known:  # grows meanwhile
+        known += error_class.__subclasses__()
+    return next((error_class for error_class in known if error_class.__name__ == name), SyncError)
+
+
+def _value_of(message: Tensor, types: Types) -> Any:
+    size = int(message[:_SIZE_BYTES].clone().view(torch.int64).item())
+    return loaded(message[_SIZE_BYTES : _SIZE_BYTES + size].numpy().tobytes(), types)
 
 
 def _cause(told: Sequence[Failure | None]) -> tuple[int, Failure]:

@@ -82,7 +82,7 @@ def shared_arena(group: RankGroup, nbytes: int) -> Arena:
     """
     created: list[Arena] = []
     group.first_rank_does(lambda: created.append(Arena.create(nbytes)))
-    path = group.gather_object(created[0].path if created else None)[0]
+    path = group.gather_plain(created[0].path if created else None)[0]
     with group.together():
         if not created:
             created.append(Arena.attach(path, nbytes, writable=True))

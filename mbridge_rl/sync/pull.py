@@ -165,7 +165,7 @@ def published(
             publish([arena.path for arena in made])
 
         group.first_rank_does(ask)
-        paths = group.gather_object([arena.path for arena in made])[0]
+        paths = group.gather_plain([arena.path for arena in made])[0]
         with group.together():
             arenas = made or [
                 opened.enter_context(Arena.attach(path, route.nbytes)) for path, route in zip(paths, routes, strict=True)

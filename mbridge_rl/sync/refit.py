@@ -377,7 +377,7 @@ class WeightSync:
         outcomes, reports = said[0] if said else ([EngineOutcome(index, version) for index in range(self._replicas)], [])
         failed = torch.tensor([sum(outcome.error is not None for outcome in outcomes)])
         if self._group.maximum(failed).item():
-            outcomes = self._group.gather_object(outcomes)[0]
+            outcomes = self._group.gather_plain(outcomes, (EngineOutcome,))[0]
         for outcome in outcomes:
             if outcome.error is not None:
                 _log.warning("engine %d did not commit version %d, and refuses: %s", outcome.engine, version, outcome.error)
@@ -415,7 +415,7 @@ class WeightSync:
         generation = int(self._group.maximum(torch.tensor([self._engines.generation])).item())
         if generation == self._generation:
             return
-        self._replicas, hosts = self._group.gather_object((len(self._engines.all), self._engines.hosts))[0]
+        self._replicas, hosts = self._group.gather_plain((len(self._engines.all), self._engines.hosts))[0]
         if not self._replicas:
             raise SyncError("no engine takes part any more: add_engine comes first")
         self._way.close()
@@ -443,7 +443,7 @@ class WeightSync:
             said.append(self._engines.describe(self._info))
 
         self._group.first_rank_does(introduce)
-        engines = self._group.gather_object(said[0] if said else None)[0]
+        engines = self._group.gather_plain(said[0] if said else None)[0]
         workers = [WorkerDescription.from_json(worker) for worker in engines[0]]
         for hf_name, reason in {name: why for worker in workers for name, why in worker.whole.items()}.items():
             _log.warning("%s goes whole to every worker that keeps some of it: %s", hf_name, reason)
@@ -466,13 +466,13 @@ class WeightSync:
         Raises:
             StoreError: on all ranks: another trainer does.
         """
-        name = self._group.gather_object(self.options.store or WeightStore.unnamed().name)[0]
+        name = self._group.gather_plain(self.options.store or WeightStore.unnamed().name)[0]
         store = WeightStore(name, SHARED_MEMORY, temporary=self.options.store is None)
         self._group.first_rank_does(store.hold)
         return store
 
     def _choose_way(self, engine_hosts: set[str]) -> tuple[str, Way]:
-        hosts = set(self._group.gather_object(machine_id()))
+        hosts = set(self._group.gather_plain(machine_id()))
         kind = self.options.transport
         if kind == "auto":
             kind = "shared_memory" if len(hosts | engine_hosts) == 1 else "process_group"
@@ -482,10 +482,10 @@ class WeightSync:
         device = next((live.base(name).device for name in live), self._group.device)
         context = Context(self._group, self._route, self._replicas, self._store, self._patience, self.options.url, device)
         staged_here = kind == "shared_memory" and self.options.mode == "staged" and not self.options.delta
-        return kind, open_way("store" if staged_here else kind, context)
+        return kind, open_way("store" if staged_here else kind, context, one_host=len(hosts | engine_hosts) == 1)
 
     def _require_same(self, mine: tuple[Any, ...]) -> None:
-        said = self._group.gather_object(mine)
+        said = self._group.gather_plain(tuple(map(str, mine)))
         for rank, theirs in enumerate(said):
             if theirs != said[0]:
                 raise SyncError(

@@ -74,7 +74,7 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
 def _hf_dtypes(copies: Sequence[Copy], tensors: Mapping[str, Tensor], group: RankGroup) -> dict[str, torch.dtype]:
     """Dtypes of all HF tensors, from the ranks that hold them: the one handshake."""
     mine = {copy.hf_name: tensors[copy.source.name].dtype for copy in copies}
-    return {hf_name: dtype for dtypes in group.gather_object(mine) for hf_name, dtype in dtypes.items()}
+    return {hf_name: dtype for dtypes in group.gather_plain(mine) for hf_name, dtype in dtypes.items()}
 
 
 def _rounds(copies: Sequence[Copy], dtypes: Mapping[str, torch.dtype], round_bytes: int) -> Iterator[list[Copy]]:

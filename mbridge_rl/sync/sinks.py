@@ -124,7 +124,9 @@ class Prometheus:
     """Counters, histograms and gauges named `mbridge_sync_*`, in a registry that you serve or this does.
 
     Args:
-        port: serve them over HTTP at this port of all interfaces; `None` leaves that to the process.
+        port: serve them over HTTP at this port; `None` leaves that to the process.
+        address: that the port is opened at. Whoever reaches it reads all numbers of the process's registry: the loopback is
+            for a Prometheus, or a proxy that asks for a password, on this host.
         registry: a `CollectorRegistry`; `None` means the process's default one.
         labels: added to all, such as `{"run": "grpo-7b"}`.
 
@@ -132,7 +134,14 @@ class Prometheus:
         ImportError: prometheus_client is not installed; OSError: the port is taken.
     """
 
-    def __init__(self, port: int | None = None, *, registry: Any = None, labels: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        port: int | None = None,
+        *,
+        address: str = "127.0.0.1",
+        registry: Any = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         try:
             import prometheus_client as client
         except ImportError as error:
@@ -152,7 +161,7 @@ class Prometheus:
         self._speed = client.Gauge("gigabytes_per_second", "Of the last sync", names, **counted)
         self._version = client.Gauge("version", "That was committed last", names, **counted)
         self._digest = client.Info("committed", "Version and digest that were committed last", names, **counted)
-        self._server = None if port is None else client.start_http_server(port, registry=registry)
+        self._server = None if port is None else client.start_http_server(port, addr=address, registry=registry)
 
     def __call__(self, report: SyncReport) -> None:
         self._of(self._syncs, outcome="failed" if report.error else "committed").inc()

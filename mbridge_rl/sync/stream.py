@@ -104,7 +104,7 @@ class TensorStream:
     def _handshake(self, arguments: tuple[object, ...], device: torch.device) -> bool:
         """Once: all ranks have the same plan and arguments. Returns whether shared memory suits them."""
         dtypes = hashlib.blake2b(repr(self._tensors).encode(), digest_size=8).hexdigest()
-        said = self._group.gather_object(((self._plan.fingerprint, dtypes), arguments, device.type))
+        said = self._group.gather_plain(((self._plan.fingerprint, dtypes), arguments, device.type))
         for rank, (fingerprints, others, _) in enumerate(said):
             if (fingerprints, others) != said[0][:2]:
                 raise SyncError(

@@ -103,8 +103,8 @@ def save_checkpoint(
                 _take_room(content, partial, group.size)
         with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
             _save(content, partial)
-        with group.together(), megatron_runtime(), _Tried(f"cannot save {final}: it cannot be read back"):
-            _require_saved(content, partial)
+        with megatron_runtime():
+            _require_saved(content, partial, group)
         with group.together(), _Tried(f"cannot save {final}"):
             if group.rank == 0:
                 _write_description(partial / _DESCRIPTION, trainer, step)
@@ -191,27 +191,33 @@ def _save(content: dict[str, Any], partial: Path) -> None:
     request.execute_sync()
 
 
-def _require_saved(content: dict[str, Any], partial: Path) -> None:
+def _require_saved(content: dict[str, Any], partial: Path, group: RankGroup) -> None:
     """Reads back what this rank has written, one kind of tensor after the other; the first rank also what it wrote for all.
 
     Raises:
-        CheckpointError: it is not what was meant, bit for bit.
+        CheckpointError: on all ranks: it is not what was meant, bit for bit, or cannot be read.
     """
     from megatron.core import dist_checkpointing
 
     common: dict[str, Any] = {}
     for kind in KINDS:
-        own = {name: shards for name, shards in content["tensors"].items() if name.startswith(f"{kind}.")}
-        wanted = {name: [replace(shard, data=torch.empty_like(shard.data)) for shard in shards] for name, shards in own.items()}
-        common = dist_checkpointing.load({"tensors": wanted}, str(partial))
-        found = common.pop("tensors", {})
-        for name, shards in own.items():
-            if not all(map(same_bits, found[name], (shard.data for shard in shards))):
-                raise CheckpointError(f"{partial}: {name} reads back as something else than was written: {READ_BACK_ADVICE}")
-    found = dist_checkpointing.load({"random_state": _random_state_shard(None)}, str(partial))
-    for name, value in {"random_state": found["random_state"], **(common if dist.get_rank() == 0 else {})}.items():
-        if not _same(value, content[name].data if name == "random_state" else content[name]):
-            raise CheckpointError(f"{partial}: {name!r} reads back as something else than was written: {READ_BACK_ADVICE}")
+        with group.together(), _Tried(f"{partial} cannot be read back"):  # whoever fails must not be missed at the next load
+            own = {name: shards for name, shards in content["tensors"].items() if name.startswith(f"{kind}.")}
+            wanted = {name: [replace(one, data=torch.empty_like(one.data)) for one in shards] for name, shards in own.items()}
+            common = dist_checkpointing.load({"tensors": wanted}, str(partial))
+            found = common.pop("tensors", {})
+            _require_same({name: [shard.data for shard in shards] for name, shards in own.items()}, found, partial)
+    with group.together(), _Tried(f"{partial} cannot be read back"):
+        found = dist_checkpointing.load({"random_state": _random_state_shard(None)}, str(partial))
+        _require_same({"random_state": content["random_state"].data}, found, partial)
+        if group.rank == 0:
+            _require_same({name: content[name] for name in common}, common, partial)
+
+
+def _require_same(expected: dict[str, Any], found: dict[str, Any], partial: Path) -> None:
+    for name, value in expected.items():
+        if not _same(value, found[name]):
+            raise CheckpointError(f"{partial}: {name} reads back as something else than was written: {READ_BACK_ADVICE}")
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -234,11 +234,13 @@ class LoggingConfig:
     """Attributes:
     samples: completions per step that go into `samples.jsonl`.
     prometheus_port: of this machine, where numbers of the weight syncs are served; `None` serves none.
+    prometheus_address: of this machine, at which that port is open. Whoever reaches it reads the numbers.
     """
 
     console: bool = True
     tensorboard: bool = False
     prometheus_port: Annotated[int, Range(0, 65535)] | None = None
+    prometheus_address: str = "127.0.0.1"
     samples: AtLeastZero = 2
 
 

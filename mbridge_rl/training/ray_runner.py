@@ -8,9 +8,9 @@ that dies is replaced by the fleet while the ranks live on.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mbridge_rl.sync.group import RankGroup
+from mbridge_rl.sync.rendezvous import LOOPBACK, new_secret, require_members, serve_store
 from mbridge_rl.sync.vllm.ray_actor import RayEngine, import_ray
 from mbridge_rl.training.config import RunConfig
 from mbridge_rl.training.config_file import ConfigError
@@ -62,6 +64,15 @@ def launch_on_ray(config: RunConfig, *, resume: bool) -> dict[str, Any]:
             ray.shutdown()
 
 
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where trainer ranks meet, and the secret that they know each other by."""
+
+    address: str
+    port: int
+    secret: str
+
+
 class TrainerRank:
     """Actor: one trainer rank."""
 
@@ -70,27 +81,30 @@ class TrainerRank:
         torch.set_num_threads(threads)
         self._rank, self._world_size = rank, world_size
 
-    def where(self) -> tuple[str, str, int]:
-        """Its node, that node's address, and a port that is free there."""
+    def where(self) -> tuple[str, str]:
+        """Its node, and that node's address."""
         ray = import_ray()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def run(self, config: RunConfig, resume: bool, rendezvous: tuple[str, str | None], group: Any) -> dict[str, Any]:
+    def serve(self, address: str) -> Rendezvous:
+        """Opens the place where the ranks meet, at this address of this rank's node and no other."""
+        self._store = serve_store(address)
+        return Rendezvous(address, self._store.port, new_secret())
+
+    def run(self, config: RunConfig, resume: bool, rendezvous: Rendezvous, group: Any) -> dict[str, Any]:
         from mbridge_rl.training.run import train_rank
 
-        init_method, interface = rendezvous
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        if rendezvous.address == LOOPBACK:
+            os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+        timeout = timedelta(seconds=config.engine.call_timeout + config.engine.start_timeout)
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            init_method=init_method,
+            store=dist.TCPStore(rendezvous.address, rendezvous.port, is_master=False, timeout=timeout),
             rank=self._rank,
             world_size=self._world_size,
-            timeout=timedelta(seconds=config.engine.call_timeout + config.engine.start_timeout),
+            timeout=timeout,
         )
+        require_members(RankGroup().gather_plain, self._rank, rendezvous.secret, "of the trainer")
         make_engine = partial(start_engine_actor, group=group)
         return train_rank(config, resume, make_engine, make_ray_judge)
 
@@ -240,16 +254,14 @@ def _at(group: Any, bundle: int) -> Any:
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
-def _rendezvous(ray: Any, ranks: Sequence[Any]) -> tuple[str, str | None]:
-    """Where the ranks meet, and the network interface that they use if it is not the default one."""
+def _rendezvous(ray: Any, ranks: Sequence[Any]) -> Rendezvous:
+    """Where the ranks meet: on the loopback if they are all on one node."""
     try:
         places = ray.get([rank.where.remote() for rank in ranks])
+        one_node = len({node for node, _ in places}) == 1
+        return ray.get(ranks[0].serve.remote(LOOPBACK if one_node else places[0][1]))
     except ray.exceptions.RayError as error:
         raise LaunchError(f"a trainer rank could not be started: {error}") from error
-    _, address, port = places[0]
-    if len({node for node, _, _ in places}) == 1:
-        return f"tcp://127.0.0.1:{port}", "lo"
-    return f"tcp://{address}:{port}", None
 
 
 def _results(ray: Any, calls: Sequence[Any]) -> list[Any]:

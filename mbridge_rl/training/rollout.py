@@ -6,7 +6,6 @@ Rank 0 talks to the engine, computes rewards and shares the result; the other ra
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.batch import Batch, Sequences
 from mbridge_rl.training.episodes import (
     NOT_SAMPLED,
     Engine,
@@ -112,13 +111,8 @@ def assemble(
 
 
 def share(group: RankGroup, value: T | None) -> T:
-    """Rank 0's `value` on every rank, in two messages."""
-    payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8) if group.rank == 0 else torch.zeros(0)
-    size = torch.tensor([len(payload)], device=group.device)
-    group.wait([group.broadcast(size.view(torch.uint8), 0)])
-    buffer = (payload if group.rank == 0 else torch.zeros(int(size), dtype=torch.uint8)).to(group.device)
-    group.wait([group.broadcast(buffer, 0)])
-    return value if group.rank == 0 else pickle.loads(buffer.cpu().numpy().tobytes())  # type: ignore[return-value]
+    """Rank 0's `value` on every rank."""
+    return group.share_plain(value, (RolloutBatch, Batch, Sequences))
 
 
 def on_first_rank(group: RankGroup, function: Callable[[], T]) -> T:

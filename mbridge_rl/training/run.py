@@ -26,6 +26,7 @@ import yaml
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.adapters import adapter_spec
 from mbridge_rl.hf.bundled import bundled_names
+from mbridge_rl.hf.publish import replace_file
 from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
 from mbridge_rl.sync.vllm.process import EngineProcess
 from mbridge_rl.training import toy
@@ -42,6 +43,7 @@ from mbridge_rl.training.lora import LoRAConfig, add_lora
 from mbridge_rl.training.metrics import Metrics
 from mbridge_rl.training.rewards import Judge, Problem
 from mbridge_rl.training.rollout import RolloutBatch
+from mbridge_rl.training.run_folder import RunExists, only_run
 from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, RunLog, read_lines
 from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
 from mbridge_rl.training.source import RolloutSource
@@ -55,10 +57,6 @@ SUMMARY_FILE = "summary.json"
 POLICY = "policy"  # the adapter's name in engines
 
 
-class RunExists(ConfigError):
-    """The run folder holds a run already."""
-
-
 def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     """Trains as `config` says and returns what `summary.json` then holds (under torchrun on the first rank; nothing elsewhere).
 
@@ -67,12 +65,17 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         ConfigError, LayoutError: the configuration cannot be run; nothing was started.
-        RunExists: the folder has a run in it and `resume` is not set.
+        RunExists: the folder has a run in it and `resume` is not set, or another process is running in it.
         LaunchError: a rank failed, and `runner.restarts` are used up, or the same failure came again at the same step.
     """
     started = time.perf_counter()
     if int(os.environ.get("RANK", 0)) > 0:  # of torchrun; it starts when the first rank is prepared, too
         return _launch(config, resume=resume)
+    with only_run(config.run_dir):
+        return _run(config, resume=resume, started=started)
+
+
+def _run(config: RunConfig, *, resume: bool, started: float) -> dict[str, Any]:
     prepare_run(config, resume=resume)
     before: tuple[int, str] | None = None
     for attempt in range(config.runner.restarts + 1):
@@ -93,7 +96,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
             with (config.run_dir / EVENTS_FILE).open("a") as events:
                 events.write(json.dumps(event) + "\n")
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    (config.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    replace_file(config.run_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -126,7 +129,7 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
     environment_of(config)
     if not config.reward.function.startswith(("http://", "https://")):
         reward_function(config.task, config.reward)
-    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+    replace_file(config.run_dir / "config.yaml", yaml.safe_dump(as_mapping(config), sort_keys=False))
 
 
 def check_run(config: RunConfig, *, resume: bool) -> None:
@@ -302,6 +305,7 @@ def train_rank(
                 console=settings.console,
                 tensorboard=settings.tensorboard,
                 prometheus_port=settings.prometheus_port,
+                prometheus_address=settings.prometheus_address,
                 resumed_at=step,
             )
             log.say(f"mbridge-rl train: {config.model.path}, {config.layout}, {config.rollout.mode}, from step {step}")

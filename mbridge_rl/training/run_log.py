@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mbridge_rl.hf.publish import replace_file
 from mbridge_rl.sync.sinks import SYNCS_FILE, JsonLines, Prometheus, Sink, TensorBoard, open_tensorboard
 from mbridge_rl.training.metrics import Metrics
 
@@ -38,7 +39,7 @@ _WIDTHS = (5, 7, 8, 7, 7, 16, 8, 5, 8, 9, 16)
 
 class RunLog:
     """Args:
-        prometheus_port: where the syncs' numbers are served over HTTP; `None` serves none.
+        prometheus_port, prometheus_address: where the syncs' numbers are served over HTTP; no port serves none.
         resumed_at: the step that a resumed run goes on after; what an interrupted run wrote beyond it is dropped.
 
     Attributes:
@@ -46,7 +47,14 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, *, console: bool, tensorboard: bool, prometheus_port: int | None = None, resumed_at: int = 0
+        self,
+        run_dir: Path,
+        *,
+        console: bool,
+        tensorboard: bool,
+        prometheus_port: int | None = None,
+        prometheus_address: str = "127.0.0.1",
+        resumed_at: int = 0,
     ) -> None:
         self._run_dir = run_dir
         self._console = Console(quiet=not console, highlight=False)
@@ -60,7 +68,7 @@ class RunLog:
             self.sinks.append(TensorBoard(self._board))
         self._prometheus = None
         if prometheus_port is not None:
-            self._prometheus = Prometheus(prometheus_port, labels={"run": run_dir.name})
+            self._prometheus = Prometheus(prometheus_port, address=prometheus_address, labels={"run": run_dir.name})
             self.sinks.append(self._prometheus)
         self._lines = 0
 
@@ -92,7 +100,7 @@ class RunLog:
     def evaluation(self, step: int, completions: list[tuple[str, str, float]]) -> None:
         """What the policy said greedily, `(prompt, completion, reward)`: replaces the last evaluation."""
         lines = [{"step": step, "prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in completions]
-        (self._run_dir / EVALUATION_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        replace_file(self._run_dir / EVALUATION_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
     def close(self) -> None:
         if self._board is not None:
@@ -138,4 +146,4 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 def _cut(path: Path, counter: str, last: int) -> None:
     """Drops lines whose `counter` is beyond `last`, and one that was not finished."""
     lines = [line for line in read_lines(path) if line[counter] <= last]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))

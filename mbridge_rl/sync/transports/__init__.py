@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -96,7 +97,7 @@ class Context:
 
     def from_first_rank(self, value: Any) -> Any:
         """Rank 0's `value` on all ranks: a few paths, once per sync."""
-        return self.group.gather_object(value)[0]
+        return self.group.gather_plain(value)[0]
 
 
 class Way(Protocol):
@@ -115,14 +116,21 @@ class Way(Protocol):
     def close(self) -> None: ...
 
 
-def open_way(kind: str, context: Context) -> Way:
-    """Raises SyncError for a kind of which there is none."""
+def open_way(kind: str, context: Context, *, one_host: bool = False) -> Way:
+    """The trainer's end of a transport.
+
+    Args:
+        one_host: trainer and engines are all on one.
+
+    Raises:
+        SyncError: there is no such kind.
+    """
     from mbridge_rl.sync.transports import cuda_ipc, files, process_group, shared_memory
 
     kinds: dict[str, Callable[[Context], Way]] = {
         "store": shared_memory.StoreWay,
         "shared_memory": shared_memory.RingWay,
-        "process_group": process_group.GroupWay,
+        "process_group": partial(process_group.GroupWay, one_host=one_host),
         "files": files.FilesWay,
         "cuda_ipc": cuda_ipc.IpcWay,
     }

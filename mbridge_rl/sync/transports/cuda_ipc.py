@@ -87,7 +87,7 @@ class IpcWay(RingWay):
             for worker, nbytes in largest.items()
         }
         mine = {worker: handle_of(cells) for worker, cells in self._cells.items()}
-        said = context.group.gather_object(mine)
+        said = context.group.gather_plain(mine)
         self._handles = [
             {str(rank): handles[worker.rank] for rank, handles in enumerate(said) if worker.rank in handles}
             for worker in context.route.workers

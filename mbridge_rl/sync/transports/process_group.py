@@ -7,7 +7,6 @@ once, to the first replica; every replica passes on what it gets to the next one
 from __future__ import annotations
 
 import secrets
-import socket
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
@@ -18,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mbridge_rl.core.buckets import aligned
-from mbridge_rl.sync.errors import TransferTimeout
+from mbridge_rl.sync.errors import SyncError, TransferTimeout
+from mbridge_rl.sync.rendezvous import LOOPBACK, make_group, new_secret, own_address, serve_store
 from mbridge_rl.sync.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.waiting import Patience
@@ -32,14 +32,8 @@ def join(wire: Wire, rank: int, seconds: float) -> Any:
     """The process group of `wire`; all its members come within `seconds`."""
     if (member := (wire["group"], rank)) in _joined:
         return _joined[member]
-    timeout = timedelta(seconds=seconds)
     with explained("cannot meet the trainer and the other workers"):
-        store = dist.TCPStore(wire["host"], wire["port"], is_master=False, timeout=timeout)
-        store = dist.PrefixStore(wire["group"], store)
-        if wire["backend"] == "nccl":
-            group = dist.ProcessGroupNCCL(store, rank, wire["size"], timeout)
-        else:
-            group = dist.ProcessGroupGloo(store, rank, wire["size"], timeout)
+        group = make_group(wire, rank, timedelta(seconds=seconds))
     while len(_joined) >= _MOST_JOINED:
         _joined.pop(next(iter(_joined)))  # its trainer is gone, or has made another one since
     _joined[member] = group
@@ -135,10 +129,14 @@ class GroupInlet:
 
 
 class GroupWay:
-    """The trainer's end. A group that failed is replaced by another one at the next version."""
+    """The trainer's end. A group that failed is replaced by another one at the next version.
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    Args:
+        one_host: no member is elsewhere, so that nobody else needs to reach the place where they meet.
+    """
+
+    def __init__(self, context: Context, *, one_host: bool = False) -> None:
+        self._context, self._one_host = context, one_host
         self._server: dist.TCPStore | None = None
         self._wire: dict[str, Any] | None = None
 
@@ -147,7 +145,7 @@ class GroupWay:
         context = self._context
         if self._wire is None:
             if context.group.rank == 0 and self._server is None:
-                self._server = dist.TCPStore(own_address(), 0, is_master=True, wait_for_workers=False)
+                self._server = serve_store(LOOPBACK if self._one_host else own_address())
             self._wire = context.from_first_rank(self._described() if self._server is not None else None)
         assert self._wire is not None
         largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
@@ -161,6 +159,7 @@ class GroupWay:
             "host": self._server.host,
             "port": self._server.port,
             "group": secrets.token_hex(16),
+            "secret": new_secret(),
             "backend": "nccl" if context.device.type == "cuda" else "gloo",
             "trainers": context.group.size,
             "workers": workers,
@@ -199,13 +198,5 @@ class explained:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, TransferTimeout):
+        if isinstance(error, RuntimeError) and not isinstance(error, SyncError):
             raise TransferTimeout(f"{self._complaint} (the backend: {str(error).splitlines()[0]})") from error
-
-
-def own_address() -> str:
-    """This host's address, as other hosts reach it; the loopback where it has no other."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "127.0.0.1"
