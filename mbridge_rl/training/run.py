@@ -7,14 +7,16 @@ went wrong and was survived), `engine-N.log`, `checkpoints/`, `summary.json`, an
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from mbridge_rl.training.launcher import LaunchError, launch
 from mbridge_rl.training.loop import GRPO, LoopHooks, train
 from mbridge_rl.training.lora import LoRAConfig, add_lora
 from mbridge_rl.training.metrics import Metrics
-from mbridge_rl.training.rewards import Judge, Problem
+from mbridge_rl.training.rewards import Judge, Problem, described_error
 from mbridge_rl.training.rollout import RolloutBatch
 from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, RunLog, read_lines
 from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
@@ -114,7 +116,31 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
             f"model.path={config.model.path} is a bundled config without weights: such a recipe can be planned (mbridge-rl "
             "plan RECIPE); to train, set model.path to a checkpoint's directory"
         )
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with _new_folder(config.run_dir):
+        _prepare_in_folder(config, resume=resume)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Makes the run folder. One that was not there is gone again where the run cannot be prepared in it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    is_new = not os.path.lexists(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir: {folder} must be a directory, or a place for one: {error.strerror or error}") from error
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _prepare_in_folder(config: RunConfig, *, resume: bool) -> None:
     if config.is_toy and not (resume and (config.run_dir / "initial" / "config.json").exists()):
         toy.make_checkpoint(config.run_dir / "initial", seed=config.seed, **_toy_shape(config))
     bridge = AutoBridge.from_pretrained(model_directory(config))
@@ -137,7 +163,7 @@ def check_run(config: RunConfig, *, resume: bool) -> None:
 
 
 def _require_room(config: RunConfig, *, resume: bool) -> None:
-    if (config.run_dir / METRICS_FILE).exists() and not resume:
+    if os.path.lexists(config.run_dir / METRICS_FILE) and not resume:
         raise RunExists(f"{config.run_dir} holds a run already: go on with --resume, or choose another run_dir")
 
 
@@ -203,9 +229,20 @@ def model_directory(config: RunConfig) -> Path:
 
 
 def load_tokenizer(config: RunConfig) -> Any:
+    """The tokenizer that the configuration names; it can pad.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or model_directory(config))
+    where = config.model.tokenizer or model_directory(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # Transformers and tokenizers raise many types; all of them mean this
+        raise ConfigError(f"model.tokenizer: {where} has no tokenizer that can be read: {described_error(error)}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.tokenizer: {where} has neither a padding token nor one that ends a text")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id  # padding is never attended to and never in a mask
     return tokenizer

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mbridge_rl.sync.sinks import SYNCS_FILE, JsonLines, Prometheus, Sink, TensorBoard, open_tensorboard
+from mbridge_rl.terminal import Terminal
 from mbridge_rl.training.metrics import Metrics
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -34,6 +33,7 @@ _COLUMNS = (
     "digest",
 )
 _WIDTHS = (5, 7, 8, 7, 7, 16, 8, 5, 8, 9, 16)
+_PROOFS = {True: ("equal", "green"), False: ("unverified", "red")}
 
 
 class RunLog:
@@ -49,7 +49,7 @@ class RunLog:
         self, run_dir: Path, *, console: bool, tensorboard: bool, prometheus_port: int | None = None, resumed_at: int = 0
     ) -> None:
         self._run_dir = run_dir
-        self._console = Console(quiet=not console, highlight=False)
+        self._terminal = Terminal(is_quiet=not console)
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
             _cut(run_dir / name, "step", resumed_at)
@@ -66,12 +66,12 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """What happens now."""
-        self._console.print(f"[cyan]{text}[/]")
+        self._terminal.line((text, "cyan"))
 
     def warn(self, step: int, event: str) -> None:
         """Something went wrong and was survived."""
-        self._console.print(f"[yellow]step {step}: {event}[/]")
         _append(self._run_dir / EVENTS_FILE, {"step": step, "event": event})
+        self._terminal.line((f"step {step}: {event}", "yellow"))
 
     def step(self, metrics: Metrics, samples: list[dict[str, Any]]) -> None:
         """A step is done."""
@@ -80,9 +80,9 @@ class RunLog:
             _append(self._run_dir / SAMPLES_FILE, {"step": metrics["step"], **sample})
         if self._lines % 40 == 0:
             header = " ".join(f"{name:>{width}}" for name, width in zip(_COLUMNS, _WIDTHS, strict=True))
-            self._console.print(f"[dim]{header}[/]", soft_wrap=True)
+            self._terminal.line((header, "dim"))
         self._lines += 1
-        self._console.print(_line(metrics), soft_wrap=True)
+        self._terminal.line(f"{_line(metrics)} ", _PROOFS.get(metrics.get("verified"), ""))
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
@@ -109,7 +109,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
-    proof = {True: "[green]equal[/]", False: "[red]unverified[/]"}.get(metrics.get("verified"), "")
     cells = (
         f"{metrics['step']}",
         _number(metrics.get("reward"), ".3f"),
@@ -123,7 +122,7 @@ def _line(metrics: Mapping[str, Any]) -> str:
         f"{_number(metrics.get('refit_ms'), '.1f')} ms",
         f"{metrics.get('digest') or ''}",
     )
-    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)) + f" {proof}"
+    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
 
 
 def _number(value: Any, form: str) -> str:
