@@ -1,5 +1,6 @@
-"""What the terminal shows. Every text is shown as it is: rich's markup, emoji codes and highlighting are off. Characters that would steer the terminal are spelled out, and so are those that its encoding lacks. Styles are given beside a text, never
-in it. Nothing else in the library makes a rich console.
+"""What the terminal shows. Every text is shown as it is: rich's markup, emoji codes and highlighting are off. Characters that
+would steer the terminal are spelled out, and so are those that its encoding lacks. Styles are given beside a text, never in it.
+Nothing else in the library makes a rich console.
 """
 
 from __future__ import annotations

@@ -7,16 +7,14 @@ went wrong and was survived), `engine-N.log`, `checkpoints/`, `summary.json`, an
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +40,14 @@ from mbridge_rl.training.launcher import LaunchError, launch
 from mbridge_rl.training.loop import GRPO, LoopHooks, train
 from mbridge_rl.training.lora import LoRAConfig, add_lora
 from mbridge_rl.training.metrics import Metrics
-from mbridge_rl.training.rewards import Judge, Problem, described_error
+from mbridge_rl.training.rewards import Judge, Problem
 from mbridge_rl.training.rollout import RolloutBatch
+from mbridge_rl.training.run_folder import new_run_folder
 from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, RunLog, read_lines
 from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
 from mbridge_rl.training.source import RolloutSource
 from mbridge_rl.training.tasks import Task, imported, make_judge, make_task, reward_function, usable_problems
+from mbridge_rl.training.tokenizer import open_tokenizer
 from mbridge_rl.training.trainer import MegatronTrainer
 from mbridge_rl.training.warm_up import warm_up, warmed_up
 
@@ -116,28 +116,8 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
             f"model.path={config.model.path} is a bundled config without weights: such a recipe can be planned (mbridge-rl "
             "plan RECIPE); to train, set model.path to a checkpoint's directory"
         )
-    with _new_folder(config.run_dir):
+    with new_run_folder(config.run_dir):
         _prepare_in_folder(config, resume=resume)
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[None]:
-    """Makes the run folder. One that was not there is gone again where the run cannot be prepared in it.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    is_new = not os.path.lexists(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run_dir: {folder} must be a directory, or a place for one: {error.strerror or error}") from error
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _prepare_in_folder(config: RunConfig, *, resume: bool) -> None:
@@ -234,18 +214,7 @@ def load_tokenizer(config: RunConfig) -> Any:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
-    where = config.model.tokenizer or model_directory(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except Exception as error:  # Transformers and tokenizers raise many types; all of them mean this
-        raise ConfigError(f"model.tokenizer: {where} has no tokenizer that can be read: {described_error(error)}") from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.tokenizer: {where} has neither a padding token nor one that ends a text")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id  # padding is never attended to and never in a mask
-    return tokenizer
+    return open_tokenizer(config.model.tokenizer or model_directory(config))
 
 
 def problems_of(config: RunConfig, tokenizer: Any) -> tuple[Task, dict[str, int]]:

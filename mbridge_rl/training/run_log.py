@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mbridge_rl.core.typed_values import shown
+from mbridge_rl.sync.json_lines import LinesError, json_lines
 from mbridge_rl.sync.sinks import SYNCS_FILE, JsonLines, Prometheus, Sink, TensorBoard, open_tensorboard
 from mbridge_rl.terminal import Terminal
+from mbridge_rl.training.config_file import ConfigError
 from mbridge_rl.training.metrics import Metrics
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -102,10 +105,17 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file that may still be written to; none if there is no file."""
+    """The complete lines of a file that may still be written to; none if there is no file.
+
+    Raises:
+        ConfigError: a line holds no fields.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return json_lines(path)
+    except LinesError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
@@ -136,5 +146,11 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 def _cut(path: Path, counter: str, last: int) -> None:
     """Drops lines whose `counter` is beyond `last`, and one that was not finished."""
-    lines = [line for line in read_lines(path) if line[counter] <= last]
+    lines = [line for line in read_lines(path) if _counted(line, counter, path) <= last]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _counted(line: Mapping[str, Any], counter: str, path: Path) -> int:
+    if type(line.get(counter)) is not int:
+        raise ConfigError(f"{path}: every line needs {counter}, a whole number, found {shown(line.get(counter))}")
+    return line[counter]

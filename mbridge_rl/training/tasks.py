@@ -23,10 +23,10 @@ from mbridge_rl.training.rewards import (
     Judge,
     Problem,
     RewardFunction,
-    described_error,
     exact_match,
     math_verify,
 )
+from mbridge_rl.training.tokenizer import in_chat_template
 
 _MOST_LINE_BYTES = 16 << 20  # of a problem in a file
 
@@ -145,7 +145,7 @@ def _jsonl(config: TaskConfig) -> Task:
             raise ConfigError(f"task.dataset: {path}, line {number}: {error}") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
             raise ConfigError(
-                f"task.dataset: {path}, line {number}: an object with a question (and an answer) is needed, found {shown(entry)}"
+                f"task.dataset: {path}, line {number}: an object with a question (and answer) is needed, found {shown(entry)}"
             )
         problems.append(Problem(entry["question"], str(entry.get("answer", "")), entry))
     return Task(problems, exact_match)
@@ -172,22 +172,8 @@ def _with_prompt(problem: Problem, config: TaskConfig, tokenizer: Any) -> Proble
     if config.chat:
         messages = [{"role": "system", "content": config.system}] if config.system else []
         messages.append({"role": "user", "content": prompt})
-        prompt = _in_chat(messages, tokenizer)
+        prompt = in_chat_template(tokenizer, messages)
     return replace(problem, prompt=prompt)
-
-
-def _in_chat(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "task.chat: the tokenizer has no chat template; name one that has (model.tokenizer), or leave task.chat out"
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # the template is a program of the tokenizer's author
-        raise ConfigError(
-            f"task.chat: the tokenizer's chat template fails: {described_error(error)}"
-            + ("; does it take a system message (task.system)?" if len(messages) > 1 else "")
-        ) from error
 
 
 def usable_problems(
