@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mbridge_rl.commands.convert import convert
 from mbridge_rl.commands.inspect import inspect
@@ -16,6 +15,7 @@ from mbridge_rl.commands.models import models
 from mbridge_rl.commands.plan import plan
 from mbridge_rl.commands.train import print_summary, report, sync_report, train
 from mbridge_rl.commands.verify import verify
+from mbridge_rl.terminal import Terminal
 
 app = typer.Typer(
     name="mbridge-rl",
@@ -79,7 +79,7 @@ app.command()(verify)
 
 
 def _fail(error: Exception) -> None:
-    Console(stderr=True, highlight=False, markup=False).print(f"{type(error).__name__}: {error}")
+    Terminal(stderr=True).line(f"{type(error).__name__}: {error}")
     raise typer.Exit(1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#64748b", "#0891b2", "#db2777", "#ca8a04")
@@ -27,6 +28,11 @@ def page(title: str, sections: Iterable[str]) -> str:
         + "\n".join(sections)
         + "\n"
     )
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes a document. It quotes completions, which may hold what no file can: that is spelled out."""
+    path.write_text(text, "utf-8", "backslashreplace")
 
 
 def plot(title: str, series: Mapping[str, Sequence[Point]]) -> str:
@@ -75,7 +81,7 @@ def svg(title: str, width: int, height: int, marks: Iterable[str]) -> str:
 
 def table(values: Mapping[str, Any]) -> str:
     """Names and values."""
-    rows = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(shown(value))}</td></tr>" for name, value in values.items())
+    rows = (f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(shown(value))}</td></tr>" for name, value in values.items())
     return f"<table>{''.join(rows)}</table>" if values else ""
 
 

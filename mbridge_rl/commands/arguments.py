@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from mbridge_rl.terminal import Terminal
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (BridgeError, ImportError) as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"{type(error).__name__}: {error}")
+        Terminal(stderr=True).line(f"{type(error).__name__}: {error}")
         raise typer.Exit(1) from error
 
 

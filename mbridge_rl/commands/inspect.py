@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mbridge_rl.commands.arguments import (
@@ -17,6 +16,7 @@ from mbridge_rl.commands.arguments import (
     readable_errors,
     takes_layout,
 )
+from mbridge_rl.terminal import Terminal
 
 if TYPE_CHECKING:
     from mbridge_rl.core.layout import ParallelLayout
@@ -159,22 +159,22 @@ def _print_table(rows: list[dict[str, Any]], *, with_shards: bool) -> None:
             row["cut"],
             row["stage"] + (f", {row['dtype']}" if row["dtype"] else ""),
         )
-    _console().print(table)
+    _terminal().print(table)
 
 
 def _print_rank(rows: list[dict[str, Any]]) -> None:
-    console = _console()
+    terminal = _terminal()
     for row in rows:
-        console.print(f"{row['megatron_name']} {_shape(row['shape'])}")
+        terminal.line(f"{row['megatron_name']} {_shape(row['shape'])}")
         for part in row["parts"]:
-            console.print(f"    {part['hf_name']}{part['box']}")
+            terminal.line(f"    {part['hf_name']}{part['box']}")
 
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _console() -> Console:
+def _terminal() -> Terminal:
     """Wide enough for names to stay whole where the output is not a terminal's."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, markup=False, soft_wrap=True, width=240)
+    terminal = Terminal()
+    return terminal if terminal.is_terminal else Terminal(width=240)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Column, Table
+
+from mbridge_rl.terminal import Terminal
 
 _WIDTH = 108  # names of architectures are long; a narrower terminal wraps lines instead of words
 
@@ -27,15 +28,15 @@ def models(
     if as_json:
         typer.echo(json.dumps({"families": rows, "untested": untested, "unsupported": UNSUPPORTED}, indent=1))
         return
-    console = Console(highlight=False)
-    console.width = max(console.width, _WIDTH)
+    terminal = Terminal(wraps=True)
+    terminal.width = max(terminal.width, _WIDTH)
     questions = list(rows[0]["answers"])
     table = Table(Column("family", no_wrap=True), *questions, box=SIMPLE)
     for row in rows:
-        architectures = "\n".join(f"[dim]{architecture}[/]" for architecture in row["architectures"])
-        table.add_row(f"{row['family']}\n{architectures}", *row["answers"].values())
+        architectures = "\n".join(row["architectures"])
+        table.add_row(terminal.styled([f"{row['family']}\n", (architectures, "dim")]), *row["answers"].values())
     for architecture in untested:
-        table.add_row(f"[dim]{architecture}[/]", *("untested" for _ in questions))
-    console.print(table)
+        table.add_row(terminal.styled([(architecture, "dim")]), *("untested" for _ in questions))
+    terminal.print(table)
     for architecture, reason in sorted(UNSUPPORTED.items()):
-        console.print(f"no bridge for {architecture}: {reason}")
+        terminal.line(f"no bridge for {architecture}: {reason}")

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mbridge_rl.commands.arguments import (
@@ -23,6 +22,7 @@ from mbridge_rl.commands.arguments import (
     whole_number,
     with_stages,
 )
+from mbridge_rl.terminal import Terminal
 
 if TYPE_CHECKING:
     from mbridge_rl.core.estimate import Estimate, Exchange, Refit, Spread
@@ -200,8 +200,8 @@ def _as_json(estimate: Estimate) -> dict[str, Any]:
 
 
 def _print_estimate(estimate: Estimate, facts: dict[str, Any]) -> None:
-    console = Console()
-    console.print(_heading(facts), highlight=False, soft_wrap=True)
+    terminal = Terminal()
+    terminal.line(*_heading(facts))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("per rank", no_wrap=True)
     for name in ("least", "mean", "most", "most / mean", "all ranks"):
@@ -212,7 +212,7 @@ def _print_estimate(estimate: Estimate, facts: dict[str, Any]) -> None:
     for name, spread in rows:
         amounts = [readable(amount) for amount in (spread.minimum, spread.mean, spread.maximum)]
         table.add_row(name, *amounts, f"{spread.balance:.2f}", readable(spread.total))
-    console.print(table)
+    Terminal(wraps=True).print(table)
     staging = f"{readable(estimate.trainer_staging)} on a trainer rank, {readable(estimate.rollout_staging)} on a rollout rank"
     lines = {
         "buckets": f"{estimate.buckets:,} of up to {readable(facts['bucket_bytes'])} per rank",
@@ -223,29 +223,29 @@ def _print_estimate(estimate: Estimate, facts: dict[str, Any]) -> None:
         "fingerprint": f"{facts['fingerprint']}, planned in {facts['seconds_to_plan']:.1f} s",
     }
     for name, text in lines.items():
-        console.print(f"[bold]{name:<16}[/bold]{text}", highlight=False, soft_wrap=True)
+        terminal.line((f"{name:<16}", "bold"), text)
 
 
 def _print_exchanges(exchanges: list[Exchange], rank: int, facts: dict[str, Any]) -> None:
-    console = Console()
-    console.print(_heading(facts), highlight=False, soft_wrap=True)
+    terminal = Terminal()
+    terminal.line(*_heading(facts))
     for sends, verb, preposition in ((True, "sends", "to"), (False, "receives", "from")):
         part = sorted((exchange for exchange in exchanges if exchange.sends is sends), key=lambda exchange: -exchange.nbytes)
         if not part:
             continue
         total, messages = sum(exchange.nbytes for exchange in part), sum(exchange.messages for exchange in part)
         text = f"{verb} {readable(total)} in {messages:,} messages {preposition} {len(part)} ranks"
-        console.print(f"[bold]{_name(rank, facts)}[/bold] {text}", highlight=False, soft_wrap=True)
+        terminal.line((_name(rank, facts), "bold"), f" {text}")
         for exchange in part[:_SHOWN_PEERS]:
             line = f"  {_name(exchange.peer, facts):<34}{readable(exchange.nbytes):>12}{exchange.messages:>8,}"
-            console.print(line, highlight=False)
+            terminal.line(line)
         if len(part) > _SHOWN_PEERS:
-            console.print(f"  ... and {len(part) - _SHOWN_PEERS} more (all of them with --json)", highlight=False)
+            terminal.line(f"  ... and {len(part) - _SHOWN_PEERS} more (all of them with --json)")
 
 
-def _heading(facts: dict[str, Any]) -> str:
-    return (
-        f"[bold]{facts['model']}[/bold] ({facts['architecture']}): {_count(facts['parameters'])} parameters in "
+def _heading(facts: dict[str, Any]) -> tuple[tuple[str, str], str]:
+    return (facts["model"], "bold"), (
+        f" ({facts['architecture']}): {_count(facts['parameters'])} parameters in "
         f"{facts['tensors']:,} tensors, {readable(facts['model_bytes'])} in {facts['dtype']}\n"
         f"{facts['trainer_ranks']:,} trainer ranks, {facts['trainer']}\n"
         f"{facts['rollout_ranks']:,} rollout ranks, {facts['replicas']} x {facts['engine']}\n"

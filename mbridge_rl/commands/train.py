@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mbridge_rl.commands.arguments import readable_errors
+from mbridge_rl.terminal import Terminal
 
 
 def train(
@@ -84,4 +84,4 @@ def print_summary(summary: dict[str, object], run_dir: Path) -> None:
     table = Table(show_header=False, title=f"{run_dir}/summary.json")
     for name, value in summary.items():
         table.add_row(name, str(value))
-    Console().print(table)
+    Terminal(wraps=True).print(table)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mbridge_rl.commands.arguments import (
     layout_of,
@@ -14,6 +13,7 @@ from mbridge_rl.commands.arguments import (
     readable_errors,
     takes_layout,
 )
+from mbridge_rl.terminal import Terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,12 +153,12 @@ def _compared_logits(checkpoint: Path, bridge: AutoBridge, found: Tensor, tolera
 
 
 def _print(checkpoint: Path, layout: ParallelLayout, rows: list[dict[str, Any]], different: list[str]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{checkpoint}[/bold] on {layout.world_size} Megatron ranks, {layout}")
+    terminal = Terminal()
+    terminal.line((str(checkpoint), "bold"), f" on {layout.world_size} Megatron ranks, {layout}")
     for row in rows:
-        verdict = {True: "[green]equal    [/green]", False: "[red]different[/red]", None: "-        "}[row["equal"]]
-        console.print(f"{row['what']:<16}{verdict}  {row['said']}")
+        verdict = {True: ("equal    ", "green"), False: ("different", "red"), None: "-        "}[row["equal"]]
+        terminal.line(f"{row['what']:<16}", verdict, f"  {row['said']}")
     for hf_name in different[:_SHOWN_NAMES]:
-        console.print(f"  {hf_name}")
+        terminal.line(f"  {hf_name}")
     if len(different) > _SHOWN_NAMES:
-        console.print(f"  ... and {len(different) - _SHOWN_NAMES} more")
+        terminal.line(f"  ... and {len(different) - _SHOWN_NAMES} more")

@@ -309,7 +309,7 @@ def described(hint: Any) -> str:
         return f"a list ({described(arguments[0])} each)"
     if origin in (dict, Mapping) or is_dataclass(hint):
         return "a section"
-    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path", list: "a list"}
     return plain.get(hint, str(hint))
 
 

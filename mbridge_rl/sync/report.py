@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mbridge_rl.core.errors import BridgeError, listed
+from mbridge_rl.core.typed_values import read_fields, shown
 from mbridge_rl.sync.phases import PLAN, lane
 from mbridge_rl.sync.timeline import Span, outermost, slowest
 
@@ -126,9 +129,22 @@ class SyncReport:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> SyncReport:
-        own = {name: said[name] for name in _PLAIN}
-        outcomes, spans = [EngineOutcome(**outcome) for outcome in said["outcomes"]], map(Span.from_json, said["spans"])
-        return cls(**own, engines=said["engines"], outcomes=outcomes, spans=list(spans))
+        """The record that `to_json` made.
+
+        Raises:
+            BridgeError: it is none; every wrong field is named.
+        """
+        problems: list[str] = []
+        report = read_fields(cls, said, problems, others="ignore")
+        if report is not None:
+            if report.seconds <= 0 or report.attempts < 1:
+                problems.append(f"seconds={report.seconds} must be above 0 and attempts={report.attempts} at least 1")
+            if nowhere := [span.lane for span in report.spans if not _LANE.fullmatch(span.lane)]:
+                problems.append(f'spans: a lane is named as in "rank 1" or "engine 0 worker 1", found {shown(nowhere[0])}')
+        if report is None or problems:
+            raise BridgeError(f"no record of a sync: {listed(problems)}")
+        return report
 
 
 _PLAIN = tuple(name for name in SyncReport.__dataclass_fields__ if name not in ("engines", "outcomes", "spans"))
+_LANE = re.compile(r"rank \d+|engine( \d+)?( worker \d+)?|worker \d+")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.sync.json_lines import json_lines
 from mbridge_rl.sync.report import SyncReport
 
 _log = logging.getLogger(__name__)
@@ -64,12 +65,11 @@ def read_syncs(path: str | Path) -> list[SyncReport]:
     """The records of a file of `JsonLines`, or of the one in a run's folder; an unfinished last line is left out.
 
     Raises:
-        BridgeError: there is none, or it holds no complete record.
+        BridgeError: there is none, it holds no complete record, or what is none.
     """
     path = Path(path)
     path = path / SYNCS_FILE if path.is_dir() else path
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    reports = [SyncReport.from_json(json.loads(line)) for line in lines if line.endswith("\n")]
+    reports = [SyncReport.from_json(line) for line in json_lines(path)] if path.exists() else []
     if not reports:
         raise BridgeError(f"{path} has no complete record of a sync: is it of WeightSync(sinks=[JsonLines(...)]), or of a run?")
     return reports

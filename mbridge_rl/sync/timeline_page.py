@@ -17,6 +17,7 @@ from mbridge_rl.sync.report import SyncReport
 from mbridge_rl.sync.sinks import SYNCS_FILE, read_syncs
 from mbridge_rl.sync.timeline import Span
 from mbridge_rl.web_page import figure, page, plot, records, svg, table
+from mbridge_rl.web_page import write_page as write_document
 
 PHASE_COLORS = {
     "check": "#94a3b8",
@@ -102,7 +103,7 @@ def write_page(run: Path, output: Path | None = None, version: int | None = None
         *(timeline(report) for report in {id(report): report for report in notable}.values()),
         records(f"The last {_LISTED} syncs", [_line(report) for report in reports[-_LISTED:]]),
     ]
-    output.write_text(page(f"{run.name}: syncs", sections))
+    write_document(output, page(f"{run.name}: syncs", sections))
     return output
 
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mbridge_rl.core.typed_values import shown
 from mbridge_rl.sync.vllm.engine import Completion
-from mbridge_rl.training.rewards import Judge, Problem, Verdict, checked
+from mbridge_rl.training.rewards import Judge, Problem, Verdict, described_error, verdict_from
 
 NOT_SAMPLED = -1
 """The version of a token that the policy did not write."""
@@ -209,10 +210,12 @@ class EpisodeRunner:
             return None
         try:
             said = episode.environment.respond(self.text(episode))
+            if not isinstance(said, str | None):
+                raise TypeError(f"respond() must return text or None, found {shown(said)}")
         except Exception as error:
             name = type(episode.environment).__qualname__
             episode.finish = "error"
-            episode.verdict = Verdict(error=f"environment {name} raised {type(error).__name__}: {error}")
+            episode.verdict = Verdict.failed(f"environment {name} raised {described_error(error)}")
             return None
         if episode.finish:
             self._ask_reward(episode)
@@ -222,10 +225,7 @@ class EpisodeRunner:
         if episode.environment is None:
             return
         name = f"the reward of environment {type(episode.environment).__qualname__}"
-        try:
-            episode.verdict = checked(float(episode.environment.reward()), name)
-        except Exception as error:
-            episode.verdict = Verdict(error=f"{name} raised {type(error).__name__}: {error}")
+        episode.verdict = verdict_from(episode.environment.reward, name)
 
     def _stop_text_at(self, episode: Episode, tokens: Sequence[int]) -> int | None:
         """How many of the new tokens complete the first stop text of the turn; `None` if none does."""

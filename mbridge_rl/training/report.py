@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import html
-import json
-import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mbridge_rl.core.errors import CheckpointError
+from mbridge_rl.core.typed_values import shown
+from mbridge_rl.hf.json_files import read_json_object
 from mbridge_rl.training.config_file import ConfigError
 from mbridge_rl.training.run_log import EVALUATION_FILE, EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, read_lines
-from mbridge_rl.web_page import page, plot, records, table
+from mbridge_rl.training.yaml_text import YAMLTextError, parse_yaml
+from mbridge_rl.web_page import page, plot, records, table, write_page
+
+_MOST_DRAWN = 1e300
 
 PLOTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward and greedy accuracy", ("reward", "accuracy")),
@@ -51,8 +53,10 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     history = read_lines(run_dir / METRICS_FILE)
     if not history:
         raise ConfigError(f"{run_dir / METRICS_FILE} has no complete step: is {run_dir} the folder of a run?")
+    if others := [line["step"] for line in history if type(line.setdefault("step", None)) is not int]:
+        raise ConfigError(f"{run_dir / METRICS_FILE}: every line needs step, a whole number, found {shown(others[0])}")
     output = output or run_dir / "report.html"
-    output.write_text(_page(run_dir, history))
+    write_page(output, _page(run_dir, history))
     return output
 
 
@@ -61,11 +65,10 @@ def _page(run_dir: Path, history: list[dict[str, Any]]) -> str:
     summary = run_dir / "summary.json"
     state = "finished" if summary.exists() else "going on, or interrupted"
     config = run_dir / "config.yaml"
-    text = config.read_text() if config.exists() else ""
-    steps = (yaml.safe_load(text) or {}).get("steps", "?") if text else "?"
+    text = config.read_text("utf-8", "replace") if config.exists() else ""
     sections = [
-        f"<h1>{html.escape(str(run_dir))}</h1><p>Step {last['step']} of {steps}, {state}.</p>",
-        table(json.loads(summary.read_text()) if summary.exists() else {}),
+        f"<h1>{html.escape(str(run_dir))}</h1><p>Step {last['step']} of {html.escape(_planned_steps(text))}, {state}.</p>",
+        table(_summary(summary) if summary.exists() else {}),
         "<h2>Metrics</h2>",
         *(plot(title, {name: _points(name, history) for name in names}) for title, names in PLOTS),
         records("What went wrong and was survived", read_lines(run_dir / EVENTS_FILE)),
@@ -78,10 +81,25 @@ def _page(run_dir: Path, history: list[dict[str, Any]]) -> str:
     return page(run_dir.name, sections)
 
 
+def _planned_steps(text: str) -> str:
+    try:
+        config = parse_yaml(text)
+    except YAMLTextError:  # the page shows the text
+        return "?"
+    return str(config.get("steps", "?")) if isinstance(config, dict) else "?"
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _points(name: str, history: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """Steps at which a metric is a finite number."""
     return [
         (float(line["step"]), float(line[name]))
         for line in history
-        if isinstance(line.get(name), int | float) and math.isfinite(line[name])
+        if isinstance(line.get(name), int | float) and abs(line[name]) < _MOST_DRAWN  # false for nan, too
     ]

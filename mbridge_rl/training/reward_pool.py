@@ -11,15 +11,18 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 
-from mbridge_rl.training.rewards import Question, RewardFunction, Verdict, verdict_of
+from mbridge_rl.core.typed_values import shown
+from mbridge_rl.training.rewards import Question, RewardFunction, Verdict, described_error, verdict_of
 
 _START_SECONDS = 120.0
+_LAST_SECONDS = 1.0  # between the end of a worker's connection and its own
 
 
 class PoolJudge:
@@ -42,7 +45,12 @@ class PoolJudge:
             for worker in self._workers:
                 if waiting and worker not in asked:
                     index = waiting.pop()
-                    asked[worker] = (index, time.monotonic() + worker.ask(questions[index], self._timeout))
+                    try:
+                        asked[worker] = (index, time.monotonic() + worker.ask(questions[index], self._timeout))
+                    except Exception as error:  # metadata of any type that cannot be sent
+                        verdicts[index] = Verdict.failed(f"the problem cannot be sent to a worker: {described_error(error)}")
+            if not asked:
+                continue
             deadline = min(deadline for _, deadline in asked.values())
             connections = {worker.connection: worker for worker in asked}
             for connection in wait(list(connections), max(0.0, deadline - time.monotonic())):
@@ -76,6 +84,8 @@ class _Worker:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 start_new_session=True,  # so that what the reward function started ends with it
             )
+        for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # of a message that a worker takes, or sends, in part only
+            mine.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", int(_START_SECONDS), 0))
         self.connection = Connection(mine.detach())
         self.connection.send_bytes(self._factory)
         self._is_new = True
@@ -90,11 +100,21 @@ class _Worker:
 
     def answer(self) -> Verdict:
         try:
-            return self.connection.recv()
+            verdict = self.connection.recv()
         except (EOFError, OSError):
-            code = self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LAST_SECONDS)
+            code = self._process.poll()
             self.restart()
-            return Verdict(error=f"the reward's worker died (exit status {code})")
+            died = f"died (exit status {code})" if code is not None else "closed its connection"
+            return Verdict.failed(f"the reward's worker {died}")
+        except Exception as error:  # a reward function that writes to our socket
+            self.restart()
+            return Verdict.failed(f"the reward's worker sent what is no verdict: {described_error(error)}")
+        if isinstance(verdict, Verdict):
+            return verdict
+        self.restart()
+        return Verdict.failed(f"the reward's worker sent {shown(verdict)}, which is no verdict")
 
     def restart(self) -> None:
         self.end()
@@ -115,10 +135,10 @@ def main() -> None:
         try:
             function = pickle.loads(connection.recv_bytes())()
         except Exception as error:
-            failure = f"the reward function could not be made: {type(error).__name__}: {error}"
+            failure = f"the reward function could not be made: {described_error(error)}"
         while True:
             problem, completion = connection.recv()
-            connection.send(Verdict(error=failure) if function is None else verdict_of(function, problem, completion))
+            connection.send(Verdict.failed(failure) if function is None else verdict_of(function, problem, completion))
 
 
 if __name__ == "__main__":

@@ -43,11 +43,12 @@ from mbridge_rl.training.lora import LoRAConfig, add_lora
 from mbridge_rl.training.metrics import Metrics
 from mbridge_rl.training.rewards import Judge, Problem
 from mbridge_rl.training.rollout import RolloutBatch
-from mbridge_rl.training.run_folder import RunExists, only_run
+from mbridge_rl.training.run_folder import RunExists, new_run_folder, only_run
 from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, RunLog, read_lines
 from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
 from mbridge_rl.training.source import RolloutSource
 from mbridge_rl.training.tasks import Task, imported, make_judge, make_task, reward_function, usable_problems
+from mbridge_rl.training.tokenizer import open_tokenizer
 from mbridge_rl.training.trainer import MegatronTrainer
 from mbridge_rl.training.warm_up import warm_up, warmed_up
 
@@ -117,7 +118,11 @@ def prepare_run(config: RunConfig, *, resume: bool) -> None:
             f"model.path={config.model.path} is a bundled config without weights: such a recipe can be planned (mbridge-rl "
             "plan RECIPE); to train, set model.path to a checkpoint's directory"
         )
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with new_run_folder(config.run_dir):
+        _prepare_in_folder(config, resume=resume)
+
+
+def _prepare_in_folder(config: RunConfig, *, resume: bool) -> None:
     if config.is_toy and not (resume and (config.run_dir / "initial" / "config.json").exists()):
         toy.make_checkpoint(config.run_dir / "initial", seed=config.seed, **_toy_shape(config))
     bridge = AutoBridge.from_pretrained(model_directory(config), numerics=config.model.numerics)
@@ -140,7 +145,7 @@ def check_run(config: RunConfig, *, resume: bool) -> None:
 
 
 def _require_room(config: RunConfig, *, resume: bool) -> None:
-    if (config.run_dir / METRICS_FILE).exists() and not resume:
+    if os.path.lexists(config.run_dir / METRICS_FILE) and not resume:
         raise RunExists(f"{config.run_dir} holds a run already: go on with --resume, or choose another run_dir")
 
 
@@ -206,12 +211,12 @@ def model_directory(config: RunConfig) -> Path:
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    from transformers import AutoTokenizer
+    """The tokenizer that the configuration names; it can pad.
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or model_directory(config), trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id  # padding is never attended to and never in a mask
-    return tokenizer
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    return open_tokenizer(config.model.tokenizer or model_directory(config))
 
 
 def problems_of(config: RunConfig, tokenizer: Any) -> tuple[Task, dict[str, int]]:

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from mbridge_rl.core.typed_values import shown
 from mbridge_rl.hf.publish import replace_file
+from mbridge_rl.sync.json_lines import LinesError, json_lines
 from mbridge_rl.sync.sinks import SYNCS_FILE, JsonLines, Prometheus, Sink, TensorBoard, open_tensorboard
+from mbridge_rl.terminal import Terminal
+from mbridge_rl.training.config_file import ConfigError
 from mbridge_rl.training.metrics import Metrics
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -35,6 +37,7 @@ _COLUMNS = (
     "digest",
 )
 _WIDTHS = (5, 7, 8, 7, 7, 16, 8, 5, 8, 9, 16)
+_PROOFS = {True: ("equal", "green"), False: ("unverified", "red")}
 
 
 class RunLog:
@@ -57,7 +60,7 @@ class RunLog:
         resumed_at: int = 0,
     ) -> None:
         self._run_dir = run_dir
-        self._console = Console(quiet=not console, highlight=False)
+        self._terminal = Terminal(is_quiet=not console)
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
             _cut(run_dir / name, "step", resumed_at)
@@ -74,12 +77,12 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """What happens now."""
-        self._console.print(f"[cyan]{text}[/]")
+        self._terminal.line((text, "cyan"))
 
     def warn(self, step: int, event: str) -> None:
         """Something went wrong and was survived."""
-        self._console.print(f"[yellow]step {step}: {event}[/]")
         _append(self._run_dir / EVENTS_FILE, {"step": step, "event": event})
+        self._terminal.line((f"step {step}: {event}", "yellow"))
 
     def step(self, metrics: Metrics, samples: list[dict[str, Any]]) -> None:
         """A step is done."""
@@ -88,9 +91,9 @@ class RunLog:
             _append(self._run_dir / SAMPLES_FILE, {"step": metrics["step"], **sample})
         if self._lines % 40 == 0:
             header = " ".join(f"{name:>{width}}" for name, width in zip(_COLUMNS, _WIDTHS, strict=True))
-            self._console.print(f"[dim]{header}[/]", soft_wrap=True)
+            self._terminal.line((header, "dim"))
         self._lines += 1
-        self._console.print(_line(metrics), soft_wrap=True)
+        self._terminal.line(f"{_line(metrics)} ", _PROOFS.get(metrics.get("verified"), ""))
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
@@ -110,14 +113,20 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file that may still be written to; none if there is no file."""
+    """The complete lines of a file that may still be written to; none if there is no file.
+
+    Raises:
+        ConfigError: a line holds no fields.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return json_lines(path)
+    except LinesError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
-    proof = {True: "[green]equal[/]", False: "[red]unverified[/]"}.get(metrics.get("verified"), "")
     cells = (
         f"{metrics['step']}",
         _number(metrics.get("reward"), ".3f"),
@@ -131,7 +140,7 @@ def _line(metrics: Mapping[str, Any]) -> str:
         f"{_number(metrics.get('refit_ms'), '.1f')} ms",
         f"{metrics.get('digest') or ''}",
     )
-    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)) + f" {proof}"
+    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
 
 
 def _number(value: Any, form: str) -> str:
@@ -145,5 +154,11 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 def _cut(path: Path, counter: str, last: int) -> None:
     """Drops lines whose `counter` is beyond `last`, and one that was not finished."""
-    lines = [line for line in read_lines(path) if line[counter] <= last]
+    lines = [line for line in read_lines(path) if _counted(line, counter, path) <= last]
     replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _counted(line: Mapping[str, Any], counter: str, path: Path) -> int:
+    if type(line.get(counter)) is not int:
+        raise ConfigError(f"{path}: every line needs {counter}, a whole number, found {shown(line.get(counter))}")
+    return line[counter]

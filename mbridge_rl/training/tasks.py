@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mbridge_rl.core.json_text import JSONTextError, parse_json
+from mbridge_rl.core.typed_values import shown
 from mbridge_rl.training import toy
 from mbridge_rl.training.config import RewardConfig, TaskConfig
 from mbridge_rl.training.config_file import ConfigError
@@ -25,6 +26,9 @@ from mbridge_rl.training.rewards import (
     exact_match,
     math_verify,
 )
+from mbridge_rl.training.tokenizer import in_chat_template
+
+_MOST_LINE_BYTES = 16 << 20  # of a problem in a file
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def make_judge(task: TaskConfig, reward: RewardConfig) -> Judge:
         from mbridge_rl.training.reward_pool import PoolJudge
 
         return PoolJudge(factory, reward.workers, reward.timeout)
-    return InProcessJudge(factory())
+    return InProcessJudge(factory(), reward.timeout)
 
 
 def reward_function(task: TaskConfig, reward: RewardConfig) -> RewardFunction:
@@ -92,7 +96,12 @@ def imported(path: str, field: str) -> Any:
         raise ConfigError(f"{field}: {path!r} is none of the known names; write module:name for your own")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (
+        ImportError,
+        AttributeError,
+        ValueError,
+        TypeError,
+    ) as error:  # an empty or relative name is a ValueError, TypeError
         raise ConfigError(f"{field}: {path!r} cannot be imported: {error}") from error
 
 
@@ -123,30 +132,39 @@ def _score(score_answer: Callable[[str, dict[str, Any]], float], problem: Proble
 def _jsonl(config: TaskConfig) -> Task:
     path = Path(config.dataset or "")
     try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()][: config.size]
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()][: config.size]
     except OSError as error:
         raise ConfigError(f"task.dataset: {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"task.dataset: {path} is no text in UTF-8: {error}") from error
     problems = []
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
-            problems.append(Problem(entry["question"], str(entry.get("answer", "")), entry))
-        except (ValueError, KeyError, TypeError) as error:
+            entry = parse_json(line, most_bytes=_MOST_LINE_BYTES)
+        except JSONTextError as error:
+            raise ConfigError(f"task.dataset: {path}, line {number}: {error}") from error
+        if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
             raise ConfigError(
-                f"task.dataset: {path}, line {number}: a question (and answer) in JSON is needed: {error}"
-            ) from error
+                f"task.dataset: {path}, line {number}: an object with a question (and answer) is needed, found {shown(entry)}"
+            )
+        problems.append(Problem(entry["question"], str(entry.get("answer", "")), entry))
     return Task(problems, exact_match)
 
 
 def _python(config: TaskConfig) -> Task:
-    problems = imported(config.dataset or "", "task.dataset")(**config.options)
-    return Task(list(problems)[: config.size], exact_match)
+    try:
+        problems = list(imported(config.dataset or "", "task.dataset")(**config.options))[: config.size]
+    except TypeError as error:
+        raise ConfigError(f"task.options: {config.dataset} refuses them: {error}") from error
+    if others := [problem for problem in problems if not isinstance(problem, Problem)]:
+        raise ConfigError(f"task.dataset: {config.dataset} must return problems, found {shown(others[0])} among them")
+    return Task(problems, exact_match)
 
 
 def _with_prompt(problem: Problem, config: TaskConfig, tokenizer: Any) -> Problem:
     try:
         prompt = config.prompt.format(question=problem.prompt, answer=problem.answer, metadata=problem.metadata)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"task.prompt: {config.prompt!r} does not fit a problem: {type(error).__name__}: {error}; "
             f"there are question, answer and metadata[...] of {', '.join(map(str, problem.metadata)) or 'nothing'}"
@@ -154,7 +172,7 @@ def _with_prompt(problem: Problem, config: TaskConfig, tokenizer: Any) -> Proble
     if config.chat:
         messages = [{"role": "system", "content": config.system}] if config.system else []
         messages.append({"role": "user", "content": prompt})
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = in_chat_template(tokenizer, messages)
     return replace(problem, prompt=prompt)
 
 

@@ -13,25 +13,30 @@ from __future__ import annotations
 
 import http.client
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar, overload
 
+from mbridge_rl.core.errors import listed
+from mbridge_rl.core.json_text import JSONTextError, parse_json
+from mbridge_rl.core.typed_values import read_fields
+from mbridge_rl.sync.bounded_http import Answer, request
 from mbridge_rl.sync.errors import EngineProcessError, SyncError, TransferTimeout
 from mbridge_rl.sync.vllm.adapter_slots import PLACEHOLDER, in_slots
 from mbridge_rl.sync.vllm.adapters import Served
 from mbridge_rl.sync.vllm.attached import AttachedEngine
 from mbridge_rl.sync.vllm.completions import Completion, completion
 from mbridge_rl.sync.vllm.requests import InFlight
+from mbridge_rl.sync.vllm.server_answers import Choice, Choices, Models, Results, Success, WeightInfo, WorldSize
+
+T = TypeVar("T")
 
 _SHOWN = 500  # characters of an error's body
 _NEEDED = {
     "/inference/v1/generate": "--enable-scale-out",
     "/v1/load_lora_adapter": "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
 }
-_LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a trainer's proxies are not for its engines
+_MOST_BYTES = 1 << 30  # of an answer: workers describe every tensor of theirs
 
 
 class ServerEngine(AttachedEngine):
@@ -78,20 +83,22 @@ class ServerEngine(AttachedEngine):
         def answer(index: int) -> list[Completion]:
             adapter = asked_of[index]
             body = {"token_ids": prompts[index], "sampling_params": fields[index], "model": adapter and adapter.name}
-            choices = self._post("/inference/v1/generate", body)["choices"]
-            return [_completion(index, choice, version) for choice in sorted(choices, key=lambda choice: choice["index"])]
+            choices = self._post("/inference/v1/generate", body, Choices).choices
+            return [_completion(index, choice, version) for choice in sorted(choices, key=lambda choice: choice.index)]
 
         return [found for several in self._pool.map(answer, range(len(prompts))) for found in several]
 
     def _sizes(self) -> tuple[int, int]:
-        return self._get("/get_world_size?include_dp=false")["world_size"], self._get("/get_world_size")["world_size"]
+        paths = ("/get_world_size?include_dp=false", "/get_world_size")
+        one, all_of_them = (self._get(path, WorldSize).world_size for path in paths)
+        return one, all_of_them
 
     def _rpc(self, method: str, args: list[Any]) -> list[Any]:
-        return self._post("/collective_rpc", {"method": method, "args": args})["results"]
+        return self._post("/collective_rpc", {"method": method, "args": args}, Results).results
 
     def _halt(self, requests: InFlight, timeout: float) -> None:
         try:
-            self._post(f"/pause?mode={requests}&clear_cache=true", {}, timeout)
+            self._post(f"/pause?mode={requests}&clear_cache=true", {}, timeout=timeout)
         except TransferTimeout as error:
             self._go_on()
             raise TransferTimeout(f"requests did not finish within {timeout:g} s; use 'keep' or 'abort'") from error
@@ -100,13 +107,13 @@ class ServerEngine(AttachedEngine):
         self._post("/resume", {})
 
     def _label(self) -> str:
-        return self._get("/weight_info")["weight_version"]
+        return self._get("/weight_info", WeightInfo).weight_version
 
     def _set_label(self, label: str) -> None:
         self._post("/update_weight_version", {"new_version": label})
 
     def _reset_caches(self) -> bool:
-        return self._post("/reset_prefix_cache?reset_running_requests=true", {})["success"]
+        return self._post("/reset_prefix_cache?reset_running_requests=true", {}, Success).success
 
     def _claim_slot(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served]) -> int:
         """vLLM's server knows adapters that it loaded from files: it gets one that changes nothing, and numbers it.
@@ -114,7 +121,7 @@ class ServerEngine(AttachedEngine):
         Raises:
             SyncError: the name is that of an adapter of the owner's, or he loads one at this moment.
         """
-        known = {model["id"]: str(model["root"]) for model in self._get("/v1/models")["data"]}
+        known = {model.id: str(model.root) for model in self._get("/v1/models", Models).data}
         if name in known and PLACEHOLDER not in known[name]:
             raise SyncError(f"{self} has loaded an adapter {name!r} from {known[name]}: give this one another name")
         if name in known:  # a trainer died just here
@@ -143,39 +150,57 @@ class ServerEngine(AttachedEngine):
     def _slot_ids(self) -> list[int]:
         return self._call_workers(in_slots, "slot_ids")[0]
 
-    def _get(self, path: str) -> Any:
-        return self._ask(path, None, self._call_timeout)
+    def _get(self, path: str, cls: type[T]) -> T:
+        return self._read(path, self._ask(path, None, self._call_timeout), cls)
 
-    def _post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> Any:
-        return self._ask(path, json.dumps(body).encode(), self._call_timeout if timeout is None else timeout)
+    @overload
+    def _post(self, path: str, body: dict[str, Any], cls: type[T]) -> T: ...
+    @overload
+    def _post(self, path: str, body: dict[str, Any], *, timeout: float | None = None) -> None: ...
+    def _post(self, path: str, body: dict[str, Any], cls: type[T] | None = None, *, timeout: float | None = None) -> T | None:
+        answer = self._ask(path, json.dumps(body).encode(), self._call_timeout if timeout is None else timeout)
+        return None if cls is None else self._read(path, answer, cls)
 
-    def _ask(self, path: str, body: bytes | None, timeout: float) -> Any:
-        request = urllib.request.Request(self._url + path, body, self._headers)
+    def _read(self, path: str, answer: Answer, cls: type[T]) -> T:
+        """What the server answered, as `cls`; it may say more.
+
+        Raises:
+            SyncError: it is nothing like that; every wrong field is named.
+        """
+        problems: list[str] = []
         try:
-            with _LOCAL.open(request, timeout=timeout) as answer:
-                body = answer.read()
-                return json.loads(body) if answer.headers.get_content_type() == "application/json" else None
-        except urllib.error.HTTPError as error:
-            raise self._refused(path, error) from error
+            result = read_fields(cls, parse_json(answer.body, most_bytes=_MOST_BYTES), problems, others="ignore")
+        except JSONTextError as error:
+            raise SyncError(f"{self} answered {path} with what cannot be read: {error}") from error
+        if result is None:
+            raise SyncError(f"{self} answered {path} with what is not expected of vLLM: {listed(problems)}")
+        return result
+
+    def _ask(self, path: str, body: bytes | None, timeout: float) -> Answer:
+        try:  # a trainer's proxies are not for its engines
+            answer = request(self._url + path, body, self._headers, seconds=timeout, most_bytes=_MOST_BYTES, use_proxies=False)
         except TimeoutError as error:
             raise TransferTimeout(f"{self} did not answer {path} within {timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, cut short
+        except (OSError, http.client.HTTPException, ValueError) as error:  # refused, reset, cut short, no HTTP, no URL
             raise EngineProcessError(f"{self} cannot be reached for {path}: {error}") from error
+        if answer.status >= 300:
+            raise self._refused(path, answer)
+        return answer
 
-    def _refused(self, path: str, error: urllib.error.HTTPError) -> Exception:
-        said = error.read().decode(errors="replace")[:_SHOWN]
-        if error.code == 404 and '"error"' not in said:  # vLLM's own refusals say what is wrong
+    def _refused(self, path: str, answer: Answer) -> Exception:
+        said = answer.body.decode(errors="replace")[:_SHOWN]
+        if answer.status == 404 and '"error"' not in said:  # vLLM's own refusals say what is wrong
             needed = _NEEDED.get(path, "VLLM_SERVER_DEV_MODE=1")
             return SyncError(f"{self} has no {path}: start it with {needed}, or vLLM does not serve this route")
         if "EngineDead" in said:
             return EngineProcessError(f"the engine of {self} died: {said}")
-        return SyncError(f"{self} answered {path} with status {error.code}: {said}")
+        return SyncError(f"{self} answered {path} with status {answer.status}: {said}")
 
 
-def _completion(prompt_index: int, choice: dict[str, Any], version: int) -> Completion:
-    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {"content": []})["content"] or []]
-    spans = [(span["version"], span["start"], span["end"]) for span in choice["weight_versions"] or []]
-    return completion(prompt_index, choice["token_ids"], logprobs, choice["finish_reason"], spans, version)
+def _completion(prompt_index: int, choice: Choice, version: int) -> Completion:
+    logprobs = [entry.logprob for entry in (choice.logprobs and choice.logprobs.content) or []]
+    spans = [(span.version, span.start, span.end) for span in choice.weight_versions or []]
+    return completion(prompt_index, choice.token_ids, logprobs, str(choice.finish_reason), spans, version)
 
 
 def _first_module(update: Mapping[str, Any]) -> dict[str, list[Any]]:
