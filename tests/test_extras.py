@@ -72,6 +72,7 @@ def families() -> Iterator[None]:
 def test_the_models_have_every_extra_of_dense_models() -> None:
     present = {type(extra) for name in MODELS for extra in _bridge(name).spec.extras}
     of_others = {extras.Routing, extras.PlainNorm, extras.MambaBesideAttention, extras.TextOnly}
+    of_others |= {extras.LatentNormEpsilon, extras.TimeStepMinimum}  # test_numerics.py
     assert present | of_others | {extras.RotaryFrequencies} == set(extras.Extra.__args__)
 
 
