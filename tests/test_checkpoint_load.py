@@ -281,9 +281,7 @@ def test_two_sets_of_files_are_refused_where_programs_read_others(tmp_path: Path
     for path in (tmp_path / "other").glob("*.safetensors*"):
         if path.name != "model.safetensors":
             shutil.copy(path, directory)
-    with pytest.raises(
-        CheckpointError, match=r"holds model.safetensors and also .*, which names model-00001.* Remove"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds model.safetensors and also .*, which names model-00001.* Remove"):
         Checkpoint(directory)
     (directory / "model.safetensors").unlink()
     assert Checkpoint(directory).entries.keys() == model.state_dict().keys()

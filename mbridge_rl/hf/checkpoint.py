@@ -51,6 +51,10 @@ class Entry(NamedTuple):
     shape: Shape
     start: int
 
+    def piece(self, first: int, shape: Shape) -> Entry:
+        """Of a run of elements of the tensor, from element `first` on, `[*shape]`."""
+        return self._replace(shape=shape, start=self.start + first * self.dtype.itemsize)
+
 
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint directory by `hf_name`.
