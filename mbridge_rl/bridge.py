@@ -135,7 +135,7 @@ class AutoBridge:
             hf_state = HFModule(self.spec, hf_state)
             source, tensors, dtypes = hf_state.side, hf_state, hf_state.hf_dtypes()
         else:
-            hf_state = checked_state(self.spec, hf_state, "the given state dict")
+            hf_state = checked_state(self.spec, self.hf_config, hf_state)
             source, tensors = hf_side(self.spec), Contiguous(hf_state)
             dtypes = {hf_name: hf_state[hf_name].dtype for hf_name in self.spec.hf_shapes if hf_name in hf_state}
         side = megatron_side(self.spec, layout)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from mbridge_rl.bridge import AutoBridge
     from mbridge_rl.core.layout import ParallelLayout
-    from mbridge_rl.hf.checkpoint import Checkpoint
-    from mbridge_rl.hf.dequantize import Dequantized
+    from mbridge_rl.hf.source import Opened
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _NUMBERS = re.compile(r"(\d+)(?:x(\d+))?")
@@ -76,7 +75,7 @@ def model_config(model: str) -> Any:
         raise CheckpointError(f"{error}\nBundled names are {', '.join(bundled_names())}") from error
 
 
-def opened_checkpoint(directory: Path, bridge: AutoBridge) -> Checkpoint | Dequantized:
+def opened_checkpoint(directory: Path, bridge: AutoBridge) -> Opened:
     """The tensors of a Hugging Face checkpoint, dequantized where they are quantized; names, shapes and dtypes are checked.
 
     Raises:

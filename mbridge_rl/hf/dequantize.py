@@ -1,5 +1,5 @@
-"""Quantized checkpoints as plain ones, dequantized when read: fp8 with scales per block, row or tensor (those of DeepSeek-V3,
-of Transformers and of compressed-tensors), and mxfp4 (GPT-OSS).
+"""Quantized checkpoints as plain ones, dequantized when read: fp8 with scales per block, row or tensor (as DeepSeek-V3,
+Transformers and compressed-tensors write it), and mxfp4 (GPT-OSS).
 
 The trainer holds bf16 or fp32, and an ordinary export is a plain checkpoint; `core.quantize` is the way back to fp8. Scales of
 activations and of KV caches are left out: they say how an engine rounds what it computes, and belong to no weight.

@@ -15,12 +15,14 @@ from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import local_directory
 from mbridge_rl.hf.dequantize import Dequantized
 from mbridge_rl.hf.module import HFModule
-from mbridge_rl.hf.quantization import quantization_of
+from mbridge_rl.hf.quantization import quantization_of, scheme_of
+from mbridge_rl.hf.respelled import Respelled, respell_entries, respelled
 from mbridge_rl.hf.state import Contiguous, check_hf_state
 from mbridge_rl.hf.tied import Renamed, add_missing_names, missing_names, own_tensors, require_tied
 
 HfState = Mapping[str, Tensor]
 HfSource = str | Path | HfState | nn.Module
+Opened = Checkpoint | Dequantized | Respelled
 
 
 def open_source(spec: ModelSpec, hf_config: Any, source: HfSource) -> Checkpoint | HFModule | HfState:
@@ -35,37 +37,36 @@ def open_source(spec: ModelSpec, hf_config: Any, source: HfSource) -> Checkpoint
     if isinstance(source, str | Path):
         opened = open_checkpoint(spec, hf_config, local_directory(source))
         return opened if isinstance(opened, Checkpoint) else Contiguous(opened)
-    hf_state = source
-    if quantization := quantization_of(hf_config):
-        hf_state = Dequantized(hf_state, quantization, hf_config.dtype or torch.bfloat16)
-    return Contiguous(checked_state(spec, hf_state, "the given source"))
+    return Contiguous(checked_state(spec, hf_config, source))
 
 
-def open_checkpoint(spec: ModelSpec, hf_config: Any, directory: Path) -> Checkpoint | Dequantized:
-    """The tensors of a checkpoint directory, checked against the mapping.
+def open_checkpoint(spec: ModelSpec, hf_config: Any, directory: Path) -> Opened:
+    """The tensors of a checkpoint directory by the names of the mapping, and checked against it.
 
     Raises:
         CheckpointError, StateMismatchError: it cannot be read, or is another model's.
     """
-    opened = _opened(spec, hf_config, directory)
-    if isinstance(opened, Checkpoint):
-        check_hf_state(spec, opened.entries, str(directory))
-    else:
-        check_hf_state(spec, opened.tensors, str(directory), str(opened.scheme))
-    require_tied(spec, opened, str(directory))
+    opened, where = _opened(spec, hf_config, directory), str(directory)
+    check_hf_state(spec, opened.entries if isinstance(opened, Checkpoint) else opened.tensors, where, _scheme(hf_config))
+    require_tied(spec, opened, where)
     return opened
 
 
-def checked_state(spec: ModelSpec, hf_state: HfState, where: str) -> HfState:
-    """The tensors of a state dict under the names of the mapping.
+def checked_state(spec: ModelSpec, hf_config: Any, hf_state: HfState) -> HfState:
+    """The tensors of a state dict, as `open_checkpoint` gives those of a directory.
 
     Raises:
         StateMismatchError: they are another model's.
     """
-    quantized = hf_state if isinstance(hf_state, Dequantized) else None
+    where, described = "the given state dict", hf_state
+    if quantization := quantization_of(hf_config):
+        hf_state = Dequantized(hf_state, quantization, hf_config.dtype or torch.bfloat16)
+        described = hf_state.tensors
+    if (renamed := respelled(spec, hf_state, described, where)) is not None:
+        hf_state, described = renamed, renamed.tensors
     if missing := missing_names(spec, hf_state):
-        hf_state = Renamed(hf_state, missing)
-    check_hf_state(spec, hf_state, where, "" if quantized is None else str(quantized.scheme))
+        hf_state, described = Renamed(hf_state, missing), Renamed(described, missing)
+    check_hf_state(spec, described, where, _scheme(hf_config))
     require_tied(spec, hf_state, where)
     return hf_state
 
@@ -80,11 +81,19 @@ def has_own_output_layer(spec: ModelSpec, hf_config: Any, directory: Path) -> bo
         return False
 
 
-def _opened(spec: ModelSpec, hf_config: Any, directory: Path) -> Checkpoint | Dequantized:
+def _opened(spec: ModelSpec, hf_config: Any, directory: Path) -> Opened:
     checkpoint = Checkpoint(directory)
     add_missing_names(spec, checkpoint.entries)
+    if not (quantization := quantization_of(hf_config)):
+        respell_entries(spec, checkpoint.entries, str(directory))
+        return checkpoint
+    dequantized = Dequantized(checkpoint, quantization, hf_config.dtype or torch.bfloat16)
+    return respelled(spec, dequantized, dequantized.tensors, str(directory)) or dequantized
+
+
+def _scheme(hf_config: Any) -> str:
     quantization = quantization_of(hf_config)
-    return Dequantized(checkpoint, quantization, hf_config.dtype or torch.bfloat16) if quantization else checkpoint
+    return str(scheme_of(quantization)) if quantization else ""
 
 
 def spelled_as_in(spec: ModelSpec, directory: Path | None) -> ModelSpec:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,20 +18,22 @@ from torch import Tensor
 from mbridge_rl.core.errors import StateMismatchError
 from mbridge_rl.core.model import ModelSpec
 
+T = TypeVar("T")
+
 _ROWS = 4096  # of two tensors of different dtypes that are compared at a time
 
 
-class Renamed(Mapping[str, Tensor]):
-    """Tensors of which some are also found under another name.
+class Renamed(Mapping[str, T]):
+    """Tensors, or what is said of them, of which some are also found under another name.
 
     Args:
         names: `{the other name: its name in tensors}`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    def __init__(self, tensors: Mapping[str, T], names: Mapping[str, str]) -> None:
         self._tensors, self._names = tensors, names
 
-    def __getitem__(self, hf_name: str) -> Tensor:
+    def __getitem__(self, hf_name: str) -> T:
         return self._tensors[self._names.get(hf_name, hf_name)]
 
     def __iter__(self) -> Iterator[str]:

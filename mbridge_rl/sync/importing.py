@@ -11,6 +11,7 @@ from mbridge_rl.core.digest import digest
 from mbridge_rl.core.errors import BridgeError, StateMismatchError, listed
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import Plan
+from mbridge_rl.hf.respelled import Pieces
 from mbridge_rl.hf.state import check_hf_tensor, is_ignored
 from mbridge_rl.sync.group import RankGroup
 
@@ -52,6 +53,7 @@ class _Receiver:
     def __init__(self, spec: ModelSpec, plan: Plan, targets: Mapping[str, Tensor]) -> None:
         self._spec, self._plan, self._targets = spec, plan, targets
         self._padded = {name for names in plan.padded_names.values() for name in names}
+        self._pieces: Pieces | None = None
         self._tied = frozenset(spec.aliases.values())
         self._names: set[str] = set()  # as the stream says them
         self._first: dict[str, tuple[str, torch.dtype, int]] = {}  # of tied tensors: name, dtype and digest of what came first
@@ -66,8 +68,9 @@ class _Receiver:
         """
         iterator = iter(stream)
         try:
-            for hf_name, tensor in iterator:
-                self._take_one(hf_name, tensor)
+            for stored_name, stored in iterator:
+                for hf_name, tensor in self._split(stored_name, stored):
+                    self._take_one(hf_name, tensor)
         except BaseException:
             if hasattr(iterator, "close"):
                 iterator.close()
@@ -82,6 +85,18 @@ class _Receiver:
             f"{len(self.arrived)} of {len(self._spec.hf_shapes)} tensors are the stream's, the others are what they were; "
             f"load the model again before you use it"
         )
+
+    def _split(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """What the tensor is by the names of the mapping: a stack of experts is the tensors of each."""
+        if name in self._spec.hf_shapes or name in self._spec.aliases:
+            return [(name, tensor)]
+        if self._pieces is None:
+            self._pieces = Pieces(self._spec)
+        if name not in self._pieces.of_stored:
+            return [(name, tensor)]
+        self._pieces.check(name, tuple(tensor.shape), "the stream")
+        whole = tensor.detach().contiguous()
+        return [(piece.hf_name, piece.of(whole)) for piece in self._pieces.of_stored[name]]
 
     def _take_one(self, name: str, tensor: Tensor) -> None:
         if name in self._names:
