@@ -4,9 +4,9 @@ python tools/kernels.py                                              # all of VA
 python tools/kernels.py zen threads-2 -- tests/test_grpo_step.py     # some of them, with arguments for pytest
 
 Which kernels compute a sum depends on the processor: torch's own, MKL's, oneDNN's and OpenBLAS's (NumPy's) choose by what they
-find, and each can be told to choose as on an older one. Sums are then taken in another order and rounded otherwise, which no test
-may mind. Without paths, the files that import `tests/tolerance.py` are run. The table says for each variant in which libraries
-results changed at all, and the largest share of its tolerance that a comparison used.
+find, and each can be told to choose as on an older one. Sums are then taken in another order and rounded otherwise, which no
+test may mind. Without paths, the files that import `tests/tolerance.py` are run. The table says for each variant in which
+libraries results changed at all, and the largest share of its tolerance that a comparison used.
 
 vLLM's own C++ kernels take no such orders: it loads the AVX512 or the AVX2 build of them by what the processor has. What it
 computes through torch follows the variants.
@@ -47,6 +47,12 @@ VARIANTS: dict[str, dict[str, str]] = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "OPENBLAS_CORETYPE": "Zen",
+    },
+    "oldest": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_CBWR": "COMPATIBLE",
+        "OPENBLAS_CORETYPE": "Prescott",
     },
 }
 """Environment variables by the variant's name."""
