@@ -106,7 +106,7 @@ def assert_near_in_norm(
 
 
 def assert_gradients_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float) -> None:
-    """Every tensor in norm. A gradient that cancels, such as that of a key's bias without positions, is a sum of what is as large
+    """Every tensor in norm. A gradient that cancels, such as that of a key's bias without positions, is a sum of terms as large
     as others': its scale is at least a hundredth of the largest norm."""
     assert found.keys() == expected.keys()
     largest = max(gradient.norm().item() for gradient in expected.values())
