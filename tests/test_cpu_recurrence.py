@@ -14,7 +14,7 @@ from mbridge_rl.megatron import cpu_recurrence
 
 LENGTH, BATCH, HEADS, GROUPS, HEAD_DIM, STATE = 21, 2, 4, 2, 3, 5
 
-# A chunk of the kernel sums over all positions before each; the recurrence adds one after the other; gradients go back alike.
+# A chunk of the kernel sums over all positions before each, the recurrence adds one after the other; gradients go back alike.
 ROUNDING = rounding(LENGTH, 2 * LENGTH)
 
 

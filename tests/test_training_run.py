@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import saboteurs
+from tolerance import assert_near, backward, forward
 
 pytest.importorskip("vllm")
 
@@ -28,13 +29,16 @@ from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE,
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.slow
 EXACT, CLOSE = ("step", "reward", "length_mean"), ("loss", "grad_norm", "entropy")
+# Of the toy model; its logits reach this after the warm-up.
+LAYERS, WIDTH, LOGITS = 2, 256, 30.0
 CURVE = ("step", "reward", "loss", "grad_norm", "entropy", "ratio_max_deviation", "kl_train_rollout", "digest")
 
 BASE: dict[str, Any] = {
     "model": {"path": "toy:qwen3", "dtype": "fp32"},
     "steps": 5,
     "layout": {"tp": 2},
-    "trainer": {"learning_rate": 1e-3, "micro_batch_size": 64},
+    # An epsilon far above the rounding of gradients, so that what is learned depends on them smoothly.
+    "trainer": {"learning_rate": 1e-3, "epsilon": 1e-4, "micro_batch_size": 64},
     "algorithm": {"group_size": 4, "entropy_coefficient": 0.01, "mini_batches": 2},
     "rollout": {"prompts_per_step": 32, "max_tokens": 3},
     "engine": {"max_model_len": 16, "max_num_seqs": 128, "kv_cache_bytes": 1 << 26},
@@ -152,9 +156,11 @@ def test_adapters_alone_travel_and_learn_what_merged_ones_do(sabotage: Path, kil
     lines = [read_lines(run.run_dir / METRICS_FILE) for run in (merged, config)]
     for expected, found in zip(*lines, strict=True):
         assert [found[name] for name in EXACT] == [expected[name] for name in EXACT]
-        assert [found[name] for name in CLOSE] == pytest.approx([expected[name] for name in CLOSE], rel=1e-4, abs=1e-6)
+        for name in CLOSE:  # each update sees the errors of those before it; losses are differences of what is of order 1
+            tolerance = 2 * found["step"] * backward(LAYERS, WIDTH)
+            assert_near(found[name], expected[name], tolerance, scale=max(1.0, expected[name]), what=name)
         assert (found["staleness_max"], found["verified"]) == (0, True)
-    assert max(line["mismatch_max"] for line in lines[1]) < 1e-4
+    assert_near(max(line["mismatch_max"] for line in lines[1]), 0.0, forward(LAYERS, WIDTH), scale=LOGITS, what="mismatch")
     assert len({line["digest"] for line in lines[1]}) == config.steps
     # Two layers of q, k, v, o, gate, up and down: rank 4, fp32, a row of A and a column of B each.
     sizes = [96 + 256, 96 + 128, 96 + 128, 256 + 96, 96 + 192, 96 + 192, 192 + 96]
@@ -249,6 +255,6 @@ def test_another_layout_goes_on_from_the_same_checkpoint(undisturbed: Path, tmp_
     expected, found = before[4], after[4]
     assert found["step_seconds"] != expected["step_seconds"]
     assert found["reward"] == expected["reward"]
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert_near(found["loss"], expected["loss"], 2 * backward(LAYERS, WIDTH), scale=1.0, what="loss")
     samples = [[line for line in read_lines(folder / SAMPLES_FILE) if line["step"] == 5] for folder in (undisturbed, run_dir)]
     assert samples[0] == samples[1]

@@ -28,6 +28,7 @@ from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
 STEPS = 3
 LAYERS, WIDTH = SIZES["num_hidden_layers"], SIZES["intermediate_size"]
 FORWARD, BACKWARD = forward(LAYERS, WIDTH), backward(LAYERS, WIDTH)
+SMOOTH = {"epsilon": 1e-3}  # far above the rounding of gradients, so that what is learned depends on them smoothly
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,7 @@ def _trainer(checkpoint: Path, layout: Layout, build: dict[str, Any], config: di
 
 
 def _supervised(rank: int, checkpoint: Path, layout: Layout, build: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    # An epsilon far above the rounding of gradients, so that what one process learns depends on them smoothly.
-    trainer, batch = _trainer(checkpoint, layout, build, {"epsilon": 1e-3, **config}), _batch()
+    trainer, batch = _trainer(checkpoint, layout, build, SMOOTH | config), _batch()
     before = trainer.compute_log_probs(batch)
     reports = [trainer.step(batch, supervised_loss) for _ in range(STEPS)]
     return {
@@ -154,7 +154,7 @@ def test_the_first_ratio_is_exactly_one_and_the_reference_stays(layout: Layout, 
 
 
 def _bf16(rank: int, checkpoint: Path, layout: Layout) -> tuple[list[float], bool]:
-    trainer, batch = _trainer(checkpoint, layout, {"dtype": torch.bfloat16}, {"micro_batch_size": 2}), _batch()
+    trainer, batch = _trainer(checkpoint, layout, {"dtype": torch.bfloat16}, {"micro_batch_size": 2, **SMOOTH}), _batch()
     before = trainer.compute_log_probs(batch).log_probs
     reports = [trainer.step(batch, supervised_loss) for _ in range(4)]
     return [report.loss for report in reports], torch.equal(before, reports[0].statistics.log_probs)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -103,6 +103,15 @@ def assert_near_in_norm(
     assert one.shape == other.shape, f"{what}: {tuple(one.shape)} is not {tuple(other.shape)}"
     size = other.norm().item() if scale is None else scale
     _assert_within((one - other).norm().item(), relative * size, f"{what or 'a tensor'}, of a norm of {size:.3g},")
+
+
+def assert_gradients_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float) -> None:
+    """Every tensor in norm. A gradient that cancels, such as that of a key's bias without positions, is a sum of terms as large
+    as others': its scale is at least a hundredth of the largest norm."""
+    assert found.keys() == expected.keys()
+    largest = max(gradient.norm().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert_near_in_norm(found[name], gradient, relative, scale=max(gradient.norm().item(), 1e-2 * largest), what=name)
 
 
 def assert_trained_near(
