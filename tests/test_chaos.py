@@ -1,4 +1,4 @@
-"""A sample of the runs of `chaos.py` (`python tests/chaos.py 200` runs them all), and what is left where processes are killed."""
+"""A sample of the runs of `chaos.py` (`python tests/chaos.py 200` runs more), and what is left where processes are killed."""
 
 from __future__ import annotations
 
