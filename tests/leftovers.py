@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,11 +27,16 @@ def orphans_adopted() -> Iterator[None]:
 
 def children() -> set[int]:
     """This process's, dead ones that nobody has waited for included."""
-    mine = str(os.getpid())
+    return children_of(os.getpid())
+
+
+def children_of(pid: int) -> set[int]:
+    """As `children`, of another process."""
+    parent = str(pid)
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if path.read_text().rpartition(")")[2].split()[1] == mine:
+            if path.read_text().rpartition(")")[2].split()[1] == parent:
                 found.add(int(path.parent.name))
         except OSError:  # it has ended meanwhile
             continue
@@ -42,6 +47,18 @@ def arenas(pids: Collection[int]) -> list[str]:
     """Shared memory of these processes that belongs to no store."""
     owners = "|".join(map(str, pids))
     return sorted(path.name for path in _SHARED_MEMORY.glob("mbridge_rl-*") if re.match(rf"mbridge_rl-({owners})-", path.name))
+
+
+def files_of(stores: str) -> list[Path]:
+    """All files of the stores whose names begin so."""
+    return sorted(_SHARED_MEMORY.glob(f"mbridge_rl-store-{stores}*"))
+
+
+def age(paths: Iterable[Path], seconds: float) -> None:
+    """Nobody has written to them for so long."""
+    for path in paths:
+        moment = path.stat().st_mtime - seconds
+        os.utime(path, (moment, moment))
 
 
 def unexpected(store: str, *, partial: bool = False) -> list[str]:
