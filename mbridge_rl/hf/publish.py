@@ -11,6 +11,7 @@ lock. What killed attempts left is removed by the next one, which holds the lock
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -18,6 +19,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from pathlib import Path
 
 from mbridge_rl.core.errors import CheckpointError
@@ -31,6 +33,7 @@ _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # this file system, or kernel, cannot exchange two directories
 _WEIGHTS = "model*.safetensors"
 _ATTEMPT_BITS = 60  # it travels as a positive int64
+_RENAME_SECONDS = 2.0  # between two renames, at most
 _INCOMPLETE, _PREVIOUS = "incomplete", "previous"
 
 
@@ -129,20 +132,22 @@ class Replacement:
 
 
 def put_back(directory: Path) -> bool:
-    """Restores a directory whose replacement was interrupted between two renames; returns whether it did.
-
-    Does nothing while somebody is saving there.
+    """Restores a directory whose replacement was interrupted between two renames, or waits a moment while somebody is between
+    them; returns whether it is there now. Where nothing can be done, nothing is raised.
     """
     directory = directory.absolute()
-    if directory.exists() or not directory.parent.is_dir() or not _leftovers(directory, _PREVIOUS):
-        return False
-    lock = SaveLock(directory.with_name(f".{directory.name}.lock"), directory)
-    if not lock.try_acquire():
-        return False
-    try:
-        _put_back(directory)
-    finally:
-        lock.release()
+    with contextlib.suppress(OSError, CheckpointError):  # such as a place where we may only read
+        if directory.exists() or not directory.parent.is_dir() or not _leftovers(directory, _PREVIOUS):
+            return directory.exists()
+        lock, deadline = SaveLock(directory.with_name(f".{directory.name}.lock"), directory), time.monotonic() + _RENAME_SECONDS
+        while not directory.exists() and time.monotonic() < deadline:
+            if lock.try_acquire():
+                try:
+                    _put_back(directory)
+                finally:
+                    lock.release()
+                break
+            time.sleep(_RENAME_SECONDS / 100)
     return directory.exists()
 
 
@@ -182,8 +187,16 @@ def _staged(directory: Path, attempt: int, what: str) -> Path:
 def _leftovers(directory: Path, what: str) -> list[Path]:
     """Of attempts to replace `directory`, of older versions of this library, too; the newest first."""
     name = re.compile(rf"\.{re.escape(directory.name)}(\.[0-9a-f]{{16}})?\.{what}")
-    found = [path for path in directory.parent.iterdir() if name.fullmatch(path.name) and not path.is_symlink()]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    with os.scandir(directory.parent) as entries:
+        found = [entry for entry in entries if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+    return [Path(entry) for entry in sorted(found, key=lambda entry: _age(entry.path))]
+
+
+def _age(path: str) -> float:
+    try:
+        return -os.stat(path).st_mtime
+    except FileNotFoundError:  # whoever is saving there has just removed it
+        return 0.0
 
 
 def _require_replaceable(directory: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.training.rewards import Problem
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -93,11 +94,17 @@ def make_checkpoint(
     import transformers
 
     config = model_config(model, num_layers=num_layers, characters=characters)
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
-        torch.manual_seed(seed)
-        network = getattr(transformers, config.architectures[0])(config)
-        network.save_pretrained(directory)
-    tokenizer(characters).save_pretrained(directory)
+    replacement = Replacement(directory)
+    replacement.begin()
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            torch.manual_seed(seed)
+            network = getattr(transformers, config.architectures[0])(config)
+            network.save_pretrained(replacement.path)
+        tokenizer(characters).save_pretrained(replacement.path)
+        replacement.publish(durable=False)
+    finally:
+        replacement.end()
     return Path(directory)
 
 
