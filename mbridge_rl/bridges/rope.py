@@ -72,8 +72,8 @@ def _by_layer(hf: ConfigReader, parameters: Mapping[str, Any], head_dim: int) ->
     kinds = sorted(set(layer_types or ()))
     if not kinds:
         raise CheckpointError(
-            f"{hf.architecture}: rope_parameters={dict(parameters)!r} has objects in it; expected numbers, since the config has "
-            "no layer_types that they could be of"
+            f"{hf.architecture}: rope_parameters={dict(parameters)!r} has objects in it; expected numbers, since the config "
+            "has no layer_types that they could be of"
         )
     if missing := [kind for kind in kinds if not isinstance(parameters.get(kind), Mapping)]:
         raise CheckpointError(f"{hf.architecture}: rope_parameters has no object for {missing[0]}, which layer_types names")
