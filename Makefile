@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 25
 
 NIGHTLY = $(addprefix tests/test_,$(addsuffix .py,training_learns training_run attached_engines plan_properties \
-	vllm_plan_refit vllm_chaos requests_in_flight cli))
+	vllm_plan_refit vllm_chaos requests_in_flight cli config_fields))
 
 # Variants of `tools/kernels.py`, for example KERNELS="zen threads-2"; all of them take hours.
 KERNELS ?=
@@ -43,7 +43,7 @@ bench: venv
 support-table: venv
 	mkdir -p runs
 	$(PYTEST) --junitxml=runs/tests.xml
-	$(BIN)/python tools/support_table.py runs/tests.xml
+	$(BIN)/python tools/support_table.py runs/tests.xml $(wildcard runs/nightly.xml)
 
 lint: venv
 	$(BIN)/ruff check --fix .

@@ -47,6 +47,10 @@ _STANDS_FOR = {
     "num_local_experts": ("num_experts", "experts"),
     "sliding_window_pattern": ("layer_types",),
     "use_sliding_window": ("layer_types",),
+    # Nemotron-H's older names
+    "mamba_n_groups": ("n_groups",),
+    "mamba_d_conv": ("conv_kernel",),
+    "mamba_conv_bias": ("use_conv_bias",),
 }
 
 Values = Callable[[Any], list[Any]]

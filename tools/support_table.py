@@ -2,6 +2,8 @@
 test ran and passed.
 
 python -m pytest --junitxml=runs/tests.xml && python tools/support_table.py runs/tests.xml
+
+A second report, of `make nightly`, has the sweep of all config fields; without it that table stays as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from families.family import Family  # noqa: E402
 
 from mbridge_rl.bridges.unsupported import UNSUPPORTED  # noqa: E402
 
-TARGETS = {"README.md": "families", "docs/models.md": "families axes notes unsupported"}
+TARGETS = {"README.md": "families", "docs/models.md": "families fields axes notes unsupported"}
 TESTED = ROOT / "mbridge_rl" / "bridges" / "tested.json"
 
 # Column -> the test of tests/test_families.py that answers it, for every family.
@@ -31,6 +33,8 @@ QUESTIONS = {
     "LoRA": "test_lora",
     "refit": "test_refit",
 }
+# What a field's other values come to, in tests/test_config_fields.py.
+FIELD_ANSWERS = ("equal", "refused", "no legal value")
 # Axis by axis, with bits and logits, for these variants of tests/test_bridge_live.py.
 AXES = ["tp2", "tp2+sp", "pp2", "pp2-uneven", "pp2xvpp2xtp2", "dp2", "cp2", "ep2", "tp2xep2xetp1", "etp2"]
 EXPERT_AXES = {"ep2", "tp2xep2xetp1", "etp2"}
@@ -43,6 +47,18 @@ def passed_tests(report: Path) -> set[str]:
         f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         for case in ElementTree.parse(report).iter("testcase")
         if not any(case.find(outcome) is not None for outcome in ("failure", "error", "skipped"))
+    }
+
+
+def swept_fields(report: Path) -> dict[str, dict[str, str]]:
+    """By variant, how many fields of its config got which answer, of every sweep that ran and passed."""
+    passed = passed_tests(report)
+    return {
+        case.get("name", "").partition("[")[2].rstrip("]"): {
+            str(item.get("name")): str(item.get("value")) for item in case.iter("property")
+        }
+        for case in ElementTree.parse(report).iter("testcase")
+        if f"test_config_fields::{case.get('name')}" in passed and case.get("name", "").startswith("test_every_field[")
     }
 
 
@@ -108,6 +124,15 @@ def axes_table(passed: set[str]) -> str:
     return markdown([["variant", *AXES], *rows])
 
 
+def fields_table(swept: dict[str, dict[str, str]]) -> str:
+    rows = [
+        [family.title, family.architecture, *(swept[family.variant].get(answer, "0") for answer in FIELD_ANSWERS)]
+        for family in FAMILIES.values()
+        if family.variant in swept
+    ]
+    return markdown([["family", "architecture", *FIELD_ANSWERS], *rows])
+
+
 def notes(_: set[str]) -> str:
     """Which questions were not asked, and why."""
     lines = [
@@ -124,12 +149,15 @@ def unsupported(_: set[str]) -> str:
 
 
 def main() -> None:
-    passed = passed_tests(Path(sys.argv[1]))
+    reports = [Path(argument) for argument in sys.argv[1:]]
+    passed = set().union(*map(passed_tests, reports))
+    swept = {variant: answers for report in reports for variant, answers in swept_fields(report).items()}
     made = {"families": families_table, "axes": axes_table, "notes": notes, "unsupported": unsupported}
+    made |= {"fields": lambda _: fields_table(swept)} if swept else {}
     TESTED.write_text(json.dumps(tested(passed), indent=1) + "\n")
     for path, sections in TARGETS.items():
         text = (ROOT / path).read_text()
-        for section in sections.split():
+        for section in [section for section in sections.split() if section in made]:
             begin, end = f"<!-- {section}: made by `make support-table` from test results -->", f"<!-- /{section} -->"
             before, _, rest = text.partition(begin)
             _, _, after = rest.partition(end)

@@ -70,10 +70,7 @@ def _attention(hf: ConfigReader) -> Block:
     rules = tuple(
         replace(rule, megatron_name=norm) if rule.megatron_name.endswith(".layer_norm_weight") else rule for rule in block.rules
     )
-    if hf.attention_bias and hf.attention_in_multiplier != 1.0:
-        raise hf.refuse(
-            "attention_bias", f"biases beside attention_in_multiplier={hf.attention_in_multiplier} are not supported"
-        )
+    hf.require("attention_bias", False)  # the factors are moved through linears, which biases are not
     scale = head_dim(hf) ** -0.5 * hf.attention_in_multiplier**2 * hf.key_multiplier
     return replace(block, rules=rules, config={**block.config, "softmax_scale": scale})
 

@@ -16,6 +16,10 @@ from mbridge_rl.core.rules import EXPERT, Axis, Part, Rule, column_parallel, rep
 
 def gpt_oss(hf: ConfigReader) -> ModelSpec:
     hf.require("attention_bias", True)
+    if hf.num_experts_per_tok == 1:
+        raise hf.refuse(
+            "num_experts_per_tok", "1, where the softmax over the chosen expert's logit says nothing; give 2 or more"
+        )
     return decoder(hf, attention(hf), _sinks(hf), _experts(hf))
 
 

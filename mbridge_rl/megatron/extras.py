@@ -170,7 +170,8 @@ def _scale_rotated(model: nn.Module, extra: RotaryScale) -> None:
 
     unrotated = model.config.no_rope_freq or [0] * model.config.num_layers
     for layer in model.decoder.layers:
-        if not unrotated[layer.layer_number - 1]:
+        # Linear attention has neither positions nor a core attention.
+        if not unrotated[layer.layer_number - 1] and hasattr(layer.self_attention, "core_attention"):
             _change_query(layer.self_attention.core_attention, scaled)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Family:
         from transformers import CONFIG_MAPPING
 
         config_class = self.classes[0] if self.classes else CONFIG_MAPPING[self.model_type]
-        config = config_class(**{**self.base, **self.config})
+        config = config_class(**copy.deepcopy({**self.base, **self.config}))  # the class writes into dictionaries
         config.architectures = [self.architecture]
         return config
 
