@@ -109,6 +109,29 @@ def test_plan_says_what_is_wrong() -> None:
     assert "Bundled names are" in fails("plan", "./no-such-model")
 
 
+def test_plan_of_an_engine_cuts_experts_with_biases(tmp_path: Path) -> None:
+    """Megatron can't, vLLM can: no advice that the options of an engine can't follow."""
+    from families import FAMILIES
+
+    FAMILIES["gpt-oss"].hf_config().save_pretrained(tmp_path)
+    trainer = ("plan", tmp_path, "--trainer", "tp=2,ep=2,etp=1")
+    estimates = [json.loads(succeeds(*trainer, "--rollout", layout, "--json"))["estimate"] for layout in ("tp=2", "tp=2,ep=2")]
+    cut, whole = (estimate["received"]["maximum"] for estimate in estimates)
+    assert cut == pytest.approx(whole, rel=0.05)  # half of the experts' bytes each, but for biases
+    said = fails(*trainer, "--rollout", "tp=1,dp=5")
+    assert "linear_fc1.weight" in said
+    assert "An engine's etp is tp*dp/ep = 1*5/1" in said
+    assert "use etp=1" in fails("plan", tmp_path, "--trainer", "tp=2")  # which is an option of a trainer
+
+
+def test_advice_about_stages_names_the_option() -> None:
+    said = fails("plan", "kimi-k2", "--trainer", "pp=4,embedding_as_layer=1")
+    assert "state the split: stages=" in said
+    assert "stage_layers" not in said
+    said = fails("inspect", "kimi-k2", "--pp", "2", "--stages", "30x2", "--first-stage-layers", "30")
+    assert "say in one way how layers are dealt: stages" in said
+
+
 def test_inspect_prints_the_table(checkpoint: Path) -> None:
     rows = {row["megatron_name"]: row for row in json.loads(succeeds("inspect", checkpoint, "--json"))["tensors"]}
     spec = AutoBridge.from_pretrained(checkpoint).spec

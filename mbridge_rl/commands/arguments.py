@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _NUMBERS = re.compile(r"(\d+)(?:x(\d+))?")
+_FIELDS_OF_STAGES = re.compile(r"\b(stage_layers|pipeline_layout)\b")  # what the option `stages` says
 _NEXT_PAIR = re.compile(r",(?=[a-z_]+=)")
 
 
@@ -44,13 +45,15 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Ends the command with one line and exit code 1 where the library says what is wrong."""
-    from mbridge_rl.core.errors import BridgeError
+    """Ends the command with one line and exit code 1 where the library says what is wrong. What it says of a layout names the
+    options of the command."""
+    from mbridge_rl.core.errors import BridgeError, LayoutError
 
     try:
         yield
     except (BridgeError, ImportError) as error:
-        Terminal(stderr=True).line(f"{type(error).__name__}: {error}")
+        message = _FIELDS_OF_STAGES.sub("stages", str(error)) if isinstance(error, LayoutError) else str(error)
+        Terminal(stderr=True).line(f"{type(error).__name__}: {message}")
         raise typer.Exit(1) from error
 
 

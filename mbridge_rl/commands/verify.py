@@ -13,6 +13,7 @@ from mbridge_rl.commands.arguments import (
     readable_errors,
     takes_layout,
 )
+from mbridge_rl.commands.verify_lengths import SHORT, Lengths, kept_positions, lengths_for, longest
 from mbridge_rl.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from mbridge_rl.core.layout import ParallelLayout
 
 _SHOWN_NAMES = 20
-_TOKENS = (2, 64)  # rows and positions that are compared
+_ROWS = 2
 
 
 @takes_layout
@@ -37,11 +38,21 @@ def verify(
     tolerance: Annotated[
         float, typer.Option(help="Of logits, absolute or relative to the largest where that is above 1.")
     ] = 1e-3,
+    max_positions: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="The longest sequence whose logits are compared: past every window and rotary switch of the config up to "
+            "here, as far as a quarter of this machine's free memory holds it.",
+        ),
+    ] = 8256,
     timeout: Annotated[float, typer.Option(help="Seconds for everything that the ranks do.")] = 3600.0,
 ) -> None:
     """Import a checkpoint on real Megatron ranks of this machine, export it, and compare: every tensor bit by bit, then logits.
 
-    The model is built in fp32, which holds bf16 and fp16 weights exactly. Exit code 0 means equal, 1 that something differs.
+    The model is built in fp32, which holds bf16 and fp16 weights exactly. Logits are compared with those of Transformers' eager
+    attention, of sequences that are longer than the config's windows and the lengths at which its positions change. Exit code 0
+    means equal, 1 that something differs.
     """
     with readable_errors():
         from mbridge_rl.bridge import AutoBridge
@@ -53,22 +64,26 @@ def verify(
         bridge.spec.validate(layout)
         opened_checkpoint(checkpoint, bridge)  # what is wrong with it is said once, not by every rank
         options = {"sequence_parallel": sequence_parallel}
-        found = launch(_on_rank, layout.world_size, checkpoint, layout, options, logits, timeout=timeout)
+        lengths = lengths_for(bridge.hf_config, min(max_positions, longest(bridge.hf_config, _free_memory())))
+        asked_lengths = lengths.lengths if logits else ()
+        found = launch(_on_rank, layout.world_size, checkpoint, layout, options, asked_lengths, timeout=timeout)
         if found is None:  # under torchrun, a rank that has nothing to report
             return
         different, found_logits = found
         rows = [_compared_tensors(len(bridge.spec.hf_shapes), different)]
-        if found_logits is not None:
-            rows.append(_compared_logits(checkpoint, bridge, found_logits, tolerance))
+        if logits:
+            rows.append(_compared_logits(checkpoint, bridge, lengths, found_logits, tolerance))
+            rows += [_left_out(lengths)] if lengths.left_out else []
     _print(checkpoint, layout, rows, different)
     if any(row["equal"] is False for row in rows):
         raise typer.Exit(1)
 
 
 def _on_rank(
-    checkpoint: Path, layout: ParallelLayout, options: dict[str, Any], logits: bool
-) -> tuple[list[str], Tensor | None] | None:
-    """On rank 0: names of the tensors that came back otherwise, and `[batch, seq, vocab]` logits."""
+    checkpoint: Path, layout: ParallelLayout, options: dict[str, Any], lengths: tuple[int, ...]
+) -> tuple[list[str], dict[int, Tensor]] | None:
+    """On rank 0: names of the tensors that came back otherwise, and the logits `[rows, kept positions, vocab]` of sequences of
+    each length."""
     import torch
     import torch.distributed as dist
 
@@ -87,10 +102,13 @@ def _on_rank(
         for hf_name, tensor in bridge.export_weights(model, dtype=torch.float32, ranks=[0])
     }
     different = [hf_name for hf_name in bridge.spec.hf_shapes if not same.get(hf_name, False)]
-    found = forward_logits(model, _tokens(bridge)) if logits else None
     last = next(other for other in range(layout.world_size) if layout.coordinates(other).pp == layout.pp - 1)
-    if logits:
-        found = _on_first_rank(found, last, (*_TOKENS, bridge.spec.vocab_size))
+    found = {}
+    for length in lengths:
+        positions = kept_positions(length)
+        logits = forward_logits(model, _tokens(bridge, length).to(_device()))
+        shape = (_rows(length), len(positions), bridge.spec.vocab_size)
+        found[length] = _on_first_rank(None if logits is None else logits[:, positions], last, shape)
     return (different, found) if rank == 0 else None
 
 
@@ -101,10 +119,28 @@ def _same_bits(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.equal(found.view(torch.int32), expected.float().view(torch.int32))
 
 
-def _tokens(bridge: AutoBridge) -> Tensor:
+def _rows(length: int) -> int:
+    return _ROWS if length <= SHORT else 1
+
+
+def _tokens(bridge: AutoBridge, length: int) -> Tensor:
+    """Random ones, none of which stands for pixels."""
     import torch
 
-    return torch.randint(0, bridge.spec.vocab_size, _TOKENS, generator=torch.Generator().manual_seed(0)).to(_device())
+    from mbridge_rl.core.extras import TextOnly
+
+    shape = (_rows(length), length)
+    tokens = torch.randint(0, bridge.spec.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    placeholders = {token for extra in bridge.spec.extras if isinstance(extra, TextOnly) for token in extra.placeholders}
+    text = next(token for token in range(len(placeholders) + 1) if token not in placeholders)
+    return tokens.masked_fill(torch.isin(tokens, torch.tensor(sorted(placeholders), dtype=tokens.dtype)), text)
+
+
+def _free_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 def _device() -> str:
@@ -128,28 +164,43 @@ def _compared_tensors(count: int, different: list[str]) -> dict[str, Any]:
     return {"what": "import, export", "equal": not different, "said": said}
 
 
-def _compared_logits(checkpoint: Path, bridge: AutoBridge, found: Tensor, tolerance: float) -> dict[str, Any]:
+def _compared_logits(
+    checkpoint: Path, bridge: AutoBridge, lengths: Lengths, found: dict[int, Tensor], tolerance: float
+) -> dict[str, Any]:
     import torch
     import transformers
 
     from mbridge_rl.hf.quantization import quantization_of
 
-    if quantization_of(bridge.hf_config):
-        said = "not compared: the checkpoint is quantized, which Transformers does not run everywhere"
-        return {"what": "logits", "equal": None, "said": said}
+    architecture = bridge.spec.architecture
+    model_class = getattr(transformers, architecture, None)
+    if quantization_of(bridge.hf_config) or model_class is None:
+        reason = f"Transformers has no {architecture}"
+        if model_class is not None:
+            reason = "the checkpoint is quantized, which Transformers does not run everywhere"
+        return {"what": "logits", "equal": None, "said": f"not compared: {reason}"}
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint, config=bridge.hf_config, dtype=torch.float32, trust_remote_code=False
-    ).eval()
-    with torch.no_grad():
-        expected = model(_tokens(bridge).cpu()).logits
-    largest, difference = expected.abs().max().item(), (found - expected).abs().max().item()
-    same_choice = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    return {
-        "what": "logits",
-        "equal": difference <= tolerance * max(1.0, largest),  # false for nan, too
-        "said": f"at most {difference:.2g} apart of up to {largest:.3g}, the same best token at {same_choice:.1%} of positions",
-    }
+    # Transformers' other attentions leave out what it passes them, such as Gemma 2's cap of scores.
+    reference = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": False}
+    model = model_class.from_pretrained(checkpoint, config=bridge.hf_config, **reference).eval()
+    largest, difference, same = 0.0, torch.zeros(()), []
+    for length, ours in found.items():
+        with torch.no_grad():
+            expected = model(_tokens(bridge, length), use_cache=False).logits[:, kept_positions(length)]
+        largest = max(largest, expected.abs().max().item())
+        difference = torch.maximum(difference, (ours - expected).abs().max())  # which passes nan on
+        same.append((ours.argmax(-1) == expected.argmax(-1)).flatten())
+    chosen = torch.cat(same).float().mean().item()
+    said = f"at most {difference:.2g} apart of up to {largest:.3g}, the same best token at {chosen:.1%} of positions; "
+    said += f"sequences of {' and '.join(f'{length:,}' for length in found)} tokens"
+    said += f", past {', '.join(map(str, lengths.covered))}" if lengths.covered else ""
+    return {"what": "logits", "equal": difference.item() <= tolerance * max(1.0, largest), "said": said}  # false for nan, too
+
+
+def _left_out(lengths: Lengths) -> dict[str, Any]:
+    what = ", ".join(map(str, lengths.left_out))
+    said = f"what begins after more tokens: {what} (--max-positions and free memory bound the sequences)"
+    return {"what": "not compared", "equal": None, "said": said}
 
 
 def _print(checkpoint: Path, layout: ParallelLayout, rows: list[dict[str, Any]], different: list[str]) -> None:

@@ -50,8 +50,22 @@ def engine_side(spec: ModelSpec, layout: ParallelLayout) -> Side:
     not the workers' own; no byte depends on them.
 
     Raises:
-        LayoutError: the model cannot be cut this way.
+        LayoutError: the model cannot be cut this way; the advice is in an engine's own sizes.
     """
+    # Megatron can't cut experts that have biases; an engine can.
+    spec = replace(spec, transformer_config={**spec.transformer_config, "add_bias_linear": False})
+    try:
+        return _engine_side(spec, layout)
+    except LayoutError as error:
+        if "etp=" not in str(error):
+            raise
+        raise LayoutError(
+            f"{error}. An engine's etp is tp*dp/ep = {layout.tp}*{layout.dp}/{layout.ep}, the ranks that share an expert: "
+            f"choose another tp or dp, or an ep that leaves fewer"
+        ) from error
+
+
+def _engine_side(spec: ModelSpec, layout: ParallelLayout) -> Side:
     heads = spec.transformer_config.get("num_attention_heads", layout.tp)
     if heads % layout.tp:
         raise LayoutError(f"{heads} attention heads do not divide by an engine's tp={layout.tp}; choose a divisor")
