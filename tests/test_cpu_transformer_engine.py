@@ -19,8 +19,8 @@ with megatron_runtime():
     from mbridge_rl.megatron.cpu_attention import DotProductAttention
     from mbridge_rl.megatron.cpu_transformer_engine import GroupedLinear, LayerNorm, LayerNormLinear, Linear, RMSNorm
 
-# Two sums that follow each other, such as a norm's and a product's or scores and weighted values, of at most 9 terms: a length.
-ROUNDING = rounding(9, 2)
+# Three sums that follow each other, such as scores, those of their exponentials, and weighted values, over 9 positions at most.
+ROUNDING = rounding(9, 3)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -317,15 +317,15 @@ def test_four_updates_a_batch_are_the_same_on_every_layout(
         for found, expected in zip(run.metrics, alone.metrics, strict=True):
             assert _others(found) == _others(expected)
             for name, value in _numbers(expected).items():
-                assert_near(found[name], value, log_prob, scale=_steepness(name) * max(1.0, abs(value)), what=name)
+                assert_near(found[name], value, log_prob, scale=_steepness(name) * (1 + abs(value)), what=name)
     gradients = ratio_gradients(torch.cat(alone.log_probs), LAYERS, WIDTH)
     for name, weight in alone.weights.items():
         assert_trained_near(ranks[0].weights[name], weight, start[name], gradients, updates=len(alone.log_probs), what=name)
 
 
 def _steepness(metric: str) -> float:
-    """How much a metric changes with the log-probabilities, relative to itself: the mean of squared ratios of whole sequences
-    by twice their length, all others by as much or less."""
+    """How much a metric changes with the log-probabilities, relative to its size and 1: the mean of squared ratios of whole
+    sequences by twice their length, all others by as much or less."""
     return 2.0 * max(LENGTHS) if metric == "chi2_sequence" else 1.0
 
 
