@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 25
 
 NIGHTLY = $(addprefix tests/test_,$(addsuffix .py,training_learns training_run attached_engines plan_properties \
-	vllm_plan_refit vllm_chaos requests_in_flight cli))
+	vllm_plan_refit vllm_chaos identity_chaos requests_in_flight cli))
 
 .PHONY: demo test nightly bench support-table venv lint clean
 
