@@ -9,9 +9,6 @@ DEMO_ARGS ?=
 TEST_WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 25
 
-NIGHTLY = $(addprefix tests/test_,$(addsuffix .py,training_learns training_run attached_engines plan_properties \
-	vllm_plan_refit vllm_chaos requests_in_flight cli config_fields))
-
 # Variants of `tools/kernels.py`, for example KERNELS="zen threads-2"; all of them take hours.
 KERNELS ?=
 
@@ -34,7 +31,7 @@ test-kernels: venv
 # Ray cluster.
 nightly: venv
 	mkdir -p runs
-	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist load --junitxml=runs/nightly.xml $(NIGHTLY)
+	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist load -m nightly --junitxml=runs/nightly.xml
 
 bench: venv
 	$(BIN)/pip install --no-deps -r benchmarks/requirements.txt

@@ -81,8 +81,10 @@ def drawn_case(seed: int, number: int) -> Case:
         draw.random(),
         draw.random(),
         draw.choice([0.0, 0.0, draw.random()]),
-        draw.choice([1, 2, 2, 3, 4]),
-        draw.random() < (0.5 if apart else 0.3),
+        draw.choice(
+            [2, 3, 3, 4] if kind == "drop" else [1, 2, 2, 3, 4]
+        ),  # slots take turns: every second commit fills the same
+        draw.random() < {"drop": 0.1, "two trainers": 0.5, "two savers": 0.5}.get(kind, 0.3),
         draw.random(),
         draw.random(),
         draw.choice([None, "stop", "stop", "kill"]),

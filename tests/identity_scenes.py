@@ -3,7 +3,6 @@ the trainer, stands still at some step meanwhile."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import time
@@ -67,7 +66,7 @@ class EngineScene:
     def _catches_up(self) -> None:
         """Versions are committed while the engine reads one of them."""
         with self._trainer(with_engine=False) as trainer:
-            trainer.commit(self._version(1))
+            self._commit_undisturbed(trainer, self._version(1))
             with self._armed():
                 call = Call(lambda: self.engine.catch_up(self.store))
                 self._until_struck(call)
@@ -81,7 +80,7 @@ class EngineScene:
 
     def _catches_up_beside_a_held_trainer(self) -> None:
         with self._trainer(with_engine=False) as trainer:
-            trainer.commit(self._version(1))
+            self._commit_undisturbed(trainer, self._version(1))
             tracer = StepTracer(self.strike)
 
             def commit() -> None:
@@ -100,7 +99,7 @@ class EngineScene:
 
     def _joins(self) -> None:
         with self._trainer(with_engine=False) as trainer:
-            trainer.commit(self._version(1))
+            self._commit_undisturbed(trainer, self._version(1))
             with self._armed():
                 self.engine.patience(self.ground.give_up)
                 call = Call(lambda: trainer.sync.add_engine(self.engine))
@@ -118,7 +117,7 @@ class EngineScene:
 
     def _commits(self) -> None:
         with self._trainer(with_engine=True) as trainer:
-            trainer.commit(self._version(1))
+            self._commit_undisturbed(trainer, self._version(1))
             errors: list[BaseException] = []
             with self._armed():
                 self.engine.patience(self.ground.give_up)
@@ -131,6 +130,17 @@ class EngineScene:
             self.outcome.said += [_brief(error) for error in errors]
             self._judge(None)
             self._require_place_in(trainer)
+
+    def _commit_undisturbed(self, trainer: Trainer, version: int) -> None:
+        """The time-outs are those of versions that are struck: a busy machine may take longer."""
+        deadline = time.monotonic() + self.ground.hang
+        while True:
+            try:
+                trainer.commit(version)
+                return
+            except BridgeError:
+                if time.monotonic() > deadline:
+                    raise
 
     def _require_place_in(self, trainer: Trainer) -> None:
         """Whatever became of the engine, it comes back, and the next version is everybody's."""
@@ -146,18 +156,18 @@ class EngineScene:
             self._fault(look.fault() or "other version", f"the other replica: {look}")
 
     def _require_recovery(self, action: Callable[[], object], version: int) -> None:
+        """What comes late of the strike, or of a busy machine, may take another attempt."""
         self.engine.patience(self.ground.hang)
-        call = Call(action)
-        with contextlib.suppress(BridgeError):  # what comes late of the strike may take one more attempt
-            call.result(self.ground.hang, "the engine's return")
-        if call.error is not None:
-            self.outcome.said.append(f"again: {_brief(call.error)}")
-            call = Call(action)
-        try:
-            call.result(self.ground.hang, "the engine's return")
-        except BridgeError as error:
-            self._fault("other", f"the engine cannot come back: {_brief(error)}")
-            return
+        deadline = time.monotonic() + self.ground.hang
+        while True:
+            try:
+                Call(action).result(self.ground.hang, "the engine's return")
+                break
+            except BridgeError as error:
+                self.outcome.said.append(f"again: {_brief(error)}")
+                if time.monotonic() > deadline:
+                    self._fault("other", f"the engine cannot come back: {_brief(error)}")
+                    return
         look = self._judge(version)
         if look.refusal:
             self._fault("other", f"the engine came back and refuses: {look.refusal}")

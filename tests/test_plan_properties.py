@@ -22,6 +22,7 @@ from mbridge_rl.core.segments import Side, hf_side, megatron_side
 
 Ranks = dict[int, dict[str, torch.Tensor]]
 NIGHTLY = "MBRIDGE_SEEDS" in os.environ
+pytestmark = [pytest.mark.nightly] if NIGHTLY else []  # there is more of these at night
 _DIGESTED = 6  # tensors of a case, chosen at random
 
 

@@ -42,6 +42,7 @@ LORA = ["lora={rank: 32, alpha: 64}", "trainer.learning_rate=3e-3"]
 WEIGHTS = {"full": [], "lora": LORA, "adapters": [*LORA, "sync.adapters=true"]}
 WAYS = {"fork": [], "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "ray": []}
 NIGHTLY = "MBRIDGE_SEEDS" in os.environ
+pytestmark = [pytest.mark.nightly] if NIGHTLY else []  # there is more of these at night
 OBJECTIVE_CHANGES = {
     "default": [],
     **{
