@@ -62,6 +62,8 @@ SCALED_ROPE = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
 }
+# Fields without which a model cannot be built, or not be tested, whatever the type.
+_KEPT_IN_ROPE = ("partial_rotary_factor", "llama_4_scaling_beta", "mrope_section", "mrope_interleaved")
 # Fields of YaRN, each another value than its default.
 YARN = {"beta_fast": 2.0, "beta_slow": 0.5, "attention_factor": 0.7, "mscale": 0.6, "mscale_all_dim": 0.9, "truncate": False}
 
@@ -271,7 +273,7 @@ def _rope_changes(present: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, A
 def _flat_rope_changes(present: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "rope_theta", {**present, "rope_theta": 55.0}
     yield "partial_rotary_factor", {**present, "partial_rotary_factor": 0.5}
-    more = {name: present[name] for name in ("partial_rotary_factor", "llama_4_scaling_beta") if name in present}
+    more = {name: present[name] for name in _KEPT_IN_ROPE if name in present}
     for rope_type, fields in SCALED_ROPE.items():
         plain = {**FLAT_ROPE, **more, "rope_type": rope_type, **fields}
         yield "rope_type", plain

@@ -109,7 +109,7 @@ class ConfigReader:
         """The reader of a config inside of this one; what it leaves unread counts as unread here."""
         if name not in self._nested:
             config, where = getattr(self, name), f"{self._where}{name}."
-            self._nested[name] = ConfigReader(config, architecture=self.architecture, where=where)
+            self._nested[name] = reader_of(config, self.architecture, where)
         return self._nested[name]
 
     def with_values(self, **values: Any) -> ConfigReader:
@@ -180,16 +180,16 @@ def _same(first: Any, second: Any) -> bool:
     return isinstance(first, bool) == isinstance(second, bool) and first == second
 
 
-def reader_of(config: Any, architecture: str) -> ConfigReader:
-    """The reader of a whole config.
+def reader_of(config: Any, architecture: str, where: str = "") -> ConfigReader:
+    """The reader of a whole config, or of the language model's inside of one, which `where` names.
 
     Raises:
         UnsupportedModelError: what no family can express: an encoder, attention to later tokens, fields that differ by layer.
         CheckpointError: it is no Transformers config.
     """
     if not dataclasses.is_dataclass(config):
-        raise CheckpointError(f"{architecture}: expected a Transformers config, found a {type(config).__name__}")
-    reader = ConfigReader(config, architecture=architecture)
+        raise CheckpointError(f"{architecture}: {where}expected a Transformers config, found a {type(config).__name__}")
+    reader = ConfigReader(config, architecture=architecture, where=where)
     reader.require("is_encoder_decoder", False)
     reader.require("is_causal", True)
     if getattr(config, "is_heterogeneous", False):
