@@ -77,6 +77,17 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: boo
     return found
 
 
+def greedy_of_engine(directory: Path, options: dict[str, Any]) -> list[Any]:
+    """What an engine of `directory` says to the prompts."""
+    from mbridge_rl.sync.vllm.engine import InProcessEngine
+
+    _know_in_process(AutoBridge.from_pretrained(directory).hf_config.architectures[0])
+    limits = {"max_model_len": 64, "max_num_seqs": 8, "dtype": "float32", **options}
+    gc.freeze()
+    with InProcessEngine(directory, **limits) as engine:
+        return _greedy(engine)
+
+
 def _know_in_process(architecture: str) -> None:
     """vLLM asks each model class what it can in a process of its own, which takes seconds; here it may be imported. An
     architecture that it does not list runs in Transformers' class."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import family_scenarios as scenarios
 import pytest
 import torch
+from families import FAMILIES
+from interpreter import Interpreter
 from published.checkpoint import checkpoint, published_config
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -22,19 +27,22 @@ from mbridge_rl.megatron.parallel_mixers import bound_time_steps
 TOKENS = torch.randint(3, 100, (1, 24), generator=torch.Generator().manual_seed(0))
 LATENT = ["moonshotai--Moonlight-16B-A3B", "zai-org--GLM-4.7-Flash"]
 MAMBA = "nvidia--NVIDIA-Nemotron-Nano-9B-v2"
+# fp32 kernels of two libraries over a few layers, as in test_families.py.
+LOGPROB_TOLERANCE = 1e-3
+STAND_INS = Path(__file__).parent / "stand_ins"  # found by the interpreter of engines only
 TOLERANCE = 1e-4  # of the logits' standard deviation, as in test_published.py
 
 
 def model_of(name: str, directory: Path) -> nn.Module:
     """One whose latents, or whose time steps, are small enough for the difference to show."""
+    return checkpoint(published_config(name), directory, change=_make_small)
 
-    def small(parameter: str, tensor: Tensor) -> None:
-        if parameter.endswith(("kv_a_proj_with_mqa.weight", "q_a_proj.weight")):
-            tensor.mul_(3e-3)
-        if parameter.endswith("dt_bias"):
-            tensor.sub_(8.0)
 
-    return checkpoint(published_config(name), directory, change=small)
+def _make_small(parameter: str, tensor: Tensor) -> None:
+    if parameter.endswith(("kv_a_proj_with_mqa.weight", "q_a_proj.weight")):
+        tensor.mul_(3e-3)
+    if parameter.endswith("dt_bias"):
+        tensor.sub_(8.0)
 
 
 def as_in_vllm(reference: nn.Module) -> None:
@@ -111,3 +119,40 @@ def test_time_steps_and_their_gradients_are_a_clamps() -> None:
     gradients = [torch.autograd.grad(steps, (projected, mixer.dt_bias), following) for steps in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Interpreter]:
+    pytest.importorskip("vllm")
+    interpreter = Interpreter(PYTHONPATH=os.pathsep.join([str(STAND_INS), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["moonlight", "nemotron-h"])
+def test_vllm_does_what_is_said(variant: str, engines: Interpreter, tmp_path: Path) -> None:
+    """An engine gives the log-probabilities of Transformers' model with the difference undone, and not of that as it is."""
+    family = FAMILIES[variant]
+    reference = family.model()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            _make_small(name, parameter)
+    reference.save_pretrained(tmp_path)
+    completions = engines.call(scenarios.greedy_of_engine, tmp_path, dict(family.engine))
+    distances = []
+    for change in (lambda _: None, as_in_vllm):
+        change(reference)
+        distances.append(max(map(_distance_to(reference), scenarios.PROMPTS, completions)))
+    assert distances[0] > 10 * LOGPROB_TOLERANCE
+    assert distances[1] < LOGPROB_TOLERANCE
+
+
+def _distance_to(reference: nn.Module) -> Callable[[list[int], Any], float]:
+    def distance(prompt: list[int], completion: Any) -> float:
+        with torch.no_grad():
+            wanted = reference(torch.tensor([prompt + completion.tokens]), use_cache=False).logits[0].float()
+        chosen = torch.log_softmax(wanted[len(prompt) - 1 : -1], -1)[range(len(completion.tokens)), completion.tokens]
+        return (chosen - torch.tensor(completion.logprobs)).abs().max().item()
+
+    return distance

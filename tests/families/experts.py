@@ -17,8 +17,11 @@ LATENT = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-# vLLM's rotary kernel for the CPU is wrong for latent attention.
-LATENT_ENGINE = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}}
+# vLLM's rotary kernel for the CPU is wrong for latent attention; its attention for processors with AMX has no fp32.
+LATENT_ENGINE = {
+    "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+    "attention_backend": "CPU_MLA",
+}
 LATENT_LORA = ("linear_kv_up_proj", "linear_proj")
 SIGMOID = {
     "n_routed_experts": 6,
