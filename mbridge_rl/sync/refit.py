@@ -10,10 +10,12 @@ streaming, they replace them as they arrive.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -114,7 +116,7 @@ class WeightSync:
         self._sinks = sinks if self._group.rank == 0 else ()
         self._generation = 0  # of the engines
         self._slot = 0  # of the two that workers on other hosts fill in turn
-        self._session = secrets.token_hex(8)  # of this trainer, on the hosts of its engines
+        self._images = secrets.token_hex(8)  # prefix of the tokens of those slots, which no other sync has
         self._planning = Stopwatch(phases.lane(self._group.rank))
         self._store = self._make_store()
         try:
@@ -288,8 +290,8 @@ class WeightSync:
             "store": self._store.name,
             "directory": str(self._store.directory),
             "temporary": self._store.temporary,
-            "session": self._session,
-            "token": f"{self._session}x{self._slot}",
+            "session": _session_of(os.getpid()),
+            "token": f"{self._images}x{self._slot}",
             "fill": new_fill(),
             "version": version,
             "fingerprint": self._route.fingerprint,
@@ -491,3 +493,10 @@ class WeightSync:
                 raise SyncError(
                     f"rank {rank} brings {theirs}, rank 0 {said[0]}: give every rank the same model, layout, dtype and options"
                 )
+
+
+@cache
+def _session_of(pid: int) -> str:
+    """Names this trainer to the stores that engines' workers fill on their own hosts (`writer_lock`). One name for all syncs of
+    a process, since an engine that takes no part in the next one keeps its lock; by pid, since forked trainers are others."""
+    return secrets.token_hex(16)
