@@ -71,27 +71,30 @@ class Actor:
     def wait(self, seconds: float) -> Answer | None:
         """The answer; `None` if there is none yet, since the process stands still, or it has ended."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        while True:
+            state = state_of(self.pid)  # before the look for an answer: what it has said until then is there
             try:
                 if self._connection.poll(0.01):
                     return self._connection.recv()
             except (EOFError, OSError):
                 return None
-            if state_of(self.pid) in ("T", "Z", ""):
-                return self._connection.recv() if self._connection.poll() and state_of(self.pid) == "T" else None
-        return None
+            if state in ("T", "Z", "") or time.monotonic() > deadline:
+                return None
 
     def require(self, seconds: float, what: str) -> Answer | None:
-        """As `wait`, of one that nothing holds up; `None` if it was killed.
+        """As `wait`, of one that nothing holds up: should it stop only now, it goes on at once. `None` if it was killed.
 
         Raises:
             Hang: there is none in time.
         """
-        go_on(self.pid)
-        answer = self.wait(seconds)
-        if answer is None and state_of(self.pid) not in ("Z", ""):
-            raise Hang(f"{what} has not answered {seconds:g} s after it could go on (state {state_of(self.pid)!r})")
-        return answer
+        deadline = time.monotonic() + seconds
+        while not self.is_dead:
+            go_on(self.pid)
+            if (answer := self.wait(0.1)) is not None:
+                return answer
+            if time.monotonic() > deadline:
+                raise Hang(f"{what} has not answered {seconds:g} s after it could go on (state {state_of(self.pid)!r})")
+        return self.wait(0.1)
 
     @property
     def is_dead(self) -> bool:
