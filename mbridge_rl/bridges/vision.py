@@ -60,11 +60,9 @@ def text_only(hf: ConfigReader) -> TextOnly:
 
 
 def language_config(hf: ConfigReader) -> ConfigReader:
-    """The language model's config as if it stood alone. Whether embeddings are tied is said outside of it."""
-    text = hf.nested("text_config")
-    return text.with_values(
-        tie_word_embeddings=hf.undeclared("tie_word_embeddings", text.undeclared("tie_word_embeddings", False))
-    )
+    """The language model's config as if it stood alone. Whether its embeddings are tied is said by the outer config, as
+    Transformers reads it: `text_config` need not have the field, and what it says has no effect."""
+    return hf.nested("text_config").with_values(tie_word_embeddings=hf.undeclared("tie_word_embeddings", False))
 
 
 @dataclass(frozen=True)
