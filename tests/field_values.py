@@ -30,7 +30,8 @@ class Change:
     @property
     def names(self) -> set[str]:
         """Any of these in an error says which field was refused."""
-        return {self.field.rpartition(".")[2], *self.values, *_STANDS_FOR.get(self.field.rpartition(".")[2], ())}
+        own = {self.field.rpartition(".")[2], *self.values}
+        return own | {other for name in own for other in _STANDS_FOR.get(name, ())}
 
     def applied(self, family: Family) -> Family:
         config = {**family.base, **family.config}

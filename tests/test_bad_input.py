@@ -126,18 +126,18 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 @pytest.mark.parametrize(
     ("architecture", "fields", "message"),
     [
-        ("Llama", {"hidden_act": "gelu_new"}, "activation 'gelu_new' is not supported; supported: silu"),
+        ("Llama", {"hidden_act": "gelu_new"}, "hidden_act: activation 'gelu_new' is not supported; supported: silu"),
         (
             "Qwen3",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
-            "rope type 'dynamic'",
+            "rope_parameters.rope_type: rope type 'dynamic'",
         ),
-        ("Ministral", {"layer_types": ["chunked_attention"] * 4}, "chunked attention .* is not supported"),
-        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ("Ministral", {"layer_types": ["chunked_attention"] * 4}, "layer_types: chunked_attention is not supported"),
+        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         (
             "Gemma3",
             {"rope_parameters": {"full_attention": YARN}, "sliding_window_pattern": 2},
-            ".* in only some layers .* for full_attention",
+            "rope_parameters.full_attention: .* in only some layers",
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_layers_of_unsupported_kinds_are_named() -> None:
     layer = {"attention": {"no_op": False, "replace_with_linear": True}, "ffn": {"no_op": True}}
     config = NemotronNasConfig(**{**DENSE, "num_hidden_layers": 1, "intermediate_size": None}, block_configs=[layer])
     config.architectures = ["DeciLMForCausalLM"]
-    with pytest.raises(UnsupportedModelError, match=r"block_configs\[0\].attention.replace_with_linear=True is not supported"):
+    with pytest.raises(UnsupportedModelError, match=r"block_configs\[0\].attention.replace_with_linear: True is not supported"):
         AutoBridge.from_config(config)
 
 

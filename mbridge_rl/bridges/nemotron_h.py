@@ -19,7 +19,7 @@ from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import column_parallel, replicated, vocabulary_parallel
 
 _LAYER = "backbone.layers.{layer}"
-_TOWERS = ("vision_model.", "vision_projector.", "mlp1.", "sound_encoder.", "sound_projection.")
+_TOWERS = ("vision_model.", "vision_projector.", "vision_final_layernorm.", "mlp1.", "sound_encoder.", "sound_projection.")
 _NORM, _MIXER = f"{_LAYER}.norm.weight", f"{_LAYER}.mixer"
 
 

@@ -135,6 +135,6 @@ FAMILIES = [
         base={},
         engine="vLLM reads fields of the checkpoints' own config that Transformers' class does not write (vision_config.args)",
         lora=MAMBA_LINEARS,
-        ignored=("vision_model.", "mlp1."),
+        ignored=("vision_model.", "vision_final_layernorm.", "mlp1."),
     ),
 ]
