@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from live import live
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import assert_same_state, hf_state, tiny_checkpoint
-from torch import Tensor, nn
+from tiny import assert_same_state, tiny_checkpoint, tiny_config
+from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.adapters import adapted_linears, adapter_spec
@@ -23,8 +22,8 @@ from mbridge_rl.hf.peft import ADAPTER_FILE
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.config import TrainerConfig
+from mbridge_rl.training.grpo import supervised_loss
 from mbridge_rl.training.lora import add_lora
-from mbridge_rl.training.objectives import supervised_loss
 from mbridge_rl.training.trainer import MegatronTrainer
 
 TOKENS = torch.randint(2, 515, (2, 12), generator=torch.Generator().manual_seed(4))
@@ -159,12 +158,8 @@ def test_some_experts_of_a_layer_are_refused_by_name(tmp_path: Path) -> None:
         AutoBridge.from_pretrained(base).adapter_config(tmp_path / "adapter")
 
 
-def test_layers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
-    base, model = tiny_checkpoint(tmp_path, "qwen3-moe")
-    assert isinstance(model, nn.Module)
-    assert json.loads((base / "config.json").read_text())["num_hidden_layers"] == 4
-    assert len(hf_state(base)) > 4
-    spec = AutoBridge.from_pretrained(base).spec
+def test_layers_that_mean_nothing_are_refused() -> None:
+    spec = AutoBridge.from_config(tiny_config("qwen3-moe")).spec
     cases: list[tuple[dict[str, Any], str]] = [
         ({"layers": {"q_proj": (1,)}}, r"'q_proj' is none of the targets linear_qkv"),
         (
