@@ -126,6 +126,7 @@ def ranks_by_pattern_act_as_merged_weights(start: Path) -> float:
         canonical=True,
         rank_pattern={"linear_proj": 5, r".*layers\.1\.self_attn\..*": 2},
         alpha_pattern={"down_proj": 9.0},
+        layers={"q_proj": (1, 2), "linear_proj": (0, 1), "linear_fc2": (3,)},
     )
     spec = AutoBridge.from_pretrained(start).spec
     model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()

@@ -23,15 +23,8 @@ from torch import Tensor, nn
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
-from mbridge_rl.core.adapters import (
-    PEFT_PREFIX,
-    adapter_spec,
-    equal_tensors,
-    factor_name,
-    fused_rows,
-    is_linear,
-    module_name,
-)
+from mbridge_rl.core.adapter_targets import is_linear, module_name
+from mbridge_rl.core.adapters import PEFT_PREFIX, adapter_spec, equal_tensors, factor_name, fused_rows
 from mbridge_rl.core.errors import CheckpointError, LayoutError, StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig

@@ -49,7 +49,9 @@ def test_tensors_keep_their_bits_and_their_order(dtype: torch.dtype) -> None:
         assert found.contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8))
 
 
-@pytest.mark.parametrize("value", [object(), Path("x"), Pair(1, 2), len, [ParallelLayout()]], ids=str)
+@pytest.mark.parametrize(
+    "value", [object(), Path("x"), Pair(1, 2), len, [ParallelLayout()]], ids=lambda value: type(value).__name__
+)
 def test_what_is_not_plain_is_not_sent(value: Any) -> None:
     with pytest.raises(SyncError, match="is not plain data"):
         dumped(value)

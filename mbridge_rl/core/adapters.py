@@ -23,24 +23,28 @@ Adapters that start from the weights themselves (PiSSA, arXiv 2404.02948; OLoRA,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from math import prod
 
 import torch
 from torch import Tensor
 
+from mbridge_rl.core.adapter_targets import (
+    AdaptedRule,
+    adapted_parts,
+    adapted_rules,
+    adapted_spec,
+    linear_name,
+    module_name,
+)
 from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.patterns import pattern_matches
 from mbridge_rl.core.rules import Axis, Part, Rule
-from mbridge_rl.core.stacked_experts import with_stacked_experts
 
 PEFT_PREFIX = "base_model.model."
-OUTPUT_LAYER = "output_layer.weight"
 _WEIGHT = ".weight"
 
 
@@ -81,98 +85,10 @@ def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
     """
     spec = adapted_spec(spec, config)
     adapted = adapted_rules(spec, config)
+    _require_stacks_in_the_same_layers(adapted)
     names = _peft_modules_of([part for one in adapted for part in one.parts])
     rules = tuple(factor for one in adapted for factor in _Factors(one, names).rules())
     return replace(spec, rules=rules, extras=(), ignored_hf_prefixes=(), aliases={})
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptedRule:
-    """A rule whose weights get adapters.
-
-    Attributes:
-        parts: those that are adapted.
-        config: of these adapters alone: uniform.
-    """
-
-    rule: Rule
-    parts: tuple[Part, ...]
-    config: LoRAConfig
-
-
-def adapted_rules(spec: ModelSpec, config: LoRAConfig) -> list[AdaptedRule]:
-    """The rules of `spec` (see `adapted_spec`) whose weights get adapters; one whose layers have different ranks or alphas
-    comes once for each of these.
-
-    Raises:
-        ValueError: the config contradicts itself, or a target or pattern names no linear of the model.
-        UnsupportedModelError: what is one tensor is given different ranks or alphas.
-    """
-    config.require_valid()
-    require_known_targets(spec, config.targets)
-    found = [
-        one
-        for rule in spec.rules
-        if (parts := adapted_parts(rule, config.targets))
-        for one in _by_layers(spec, rule, parts, config)
-    ]
-    for one in found:
-        one.config.require_valid()
-    if not config.is_uniform:
-        _require_known_patterns(spec, config)
-    return found
-
-
-def adapted_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
-    """The model whose HF linears the adapters are of: as its checkpoints are or, with `stacked_experts`, as Transformers 5 has
-    it in memory."""
-    if not config.stacked_experts:
-        return spec
-    if not any("{expert}" in rule.megatron_name for rule in spec.rules):
-        raise ValueError(f"stacked_experts: {spec.architecture} has no experts")
-    return spec if _has_stacked_experts(spec) else with_stacked_experts(spec)
-
-
-def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[Part, ...]:
-    """The parts of `rule` that get adapters; none for what is no linear's weight."""
-    if not is_linear(rule):
-        return ()
-    if any(_names(target, module_name(rule.megatron_name)) for target in targets):
-        return rule.parts
-    return tuple(part for part in rule.parts if any(_names(target, linear_name(part.hf_name)) for target in targets))
-
-
-def is_linear(rule: Rule) -> bool:
-    """Whether a rule is of a linear layer's weight, `[out, in]`; of an output layer only where it is not the embedding, too."""
-    if rule.placement != "layer" and (rule.placement, rule.megatron_name) != ("last_stage", OUTPUT_LAYER):
-        return False
-    return len(rule.shape) == 2 and rule.megatron_name.rpartition(".")[2].startswith("weight")
-
-
-def require_known_targets(spec: ModelSpec, targets: Sequence[str]) -> None:
-    """Raises ValueError where a target names nothing in the model, and UnsupportedModelError for an embedding."""
-    for target in targets:
-        if not any(adapted_parts(rule, (target,)) for rule in spec.rules):
-            _refuse_embedding(spec, target)
-            known = sorted({_last(module_name(rule.megatron_name)) for rule in spec.rules if is_linear(rule)})
-            parts = sorted({_last(linear_name(part.hf_name)) for rule in spec.rules if is_linear(rule) for part in rule.parts})
-            raise ValueError(
-                f"no layer of this model has a linear named {target}; choose from {', '.join(known)} (Megatron's) or "
-                f"{', '.join(parts)} (Hugging Face's)"
-            )
-
-
-def _refuse_embedding(spec: ModelSpec, target: str) -> None:
-    embeddings = [rule for rule in spec.rules if rule.padded and not is_linear(rule)]
-    names = {module_name(rule.megatron_name) for rule in embeddings}
-    names |= {linear_name(part.hf_name) for rule in embeddings for part in rule.parts}
-    tied = {"lm_head"} if spec.tied_embeddings else set()
-    if any(_names(target, name) for name in names | tied):
-        because = "the output layer of this model is its embedding, and " if spec.tied_embeddings else ""
-        raise UnsupportedModelError(
-            f"{target}: {because}adapters of embeddings are not supported; leave it out of the targets, or train all weights "
-            f"(without LoRA)"
-        )
 
 
 def fused_rows(rule: Rule, config: LoRAConfig, layout: ParallelLayout, at: Coordinates) -> FusedRows:
@@ -196,7 +112,7 @@ def fused_rows(rule: Rule, config: LoRAConfig, layout: ParallelLayout, at: Coord
     if len(chosen) < len(rule.parts):
         raise LayoutError(
             f"{rule.megatron_name}: {rule.axis}={shards} cuts through its {groups} groups, so its parts cannot be adapted one "
-            f"by one; adapt all of {', '.join(_last(linear_name(part.hf_name)) for part in rule.parts)}"
+            f"by one; adapt all of {', '.join(linear_name(part.hf_name).rpartition('.')[2] for part in rule.parts)}"
         )
     rows = rule.extent // shards
     begin, start, pieces = rule.axis_rank(at) * rows, 0, []
@@ -211,31 +127,6 @@ def factor_name(weight_name: str, factor: str) -> str:
     """`X.weight3` -> `X.lora_a3`."""
     module, _, last = weight_name.rpartition(".")
     return f"{module}.{factor}{last.removeprefix('weight')}"
-
-
-def module_name(weight_name: str) -> str:
-    """`X.weight`, `X.weight{expert}` -> `X`."""
-    return weight_name.rpartition(".")[0]
-
-
-def linear_name(hf_name: str) -> str:
-    """Of an HF tensor: `X.weight` -> `X`; a tensor of stacked experts, which is no module's `weight`, is a linear itself."""
-    return hf_name.removesuffix(_WEIGHT)
-
-
-def targets_of(spec: ModelSpec, modules: Set[str]) -> tuple[str, ...]:
-    """The targets that adapt the HF linears `modules`, in as few and short names as say it exactly."""
-    patterns: dict[str, set[str]] = {}
-    for instance in spec.instances:
-        if is_linear(instance.rule):
-            for part, hf_name in zip(instance.rule.parts, instance.hf_names, strict=True):
-                patterns.setdefault(linear_name(part.hf_name), set()).add(linear_name(hf_name))
-    adapted = [pattern for pattern, names in patterns.items() if names & modules]
-    of_last: dict[str, list[str]] = {}
-    for pattern in patterns:
-        of_last.setdefault(_last(pattern), []).append(pattern)
-    unique = (_last(pattern) if all(other in adapted for other in of_last[_last(pattern)]) else pattern for pattern in adapted)
-    return tuple(dict.fromkeys(unique))
 
 
 def equal_tensors(adapters: ModelSpec) -> list[tuple[str, ...]]:
@@ -256,64 +147,6 @@ def adapted_linears(spec: ModelSpec, config: LoRAConfig) -> dict[str, LoRAConfig
         for instance in replace(spec, rules=tuple(of_rule)).instances
         for part in of_rule[instance.rule].parts
     }
-
-
-def _by_layers(spec: ModelSpec, rule: Rule, parts: tuple[Part, ...], config: LoRAConfig) -> Iterator[AdaptedRule]:
-    if config.is_uniform:
-        yield AdaptedRule(rule, parts, config)
-        return
-    layers_of: dict[tuple[int, float], list[int]] = {}
-    for layer in _layers_of(spec, rule):
-        own = {
-            name: config.of_linear(name, megatron_name)
-            for megatron_name, name in _names_in_layer(rule, parts, layer, spec.num_experts or 0)
-        }
-        settings: dict[tuple[int, float], str] = {}
-        for name, one in own.items():
-            settings.setdefault((one.rank, one.alpha), name)
-        if len(settings) > 1:
-            said = ", ".join(f"{name} has rank {rank} and alpha {alpha:g}" for (rank, alpha), name in settings.items())
-            raise UnsupportedModelError(
-                f"{said}, and Megatron computes them as one linear or one list of experts "
-                f"({module_name(rule.megatron_name)}): give all of it one rank and one alpha"
-            )
-        layers_of.setdefault(next(iter(settings)), []).append(layer)
-    for (rank, alpha), layers in layers_of.items():
-        own_rule = rule if len(layers_of) == 1 else replace(rule, layers=tuple(layers))
-        yield AdaptedRule(own_rule, parts, replace(config, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={}))
-
-
-def _layers_of(spec: ModelSpec, rule: Rule) -> Sequence[int]:
-    """The layers that a rule's names count; one for what is in none."""
-    if rule.placement != "layer":
-        return (0,)
-    return range(spec.num_layers) if rule.layers is None else rule.layers
-
-
-def _names_in_layer(rule: Rule, parts: Sequence[Part], layer: int, experts: int) -> Iterator[tuple[str, str]]:
-    """The names of the Megatron linear and of each of its HF linears, for every expert."""
-    for expert in range(experts) if "{expert}" in rule.megatron_name else [0]:
-        for part in parts:
-            name = linear_name(part.hf_name).format(layer=layer, expert=expert)
-            yield module_name(rule.megatron_name).format(layer=layer, expert=expert), name
-
-
-def _require_known_patterns(spec: ModelSpec, config: LoRAConfig) -> None:
-    """Raises ValueError where a pattern matches nothing that has an adapter."""
-    names = [
-        name
-        for rule in spec.rules
-        if (parts := adapted_parts(rule, config.targets))
-        for layer in _layers_of(spec, rule)
-        for both in _names_in_layer(rule, parts, layer, spec.num_experts or 0)
-        for name in both
-    ]
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field_name):
-            if not any(pattern_matches(pattern, name) for name in names):
-                raise ValueError(
-                    f"{field_name}: {pattern!r} matches no linear that has an adapter, such as {names[1]} ({names[0]})"
-                )
 
 
 class _Factors:
@@ -419,6 +252,25 @@ class _PartAxes:
             )
 
 
+def _require_stacks_in_the_same_layers(adapted: Sequence[AdaptedRule]) -> None:
+    """Raises UnsupportedModelError where the stacks of one module are adapted in different layers: PEFT names an adapter by
+    what else of its module has one."""
+    layers_of: dict[str, dict[str, set[int] | None]] = {}
+    for one in adapted:
+        for part in one.parts:
+            if not part.hf_name.endswith(_WEIGHT):
+                known = layers_of.setdefault(module_name(part.hf_name), {})
+                layers = None if one.rule.layers is None else {*(known.get(part.hf_name) or ()), *one.rule.layers}
+                known[part.hf_name] = layers
+    for module, of_stack in layers_of.items():
+        first, *others = of_stack.items()
+        if other := next((name for name, layers in others if layers != first[1]), None):
+            raise UnsupportedModelError(
+                f"{first[0]} and {other} are adapted in different layers, and the adapters of {module} have one name in all of "
+                f"them: give both the same layers"
+            )
+
+
 def _peft_modules_of(parts: list[Part]) -> dict[str, str]:
     """Name of the module that holds each part's factors, by `hf_name`.
 
@@ -434,15 +286,3 @@ def _peft_modules_of(parts: list[Part]) -> dict[str, str]:
         for inside, hf_name in enumerate(reversed(hf_names)):
             names[hf_name] = PEFT_PREFIX + module + ".base_layer" * inside
     return names
-
-
-def _has_stacked_experts(spec: ModelSpec) -> bool:
-    return any(axis.index for rule in spec.rules for part in rule.parts for axis in part.axes)
-
-
-def _names(target: str, module: str) -> bool:
-    return target in (module, _last(module)) or ("*" in target and fnmatchcase(module, target))
-
-
-def _last(module: str) -> str:
-    return module.rpartition(".")[2]

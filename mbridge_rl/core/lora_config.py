@@ -29,6 +29,8 @@ class LoRAConfig:
     alpha: `scale` is `alpha / rank`, or `alpha / sqrt(rank)` with `rslora` (Kalajdzievski, arXiv 2312.03732).
     targets: which linears get adapters: names of Megatron linears (`linear_qkv`, `linear_fc1`, ...) or of HF linears (`q_proj`,
         which adapts that part of a fused linear alone), or patterns of their full names (`*.experts.*`).
+    layers: the decoder layers in which a target is adapted, by the target as it is in `targets` (`{"q_proj": (0, 1)}`); a
+        target that is not among them is adapted in all.
     canonical: every HF linear has its own `A`, as PEFT's; otherwise the parts of a fused linear share one.
     dora: train the magnitude of every row beside its direction.
     dropout: probability that an element of `A`'s input is dropped in training.
@@ -52,6 +54,7 @@ class LoRAConfig:
     seed: int = 0
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def scale(self) -> float:
@@ -77,10 +80,9 @@ class LoRAConfig:
         """`alpha` that gives the same scale at `peft_rank`."""
         return self.scale * (sqrt(self.peft_rank) if self.rslora else self.peft_rank)
 
-    @property
-    def is_uniform(self) -> bool:
-        """All adapters have one rank and one alpha."""
-        return not self.rank_pattern and not self.alpha_pattern
+    def targets_in(self, layer: int) -> tuple[str, ...]:
+        """The targets that are adapted in a decoder layer."""
+        return tuple(target for target in self.targets if layer in self.layers.get(target, (layer,)))
 
     def of_linear(self, *names: str) -> LoRAConfig:
         """The config of one linear, which is uniform.

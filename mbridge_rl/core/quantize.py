@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.adapters import is_linear
+from mbridge_rl.core.adapter_targets import is_linear
 from mbridge_rl.core.digest import contiguous_strides
 from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.model import ModelSpec

@@ -11,15 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 from torch import Tensor
 
-from mbridge_rl.core.adapters import (
-    PEFT_PREFIX,
-    adapted_linears,
-    adapted_rules,
-    adapted_spec,
-    equal_tensors,
-    linear_name,
-    targets_of,
-)
+from mbridge_rl.core.adapter_targets import adapted_rules, adapted_spec, linear_name, targets_of
+from mbridge_rl.core.adapters import PEFT_PREFIX, adapted_linears, equal_tensors
 from mbridge_rl.core.errors import CheckpointError, StateMismatchError, UnsupportedModelError, listed
 from mbridge_rl.core.lora_config import MAX_RANK, LoRAConfig
 from mbridge_rl.core.model import HFTensor, ModelSpec
@@ -81,9 +74,9 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
     tensors that are there.
 
     Raises:
-        CheckpointError: there is no readable adapter; UnsupportedModelError: it is more than LoRA on linears, and what,
-            or gives parts of one fused linear different ranks; StateMismatchError: it adapts modules that the model does not
-            have.
+        CheckpointError: there is no readable adapter; UnsupportedModelError: it is more than LoRA on linears, and what, gives
+            parts of one fused linear different ranks, or adapts some experts of a layer; StateMismatchError: it adapts modules
+            that the model does not have.
     """
     path = Path(directory) / ADAPTER_CONFIG
     said = read_json_object(path)
@@ -110,7 +103,9 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
     hf_names = set(adapted_spec(spec, config).hf_shapes)
     linears = {linear_name(hf_name) for hf_name in hf_names}
     if stacks:
-        modules = modules - stacks | _targeted(fields.target_parameters or (), linears & hf_names)
+        parents = {_STACK.sub(".experts", stack) for stack in stacks}
+        parameters = {name for name in linears & hf_names if name.rpartition(".")[0] in parents}
+        modules = modules - stacks | _targeted(fields.target_parameters or (), parameters)
     if base := sorted(module for module in modules if module.endswith((".base_layer.weight", ".base_layer.bias"))):
         raise UnsupportedModelError(
             f"{directory} holds weights of the base model beside adapters ({listed(base)}): save it with "
@@ -120,7 +115,8 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
         raise UnsupportedModelError(f"{directory} has adapters of embeddings, which are not supported: {listed(embeddings)}")
     if unknown := modules - linears:
         raise StateMismatchError(f"{directory} adapts what {spec.architecture} does not have: {listed(unknown)}")
-    config = replace(config, targets=targets_of(adapted_spec(spec, config), modules))
+    targets, layers = targets_of(adapted_spec(spec, config), modules)
+    config = replace(config, targets=targets, layers=layers)
     # PEFT also writes patterns that match nothing.
     config = replace(
         config,

@@ -26,16 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.adapters import (
-    AdaptedRule,
-    FusedRows,
-    adapted_rules,
-    adapted_spec,
-    adapter_spec,
-    factor_name,
-    fused_rows,
-    module_name,
-)
+from mbridge_rl.core.adapter_targets import AdaptedRule, adapted_rules, adapted_spec, module_name
+from mbridge_rl.core.adapters import FusedRows, adapter_spec, factor_name, fused_rows
 from mbridge_rl.core.lora_config import ATTENTION_TARGETS, DENSE_TARGETS, LoRAConfig
 from mbridge_rl.core.rules import Rule
 from mbridge_rl.megatron.model import unwrap

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.adapters import FusedRows, adapted_parts
+from mbridge_rl.core.adapter_targets import adapted_parts
+from mbridge_rl.core.adapters import FusedRows
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.rules import Rule
