@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import leftovers
 from identity_actors import Actor, Answer, ending
 from identity_cases import Case, Outcome
 from identity_ground import SIZES, VARIANT, Call, Ground, Look, Trainer, policy_of
@@ -21,7 +22,6 @@ from strikes import Reached, Strike, drawn, go_on
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.store import WeightStore
 
 _PAUSE = 2.0  # that somebody who stands still may hold up the other one
 _INITIAL = 0
@@ -73,7 +73,7 @@ class _Trainers:
             assert second is not None
             assert not first.error + second.error, (first, second)
             trainer.leave(self._ground.hang)
-        WeightStore(self._store).remove()
+        leftovers.remove(self._store)
         return second.reached
 
     def run(self, strike: Strike, _: Strike | None) -> None:
@@ -117,7 +117,7 @@ class _Trainers:
                 self._require(self._commit(last, 7), "a trainer that is alone")
                 last.leave(ground.hang)
         finally:
-            WeightStore(self._store).remove()
+            leftovers.remove(self._store)
 
     def _together(self, first: Actor, second: Actor) -> None:
         """Both live: each may be refused, but what its engine serves is its own."""

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import leftovers
 from identity_cases import TRAINER, Case, Outcome
 from identity_ground import Call, Ground, Hang, Look, Trainer
 from strikes import Reached, StepTracer, Strike, drawn, go_on, state_of, stepping
 
 from mbridge_rl.core.errors import BridgeError
-from mbridge_rl.sync.store import WeightStore
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "staged": {},
@@ -60,7 +60,7 @@ class EngineScene:
         finally:
             for pid in self.ground.pids.values():
                 go_on(pid)
-            WeightStore(self.store).remove()
+            leftovers.remove(self.store)
         return self.outcome
 
     def _catches_up(self) -> None:

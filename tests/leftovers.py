@@ -54,6 +54,12 @@ def files_of(stores: str) -> list[Path]:
     return sorted(_SHARED_MEMORY.glob(f"mbridge_rl-store-{stores}*"))
 
 
+def remove(stores: str) -> None:
+    """As `WeightStore.remove` does, of all stores whose names begin so: each replica's has a number more."""
+    for path in files_of(stores):
+        path.unlink(missing_ok=True)
+
+
 def age(paths: Iterable[Path], seconds: float) -> None:
     """Nobody has written to them for so long."""
     for path in paths:
