@@ -175,6 +175,7 @@ def test_the_projection_in_chunks_equals_the_dense_one(change: Any, world_size: 
 def test_the_weights_gradient_is_summed_in_fp32() -> None:
     """In bf16, chunk by chunk, the sum would lose what is smaller than a 256th of it."""
     hidden, weight, tokens, grads = _hidden_inputs(13, 13, torch.bfloat16)
+    hidden, tokens, grads = hidden.repeat(30, 1, 1), tokens.repeat(30, 1), grads.repeat(1, 30, 1)
     expected = None
     for max_elements in (1 << 20, 13):  # all at once, and one token at a time
         mine = weight.clone().requires_grad_()
