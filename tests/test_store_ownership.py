@@ -6,7 +6,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,19 @@ def commit(store: WeightStore, version: int) -> None:
     store.commit(slot, version, "feed", None)
 
 
+_children: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays() -> Iterator[None]:
+    """Also where a test fails: children wait to be told to go on."""
+    yield
+    for pid in list(_children):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    _children.clear()
+
+
 class Child:
     """A forked process that acts, says so, and then waits to be told to go on."""
 
@@ -46,6 +59,7 @@ class Child:
                 del kept
             finally:
                 os._exit(0)
+        _children.add(self.pid)
         os.read(ready[0], 1)
 
     def go_on(self) -> None:
@@ -53,7 +67,11 @@ class Child:
 
     def end(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> None:
         os.waitpid(self.pid, 0)
+        _children.discard(self.pid)
 
 
 def writing(folder: Path) -> WeightStore:
@@ -80,7 +98,7 @@ def test_a_successor_waits_for_one_who_is_about_to_end(tmp_path: Path) -> None:
     first = Child(lambda: writing(tmp_path), then=lambda: time.sleep(0.5))
     first.go_on()
     commit(WeightStore("policy", tmp_path), 2)
-    os.waitpid(first.pid, 0)
+    first.wait()
 
 
 def test_a_child_of_a_killed_trainer_does_not_keep_its_store(tmp_path: Path) -> None:
