@@ -75,7 +75,8 @@ class StepTracer:
 
     @property
     def reached(self) -> Reached:
-        return [(_place(line), times) for line, times in self._reached.items()]
+        reached = self._reached.copy()  # in one step: other threads may be counting still
+        return [(_place(line), times) for line, times in reached.items()]
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
         return self._at_line if frame.f_code.co_filename.startswith(_TRACED) else None
