@@ -220,9 +220,33 @@ def test_damaged_files_are_refused_by_their_headers(name: str, tmp_path: Path) -
 def test_an_index_that_is_none(tmp_path: Path) -> None:
     directory, _ = tiny_checkpoint(tmp_path, "llama")
     index = directory / "model.safetensors.index.json"
-    for text in ("", "[]", "{}", '{"weight_map": '):
+    wrong = {
+        "": "no JSON",
+        '{"weight_map": ': "no JSON",
+        "[]": "must hold an object with fields, found a list",
+        "{}": "weight_map: is missing",
+        '{"weight_map": {}}': "weight_map is empty",
+        '{"weight_map": ["model.safetensors"]}': "weight_map: a section is needed, found a list",
+        '{"weight_map": {"x": 3}}': r"weight_map\.x: text is needed, found 3",
+        '{"weight_map": {"x": "a", "x": "b"}}': "'x' stands twice in one object",
+        '{"weight_map": {"x": "../model.safetensors"}}': r"names the file '\.\./model\.safetensors'; only files of",
+        '{"weight_map": {"x": "/etc/passwd"}}': "names the file '/etc/passwd'; only files of",
+        '{"weight_map": {"x": "a/../../b"}}': "only files of the checkpoint's directory",
+        '{"weight_map": ' + "[" * 100_000: "nested more than 32 levels deep",
+    }
+    for text, message in wrong.items():
         index.write_text(text)
-        with pytest.raises(CheckpointError, match="is not a safetensors index"):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            Checkpoint(directory)
+        assert str(index) in str(caught.value)
+
+
+def test_a_file_that_would_wait_for_its_writer_is_refused(tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (directory / name).unlink(missing_ok=True)
+        os.mkfifo(directory / name)
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is no regular file"):
             Checkpoint(directory)
 
 

@@ -18,13 +18,14 @@ import yaml
 from hostile import NIGHTLY, ORDINARY, damaged, damaged_text, only_our_errors, seldom
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from tiny import tiny_config
 
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.adapters import adapter_spec
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.peft import ADAPTER_CONFIG, ADAPTER_FILE, open_adapter, read_lora_config
 from mbridge_rl.hf.source import open_source
 from mbridge_rl.hf.state import check_hf_state
@@ -121,7 +122,16 @@ def headers(draw: st.DrawFn) -> bytes:
 def try_header(directory: Path, content: bytes) -> None:
     (directory / "model.safetensors").write_bytes(content)
     with only_our_errors(directory):
+        found = Checkpoint(directory)
+        # What is accepted is what the format's own library makes of it.
+        expected = load_file(directory / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(bits(tensor), bits(expected[name])) for name, tensor in found.items())
         read_all(directory)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 # Adapters of PEFT.
@@ -201,7 +211,17 @@ def try_recipe(directory: Path, text: bytes) -> None:
     path.write_bytes(text)
     with only_our_errors(directory):
         run = load_run_config(path, ["steps=3"])
+        assert all(math.isfinite(number) for number in numbers(as_mapping(run)))
+        assert run.rollout.temperature > 0
+        assert min(run.runner.threads, run.engine.threads, run.rollout.max_tokens, run.algorithm.group_size) >= 1
+        assert 0 <= run.seed < 2**31
         assert parse_config(RunConfig, yaml.safe_load(yaml.safe_dump(as_mapping(run)))) == run
+
+
+def numbers(value: Any) -> list[float]:
+    """All that are inside of a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [number for item in inner for number in numbers(item)] + ([value] if isinstance(value, int | float) else [])
 
 
 # Answers of a reward service: bodies, and the bytes of HTTP.
@@ -232,7 +252,21 @@ def check_verdicts(verdicts: list[rewards.Verdict]) -> None:
 def try_answer(_: Path, body: bytes) -> None:
     with pytest.MonkeyPatch.context() as patched, only_our_errors():
         patched.setattr(rewards, "request", lambda *_, **__: Answer(200, "application/json", body))
-        check_verdicts(HTTPJudge("http://nowhere/").judge(QUESTIONS))
+        verdicts = HTTPJudge("http://nowhere/").judge(QUESTIONS)
+    check_verdicts(verdicts)
+    for verdict, reward in zip(verdicts, rewards_of(body), strict=True):
+        assert (verdict.error is None) is (type(reward) in (int, float) and -1e308 <= reward <= 1e308)
+
+
+def rewards_of(body: bytes) -> list[Any]:
+    """What the answer says, by JSON's own reading; `None` where it says nothing."""
+    try:
+        found = json.loads(body)["rewards"]
+        if len(found) == len(QUESTIONS) and isinstance(found, list) and body.count(b'"rewards"') == 1:
+            return found
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    return [None] * len(QUESTIONS)
 
 
 @st.composite

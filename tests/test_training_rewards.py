@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from reward_service import reward_service, url_of
 
 from mbridge_rl.training import toy
@@ -89,6 +95,157 @@ def test_a_service_rewards_and_its_failures_are_named() -> None:
         assert all("1 rewards for 2 completions" in (verdict.error or "") for verdict in _ask(judge, "short", "2"))
         assert all("HTTP Error 500" in (verdict.error or "") for verdict in _ask(judge, "broken", "2"))
     assert all("refused" in (verdict.error or "") for verdict in _ask(judge, "2"))
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def nonsense(problem: Problem, completion: str) -> Any:
+    if completion == "exit":
+        raise SystemExit(3)
+    if completion == "unprintable":
+        raise Unprintable
+    if completion == "long":
+        raise ValueError("[/INST]" * 100_000)
+    if completion == "hang":
+        time.sleep(3600)
+    values: dict[str, Any] = {
+        "text": "1",
+        "none": None,
+        "complex": 1j,
+        "list": [1],
+        "huge": 10**400,
+        "true": True,
+        "tensor": torch.tensor(0.5),
+    }
+    return values.get(completion, 1.0)
+
+
+def make_nonsense() -> RewardFunction:
+    return nonsense
+
+
+@pytest.mark.parametrize("completion", ["exit", "unprintable", "long", "text", "none", "complex", "list", "huge"])
+def test_whatever_a_function_does_is_a_verdict(completion: str) -> None:
+    judge = InProcessJudge(nonsense)
+    bad, good = _ask(judge, completion, "2")
+    judge.close()
+    assert good == Verdict(1.0)
+    assert bad.reward == 0.0
+    assert bad.error is not None
+    assert len(bad.error) < 600
+
+
+def test_numbers_of_every_type_are_rewards() -> None:
+    assert _ask(InProcessJudge(nonsense), "true", "tensor") == [Verdict(1.0), Verdict(0.5)]
+
+
+def test_a_function_that_hangs_costs_its_completions_and_no_more() -> None:
+    judge = InProcessJudge(nonsense, timeout=0.2)
+    found = _ask(judge, "2", "hang", "2", *["hang"] * 5, "2")
+    judge.close()
+    assert [verdict.error is None for verdict in found] == [True, False, True, *[False] * 6]
+    assert "took longer than 0.2 s; set reward.workers" in str(found[1].error)
+    assert "4 calls of the reward still hang, no more are made" in str(found[-1].error)
+
+
+def test_a_problem_that_cannot_be_sent_costs_its_own_completion() -> None:
+    problem = Problem("1+1=", "2", {"reward": lambda: 1.0})
+    judge = PoolJudge(partial(make_treacherous), workers=1, timeout=2)
+    try:
+        unsent, right = judge.judge([(problem, "2"), (Problem("1+1=", "2"), "2")])
+    finally:
+        judge.close()
+    assert "cannot be sent to a worker" in str(unsent.error)
+    assert right == Verdict(1.0)
+    cyclic: dict[str, Any] = {}
+    cyclic["itself"] = cyclic
+    (failed,) = HTTPJudge("http://127.0.0.1:9/").judge([(Problem("1+1=", "2", cyclic), "2")])
+    assert "Circular reference" in str(failed.error)
+
+
+def _read_request(connection: socket.socket) -> None:
+    """All of it: what is left unread resets the connection when it is closed."""
+    with connection.makefile("rb") as file:
+        length = 0
+        while (line := file.readline()) not in (b"\r\n", b""):
+            if line.lower().startswith(b"content-length"):
+                length = int(line.split(b":")[1])
+        file.read(length)
+
+
+@contextmanager
+def service(*sent: bytes, pause: float = 0.0) -> Iterator[str]:
+    """Takes connections, and sends these parts with pauses between them, to each; its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    _read_request(connection)
+                    for part in sent:
+                        connection.sendall(part)
+                        time.sleep(pause)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+OK = b"HTTP/1.0 200 OK\r\n\r\n"
+MISBEHAVIOUR: dict[str, tuple[tuple[bytes, ...], str]] = {
+    "no HTTP": ((b"\x16\x03\x01garbage\r\n\r\n",), "BadStatusLine"),
+    "long status": ((b"HTTP/1.1 " + b"2" * 70_000 + b"\r\n\r\n",), "LineTooLong"),
+    "many fields": ((b"HTTP/1.1 200 OK\r\n" + b"x: 1\r\n" * 300 + b"\r\n{}",), "more than 100 headers"),
+    "cut short": ((b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{",), "no JSON"),
+    "closes": ((), "RemoteDisconnected"),
+    "redirect": ((b"HTTP/1.1 302 F\r\nLocation: file:///etc/passwd\r\n\r\n",), "HTTP Error 302"),
+    "nested": ((OK + b"[" * 100_000,), "nested more than 32 levels deep"),
+    "a list": ((OK + b"[1, 0]",), "is needed, found"),
+    "text": ((OK + b'{"rewards": "10"}',), "is needed, found"),
+    "a mapping": ((OK + b'{"rewards": {"1": 2, "3": 4}}',), "is needed, found"),
+    "twice": ((OK + b'{"rewards": [1, 1], "rewards": [0, 0]}',), "stands twice"),
+    "not UTF-8": ((OK + b"\xff\xff",), "no UTF-8"),
+    "flood": ((OK, *[b" " * (1 << 20)] * 8), "more than"),
+    "markup": ((b"HTTP/1.1 500 E\r\n\r\n[/INST]",), "HTTP Error 500: [/INST]"),
+}
+
+
+@pytest.mark.parametrize("name", MISBEHAVIOUR)
+def test_a_service_that_misbehaves_costs_the_batch_its_rewards(name: str) -> None:
+    sent, message = MISBEHAVIOUR[name]
+    with service(*sent) as url:
+        found = _ask(HTTPJudge(url, timeout=60.0), "2", "3")
+    assert [verdict.reward for verdict in found] == [0.0, 0.0]
+    assert all(message in (verdict.error or "") for verdict in found), found
+
+
+@pytest.mark.parametrize("sent", [(OK, *[b" "] * 600), (*[b"x"] * 600,), (*[b"HTTP/1.1 100 Continue\r\n\r\n"] * 600,)])
+def test_a_service_that_drips_is_not_waited_for(sent: tuple[bytes, ...]) -> None:
+    """Every read has its byte in time; the whole would take a minute."""
+    threads = threading.active_count()
+    with service(*sent, pause=0.1) as url:
+        found = _ask(HTTPJudge(url, timeout=0.5), "2", "3")
+        assert all("no complete answer within 0.5 s" in (verdict.error or "") for verdict in found)
+        deadline = time.monotonic() + 60
+        while threading.active_count() > threads + 1 and time.monotonic() < deadline:  # the service's own is one
+            time.sleep(0.05)
+        assert threading.active_count() <= threads + 1, "the request's thread outlived it"
+
+
+@pytest.mark.parametrize("reward", ['"1"', "true", "[1]", "{}", "NaN", "-Infinity", "1" + "0" * 400, "null"])
+def test_one_reward_that_is_no_number_costs_its_own_completion(reward: str) -> None:
+    with service(OK + f'{{"rewards": [{reward}, 0.5]}}'.encode()) as url:
+        bad, good = _ask(HTTPJudge(url), "2", "3")
+    assert good == Verdict(0.5)
+    assert bad.reward == 0.0
+    assert bad.error
 
 
 def test_math_verify_knows_equal_expressions() -> None:

@@ -80,7 +80,6 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
     """
     path = Path(directory) / ADAPTER_CONFIG
     said = read_json_object(path)
-    fields = from_json(said, _AdapterConfig, str(path))
     if str(said.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UnsupportedModelError(
             f"{path}: init_lora_weights={shown(said['init_lora_weights'])} changed the base weights at first: save the adapter "
@@ -89,6 +88,7 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
     for name, plain in _PLAIN.items():
         if said.get(name, plain[0]) not in plain:
             raise UnsupportedModelError(f"{path}: {name}={shown(said[name])} is not supported; only {name}={plain[0]!r} is")
+    fields = from_json(said, _AdapterConfig, str(path))
     modules = {_FACTOR.sub("", name.removeprefix(PEFT_PREFIX)) for name in open_adapter(directory)}
     stacks = {module for module in modules if _STACK.search(module)}
     config = LoRAConfig(
