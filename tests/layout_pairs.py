@@ -150,7 +150,7 @@ def _config(draw: random.Random) -> Any:
         max_position_embeddings=64, tie_word_embeddings=draw.random() < 0.4, eos_token_id=None,
     )  # fmt: skip
     if family != "DeepseekV3":
-        fields["head_dim"] = draw.choice([2, 3, 4])
+        fields["head_dim"] = draw.choice([2, 4, 6])
     if family == "Qwen3Moe":
         fields |= dict(moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, mlp_only_layers=draw.choice([[], [0]]))
     if family == "DeepseekV3":

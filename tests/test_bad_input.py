@@ -49,6 +49,7 @@ def lose_a_shard(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}})
     )
+    (directory / "model.safetensors").unlink()
 
 
 QKV = "model.layers.1.self_attn.q_proj.weight"

@@ -156,12 +156,16 @@ def collectives_of_save_and_load(rank: int, directory: Path) -> list[list[tuple[
 
 
 def test_no_payload_is_communicated(tmp_path: Path) -> None:
-    """Only flags of 8 bytes, a handful, that tell whether a rank has failed."""
+    """A handful of small sums: flags that tell whether a rank has failed, the number of a save's attempt, and once in a save 8
+    bytes of digest for each tensor."""
     directory, _ = tiny_checkpoint(tmp_path, "llama")
-    for calls in run_ranks(collectives_of_save_and_load, 4, directory):
-        for of_one in calls:
-            assert 1 <= len(of_one) <= 8
-            assert set(of_one) == {("all_reduce", 8)}
+    digests = 8 * len(hf_state(directory))
+    for saved, loaded in run_ranks(collectives_of_save_and_load, 4, directory):
+        assert 1 <= len(loaded) <= 8
+        assert set(loaded) == {("all_reduce", 8)}
+        assert len(saved) <= 10
+        assert set(saved) == {("all_reduce", 8), ("all_reduce", 16), ("all_reduce", digests)}
+        assert saved.count(("all_reduce", digests)) == 1
 
 
 def load_from(rank: int, directory: Path, sources: list[Path]) -> tuple[str, bool]:

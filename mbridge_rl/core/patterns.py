@@ -54,9 +54,11 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
         if _is_simple(_parser.parse(pattern)):
             compiled = re.compile(in_peft)
             return lambda name: compiled.match(name) is not None
+        return _Walk(pattern, tree)
+    except PatternError:
+        raise
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         raise PatternError(f"{pattern[:100]!r} is no regular expression: {error}") from error
-    return _Walk(pattern, tree)
 
 
 def _is_simple(tree: Iterable[Any]) -> bool:
@@ -73,6 +75,7 @@ class _Walk:
     def __init__(self, pattern: str, tree: Any) -> None:
         self._pattern, self._tree, self._with_many = pattern, tree, 0
         self._text, self._steps = "", 0
+        self._require_supported(tree)
 
     def __call__(self, name: str) -> bool:
         self._text, self._steps = name, 0
@@ -107,7 +110,25 @@ class _Walk:
         if code in _LETTERS:
             text = self._text
             return {start + 1 for start in positions if start < len(text) and _admits(code, value, text[start])}
-        raise PatternError(f"{self._pattern[:100]!r}: {str(code).lower()} is not supported")
+        raise self._unsupported(code)
+
+    def _require_supported(self, tree: Iterable[Any]) -> None:
+        """Raises PatternError where a part of the pattern is of a kind that `_after_node` does not know."""
+        for code, value in tree:
+            if code in (op.MAX_REPEAT, op.MIN_REPEAT):
+                self._require_supported(value[2])
+            elif code is op.BRANCH:
+                for branch in value[1]:
+                    self._require_supported(branch)
+            elif code is op.SUBPATTERN and not value[1] and not value[2]:
+                self._require_supported(value[3])
+            elif code in (op.ASSERT, op.ASSERT_NOT) and value[0] == 1:
+                self._require_supported(value[1])
+            elif code is not op.AT and code not in _LETTERS:
+                raise self._unsupported(code)
+
+    def _unsupported(self, code: Any) -> PatternError:
+        return PatternError(f"{self._pattern[:100]!r}: {str(code).lower()} is not supported")
 
     def _after_repeat(self, least: int, most: int, tree: Any, positions: set[int]) -> set[int]:
         # More rounds than there are positions end where fewer do.

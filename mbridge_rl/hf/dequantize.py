@@ -49,11 +49,16 @@ class Dequantized(Mapping[str, Tensor]):
         self._tensors, self._dtype = tensors, dtype
         scales = {name for name in tensors if name.endswith((_SCALE, _SCALES, _WEIGHT_SCALE))}
         weights = (name for name in tensors if name not in scales and not name.endswith(_OF_ACTIVATIONS))
-        self._names = [name.removesuffix(_BLOCKS) for name in weights]
+        self._names = dict.fromkeys(name.removesuffix(_BLOCKS) for name in weights)
         if orphans := [name for name in scales if self._of_scale(name) not in tensors]:
             raise StateMismatchError(f"scales without weights: {listed(orphans)}; the checkpoint is incomplete ({self.scheme})")
 
+    def __contains__(self, hf_name: object) -> bool:
+        return hf_name in self._names
+
     def __getitem__(self, hf_name: str) -> Tensor:
+        if hf_name not in self._names:  # scales are none of the plain checkpoint's tensors
+            raise KeyError(hf_name)
         if hf_name + _BLOCKS in self._tensors:
             blocks, scales = self._tensors[hf_name + _BLOCKS], self._tensors[hf_name + _SCALES]
             return dequantize_mxfp4(blocks, scales, self._dtype)

@@ -49,6 +49,10 @@ class Entry(NamedTuple):
     shape: Shape
     start: int
 
+    def piece(self, first: int, shape: Shape) -> Entry:
+        """Of a run of elements of the tensor, from element `first` on, `[*shape]`."""
+        return self._replace(shape=shape, start=self.start + first * self.dtype.itemsize)
+
 
 def read_header(descriptor: int, path: Path, file: str) -> Iterator[tuple[str, Entry]]:
     """The tensors of a file in the order of their bytes, from a header that is sound: they fill the file, one after the other,

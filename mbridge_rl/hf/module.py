@@ -80,8 +80,8 @@ class HFModule(Mapping[str, Tensor]):
         ]
         if loose:
             raise StateMismatchError(
-                f"{module_name}: {listed(loose)} should be tied and is not. If they are meant to be one tensor, call its "
-                f"tie_weights() first; if not, make the bridge from the module's checkpoint, or from a config with "
+                f"{module_name}: {listed(loose)} should be tied and is not: call its tie_weights() first or, if it is meant to "
+                f"be another tensor, make the bridge from the module's checkpoint, or from a config with "
                 f"tie_word_embeddings=False"
             )
 

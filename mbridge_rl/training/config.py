@@ -377,4 +377,13 @@ def _contradictions(config: RunConfig) -> list[str]:
         ),
         "runner.address is for runner.kind=ray": config.runner.address is not None and config.runner.kind != "ray",
     }
-    return range_problems(config) + [text for text, wrong in checks.items() if wrong]
+    return range_problems(config) + [text for text, wrong in checks.items() if wrong] + _problems_of_lora(config.lora)
+
+
+def _problems_of_lora(lora: LoRAConfig | None) -> list[str]:
+    try:
+        if lora is not None:
+            lora.require_valid()
+    except ValueError as error:
+        return [f"lora: {error}"]
+    return []
