@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.megatron.parameters import live_side
+from mbridge_rl.sync.group import RankGroup
+from mbridge_rl.sync.stream import TensorStream
 
 TRANSPORTS = ("shared_memory", "collective")
 MOE = ParallelLayout(tp=2, pp=2, ep=2, etp=1)
@@ -45,6 +51,34 @@ def test_whole_tensors_reach_the_ranks_that_asked_and_no_others(bucket_bytes: in
                 assert_same_state(state, expected)
             else:
                 assert state == {}, way
+
+
+def export_again_at_once(rank: int, directory: Path, transport: str) -> dict[str, Tensor]:
+    """Rank 0 changes its weights and begins the next run while rank 1 still reads the one bucket of the first."""
+    layout = ParallelLayout(tp=2)
+    bridge, model = live(layout, directory)
+    parameters, _ = live_side(model, bridge.spec, layout, rank)
+    plan = compile_plan(bridge.spec, megatron_side(bridge.spec, layout), hf_side(bridge.spec))
+    dtypes = dict.fromkeys(plan.hf_shapes, torch.float32)
+    stream = TensorStream(plan, dtypes, RankGroup(), bucket_bytes=1 << 24, transport=transport)
+    run = stream.run(parameters)
+    first = dict([next(run)])
+    if rank == 1:
+        time.sleep(1.0)
+    first |= dict(run)
+    for parameter in model[0].parameters():
+        parameter.data.zero_()
+    again = dict(stream.run(parameters))
+    assert not any(tensor.any() for tensor in again.values())
+    stream.close()
+    return first
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_next_export_waits_for_ranks_that_still_read(transport: str, tmp_path: Path) -> None:
+    directory, _ = tiny_checkpoint(tmp_path, "llama")
+    for state in run_ranks(export_again_at_once, 2, directory, transport):
+        assert_same_state(state, hf_state(directory))
 
 
 def export_and_keep(rank: int, directory: Path) -> bool:

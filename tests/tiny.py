@@ -107,7 +107,7 @@ def assert_same_state(found: dict[str, torch.Tensor], expected: dict[str, torch.
     different = [
         name for name in expected if found[name].dtype != expected[name].dtype or not torch.equal(found[name], expected[name])
     ]
-    assert not different
+    assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:8]}"
 
 
 @cache

@@ -2,6 +2,8 @@
 whoever receives copies whole tensors out. No collective carries weights.
 
 Two slots alternate. The one small all-reduce per bucket says that a slot is full, and also that the other one has been read.
+The one before the first bucket of a run says that every rank has read the last bucket of the run before: it may lie in the slot
+that the first bucket is written to.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class HostMemoryExchange:
     def run(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields `(hf_name, tensor)` on the ranks that receive, nothing on the others."""
         assembly = Assembly(torch.device("cpu"))
+        self._group.barrier()
         for index, bucket in enumerate(self._buckets):
             with self._group.together():
                 self._write(index, live)
