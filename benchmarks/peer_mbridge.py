@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mbridge_rl.megatron.runtime import megatron_runtime
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 
 
 def peer_bridge(hf_config: Any) -> Any:

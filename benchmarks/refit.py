@@ -52,11 +52,11 @@ from mbridge_rl.bridges import model_spec  # noqa: E402
 from mbridge_rl.core.layout import ParallelLayout  # noqa: E402
 from mbridge_rl.core.plan import compile_plan  # noqa: E402
 from mbridge_rl.core.segments import hf_side, megatron_side  # noqa: E402
+from mbridge_rl.distributed.group import RankGroup  # noqa: E402
+from mbridge_rl.distributed.stream import TensorStream  # noqa: E402
 from mbridge_rl.megatron.parameters import live_side  # noqa: E402
-from mbridge_rl.sync.group import RankGroup  # noqa: E402
-from mbridge_rl.sync.refit import SyncReport, WeightSync  # noqa: E402
-from mbridge_rl.sync.stream import TensorStream  # noqa: E402
-from mbridge_rl.sync.worker import merged_report  # noqa: E402
+from mbridge_rl.sync.weight_sync import SyncReport, WeightSync  # noqa: E402
+from mbridge_rl.sync.worker.payload_receiver import merged_report  # noqa: E402
 
 SIZES = {
     "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 34,

@@ -32,8 +32,8 @@ from mbridge_rl.training import (
     launch,
     mismatch_metrics,
     supervised_loss,
-    toy,
 )
+from mbridge_rl.training.rollout import toy
 
 PROMPTS, GROUP = 50, 16
 

@@ -17,16 +17,16 @@ from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.saving import save_together
+from mbridge_rl.distributed.stream import TensorStream, Transport
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.peft import adapter_file, open_adapter, read_lora_config, require_loadable, write_lora_config
 from mbridge_rl.hf.state import check_hf_state
 from mbridge_rl.hf.writer import StagingDirectory
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.saving import save_together
-from mbridge_rl.sync.stream import TensorStream, Transport
 
 if TYPE_CHECKING:
-    from mbridge_rl.megatron.adapters import LiveAdapters
+    from mbridge_rl.megatron.lora.adapter_side import LiveAdapters
 
 Source = str | Path | Mapping[str, Tensor]
 
@@ -43,7 +43,7 @@ class LiveAdapterBridge:
     """
 
     def __init__(self, base: ModelSpec, model: Sequence[nn.Module], group: RankGroup | None = None) -> None:
-        from mbridge_rl.megatron.adapters import live_adapter_side, lora_config_of
+        from mbridge_rl.megatron.lora.adapter_side import live_adapter_side, lora_config_of
         from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
         self._base, self._group = base, group or RankGroup()

@@ -23,6 +23,12 @@ from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
 from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.importing import import_stream
+from mbridge_rl.distributed.rank_files import Weights, held
+from mbridge_rl.distributed.saving import save_together
+from mbridge_rl.distributed.stream import DEFAULT_BUCKET_BYTES, TensorStream, Transport
+from mbridge_rl.distributed.verify import Digests, differing, digests_of_model, digests_of_side
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.config import copy_companions, load_config, local_directory, save_config
 from mbridge_rl.hf.module import HFModule
@@ -33,12 +39,6 @@ from mbridge_rl.hf.state import Contiguous
 from mbridge_rl.hf.tied import untied
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
 from mbridge_rl.quantized_bridge import LiveQuantizedBridge
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.importing import import_stream
-from mbridge_rl.sync.rank_files import Weights, held
-from mbridge_rl.sync.saving import save_together
-from mbridge_rl.sync.stream import DEFAULT_BUCKET_BYTES, TensorStream, Transport
-from mbridge_rl.sync.verify import Digests, differing, digests_of_model, digests_of_side
 
 if TYPE_CHECKING:
     from mbridge_rl.megatron.parameters import LiveParameters
@@ -191,7 +191,7 @@ class AutoBridge:
             CheckpointError, StateMismatchError: on all ranks: the source or the model does not match; checked before anything
                 is written. A file that becomes unreadable while it is read leaves an incomplete model; the error says so.
         """
-        from mbridge_rl.megatron.adapters import require_replaceable_base
+        from mbridge_rl.megatron.lora.adapter_side import require_replaceable_base
         from mbridge_rl.megatron.parameters import layout_of
 
         if source is not None and not isinstance(source, str | Path | Mapping | nn.Module):
@@ -236,7 +236,7 @@ class AutoBridge:
             StateMismatchError: on all ranks: an unknown or repeated tensor, one of another shape or not floating point, or an
                 end before all have arrived. Whatever the stream itself raises comes out, too.
         """
-        from mbridge_rl.megatron.adapters import require_replaceable_base
+        from mbridge_rl.megatron.lora.adapter_side import require_replaceable_base
         from mbridge_rl.megatron.parameters import layout_of
 
         group = RankGroup()
@@ -483,7 +483,7 @@ class AutoBridge:
         LiveAdapterBridge(self.spec, model).save(directory, base, dtype=dtype, durable=durable)
 
     def adapter_config(self, directory: str | Path) -> LoRAConfig:
-        """What `training.lora.add_lora` needs to attach the PEFT adapter of `directory` before `load_adapter`.
+        """What `megatron.lora.attach.add_lora` needs to attach the PEFT adapter of `directory` before `load_adapter`.
 
         Raises:
             CheckpointError, UnsupportedModelError, StateMismatchError: see `hf.peft.read_lora_config`.

@@ -58,7 +58,7 @@ def demo(
     No GPU is needed; the trainer runs on tp x pp (x ep) processes of this machine.
     """
     from mbridge_rl.core.errors import BridgeError
-    from mbridge_rl.training.demo import DemoOptions, run_demo
+    from mbridge_rl.training.run.demo import DemoOptions, run_demo
 
     options = DemoOptions(run_dir, model.value, tp=tp, pp=pp, ep=ep, lora=lora, steps=steps, seed=seed)
     try:

@@ -13,11 +13,11 @@ from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.quantize import Fp8, quantized_spec
 from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.live_fp8 import QuantizedLive, quantization_config
+from mbridge_rl.distributed.saving import save_together
+from mbridge_rl.distributed.stream import TensorStream, Transport
 from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_files
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.quantized import QuantizedLive, quantization_config
-from mbridge_rl.sync.saving import save_together
-from mbridge_rl.sync.stream import TensorStream, Transport
 
 
 class LiveQuantizedBridge:

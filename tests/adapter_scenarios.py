@@ -16,10 +16,10 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.adapters import PEFT_PREFIX, adapted_linears, adapter_spec
 from mbridge_rl.core.buckets import offsets
 from mbridge_rl.core.digest import combine, digest
+from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.core.lora_config import LoRAConfig
-from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
-from mbridge_rl.sync.vllm.engine import InProcessEngine
+from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
 from mbridge_rl.sync.vllm.extension import EXTENSION
 
 OPTIONS = {"max_model_len": 64, "max_num_seqs": 8, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}

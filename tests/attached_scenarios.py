@@ -20,18 +20,18 @@ from tiny import hf_state, logit_scale, tiny_checkpoint
 from tolerance import assert_near, forward
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import EngineUnusable, SyncError, TransferTimeout
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.errors import EngineUnusable, SyncError, TransferTimeout
-from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
-from mbridge_rl.sync.vllm import worker_calls
-from mbridge_rl.sync.vllm.adapters import AdapterSlots
-from mbridge_rl.sync.vllm.attached import AttachedEngine
-from mbridge_rl.sync.vllm.completions import sampling
-from mbridge_rl.sync.vllm.engine import InProcessEngine
+from mbridge_rl.sync.vllm.engines.attached import AttachedEngine
+from mbridge_rl.sync.vllm.engines.completions import sampling
+from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
+from mbridge_rl.sync.vllm.engines.server import ServerEngine
 from mbridge_rl.sync.vllm.extension import EXTENSION
-from mbridge_rl.sync.vllm.server import ServerEngine
+from mbridge_rl.sync.vllm.lora.adaptable_engine import AdapterSlots
+from mbridge_rl.sync.vllm.worker import calls as worker_calls
+from mbridge_rl.sync.weight_sync import WeightSync
 
 SIZES = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
 LIMITS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4}
@@ -232,7 +232,7 @@ def async_llm(model_dir: Path, **options: Any) -> Any:
 
 def started_async_engine(model_dir: Path, **options: Any) -> Any:
     """With an event loop in a thread; `close` ends the engine, too."""
-    from mbridge_rl.sync.vllm.async_engine import AsyncEngine
+    from mbridge_rl.sync.vllm.engines.async_engine import AsyncEngine
 
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
     loop = asyncio.new_event_loop()
@@ -273,13 +273,13 @@ def refit_from_megatron(rank: int, directory: Path, start_engine: Callable[[], A
 
 
 async def of_async_llm(directory: Path) -> None:
-    from mbridge_rl.sync.vllm.async_engine import AsyncEngine
+    from mbridge_rl.sync.vllm.engines.async_engine import AsyncEngine
 
     llm = async_llm(directory / "A", **LIMITS)
     engine = await AsyncEngine.connect(llm)
     assert await asyncio.to_thread(lambda: engine.weight_version) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mbridge_rl.sync.vllm.async_engine._LOOP_SECONDS", 0.2)
+        patch.setattr("mbridge_rl.sync.vllm.engines.async_engine._LOOP_SECONDS", 0.2)
         with pytest.raises(SyncError, match="A sync must not run on it"):
             greedy(engine)
     await asyncio.to_thread(is_refitted_exactly, engine, directory, str(directory / "files"))
@@ -427,7 +427,7 @@ def a_killed_ray_actor_with_two_workers(directory: Path) -> None:
 
 
 def _ray_engine_of_two(directory: Path) -> Any:
-    from mbridge_rl.sync.vllm.ray_actor import RayEngine
+    from mbridge_rl.sync.vllm.engines.ray_actor import RayEngine
 
     options: dict[str, Any] = {"num_cpus": 0}
     arguments: dict[str, Any] = {**LIMITS, "kv_cache_bytes": 1 << 26, "tensor_parallel_size": 2}
@@ -456,8 +456,8 @@ def _in_shared_memory(pid: int) -> set[Path]:
 
 
 def a_ray_actor(directory: Path) -> None:
-    from mbridge_rl.sync.errors import EngineProcessError
-    from mbridge_rl.sync.vllm.ray_actor import RayEngine
+    from mbridge_rl.core.errors import EngineProcessError
+    from mbridge_rl.sync.vllm.engines.ray_actor import RayEngine
 
     make_checkpoints(directory)
     ray = start_ray()

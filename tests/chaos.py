@@ -50,8 +50,8 @@ from children import fork
 from standin import RemoteEngine, serve, served
 from starving import starved_together
 
-from mbridge_rl.sync.errors import EngineUnusable
-from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.core.errors import EngineUnusable
+from mbridge_rl.sync.store.weight_store import WeightStore
 
 BOUND_WAITS = 4.0  # from the strike to every survivor's verdict: its own wait, and those for whoever waits for it
 

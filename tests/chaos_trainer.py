@@ -18,13 +18,12 @@ from standin import RemoteEngine, light_model, random_weights, set_weights
 from starving import starved
 from torch import Tensor
 
-from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.core.errors import BridgeError, RanksUnreachable, SyncError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import RanksUnreachable, SyncError
-from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.transports.files import FilesOutlet
 from mbridge_rl.sync.transports.process_group import GroupOutlet
 from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
+from mbridge_rl.sync.weight_sync import WeightSync
 
 WAYS = [("staged", "shared_memory"), ("streaming", "shared_memory"), ("staged", "process_group"),
         ("streaming", "process_group"), ("staged", "files")]  # fmt: skip

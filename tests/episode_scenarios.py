@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mbridge_rl.sync.vllm.engine import InProcessEngine
-from mbridge_rl.training import toy
-from mbridge_rl.training.episodes import Episode, EpisodeRunner, SamplingConfig
-from mbridge_rl.training.rewards import Problem
+from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.rollout.episodes import Episode, EpisodeRunner, SamplingConfig
+from mbridge_rl.training.rollout.rewards import Problem
 
 SAMPLING = SamplingConfig(max_tokens=20, seed=1, stop=("+",), max_turns=3, max_context=28)
 

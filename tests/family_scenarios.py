@@ -30,7 +30,7 @@ def there_and_back(rank: int, directory: Path, layout: ParallelLayout, tokens: T
 
 def adapted_logits(rank: int, directory: Path, targets: tuple[str, ...], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits with random adapters and without; the merged checkpoint is saved."""
-    from mbridge_rl.training.lora import LoRAConfig, adapted_modules, add_lora
+    from mbridge_rl.megatron.lora.attach import LoRAConfig, adapted_modules, add_lora
 
     initialize_parallel(ParallelLayout())
     bridge = AutoBridge.from_pretrained(directory)
@@ -47,8 +47,8 @@ def adapted_logits(rank: int, directory: Path, targets: tuple[str, ...], tokens:
 
 def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: bool = False) -> list[Any]:
     """Megatron and vLLM in one process: an engine of checkpoint A is refitted to B and compared with an engine of B."""
-    from mbridge_rl.sync.refit import WeightSync
-    from mbridge_rl.sync.vllm.engine import InProcessEngine
+    from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
+    from mbridge_rl.sync.weight_sync import WeightSync
 
     _know_in_process(AutoBridge.from_pretrained(directory / "A").hf_config.architectures[0])
     limits = {"max_model_len": 64, "max_num_seqs": 8, "dtype": "float32", **options}
@@ -79,7 +79,7 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: boo
 
 def greedy_of_engine(directory: Path, options: dict[str, Any]) -> list[Any]:
     """What an engine of `directory` says to the prompts."""
-    from mbridge_rl.sync.vllm.engine import InProcessEngine
+    from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
 
     _know_in_process(AutoBridge.from_pretrained(directory).hf_config.architectures[0])
     limits = {"max_model_len": 64, "max_num_seqs": 8, "dtype": "float32", **options}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.engine_side import WorkerDescription
-from mbridge_rl.sync.vllm.tracer import trace_load_weights
+from mbridge_rl.sync.payload.engine_side import WorkerDescription
+from mbridge_rl.sync.vllm.worker.tracer import trace_load_weights
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"experts\.(\d+)\.(gate|up|down)_proj\.weight$")

@@ -33,8 +33,8 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.vllm.engine import InProcessEngine
-from mbridge_rl.sync.vllm.source import MegatronWeightSource, start_trainer
+from mbridge_rl.integrations.vllm_source import MegatronWeightSource, start_trainer
+from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
 
 SIZES = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2}
 PROMPTS = [[5, 9, 33, 100, 514], [1, 2, 3]]

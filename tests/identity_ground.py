@@ -20,12 +20,11 @@ from struck_engine import StruckProcess, sha256_of
 from tiny import hf_state, tiny_checkpoint
 from torch import Tensor
 
-from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.core.errors import BridgeError, EngineUnusable
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import EngineUnusable
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.serving import Serving
-from mbridge_rl.sync.worker import ShardReceiver
+from mbridge_rl.sync.weight_sync import WeightSync
+from mbridge_rl.sync.worker.payload_receiver import ShardReceiver
+from mbridge_rl.sync.worker.serving_state import Serving
 
 VARIANT = "qwen3"
 SIZES = {"hidden_size": 64, "head_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -23,10 +23,10 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
-from mbridge_rl.sync import packing
-from mbridge_rl.sync.engine_side import WorkerDescription, engine_side, local_dtypes
-from mbridge_rl.sync.packer import Packer
-from mbridge_rl.sync.route import Route, WorkerRoute, fingerprint_of, plan_route
+from mbridge_rl.sync.payload import packing
+from mbridge_rl.sync.payload.engine_side import WorkerDescription, engine_side, local_dtypes
+from mbridge_rl.sync.payload.route import Route, WorkerRoute, fingerprint_of, plan_route
+from mbridge_rl.sync.trainer.packer import Packer
 
 _ENGINES_PER_MODEL = 5
 _TRAINERS_PER_ENGINE = 20

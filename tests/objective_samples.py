@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.grpo import grpo_loss
-from mbridge_rl.training.logprobs import TokenStatistics
 from mbridge_rl.training.objectives.config import GRPOConfig
+from mbridge_rl.training.objectives.loss import grpo_loss
 from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
+from mbridge_rl.training.trainer.logprobs import TokenStatistics
 
 GROUP = 4
 LENGTHS = [3, 9, 1, 5, 7, 2, 8, 4, 6, 6, 1, 3]

@@ -62,7 +62,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def _import_megatron() -> None:
-    from mbridge_rl.megatron.runtime import megatron_runtime
+    from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 
     with megatron_runtime():
         for name in _IMPORTED_BEFORE_THE_FORK:

@@ -17,11 +17,11 @@ from torch import Tensor
 from mbridge_rl.core.digest import combine, digest
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.report import SyncReport
+from mbridge_rl.sync.payload.compatibility import config_summary
+from mbridge_rl.sync.record.report import SyncReport
 from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
-from mbridge_rl.sync.vllm.compatibility import config_summary
-from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine
+from mbridge_rl.sync.vllm.engines.in_process import Completion, InProcessEngine
+from mbridge_rl.sync.weight_sync import WeightSync
 
 PROMPTS = [[5, 9, 33, 100, 514], [11, 22, 33, 44, 55, 66, 77, 514], [400]]
 FAMILIES = ("qwen3", "llama_tied", "qwen2_tied", "qwen3_moe")

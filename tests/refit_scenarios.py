@@ -30,10 +30,10 @@ from refit_engines import (
     without_versions,
 )
 
+from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, EngineUnusable, SyncError
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, EngineUnusable, SyncError
-from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine, init_info
-from mbridge_rl.sync.vllm.loading import _LayerwiseLoader
+from mbridge_rl.sync.vllm.engines.in_process import Completion, InProcessEngine, init_info
+from mbridge_rl.sync.vllm.worker.loading import _LayerwiseLoader
 
 
 def refit_equals_fresh_engine(directory: Path, family: str) -> list[Completion]:

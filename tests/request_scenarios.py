@@ -9,11 +9,11 @@ from typing import Any
 from standin import light_model
 from tiny import hf_state, tiny_checkpoint
 
+from mbridge_rl.core.errors import TransferTimeout
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.engine_side import WorkerDescription, kept_bytes
-from mbridge_rl.sync.errors import TransferTimeout
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.vllm.engine import Completion, InProcessEngine
+from mbridge_rl.sync.payload.engine_side import WorkerDescription, kept_bytes
+from mbridge_rl.sync.vllm.engines.in_process import Completion, InProcessEngine
+from mbridge_rl.sync.weight_sync import WeightSync
 
 SIZES = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
 PROMPT = [5, 9, 33, 100, 514]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mbridge_rl.training.rewards import Problem, exact_match
+from mbridge_rl.training.rollout.rewards import Problem, exact_match
 
 FOLDER = "SABOTAGE_FOLDER"
 CALLS_PER_STEP = 32 * 4
@@ -37,7 +37,7 @@ def engine_pids() -> list[int]:
     return [
         pid
         for pid in _processes()
-        if (_parent(pid) == os.getpid() and "mbridge_rl.sync.vllm.process" in _command(pid))
+        if (_parent(pid) == os.getpid() and "mbridge_rl.sync.vllm.engines.process" in _command(pid))
         or (_command(pid).startswith("ray::EngineActor") and _parent(pid) == os.getppid())
     ]
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mbridge_rl.sync.vllm.engine import Completion
+from mbridge_rl.sync.vllm.engines.in_process import Completion
 
 Writer = Callable[[list[int], int], int]
 """The next token after a context, for a seed."""

@@ -15,7 +15,7 @@ from mbridge_rl.core.layout import ParallelLayout
 
 
 def passes_of_all_ranks(directory: Path, layout: ParallelLayout) -> None:
-    importlib.import_module("mbridge_rl.sync.vllm.source")
+    importlib.import_module("mbridge_rl.integrations.vllm_source")
     importlib.import_module("vllm.distributed.weight_transfer.nccl_engine")
     ranks = run_ranks(passes, layout.world_size, directory, layout, timeout=180)
     expected = hf_state(directory)
@@ -39,7 +39,7 @@ def passes(rank: int, directory: Path, layout: ParallelLayout) -> dict[str, Any]
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
-    from mbridge_rl.sync.vllm.source import MegatronWeightSource, start_trainer
+    from mbridge_rl.integrations.vllm_source import MegatronWeightSource, start_trainer
 
     bridge, model = live(layout, directory)
     found: dict[str, Any] = {}

@@ -24,21 +24,21 @@ from torch import Tensor, nn
 
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
+from mbridge_rl.core.errors import EngineMismatch, EngineProcessError, EngineUnusable, SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
-from mbridge_rl.sync.engine_side import alike
-from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, EngineUnusable, SyncError
-from mbridge_rl.sync.host import machine_id
-from mbridge_rl.sync.joining import live_update
-from mbridge_rl.sync.serving import Serving
-from mbridge_rl.sync.store import WeightStore
-from mbridge_rl.sync.timeline import Stopwatch
-from mbridge_rl.sync.vllm.compatibility import require_same_config
-from mbridge_rl.sync.vllm.worker_calls import described, rebuilt
-from mbridge_rl.sync.watch import UpdateWatch
-from mbridge_rl.sync.worker import ShardReceiver, merged_report
+from mbridge_rl.distributed.host import machine_id
+from mbridge_rl.sync.payload.compatibility import require_same_config
+from mbridge_rl.sync.payload.engine_side import alike
+from mbridge_rl.sync.record.timeline import Stopwatch
+from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.trainer.joining import live_update
+from mbridge_rl.sync.vllm.worker.calls import described, rebuilt
+from mbridge_rl.sync.worker.payload_receiver import ShardReceiver, merged_report
+from mbridge_rl.sync.worker.serving_state import Serving
+from mbridge_rl.sync.worker.update_watch import UpdateWatch
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 131}
 

@@ -15,9 +15,10 @@ import torch
 from strikes import Reached, StepTracer, Strike, start, stepping
 from torch import Tensor
 
-from mbridge_rl.sync.vllm import process, worker_calls
-from mbridge_rl.sync.vllm.engine import InProcessEngine
-from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.sync.vllm.engines import process
+from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
+from mbridge_rl.sync.vllm.engines.process import EngineProcess
+from mbridge_rl.sync.vllm.worker import calls as worker_calls
 
 ENGINE = "engine"  # the process that drives the workers, as a victim; a worker is its rank
 
@@ -140,7 +141,7 @@ def _inner(worker: Any) -> Any:
 if __name__ == "__main__":
     import struck_engine
 
-    from mbridge_rl.sync.vllm import engine
+    from mbridge_rl.sync.vllm.engines import in_process as engine
 
     engine.InProcessEngine = struck_engine.StruckEngine  # type: ignore[misc]
     process.main()

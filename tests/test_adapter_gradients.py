@@ -20,14 +20,14 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.adapters import adapter_spec
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.core.lora_config import LoRAConfig
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
+from mbridge_rl.megatron.lora.attach import add_lora
+from mbridge_rl.megatron.lora.dropout import drop, seed_dropout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.megatron.runtime import megatron_runtime
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.gradients import hf_gradients
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.lora import add_lora
-from mbridge_rl.training.lora_dropout import drop, seed_dropout
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.gradients import hf_gradients
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 DENSE, MOE, MIXTRAL, MLA = "qwen2", "qwen3-moe", "mixtral", "deepseek"
 SP: dict[str, Any] = {"sequence_parallel": True}

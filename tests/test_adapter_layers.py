@@ -20,11 +20,11 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.hf.peft import ADAPTER_FILE
 from mbridge_rl.megatron.forward import forward_logits
+from mbridge_rl.megatron.lora.attach import add_lora
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.config import TrainerConfig
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.lora import add_lora
-from mbridge_rl.training.trainer import MegatronTrainer
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.run.config import TrainerConfig
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer
 
 TOKENS = torch.randint(2, 515, (2, 12), generator=torch.Generator().manual_seed(4))
 # fp32 sums of four layers in another order, on logits of about 1

@@ -33,12 +33,12 @@ from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.hf.peft import ADAPTER_CONFIG, ADAPTER_FILE, read_lora_config
 from mbridge_rl.megatron.forward import forward_logits
+from mbridge_rl.megatron.lora.attach import adapted_modules, adapters_disabled, add_lora
+from mbridge_rl.megatron.lora.layers import expand
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.lora import adapted_modules, adapters_disabled, add_lora
-from mbridge_rl.training.lora_layers import expand
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

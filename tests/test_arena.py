@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from mbridge_rl.core.buckets import ALIGNMENT, aligned
-from mbridge_rl.sync import arena
-from mbridge_rl.sync.arena import Arena, remove_stale
-from mbridge_rl.sync.errors import ArenaError
+from mbridge_rl.core.errors import ArenaError
+from mbridge_rl.distributed import arena
+from mbridge_rl.distributed.arena import Arena, remove_stale
 
 _READ_AND_SPOIL = """
 import sys, torch
-from mbridge_rl.sync.arena import Arena
+from mbridge_rl.distributed.arena import Arena
 arena = Arena.attach(sys.argv[1], int(sys.argv[2]))
 tensor = arena.view(64, (3, 7), torch.bfloat16)
 total = tensor.float().sum().item()

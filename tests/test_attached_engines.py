@@ -26,11 +26,11 @@ from ranks import run_ranks
 from test_vllm_adapters import ENGINE, adapt_in_turn
 from tiny import tiny_checkpoint
 
+from mbridge_rl.core.errors import EngineProcessError, SyncError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import EngineProcessError, SyncError
-from mbridge_rl.sync.vllm.async_engine import AsyncEngine
-from mbridge_rl.sync.vllm.server import ServerEngine
-from mbridge_rl.training.lora import LoRAConfig
+from mbridge_rl.megatron.lora.attach import LoRAConfig
+from mbridge_rl.sync.vllm.engines.async_engine import AsyncEngine
+from mbridge_rl.sync.vllm.engines.server import ServerEngine
 
 ENVIRONMENT = {"VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 START_SECONDS = 300.0

@@ -16,8 +16,8 @@ from chaos import run
 from chaos_trainer import FAULTS, WAYS, Case
 from children import fork
 
-from mbridge_rl.sync.arena import Arena, remove_stale
-from mbridge_rl.sync.store import WeightStore, remove_stale_stores
+from mbridge_rl.distributed.arena import Arena, remove_stale
+from mbridge_rl.sync.store.weight_store import WeightStore, remove_stale_stores
 
 OWNERS = 12
 TWO_HOURS = 7200.0  # after one, a named store without a writer goes

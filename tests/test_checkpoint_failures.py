@@ -23,9 +23,9 @@ from torch import nn
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
+from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.writer import plan_files
-from mbridge_rl.sync.group import RankGroup
 
 
 def fill(model: list[nn.Module], value: float) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.core.plan import View
+from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.hf.writer import StagingDirectory, plan_files
-from mbridge_rl.sync.group import RankGroup
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

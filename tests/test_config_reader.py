@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from mbridge_rl import bridges
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.bridges import config_reader, model_spec
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges import model_spec
+from mbridge_rl.bridges.blocks import config_reader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
 from mbridge_rl.cli import app
 from mbridge_rl.core.errors import BridgeError, CheckpointError, UnsupportedModelError
 from mbridge_rl.core.model import ModelSpec
@@ -162,7 +163,7 @@ def test_no_command_runs_it(trap: Path, command: list[str]) -> None:
 
 
 def test_training_does_not_run_a_tokenizers_code(trap: Path) -> None:
-    from mbridge_rl.training.run import load_tokenizer
+    from mbridge_rl.training.run.recipe_run import load_tokenizer
 
     config = SimpleNamespace(model=SimpleNamespace(tokenizer=str(trap)))
     with pytest.raises(Exception, match=r"trust_remote_code|Trap"):
@@ -183,7 +184,7 @@ def test_a_config_that_transformers_knows_needs_no_code(trap: Path) -> None:
 
 
 def test_engines_run_it_only_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mbridge_rl.sync.vllm import engine
+    from mbridge_rl.sync.vllm.engines import in_process as engine
 
     def refusing(**arguments: Any) -> None:
         raise InterruptedError(str(arguments["trust_remote_code"]))

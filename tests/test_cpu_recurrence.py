@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tolerance import assert_near, rounding
 from torch import Tensor
 
-from mbridge_rl.megatron import cpu_recurrence
+from mbridge_rl.megatron.cpu import recurrence as cpu_recurrence
 
 LENGTH, BATCH, HEADS, GROUPS, HEAD_DIM, STATE = 21, 2, 4, 2, 3, 5
 

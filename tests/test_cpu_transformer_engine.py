@@ -12,12 +12,12 @@ from tolerance import assert_near, rounding
 from torch import Tensor
 
 from mbridge_rl.megatron.context_parallel import context_parallel_positions
-from mbridge_rl.megatron.runtime import megatron_runtime
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 
 # Imported in the scope: TE's tree reaches into Megatron, whose first import must find it.
 with megatron_runtime():
-    from mbridge_rl.megatron.cpu_attention import DotProductAttention
-    from mbridge_rl.megatron.cpu_transformer_engine import GroupedLinear, LayerNorm, LayerNormLinear, Linear, RMSNorm
+    from mbridge_rl.megatron.cpu.attention import DotProductAttention
+    from mbridge_rl.megatron.cpu.transformer_engine import GroupedLinear, LayerNorm, LayerNormLinear, Linear, RMSNorm
 
 # Three sums that follow each other, such as scores, those of their exponentials, and weighted values, over 9 positions at most.
 ROUNDING = rounding(9, 3)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mbridge_rl.core import delta
-from mbridge_rl.core.delta import Difference, Kind
 from mbridge_rl.core.plan import View
+from mbridge_rl.sync.payload import difference as delta
+from mbridge_rl.sync.payload.difference import Difference, Kind
 
 DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8)
 

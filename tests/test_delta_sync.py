@@ -17,17 +17,17 @@ from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.bridges import model_spec
+from mbridge_rl.core.errors import DeltaRefused, DigestMismatch, SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.quantize import Fp8, quantize, quantized_spec, scale_names
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.engines import Engines
-from mbridge_rl.sync.errors import DeltaRefused, DigestMismatch, SyncError
-from mbridge_rl.sync.refit import SyncOptions, SyncReport, WeightSync
-from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.trainer.engines import Engines
 from mbridge_rl.sync.transports.shared_memory import RingOutlet
+from mbridge_rl.sync.weight_sync import SyncOptions, SyncReport, WeightSync
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.logprobs import TokenStatistics
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.trainer.logprobs import TokenStatistics
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 pytest.importorskip("zstandard")
 

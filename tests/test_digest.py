@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mbridge_rl.core.digest import _place, add, combine, digest, digest_and_look, digest_strided
-from mbridge_rl.core.weighing import compile_ahead, drawn, weigh, weigh_by_torch
+from mbridge_rl.core.digest_kernel import compile_ahead, drawn, weigh, weigh_by_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int32, torch.bool]
 

@@ -14,9 +14,9 @@ from fused_engine import EngineLayout
 from ranks import run_ranks
 from standin import RemoteEngine, StandInEngine, light_model, random_weights, serve, served, set_weights
 
+from mbridge_rl.core.errors import EngineMismatch, EngineProcessError, EngineUnusable, SyncError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import EngineMismatch, EngineProcessError, EngineUnusable, SyncError
-from mbridge_rl.sync.refit import WeightSync
+from mbridge_rl.sync.weight_sync import WeightSync
 
 WAYS = [
     ("staged", "shared_memory"),

@@ -14,10 +14,10 @@ from interpreter import Interpreter
 from safetensors.torch import save_file
 from tiny import hf_state, tiny_checkpoint, tiny_config
 
+from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.hf.config import load_config
-from mbridge_rl.sync.errors import EngineMismatch
-from mbridge_rl.sync.vllm.compatibility import config_summary, require_same_config
-from mbridge_rl.sync.vllm.engine_config import config_as_given
+from mbridge_rl.sync.payload.compatibility import config_summary, require_same_config
+from mbridge_rl.sync.vllm.worker.engine_config import config_as_given
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

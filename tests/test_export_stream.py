@@ -20,9 +20,9 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.stream import TensorStream
 from mbridge_rl.megatron.parameters import live_side
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.stream import TensorStream
 
 TRANSPORTS = ("shared_memory", "collective")
 MOE = ParallelLayout(tp=2, pp=2, ep=2, etp=1)

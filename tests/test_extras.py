@@ -14,14 +14,14 @@ from tolerance import assert_gradients_near, assert_near, backward, forward
 
 from mbridge_rl import bridges
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp, output_norms, projection_norms
+from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, gated_mlp, output_norms, projection_norms
 from mbridge_rl.core import extras
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 VOCABULARY, LAYERS, HIDDEN, HEAD_DIM = 99, 3, 48, 16
 

@@ -19,15 +19,15 @@ from fused_engine import EngineLayout
 from ranks import run_ranks
 from standin import RemoteEngine, StandInEngine, light_model, random_weights, serve, served
 
+from mbridge_rl.core.errors import ArenaError, EngineMismatch, EngineUnusable, NonFiniteWeights, PeerFailed, SyncError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.arena import Arena, remove_stale
-from mbridge_rl.sync.errors import ArenaError, EngineMismatch, EngineUnusable, NonFiniteWeights, PeerFailed, SyncError
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.store import remove_stale_stores
+from mbridge_rl.distributed.arena import Arena, remove_stale
+from mbridge_rl.sync.store.stale_stores import remove_stale_stores
 from mbridge_rl.sync.transports.files import FilesOutlet
 from mbridge_rl.sync.transports.shared_memory import Ring, RingInlet, RingOutlet, RingWay
-from mbridge_rl.sync.update import Update
-from mbridge_rl.sync.watch import _LOOK_SECONDS
+from mbridge_rl.sync.weight_sync import WeightSync
+from mbridge_rl.sync.worker.update import Update
+from mbridge_rl.sync.worker.update_watch import _LOOK_SECONDS
 
 WAYS: dict[str, dict[str, Any]] = {"streaming": {"mode": "streaming"}, "staged": {"mode": "staged", "delta": True}}  # by ring
 PATIENCE = 200.0

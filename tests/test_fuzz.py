@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from tiny import tiny_config
 
+from mbridge_rl.bounded_http import Answer
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.adapters import adapter_spec
 from mbridge_rl.core.lora_config import LoRAConfig
@@ -29,11 +30,10 @@ from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.peft import ADAPTER_CONFIG, ADAPTER_FILE, open_adapter, read_lora_config
 from mbridge_rl.hf.source import open_source
 from mbridge_rl.hf.state import check_hf_state
-from mbridge_rl.sync.bounded_http import Answer
-from mbridge_rl.training import rewards
-from mbridge_rl.training.config import RunConfig, load_run_config
-from mbridge_rl.training.config_file import as_mapping, parse_config
-from mbridge_rl.training.rewards import HTTPJudge, Problem
+from mbridge_rl.training.rollout import rewards
+from mbridge_rl.training.rollout.rewards import HTTPJudge, Problem
+from mbridge_rl.training.run.config import RunConfig, load_run_config
+from mbridge_rl.training.run.config_file import as_mapping, parse_config
 
 SIZES = {"num_hidden_layers": 1, "vocab_size": 11, "hidden_size": 8, "intermediate_size": 6, "num_attention_heads": 2}
 RECIPES = sorted((Path(__file__).parent.parent / "examples" / "recipes").glob("*.yaml"))

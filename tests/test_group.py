@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 from ranks import run_ranks
 
-from mbridge_rl.core.errors import BridgeError, StateMismatchError
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, PeerFailed, SyncError, TransferTimeout
-from mbridge_rl.sync.group import RankGroup
+from mbridge_rl.core.errors import (
+    BridgeError,
+    DigestMismatch,
+    EngineMismatch,
+    PeerFailed,
+    StateMismatchError,
+    SyncError,
+    TransferTimeout,
+)
+from mbridge_rl.distributed.group import RankGroup
 
 # By rank, what it fails of; and whose error all raise, as which type.
 CASES: list[tuple[dict[int, type[Exception]], int, type[BridgeError]]] = [

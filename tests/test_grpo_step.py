@@ -18,12 +18,12 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.gradients import hf_gradients
-from mbridge_rl.training.grpo import grpo_loss, policy_metrics
 from mbridge_rl.training.objectives.config import GRPOConfig, objective
 from mbridge_rl.training.objectives.correction import ImportanceCorrection
+from mbridge_rl.training.objectives.loss import grpo_loss, policy_metrics
 from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.trainer.gradients import hf_gradients
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 ROWS, GROUP, LENGTH, TEMPERATURE = 8, 4, 15, 1.3
 DENSE, MOE = "qwen3-tied", "qwen3-moe"

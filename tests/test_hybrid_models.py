@@ -16,14 +16,14 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.model import build_model
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.megatron.runtime import megatron_runtime
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.gradients import hf_gradients
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.gradients import hf_gradients
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 LAYERS, WIDTH = 4, 256  # of the deepest and the widest of these models
 LENGTHS = (7, 11, 5)  # none a multiple of the convolution's width or of a chunk
@@ -38,7 +38,7 @@ def test_packed_sequences_do_not_see_each_other(variant: str, tmp_path: Path) ->
 
 
 def packed_and_apart(rank: int, directory: Path) -> tuple[Tensor, Tensor]:
-    from mbridge_rl.training.policy import _packed
+    from mbridge_rl.training.trainer.policy import _packed
 
     initialize_parallel(ParallelLayout())
     bridge = AutoBridge.from_pretrained(directory)

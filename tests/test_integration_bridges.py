@@ -19,8 +19,8 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.hf.config import load_config
 from mbridge_rl.integrations import mbridge, megatron_bridge
+from mbridge_rl.megatron.lora.attach import add_lora
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.training.lora import add_lora
 
 LAYOUT = ParallelLayout(tp=2, pp=2, ep=2, etp=1)
 TARGETS = ("q_proj", "o_proj")

@@ -21,8 +21,8 @@ from tiny import tiny_checkpoint
 
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
-from mbridge_rl.sync.broadcast import Broadcast
-from mbridge_rl.training.lora import add_lora
+from mbridge_rl.integrations.broadcast import Broadcast
+from mbridge_rl.megatron.lora.attach import add_lora
 
 if importlib.util.find_spec("verl") is None:
     sys.path.append(str(Path(__file__).parent / "stand_ins_of_frameworks"))

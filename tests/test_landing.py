@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mbridge_rl.core.digest import add, digest, digest_strided
+from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.errors import EngineMismatch
-from mbridge_rl.sync.vllm.landing import View, times_covered
-from mbridge_rl.sync.vllm.tracer import Trace, trace_load_weights
+from mbridge_rl.sync.payload.landing import View, times_covered
+from mbridge_rl.sync.vllm.worker.tracer import Trace, trace_load_weights
 
 CPU = torch.device("cpu")
 Loader = Callable[[dict[str, Tensor], str, Tensor], None]

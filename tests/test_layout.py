@@ -6,7 +6,7 @@ import pytest
 
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
-from mbridge_rl.megatron.runtime import megatron_runtime
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 
 
 @pytest.mark.parametrize("order", ["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp", "tp-ep-dp-cp-pp", "cp-tp-dp-ep-pp"])

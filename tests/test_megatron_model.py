@@ -22,10 +22,10 @@ from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.extras import RotaryFrequencies
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.model import build_model, unwrap
 from mbridge_rl.megatron.parallel import current_layout, destroy_parallel, initialize_parallel
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN, EXPERT_FFN, EXPERTS, LAYERS = 48, 4, 2, 12, 72, 20, 4, 4
 

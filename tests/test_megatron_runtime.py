@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mbridge_rl.megatron.runtime import megatron_runtime
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the runtime does nothing where there is a GPU")
 
@@ -117,7 +117,7 @@ def test_megatron_imported_outside_of_the_scope_is_an_error() -> None:
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
         "import torch, megatron.core\n"
-        "from mbridge_rl.megatron.runtime import megatron_runtime\n"
+        "from mbridge_rl.megatron.cpu.runtime import megatron_runtime\n"
         "before = torch.cuda.current_device\n"
         "try:\n"
         "    with megatron_runtime(): pass\n"

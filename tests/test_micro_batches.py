@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.training.batch import Batch, Sequences
-from mbridge_rl.training.micro_batches import Split, pack_rows, split_rows
+from mbridge_rl.training.trainer.micro_batches import Split, pack_rows, split_rows
 
 
 def _batch(lengths: list[int]) -> Batch:

@@ -20,22 +20,22 @@ from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout as Layout
+from mbridge_rl.megatron.lora.attach import LoRAConfig, add_lora
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.checkpoint import load_checkpoint, save_checkpoint
-from mbridge_rl.training.gradients import hf_gradients
-from mbridge_rl.training.grpo import TokenLoss, grpo_loss, policy_metrics
+from mbridge_rl.training.checkpoint.saved_state import load_checkpoint, save_checkpoint
 from mbridge_rl.training.loop import GRPO
-from mbridge_rl.training.lora import LoRAConfig, add_lora
 from mbridge_rl.training.metrics import Metrics
-from mbridge_rl.training.mini_batches import mini_batch_rows
 from mbridge_rl.training.objectives.advantages import group_advantages
 from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.objectives.correction import ImportanceCorrection
+from mbridge_rl.training.objectives.loss import TokenLoss, grpo_loss, policy_metrics
+from mbridge_rl.training.objectives.mini_batches import mini_batch_rows
 from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
-from mbridge_rl.training.rollout import RolloutBatch
-from mbridge_rl.training.step_report import StepReport
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.rollout.collect import RolloutBatch
+from mbridge_rl.training.trainer.gradients import hf_gradients
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.trainer.step_report import StepReport
 
 ROWS = len(LENGTHS)
 Objective = tuple[GRPOConfig, Callable[[Sample], Tensor]]

@@ -11,12 +11,12 @@ from standin import StandInEngine, light_model, random_weights
 from test_delta_sync import SCHEME, quantized_state
 from test_shard_sync import WAYS
 
+from mbridge_rl.core.errors import NonFiniteWeights
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import NonFiniteWeights
-from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.transports.files import FilesOutlet
 from mbridge_rl.sync.transports.process_group import GroupOutlet
 from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
+from mbridge_rl.sync.weight_sync import WeightSync
 
 OUTLETS: list[Any] = [SlotOutlet, RingOutlet, GroupOutlet, FilesOutlet]
 

@@ -8,9 +8,9 @@ import torch
 
 from mbridge_rl.core.digest import contiguous_strides
 from mbridge_rl.core.plan import View
-from mbridge_rl.sync import packing
-from mbridge_rl.sync.packer import Packer
-from mbridge_rl.sync.route import Bucket, Part, Piece, Route, WorkerRoute
+from mbridge_rl.sync.payload import packing
+from mbridge_rl.sync.payload.route import Bucket, Part, Piece, Route, WorkerRoute
+from mbridge_rl.sync.trainer.packer import Packer
 
 
 def whole(shape: tuple[int, ...], dtype: torch.dtype, parameter: str = "w", offset: int = 0) -> Piece:

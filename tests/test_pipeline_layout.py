@@ -18,10 +18,10 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.pipeline import counted_stages
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.megatron.parameters import layout_of
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 with megatron_runtime():
     from megatron.core import parallel_state

@@ -12,11 +12,10 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from mbridge_rl.core.errors import CheckpointError
+from mbridge_rl.core.errors import CheckpointError, SyncError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.plain import dumped, loaded
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.plain import dumped, loaded
 
 
 @dataclass(frozen=True)

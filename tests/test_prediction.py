@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import LayoutError, StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 VARIANTS = ("deepseek-v3", "glm-4.5", "glm-4.7-flash")
 LAYERS = 3  # of the families' tiny models; the prediction layer is one more

@@ -11,9 +11,9 @@ from tolerance import assert_near, rounding
 from torch import Tensor
 
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.megatron.projection_norm import _WholeWidthNorm
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 DIM, EPS = 6, 1e-5
 

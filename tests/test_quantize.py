@@ -19,17 +19,17 @@ from torch import Tensor
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
-from mbridge_rl.core.delta import integers
 from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.quantize import FP8, Fp8, dequantize, maxima, quantize, quantized_spec, scale_names, scales
 from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.live_fp8 import QuantizedLive
 from mbridge_rl.hf.dequantize import dequantize_fp8
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.quantized import QuantizedLive
+from mbridge_rl.sync.payload.difference import integers
 
 SPECS = {
     "qwen2": lambda: tiny_config("qwen2"),

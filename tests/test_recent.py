@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.recent import Recent
+from mbridge_rl.core.tensor_cache import Recent
 
 
 def test_what_was_asked_for_last_is_kept() -> None:

@@ -12,13 +12,13 @@ from tiny import DENSE, logit_scale, tiny_checkpoint
 from tolerance import assert_near, forward
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
-from mbridge_rl.sync.refit import SyncReport, WeightSync
-from mbridge_rl.sync.route import Part
+from mbridge_rl.sync.payload.route import Part
 from mbridge_rl.sync.transports.shared_memory import SlotOutlet
-from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.sync.vllm.engines.process import EngineProcess
+from mbridge_rl.sync.weight_sync import SyncReport, WeightSync
 
 pytestmark = pytest.mark.slow
 

@@ -12,12 +12,12 @@ from ranks import run_ranks
 from standin import StandInEngine, light_model, random_weights, served
 
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.refit import WeightSync
 from mbridge_rl.sync.transports import process_group
 from mbridge_rl.sync.transports.files import FilesOutlet
 from mbridge_rl.sync.transports.process_group import GroupOutlet
 from mbridge_rl.sync.transports.shared_memory import RingOutlet
-from mbridge_rl.sync.update import Update
+from mbridge_rl.sync.weight_sync import WeightSync
+from mbridge_rl.sync.worker.update import Update
 
 TP2 = ParallelLayout(tp=2)
 TRAINERS = WORKERS = 2

@@ -18,9 +18,9 @@ from interpreter import Interpreter
 from tolerance import assert_near, forward
 from transformers import AutoModelForCausalLM
 
-from mbridge_rl.training import toy
-from mbridge_rl.training.episodes import NOT_SAMPLED, Episode
-from mbridge_rl.training.rollout import assemble
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.rollout.collect import assemble
+from mbridge_rl.training.rollout.episodes import NOT_SAMPLED, Episode
 
 pytestmark = pytest.mark.slow
 TOKENIZER = toy.tokenizer()

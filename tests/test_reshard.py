@@ -11,12 +11,11 @@ from ranks import run_ranks
 from tiny import hf_state, tiny_checkpoint
 
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.core.errors import StateMismatchError
+from mbridge_rl.core.errors import StateMismatchError, SyncError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.distributed.reshard import reshard
 from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
 from mbridge_rl.megatron.parameters import live_side
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.reshard import reshard
 
 PAIRS = [
     ("qwen2", ParallelLayout(tp=2, pp=2), ParallelLayout(tp=4)),

@@ -13,13 +13,13 @@ from tolerance import assert_near, rounding
 from torch import Tensor, nn
 
 from mbridge_rl.bridges import model_spec
-from mbridge_rl.bridges.experts import gated_experts
+from mbridge_rl.bridges.blocks.experts import gated_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.model import build_model
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.megatron.routing import route
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 HIDDEN, TOKENS = 16, 50
 # Of the same logits: exponentials, their sum over 12 experts, and the sum over those chosen.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mbridge_rl.hf.publish import replace_file
-from mbridge_rl.training.run_folder import RunExists, only_run
+from mbridge_rl.training.run.run_folder import RunExists, only_run
 
 
 def test_the_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.core.plan import View, compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
-from mbridge_rl.sync.schedule import clipped, schedule
+from mbridge_rl.distributed.schedule import clipped, schedule
 
 MOE = ParallelLayout(tp=2, pp=2, ep=2, etp=1)
 

@@ -14,15 +14,15 @@ from fused_engine import EngineLayout
 from ranks import run_ranks
 from standin import StandInEngine, light_model, random_weights, served, set_weights
 
+from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, EngineUnusable, NonFiniteWeights, SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
-from mbridge_rl.sync import packing
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, EngineUnusable, NonFiniteWeights, SyncError
+from mbridge_rl.sync.payload import packing
 from mbridge_rl.sync.pull import restore_from_store
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
+from mbridge_rl.sync.weight_sync import WeightSync
 
 WAYS = [("staged", "shared_memory"), ("streaming", "shared_memory"), ("staged", "process_group"),
         ("streaming", "process_group"), ("staged", "files"), ("streaming", "files")]  # fmt: skip

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.errors import StoreError
-from mbridge_rl.sync.image import LABEL_BYTES, new_fill
-from mbridge_rl.sync.store import Slot, WeightStore, remove_stale_stores
+from mbridge_rl.core.errors import StoreError
+from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.sync.store.image import LABEL_BYTES, new_fill
+from mbridge_rl.sync.store.weight_store import Slot, WeightStore, remove_stale_stores
 
 SIZES = (4096, 1000)
 PLAN = {"plan": "of a test"}

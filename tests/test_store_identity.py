@@ -13,18 +13,19 @@ import pytest
 import torch
 from standin import StandInEngine, light_model, random_weights, served, set_weights
 
+from mbridge_rl.core.errors import ArenaError, DigestMismatch, EngineUnusable, PeerFailed, StoreError, SyncError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.errors import ArenaError, DigestMismatch, EngineUnusable, PeerFailed, StoreError, SyncError
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.image import LABEL_BYTES, Label, new_fill
+from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.sync.pull import published
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.slots import Head
-from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.store.image import LABEL_BYTES, Label, new_fill
+from mbridge_rl.sync.store.slots import Head
+from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.transports.shared_memory import Ring
-from mbridge_rl.sync.vllm import process, worker_calls
-from mbridge_rl.sync.vllm.transactions import TransactionalEngine
+from mbridge_rl.sync.vllm.engines import process
+from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
+from mbridge_rl.sync.vllm.worker import calls as worker_calls
+from mbridge_rl.sync.weight_sync import WeightSync
 
 SIZES = (4096, 1000)
 
@@ -96,7 +97,7 @@ def test_a_version_of_another_training_is_another_fill(tmp_path: Path) -> None:
 
 def test_an_image_of_another_fill_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In spite of its name: its bytes are not those that the head means."""
-    monkeypatch.setattr("mbridge_rl.sync.store._READ_SECONDS", 0.2)
+    monkeypatch.setattr("mbridge_rl.sync.store.weight_store._READ_SECONDS", 0.2)
     store = WeightStore("policy", tmp_path)
     head = commit(store, 1)
     relabel(image_path(tmp_path, head, 1), Label(new_fill(), 1, SIZES[1]))
@@ -421,7 +422,7 @@ def test_calls_that_were_given_up_do_not_run_after_later_ones(monkeypatch: pytes
                 raise EOFError
             return self.calls.pop(0)
 
-    monkeypatch.setattr("mbridge_rl.sync.vllm.engine.InProcessEngine", Engine)
+    monkeypatch.setattr("mbridge_rl.sync.vllm.engines.in_process.InProcessEngine", Engine)
     process._serve(Connection(), {}, [])  # type: ignore[arg-type]
     assert order == ["commit 2", "begin 3"]
 

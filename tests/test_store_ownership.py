@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from mbridge_rl.sync.arena import Arena, allocate, remove_stale
-from mbridge_rl.sync.errors import ArenaError, StoreError
-from mbridge_rl.sync.image import new_fill
-from mbridge_rl.sync.private_files import open_file
-from mbridge_rl.sync.route import Part
-from mbridge_rl.sync.store import WeightStore, remove_stale_stores
+from mbridge_rl.core.errors import ArenaError, StoreError
+from mbridge_rl.distributed.arena import Arena, allocate, remove_stale
+from mbridge_rl.distributed.private_files import open_file
+from mbridge_rl.sync.payload.route import Part
+from mbridge_rl.sync.store.image import new_fill
+from mbridge_rl.sync.store.weight_store import WeightStore, remove_stale_stores
+from mbridge_rl.sync.store.writer_lock import Holder
 from mbridge_rl.sync.transports.files import FilesOutlet, _make_folder
-from mbridge_rl.sync.waiting import Patience
-from mbridge_rl.sync.writer_lock import Holder
+from mbridge_rl.sync.transports.waiting import Patience
 
 SIZES = (4096, 1000)
 NOBODY = 65534
@@ -128,7 +128,7 @@ def test_a_child_of_a_killed_trainer_does_not_keep_its_store(tmp_path: Path) -> 
 
 
 def test_one_process_has_one_writer_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbridge_rl.sync.writer_lock._IN_ONE_PROCESS_SECONDS", 0.1)
+    monkeypatch.setattr("mbridge_rl.sync.store.writer_lock._IN_ONE_PROCESS_SECONDS", 0.1)
     first, second = WeightStore("policy", tmp_path), WeightStore("policy", tmp_path)
     commit(first, 1)
     with pytest.raises(StoreError, match=rf"written by process {os.getpid()} \(this one\)"):
@@ -180,7 +180,7 @@ def test_an_arena_lives_by_its_lock_and_not_by_its_pid(tmp_path: Path) -> None:
 
 
 def test_an_arena_that_is_swept_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mbridge_rl.sync import arena
+    from mbridge_rl.distributed import arena
 
     swept: list[Path] = []
     try_lock = arena.try_lock

@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mbridge_rl.sync import rendezvous
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.rendezvous import LOOPBACK, SealedStore, make_group, new_secret, own_address, serve_store
-from mbridge_rl.sync.sinks import Prometheus
+from mbridge_rl.core.errors import SyncError
+from mbridge_rl.distributed import rendezvous
+from mbridge_rl.distributed.rendezvous import LOOPBACK, SealedStore, make_group, new_secret, own_address, serve_store
+from mbridge_rl.sync.record.sinks import Prometheus
 from mbridge_rl.sync.transports import Context
 from mbridge_rl.sync.transports.process_group import GroupWay
 
@@ -191,10 +191,11 @@ def test_numbers_are_served_on_the_loopback_unless_told_otherwise(opened: Callab
 
 
 def test_the_library_has_no_collective_that_pickles() -> None:
-    """Ranks tell each other plain data (`sync.plain`); pickles pass only through pipes between a process and its child."""
+    """Ranks tell each other plain data (`distributed.plain`); pickles pass only through pipes between a process and its
+    child."""
     library = Path(rendezvous.__file__).parents[1]
     pickling = ("all_gather_object", "broadcast_object_list", "gather_object(", "scatter_object_list", "send_object_list")
     for path in library.rglob("*.py"):
         assert not [word for word in pickling if word in path.read_text()], path
     users = {str(path.relative_to(library)) for path in library.rglob("*.py") if "pickle.loads" in path.read_text()}
-    assert users == {"training/launcher.py", "training/reward_pool.py", "training/source.py"}
+    assert users == {"training/run/launcher.py", "training/rollout/reward_pool.py", "training/rollout/batches.py"}

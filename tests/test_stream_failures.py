@@ -17,8 +17,8 @@ from tiny import hf_state, tiny_checkpoint
 from torch import Tensor, nn
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import ArenaError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import ArenaError
 
 TRANSPORTS = ("shared_memory", "collective")
 
@@ -211,8 +211,8 @@ def test_a_rank_that_ended_is_noticed_at_once(name: str, tmp_path: Path) -> None
 def without_room(rank: int, directory: Path) -> tuple[str, str, int]:
     """Shared memory for a bucket that no machine has."""
     bridge, model = live(ParallelLayout(tp=2), directory)
-    import mbridge_rl.sync.host_memory as host_memory
-    from mbridge_rl.sync.arena import Arena
+    import mbridge_rl.distributed.host_memory as host_memory
+    from mbridge_rl.distributed.arena import Arena
 
     if rank == 0:
         real = Arena.create

@@ -16,15 +16,14 @@ from typer.testing import CliRunner
 from web_pages import assert_self_contained
 
 from mbridge_rl.cli import app
-from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.core.errors import BridgeError, NonFiniteWeights
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import NonFiniteWeights
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.report import SyncReport
-from mbridge_rl.sync.sinks import JsonLines, Prometheus, TensorBoard, read_syncs
-from mbridge_rl.sync.timeline import Span, Stopwatch, outermost, slowest
-from mbridge_rl.sync.timeline_page import timeline, write_page
+from mbridge_rl.sync.record.report import SyncReport
+from mbridge_rl.sync.record.sinks import JsonLines, Prometheus, TensorBoard, read_syncs
+from mbridge_rl.sync.record.timeline import Span, Stopwatch, outermost, slowest
+from mbridge_rl.sync.record.timeline_page import timeline, write_page
 from mbridge_rl.sync.transports.shared_memory import SlotOutlet
+from mbridge_rl.sync.weight_sync import WeightSync
 
 # What may lie between the phases of a sync: a few function calls, on a machine whose cores others use as well.
 UNEXPLAINED_SHARE, UNEXPLAINED_SECONDS = 0.02, 0.01

@@ -18,9 +18,9 @@ from mbridge_rl.cli import app
 from mbridge_rl.commands import plan, train, verify
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.terminal import Terminal
-from mbridge_rl.training.report import write_report
-from mbridge_rl.training.rewards import Problem, verdict_of
-from mbridge_rl.training.run_log import EVENTS_FILE, RunLog
+from mbridge_rl.training.rollout.rewards import Problem, verdict_of
+from mbridge_rl.training.run.report import write_report
+from mbridge_rl.training.run.run_log import EVENTS_FILE, RunLog
 
 LIBRARY = Path(mbridge_rl.__file__).parent
 

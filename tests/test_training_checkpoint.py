@@ -20,12 +20,12 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.hf.publish import Replacement
+from mbridge_rl.megatron.lora.attach import LoRAConfig, add_lora
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.lora import LoRAConfig, add_lora
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.checkpoint.saved_state import latest_checkpoint, load_checkpoint, save_checkpoint
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 DENSE, TIED, MOE = "qwen3", "qwen3-tied", "qwen3-moe"
 SCHEDULE = {"schedule": "cosine", "warmup_steps": 2, "decay_steps": 9, "min_learning_rate": 1e-4}
@@ -193,7 +193,7 @@ def _die_in_the_middle(rank: int, source: Path, directory: Path) -> None:
     import os
     import signal
 
-    from mbridge_rl.training import checkpoint
+    from mbridge_rl.training.checkpoint.saved_state import saved_state as checkpoint
 
     trainer = _trainer(source, Layout(tp=2), {})
     save_checkpoint(trainer, directory, 1)
@@ -225,7 +225,7 @@ def test_an_interrupted_save_is_no_checkpoint(scratch: Path, tmp_path: Path) -> 
 
 def _damage(rank: int, source: Path, directory: Path, what: str) -> str:
     """Rank 1 damages what it wrote, before it is read back."""
-    from mbridge_rl.training import checkpoint
+    from mbridge_rl.training.checkpoint.saved_state import saved_state as checkpoint
 
     trainer = _trainer(source, Layout(tp=2), {})
     save_checkpoint(trainer, directory, 1)

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from mbridge_rl.cli import app
 from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.sync.options import SyncOptions
-from mbridge_rl.training.config import RunConfig, load_run_config
-from mbridge_rl.training.config_file import ConfigError, as_mapping, parse_config, read_config, with_overrides
 from mbridge_rl.training.objectives.config import objective
-from mbridge_rl.training.run import prepare_run
+from mbridge_rl.training.run.config import RunConfig, load_run_config
+from mbridge_rl.training.run.config_file import ConfigError, as_mapping, parse_config, read_config, with_overrides
+from mbridge_rl.training.run.recipe_run import prepare_run
 
 BASE: dict[str, Any] = {"model": {"path": "toy:qwen3"}, "run_dir": "runs/x"}
 

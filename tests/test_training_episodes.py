@@ -11,13 +11,13 @@ import pytest
 import torch
 from scripted_engine import WritingEngine, hashed, scripted
 
-from mbridge_rl.training import toy
-from mbridge_rl.training.episodes import NOT_SAMPLED, Episode, EpisodeRunner, SamplingConfig
-from mbridge_rl.training.generator import Generator, GeneratorConfig, Group
-from mbridge_rl.training.guessing import DIGITS, GuessingGame, hidden_digits
-from mbridge_rl.training.rewards import InProcessJudge, Problem, Verdict
-from mbridge_rl.training.rollout import RewardFailed, assemble
-from mbridge_rl.training.sampler import EpochSampler, UnsolvedFirstSampler
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.rollout.collect import RewardFailed, assemble
+from mbridge_rl.training.rollout.episodes import NOT_SAMPLED, Episode, EpisodeRunner, SamplingConfig
+from mbridge_rl.training.rollout.generator import Generator, GeneratorConfig, Group
+from mbridge_rl.training.rollout.guessing import DIGITS, GuessingGame, hidden_digits
+from mbridge_rl.training.rollout.rewards import InProcessJudge, Problem, Verdict
+from mbridge_rl.training.rollout.sampler import EpochSampler, UnsolvedFirstSampler
 
 TOKENIZER = toy.tokenizer()
 EOS = TOKENIZER.eos_token_id

@@ -18,9 +18,9 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.checkpoint import load_checkpoint, save_checkpoint
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.checkpoint.saved_state import load_checkpoint, save_checkpoint
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 pytestmark = pytest.mark.slow
 FAMILIES = {family.variant: family for family in (*dense.FAMILIES, *experts.FAMILIES, *hybrid.FAMILIES)}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mbridge_rl.sync.errors import EngineProcessError, SyncError
-from mbridge_rl.sync.refit import SyncOptions
-from mbridge_rl.sync.vllm.engine import Completion
+from mbridge_rl.core.errors import EngineProcessError, SyncError
+from mbridge_rl.sync.vllm.engines.in_process import Completion
+from mbridge_rl.sync.weight_sync import SyncOptions
 from mbridge_rl.training import fleet as fleet_module
 from mbridge_rl.training.fleet import EngineFleet
 

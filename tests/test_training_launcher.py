@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mbridge_rl.training.launcher import LaunchError, launch
+from mbridge_rl.training.run.launcher import LaunchError, launch
 
 
 def test_the_result_of_rank_0_comes_back() -> None:
@@ -72,7 +72,7 @@ def test_results_that_cannot_travel_are_an_error() -> None:
 
 _UNDER_TORCHRUN = """
 import torch.distributed as dist
-from mbridge_rl.training.launcher import launch
+from mbridge_rl.training.run.launcher import launch
 
 def work(word):
     return f"{word} {dist.get_rank()} of {dist.get_world_size()}"

@@ -20,9 +20,9 @@ from reward_service import reward_service, url_of
 
 pytest.importorskip("vllm")
 
-from mbridge_rl.training.config_file import with_overrides
 from mbridge_rl.training.objectives.config import OBJECTIVES
-from mbridge_rl.training.run_log import METRICS_FILE, SAMPLES_FILE, read_lines
+from mbridge_rl.training.run.config_file import with_overrides
+from mbridge_rl.training.run.run_log import METRICS_FILE, SAMPLES_FILE, read_lines
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 RECIPE = RECIPES / "toy.yaml"

@@ -13,7 +13,7 @@ from tolerance import assert_near, rounding
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mbridge_rl.training.logprobs import projected_token_statistics, token_statistics
+from mbridge_rl.training.trainer.logprobs import projected_token_statistics, token_statistics
 
 # A log-probability is a logit, here a product of 16, minus the logarithm of a sum over 16 exponentials and less. Entropies and
 # gradients are sums of exponentials, whose relative errors are the absolute ones of logits.

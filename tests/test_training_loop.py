@@ -14,16 +14,16 @@ from ranks import RankError, run_ranks
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.lora.attach import LoRAConfig, add_lora
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.vllm.engine import Completion
-from mbridge_rl.training import toy
+from mbridge_rl.sync.vllm.engines.in_process import Completion
 from mbridge_rl.training.loop import GRPO
-from mbridge_rl.training.lora import LoRAConfig, add_lora
 from mbridge_rl.training.metrics import Metrics, rollout_metrics
 from mbridge_rl.training.objectives.config import GRPOConfig
-from mbridge_rl.training.rewards import Problem, exact_match
-from mbridge_rl.training.rollout import Rollout, RolloutBatch
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.rollout.collect import Rollout, RolloutBatch
+from mbridge_rl.training.rollout.rewards import Problem, exact_match
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 SAID = math.log(1 / 4)
 PROBLEMS = [Problem("3+4=", "7"), Problem("6+6=", "12"), Problem("9+9=", "18")]

@@ -19,15 +19,9 @@ from tolerance import assert_near, assert_near_in_norm, backward, forward, near,
 from torch import nn
 
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.core.errors import StateMismatchError, UnsupportedModelError
+from mbridge_rl.core.errors import EngineMismatch, StateMismatchError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout as Layout
-from mbridge_rl.megatron.model import unwrap
-from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.adapters import AdapterSync
-from mbridge_rl.sync.errors import EngineMismatch
-from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.lora import (
+from mbridge_rl.megatron.lora.attach import (
     ATTENTION_TARGETS,
     LoRAConfig,
     adapted_modules,
@@ -37,7 +31,12 @@ from mbridge_rl.training.lora import (
     merge_adapters,
     unmerge_adapters,
 )
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.megatron.model import unwrap
+from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.sync.adapter_sync import AdapterSync
+from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 DENSE, FEW_KV_HEADS, MOE, MLA = "qwen2", "few-kv-heads", "qwen3-moe", "deepseek"
 # qwen2: linear_qkv has a bias, which Transformer Engine returns beside the output

@@ -16,10 +16,10 @@ from mbridge_rl.core.errors import StateMismatchError
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.checkpoint import save_checkpoint
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.optimizer_state import parameter_states
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.checkpoint.saved_state import save_checkpoint
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.trainer.optimizer_state import parameter_states
 
 
 @pytest.fixture(scope="module")

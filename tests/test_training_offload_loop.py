@@ -13,19 +13,19 @@ from ranks import run_ranks
 from scripted_engine import WritingEngine, hashed
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import EngineProcessError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.errors import EngineProcessError
-from mbridge_rl.sync.vllm.engine import Completion
-from mbridge_rl.training import toy
-from mbridge_rl.training.episodes import EpisodeRunner, SamplingConfig
-from mbridge_rl.training.generator import Generator, GeneratorConfig
+from mbridge_rl.sync.vllm.engines.in_process import Completion
 from mbridge_rl.training.loop import GRPO, LoopHooks, train
 from mbridge_rl.training.objectives.config import GRPOConfig
-from mbridge_rl.training.rewards import InProcessJudge, Problem
-from mbridge_rl.training.sampler import EpochSampler
-from mbridge_rl.training.source import RolloutSource
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.rollout.batches import RolloutSource
+from mbridge_rl.training.rollout.episodes import EpisodeRunner, SamplingConfig
+from mbridge_rl.training.rollout.generator import Generator, GeneratorConfig
+from mbridge_rl.training.rollout.rewards import InProcessJudge, Problem
+from mbridge_rl.training.rollout.sampler import EpochSampler
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 STEPS, TOKENIZER = 3, toy.tokenizer()
 PROBLEMS = [Problem(f"{a}+{b}=", str(a + b)) for a in range(4) for b in range(3)]

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.quantize import Fp8, quantize, quantized_spec, scale_names
-from mbridge_rl.sync.quantized import quantization_config
-from mbridge_rl.sync.sinks import read_syncs
-from mbridge_rl.training import toy
-from mbridge_rl.training.config import RunConfig
-from mbridge_rl.training.config_file import ConfigError, parse_config
-from mbridge_rl.training.run import prepare_run, run_training, train_rank
+from mbridge_rl.distributed.live_fp8 import quantization_config
+from mbridge_rl.sync.record.sinks import read_syncs
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.run.config import RunConfig
+from mbridge_rl.training.run.config_file import ConfigError, parse_config
+from mbridge_rl.training.run.recipe_run import prepare_run, run_training, train_rank
 
 SCHEME, OPTION = Fp8((32, 32)), {"block": [32, 32]}
 WEIGHTS = "model.safetensors"

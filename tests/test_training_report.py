@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from web_pages import assert_self_contained
 
-from mbridge_rl.training.config_file import ConfigError
-from mbridge_rl.training.report import write_report
-from mbridge_rl.training.run_log import RunLog, read_lines
+from mbridge_rl.training.run.config_file import ConfigError
+from mbridge_rl.training.run.report import write_report
+from mbridge_rl.training.run.run_log import RunLog, read_lines
 
 
 def _metrics(step: int) -> dict[str, Any]:

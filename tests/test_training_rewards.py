@@ -16,11 +16,9 @@ import pytest
 import torch
 from reward_service import reward_service, url_of
 
-from mbridge_rl.training import toy
-from mbridge_rl.training.config import RewardConfig, TaskConfig
-from mbridge_rl.training.config_file import ConfigError
-from mbridge_rl.training.reward_pool import PoolJudge
-from mbridge_rl.training.rewards import (
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.rollout.reward_pool import PoolJudge
+from mbridge_rl.training.rollout.rewards import (
     HTTPJudge,
     InProcessJudge,
     Problem,
@@ -29,7 +27,9 @@ from mbridge_rl.training.rewards import (
     exact_match,
     math_verify,
 )
-from mbridge_rl.training.tasks import make_judge, make_task, reward_function, usable_problems
+from mbridge_rl.training.run.config import RewardConfig, TaskConfig
+from mbridge_rl.training.run.config_file import ConfigError
+from mbridge_rl.training.run.tasks import make_judge, make_task, reward_function, usable_problems
 
 
 def treacherous(problem: Problem, completion: str) -> float:
@@ -297,8 +297,8 @@ def test_tasks_from_files_and_functions(tmp_path: Any) -> None:
         Problem("Q a\n", "1"),
         Problem("Q b\n", ""),
     ]
-    assert make_task(TaskConfig("python", "mbridge_rl.training.toy:sums", size=3)).problems[2] == Problem("0+2=", "2")
-    assert reward_function(TaskConfig(), RewardConfig("mbridge_rl.training.rewards:exact_match")) is exact_match
+    assert make_task(TaskConfig("python", "mbridge_rl.training.rollout.toy:sums", size=3)).problems[2] == Problem("0+2=", "2")
+    assert reward_function(TaskConfig(), RewardConfig("mbridge_rl.training.rollout.rewards:exact_match")) is exact_match
     path.write_text('{"question": "a"}\n{"answer": 1}\n')
     with pytest.raises(ConfigError, match="line 2"):
         make_task(TaskConfig("jsonl", str(path)))

@@ -12,10 +12,10 @@ import torch
 from ranks import run_ranks
 
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.sync.vllm.engine import Completion
-from mbridge_rl.training import toy
-from mbridge_rl.training.rewards import Problem, exact_match
-from mbridge_rl.training.rollout import Rollout, RolloutBatch, SamplingConfig
+from mbridge_rl.sync.vllm.engines.in_process import Completion
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.rollout.collect import Rollout, RolloutBatch, SamplingConfig
+from mbridge_rl.training.rollout.rewards import Problem, exact_match
 
 
 class ScriptedEngine:

@@ -17,14 +17,14 @@ from tolerance import assert_near, backward, forward
 
 pytest.importorskip("vllm")
 
-from mbridge_rl.sync.arena import SHARED_MEMORY
-from mbridge_rl.sync.sinks import read_syncs
-from mbridge_rl.sync.store import WeightStore
-from mbridge_rl.training.config import RunConfig
-from mbridge_rl.training.config_file import parse_config, with_overrides
-from mbridge_rl.training.launcher import LaunchError
-from mbridge_rl.training.run import RunExists, run_training
-from mbridge_rl.training.run_log import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, read_lines
+from mbridge_rl.distributed.arena import SHARED_MEMORY
+from mbridge_rl.sync.record.sinks import read_syncs
+from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.training.run.config import RunConfig
+from mbridge_rl.training.run.config_file import parse_config, with_overrides
+from mbridge_rl.training.run.launcher import LaunchError
+from mbridge_rl.training.run.recipe_run import RunExists, run_training
+from mbridge_rl.training.run.run_log import EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, read_lines
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -86,8 +86,8 @@ def test_a_failure_that_comes_again_at_the_same_step_ends_the_run(tmp_path: Path
         (tmp_path / METRICS_FILE).write_text(f'{{"step": {step}}}\n')
         raise LaunchError(f"rank 0 of 2 failed:\nTraceback (most recent call last):\n{what}")
 
-    monkeypatch.setattr("mbridge_rl.training.run.prepare_run", lambda config, resume: None)
-    monkeypatch.setattr("mbridge_rl.training.run._launch", launch)
+    monkeypatch.setattr("mbridge_rl.training.run.recipe_run.prepare_run", lambda config, resume: None)
+    monkeypatch.setattr("mbridge_rl.training.run.recipe_run._launch", launch)
     with pytest.raises(LaunchError, match=r"(?s)failed twice in the same way after step 5.*does not help.*OSError: 9"):
         run_training(config)
     assert next(failing, None) is None

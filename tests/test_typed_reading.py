@@ -13,27 +13,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
 
+from mbridge_rl.bounded_http import Answer
 from mbridge_rl.bridges import model_spec
-from mbridge_rl.core.errors import BridgeError, CheckpointError
+from mbridge_rl.core.errors import BridgeError, CheckpointError, SyncError
 from mbridge_rl.core.json_text import JSONTextError, parse_json
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.patterns import PatternError, _parser, _Walk, pattern_matches
 from mbridge_rl.hf.checkpoint import Checkpoint
 from mbridge_rl.hf.peft import ADAPTER_CONFIG, read_lora_config
-from mbridge_rl.sync.bounded_http import Answer
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.report import SyncReport
-from mbridge_rl.sync.sinks import SYNCS_FILE, read_syncs
-from mbridge_rl.sync.vllm.server import ServerEngine
-from mbridge_rl.sync.vllm.server_answers import Choices, Models, WorldSize
-from mbridge_rl.training import toy
-from mbridge_rl.training.config import RunConfig, TaskConfig, load_run_config
-from mbridge_rl.training.config_file import ConfigError, parse_config
-from mbridge_rl.training.report import write_report
-from mbridge_rl.training.run import load_tokenizer, prepare_run
-from mbridge_rl.training.run_log import METRICS_FILE, RunLog
-from mbridge_rl.training.tasks import make_task
-from mbridge_rl.training.yaml_text import YAMLTextError, parse_yaml
+from mbridge_rl.sync.record.report import SyncReport
+from mbridge_rl.sync.record.sinks import SYNCS_FILE, read_syncs
+from mbridge_rl.sync.vllm.engines.server import ServerEngine
+from mbridge_rl.sync.vllm.engines.server_answers import Choices, Models, WorldSize
+from mbridge_rl.training.rollout import toy
+from mbridge_rl.training.run.config import RunConfig, TaskConfig, load_run_config
+from mbridge_rl.training.run.config_file import ConfigError, parse_config
+from mbridge_rl.training.run.recipe_run import load_tokenizer, prepare_run
+from mbridge_rl.training.run.report import write_report
+from mbridge_rl.training.run.run_log import METRICS_FILE, RunLog
+from mbridge_rl.training.run.tasks import make_task
+from mbridge_rl.training.run.yaml_text import YAMLTextError, parse_yaml
 
 LEAST: dict[str, Any] = {"model": {"path": "toy:qwen3"}, "run_dir": "run"}
 

@@ -15,9 +15,9 @@ from tiny import assert_same_state, hf_state
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 
 def test_towers_are_frozen_and_only_on_the_first_stage(tmp_path: Path) -> None:

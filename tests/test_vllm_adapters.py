@@ -19,17 +19,17 @@ pytest.importorskip("vllm")
 import adapter_scenarios
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.megatron.lora.attach import LoRAConfig, adapted_modules, add_lora
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.adapters import AdaptedEngine, AdapterSync
-from mbridge_rl.sync.engines import Engines
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, SyncError
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.sync.adapter_sync import AdaptedEngine, AdapterSync
+from mbridge_rl.sync.trainer.engines import Engines
+from mbridge_rl.sync.vllm.engines.process import EngineProcess
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.grpo import supervised_loss
-from mbridge_rl.training.lora import LoRAConfig, adapted_modules, add_lora
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.objectives.loss import supervised_loss
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -109,7 +109,7 @@ def trained_policy_is_sampled(bridge: AutoBridge, model: list[torch.nn.Module], 
     expected = near.sync(1)
     near.close()
     # As if every rank and the engine were on a machine of its own: what travels is the same.
-    with patch("mbridge_rl.sync.adapters.machine_id", str), patch.object(RankGroup, "on_one_machine", False):
+    with patch("mbridge_rl.sync.adapter_sync.machine_id", str), patch.object(RankGroup, "on_one_machine", False):
         far = AdapterSync(bridge, trainer.model, engine, "d")
     found = far.sync(2)
     assert (found.digest, found.nbytes, found.verified) == (expected.digest, expected.nbytes, True)

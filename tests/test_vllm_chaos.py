@@ -22,11 +22,11 @@ from standin import light_model
 from test_refit_end_to_end import PROMPTS
 from tiny import hf_state, tiny_checkpoint
 
+from mbridge_rl.core.errors import EngineUnusable
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import EngineUnusable
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.store import WeightStore
-from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.vllm.engines.process import EngineProcess
+from mbridge_rl.sync.weight_sync import WeightSync
 
 pytestmark = pytest.mark.slow
 

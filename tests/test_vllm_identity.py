@@ -20,10 +20,10 @@ from interpreter import Interpreter
 from standin import light_model, set_weights
 from tiny import hf_state, tiny_checkpoint
 
+from mbridge_rl.core.errors import EngineUnusable
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.errors import EngineUnusable
-from mbridge_rl.sync.refit import WeightSync
-from mbridge_rl.sync.store import WeightStore
+from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.weight_sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -74,8 +74,8 @@ class Scene:
     """An engine, and a trainer whose weights are those of the version."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        from mbridge_rl.sync.vllm import worker_calls
-        from mbridge_rl.sync.vllm.engine import InProcessEngine
+        from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
+        from mbridge_rl.sync.vllm.worker import calls as worker_calls
 
         self._states, self._name, self._calls = (
             {version: hf_state(folder / str(version)) for version in VERSIONS},

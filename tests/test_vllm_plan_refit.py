@@ -16,14 +16,14 @@ from test_refit_end_to_end import ENGINE, greedy
 from tiny import tiny_checkpoint
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.engine_side import WorkerDescription, kept_bytes
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.refit import SyncReport, WeightSync
-from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.sync.payload.engine_side import WorkerDescription, kept_bytes
+from mbridge_rl.sync.vllm.engines.process import EngineProcess
+from mbridge_rl.sync.weight_sync import SyncReport, WeightSync
 from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 

@@ -21,8 +21,8 @@ import refit_engines
 import refit_scenarios as scenarios
 from interpreter import Interpreter
 
-from mbridge_rl.sync.errors import EngineProcessError
-from mbridge_rl.sync.vllm.process import EngineProcess
+from mbridge_rl.core.errors import EngineProcessError
+from mbridge_rl.sync.vllm.engines.process import EngineProcess
 
 ROUNDING = forward(layers=3, width=192)  # of the largest of these models
 
@@ -133,7 +133,8 @@ def test_process_groups_outlive_an_engine(engines: Interpreter, checkpoints: Pat
 
 
 def test_the_trainers_end_imports_no_vllm() -> None:
-    program = "import sys, mbridge_rl.sync.vllm.engine, mbridge_rl.sync.vllm.process; sys.exit('vllm' in sys.modules)"
+    engines = "mbridge_rl.sync.vllm.engines"
+    program = f"import sys, {engines}.in_process, {engines}.process; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
@@ -194,7 +195,7 @@ def test_a_slow_answer_is_an_error_and_does_not_confuse_the_next(process: Engine
 @pytest.mark.slow
 def test_a_hung_engine_costs_one_time_out(process: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks after a time-out whether the engine lives waits no second one."""
-    monkeypatch.setattr("mbridge_rl.sync.vllm.process.PROOF_OF_LIFE", 0.1)
+    monkeypatch.setattr("mbridge_rl.sync.vllm.engines.process.PROOF_OF_LIFE", 0.1)
     monkeypatch.setattr(process, "_call_timeout", 2.0)
     os.kill(process._process.pid, signal.SIGSTOP)
     try:
@@ -205,7 +206,7 @@ def test_a_hung_engine_costs_one_time_out(process: EngineProcess, monkeypatch: p
         assert 2.0 < time.monotonic() - started < 3.5
     finally:
         os.kill(process._process.pid, signal.SIGCONT)
-    monkeypatch.setattr("mbridge_rl.sync.vllm.process.PROOF_OF_LIFE", 60.0)
+    monkeypatch.setattr("mbridge_rl.sync.vllm.engines.process.PROOF_OF_LIFE", 60.0)
     assert process.weight_version >= 0  # it woke up, and has its time again
 
 
@@ -231,7 +232,7 @@ def test_a_killed_engine_is_reported_at_once(checkpoints: Path) -> None:
 def test_an_engine_ends_with_its_parent(checkpoints: Path) -> None:
     program = (
         "import sys, time\n"
-        "from mbridge_rl.sync.vllm.process import EngineProcess\n"
+        "from mbridge_rl.sync.vllm.engines.process import EngineProcess\n"
         "engine = EngineProcess(sys.argv[1], max_model_len=64).start()\n"
         "print(engine._process.pid, flush=True)\n"
         "time.sleep(300)\n"

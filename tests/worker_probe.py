@@ -12,7 +12,7 @@ from typing import Any
 
 from allocations import LargestAllocation
 
-from mbridge_rl.sync import update
+from mbridge_rl.sync.worker import update
 
 VARIABLE = "MBRIDGE_TEST_PROBE"
 

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from mbridge_rl.bridges.config_reader import ConfigReader, reader_of, refuse_unread
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader, reader_of, refuse_unread
 from mbridge_rl.bridges.deepseek_v2 import deepseek_v2
 from mbridge_rl.bridges.deepseek_v3 import deepseek_v3
 from mbridge_rl.bridges.ernie4_5 import ernie4_5

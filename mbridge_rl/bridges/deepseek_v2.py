@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mbridge_rl.bridges.blocks import decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import dense_then_sparse, gated_experts, shared_experts
-from mbridge_rl.bridges.latent_attention import latent_attention
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import decoder, gated_mlp
+from mbridge_rl.bridges.blocks.experts import dense_then_sparse, gated_experts, shared_experts
+from mbridge_rl.bridges.blocks.latent_attention import latent_attention
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mbridge_rl.bridges.blocks import decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import dense_then_sparse, sigmoid_experts
-from mbridge_rl.bridges.latent_attention import latent_attention
-from mbridge_rl.bridges.prediction import with_prediction
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import decoder, gated_mlp
+from mbridge_rl.bridges.blocks.experts import dense_then_sparse, sigmoid_experts
+from mbridge_rl.bridges.blocks.latent_attention import latent_attention
+from mbridge_rl.bridges.blocks.prediction import with_prediction
 from mbridge_rl.core.model import ModelSpec
 
 

@@ -1,7 +1,7 @@
 """ERNIE 4.5, dense: Llama whose rotation pairs neighbouring channels; one switch for all biases."""
 
-from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, gated_mlp
 from mbridge_rl.core.model import ModelSpec
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, gated_mlp
+from mbridge_rl.bridges.blocks.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 

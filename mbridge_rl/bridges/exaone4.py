@@ -1,8 +1,8 @@
 """EXAONE 4: norms after attention and MLP instead of before, normalised queries and keys; in the 32B full-attention layers have
 no positions, and the others see a window."""
 
-from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp, output_norms
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, gated_mlp, output_norms
 from mbridge_rl.core.model import ModelSpec
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn import functional
 
-from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder, gated_mlp, head_dim
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.mamba import MambaSizes, mamba
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder, gated_mlp, head_dim
+from mbridge_rl.bridges.blocks.mamba import MambaSizes, mamba
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import EmbeddingScale, LogitScale, MambaBesideAttention, MlpScale
 from mbridge_rl.core.model import ModelSpec

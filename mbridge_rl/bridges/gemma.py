@@ -4,8 +4,8 @@ Gemma 2 and 3 normalise what attention and MLP add to the residual stream too, a
 caps attention scores and logits; Gemma 3 normalises queries and keys and rotates its windowed layers with a base of their own.
 """
 
-from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp, output_norms
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, gated_mlp, output_norms
 from mbridge_rl.core.extras import AttentionSoftcap, EmbeddingScale, Extra, LogitSoftcap
 from mbridge_rl.core.model import ModelSpec
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.vision import Tower, with_vision
 from mbridge_rl.bridges.gemma import gemma3
-from mbridge_rl.bridges.vision import Tower, with_vision
 from mbridge_rl.core.model import ModelSpec
 
 _NAMES = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}

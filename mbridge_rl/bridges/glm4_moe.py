@@ -1,10 +1,10 @@
 """GLM-4.5, 4.5-Air, 4.6 and 4.7: attention with biases on q, k and v and half-rotary positions, a few dense layers, then
 sigmoid-routed experts beside shared ones."""
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import dense_then_sparse, sigmoid_experts
-from mbridge_rl.bridges.prediction import with_prediction
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
+from mbridge_rl.bridges.blocks.experts import dense_then_sparse, sigmoid_experts
+from mbridge_rl.bridges.blocks.prediction import with_prediction
 from mbridge_rl.core.model import ModelSpec
 
 

@@ -1,11 +1,11 @@
 """GLM-4.7-Flash: DeepSeek's latent attention, sigmoid-routed experts beside shared ones in the layers that `mlp_layer_types`
 calls sparse."""
 
-from mbridge_rl.bridges.blocks import decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import sigmoid_experts
-from mbridge_rl.bridges.latent_attention import latent_attention
-from mbridge_rl.bridges.prediction import with_prediction
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import decoder, gated_mlp
+from mbridge_rl.bridges.blocks.experts import sigmoid_experts
+from mbridge_rl.bridges.blocks.latent_attention import latent_attention
+from mbridge_rl.bridges.blocks.prediction import with_prediction
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.model import ModelSpec
 

@@ -7,9 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import ROUTER, expert_config
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder
+from mbridge_rl.bridges.blocks.experts import ROUTER, expert_config
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import EXPERT, Axis, Part, Rule, column_parallel, replicated
 

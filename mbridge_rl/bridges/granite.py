@@ -1,7 +1,7 @@
 """Granite 3: Llama with multipliers on embeddings, attention scores, residual branches and logits."""
 
-from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, gated_mlp
 from mbridge_rl.core.extras import EmbeddingScale, LogitScale, ResidualScale
 from mbridge_rl.core.model import ModelSpec
 

@@ -3,9 +3,9 @@ every layer, chosen with a bias."""
 
 from dataclasses import replace
 
-from mbridge_rl.bridges.blocks import HF_LAYER, attention, decoder, projection_norms
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import MIXTRAL_NAMES, gated_experts
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import HF_LAYER, attention, decoder, projection_norms
+from mbridge_rl.bridges.blocks.experts import MIXTRAL_NAMES, gated_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 

@@ -1,7 +1,7 @@
 """Ministral 3, text: Mistral with YaRN and queries scaled by their position."""
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader, rope_value
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader, rope_value
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
 from mbridge_rl.core.extras import QueryScaleByPosition
 from mbridge_rl.core.model import ModelSpec
 

@@ -1,7 +1,7 @@
 """Mistral 7B and Ministral 8B: Llama whose attention sees a window, in all layers or in some."""
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
 from mbridge_rl.core.model import ModelSpec
 
 

@@ -1,8 +1,8 @@
 """Mixtral: Mistral's attention, softmax-routed experts in every layer."""
 
-from mbridge_rl.bridges.blocks import attention, decoder
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import MIXTRAL_NAMES, gated_experts
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder
+from mbridge_rl.bridges.blocks.experts import MIXTRAL_NAMES, gated_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from mbridge_rl.bridges.blocks import Block, attention, decoder, plain_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, plain_mlp
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import Rule
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mbridge_rl.bridges.blocks import HF_LAYER, MEGATRON_LAYER, Block, activation, attention, plain_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
-from mbridge_rl.bridges.mamba import MambaSizes, mamba
-from mbridge_rl.bridges.vision import language_config, text_only
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block, activation, attention, plain_mlp
+from mbridge_rl.bridges.blocks.experts import ExpertNames, gated_experts, shared_experts
+from mbridge_rl.bridges.blocks.mamba import MambaSizes, mamba
+from mbridge_rl.bridges.blocks.vision import language_config, text_only
 from mbridge_rl.core.extras import Routing, TimeStepMinimum
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import column_parallel, replicated, vocabulary_parallel

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mbridge_rl.bridges.blocks import Block, attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, gated_mlp
 from mbridge_rl.core.config_fields import check_value
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.model import ModelSpec

@@ -1,8 +1,8 @@
 """OLMoE: queries and keys are normalised over their whole projection; softmax-routed experts in every layer."""
 
-from mbridge_rl.bridges.blocks import attention, decoder, projection_norms
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import gated_experts
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, projection_norms
+from mbridge_rl.bridges.blocks.experts import gated_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 

@@ -5,8 +5,8 @@ for all sequences if its `max_model_len` is beyond; a trainer of such an engine 
 `long_factor`.
 """
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
 from mbridge_rl.core.model import ModelSpec
 
 

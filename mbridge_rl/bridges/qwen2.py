@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
 from mbridge_rl.core.model import ModelSpec
 
 

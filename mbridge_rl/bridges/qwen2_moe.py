@@ -1,9 +1,9 @@
 """Qwen1.5-MoE and Qwen2-MoE: Qwen2 attention; experts, and a shared one weighed by a gate, in every `decoder_sparse_step`-th
 layer but `mlp_only_layers`."""
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
+from mbridge_rl.bridges.blocks.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.bridges.qwen3_moe import layers_with_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mbridge_rl.bridges.blocks import Block, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.gated_delta_net import gated_attention, gated_delta_net, projections_apart
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, decoder, gated_mlp
+from mbridge_rl.bridges.blocks.gated_delta_net import gated_attention, gated_delta_net, projections_apart
 from mbridge_rl.bridges.qwen3_next import PREDICTION_LAYERS, experts_beside_gated
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.stacked_experts import with_stacked_experts

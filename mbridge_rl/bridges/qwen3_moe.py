@@ -1,8 +1,8 @@
 """Qwen3-MoE: Qwen3 attention; experts in every `decoder_sparse_step`-th layer but `mlp_only_layers`."""
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import gated_experts
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
+from mbridge_rl.bridges.blocks.experts import gated_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mbridge_rl.bridges.blocks import Block, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
-from mbridge_rl.bridges.experts import ExpertNames, gated_experts, shared_experts
-from mbridge_rl.bridges.gated_delta_net import gated_attention, gated_delta_net, projections_by_head
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import Block, decoder, gated_mlp
+from mbridge_rl.bridges.blocks.experts import ExpertNames, gated_experts, shared_experts
+from mbridge_rl.bridges.blocks.gated_delta_net import gated_attention, gated_delta_net, projections_by_head
 from mbridge_rl.bridges.qwen3_moe import layers_with_experts
 from mbridge_rl.core.extras import Routing
 from mbridge_rl.core.model import ModelSpec

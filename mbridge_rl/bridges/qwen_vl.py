@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.vision import Tower, with_vision
 from mbridge_rl.bridges.qwen2 import qwen2
 from mbridge_rl.bridges.qwen3 import qwen3
 from mbridge_rl.bridges.qwen3_5 import qwen3_5, qwen3_5_moe
 from mbridge_rl.bridges.qwen3_moe import qwen3_moe
-from mbridge_rl.bridges.vision import Tower, with_vision
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.stacked_experts import with_stacked_experts
 

@@ -1,7 +1,7 @@
 """Seed-OSS: Llama with biases on q, k, v, and a switch of its own for the output projection's."""
 
-from mbridge_rl.bridges.blocks import attention, decoder, gated_mlp
-from mbridge_rl.bridges.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.config_reader import ConfigReader
+from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp
 from mbridge_rl.core.model import ModelSpec
 
 

@@ -21,7 +21,7 @@ from mbridge_rl.commands.arguments import (
 
 if TYPE_CHECKING:
     from mbridge_rl.bridge import AutoBridge
-    from mbridge_rl.sync.rank_files import Weights
+    from mbridge_rl.distributed.rank_files import Weights
 
 
 class Kind(StrEnum):
@@ -49,8 +49,8 @@ def convert(
     with readable_errors():
         from mbridge_rl.bridge import AutoBridge
         from mbridge_rl.core.layout import ParallelLayout
+        from mbridge_rl.distributed.rank_files import write_checkpoint, write_rank_files
         from mbridge_rl.hf.config import copy_companions, save_config
-        from mbridge_rl.sync.rank_files import write_checkpoint, write_rank_files
 
         bridge = AutoBridge.from_pretrained(source)
         weights, what = _opened(source, bridge, dtype)
@@ -77,7 +77,7 @@ def _opened(source: Path, bridge: AutoBridge, dtype: Dtype | None) -> tuple[Weig
     """The source, checked, and what it is in words."""
     from dataclasses import replace
 
-    from mbridge_rl.sync.rank_files import is_rank_files, of_hf_state, open_rank_files
+    from mbridge_rl.distributed.rank_files import is_rank_files, of_hf_state, open_rank_files
 
     if is_rank_files(source):
         weights, layout = open_rank_files(source, bridge.spec)

@@ -30,17 +30,17 @@ def train(
     describes the fields of a recipe.
     """
     with readable_errors():
-        from mbridge_rl.training.config import load_run_config
+        from mbridge_rl.training.run.config import load_run_config
 
         run = load_run_config(config, overrides or [])
         if check:
-            from mbridge_rl.training.run import check_run
+            from mbridge_rl.training.run.recipe_run import check_run
 
             check_run(run, resume=resume)
             typer.echo(f"{config} can be run: {run.model.path} on {run.layout.world_size} ranks, {run.layout}")
             return
-        from mbridge_rl.training.report import write_report
-        from mbridge_rl.training.run import run_training
+        from mbridge_rl.training.run.recipe_run import run_training
+        from mbridge_rl.training.run.report import write_report
 
         summary = run_training(run, resume=resume)
         if not summary:  # another rank of torchrun than the first
@@ -56,7 +56,7 @@ def report(
 ) -> None:
     """Write a run's metrics as one self-contained HTML page with plots."""
     with readable_errors():
-        from mbridge_rl.training.report import write_report
+        from mbridge_rl.training.run.report import write_report
 
         typer.echo(str(write_report(run_dir, output)))
 
@@ -71,7 +71,7 @@ def sync_report(
 ) -> None:
     """Show where the time of a run's weight syncs went: a timeline of every rank, engine and worker, as self-contained HTML."""
     with readable_errors():
-        from mbridge_rl.sync.timeline_page import write_page, write_png
+        from mbridge_rl.sync.record.timeline_page import write_page, write_png
 
         page = write_page(run, output, version)
         typer.echo(str(page))

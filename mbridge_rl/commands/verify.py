@@ -57,7 +57,7 @@ def verify(
     with readable_errors():
         from mbridge_rl.bridge import AutoBridge
         from mbridge_rl.core.layout import ParallelLayout
-        from mbridge_rl.training.launcher import launch
+        from mbridge_rl.training.run.launcher import launch
 
         bridge = AutoBridge.from_pretrained(checkpoint)
         layout = layout_of(asked, bridge.spec.num_layers) or ParallelLayout()

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbridge_rl.core.digest_kernel import drawn, weigh, weigh_by_torch
 from mbridge_rl.core.finite import EXPONENTS, is_finite
-from mbridge_rl.core.weighing import drawn, weigh, weigh_by_torch
 
 _WORD = 4
 _BLOCK_BYTES = 1 << 24  # at a time, of what has to be copied first, or widened to 64 bits

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
+
+from mbridge_rl.core.errors import NonFiniteWeights, listed
 
 # Bits that are all set in a value that is not finite, and in no other, for as many values as four bytes hold: the exponent (in
 # float8_e4m3fn, which has no infinity, the mantissa belongs to them).
@@ -26,3 +29,17 @@ def is_finite(values: Tensor) -> bool:
         values = values.to(torch.float32)
     # NaN and infinity survive a sum, which takes half the time of extrema; but finite values may overflow it.
     return math.isfinite(values.sum().item()) or all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist()))
+
+
+def require_finite(tensors: Mapping[str, Tensor], rank: int) -> None:
+    """Raises NonFiniteWeights, naming the parameters that hold NaN or infinity."""
+    refuse_strange([name for name, tensor in tensors.items() if not is_finite(tensor)], rank)
+
+
+def refuse_strange(names: Collection[str], rank: int) -> None:
+    """Raises NonFiniteWeights if there are any names."""
+    if names:
+        raise NonFiniteWeights(
+            f"rank {rank}: {len(names)} parameters hold NaN or infinity: {listed(sorted(names))}. Nothing was committed, the "
+            "engines serve the old version; WeightSync(nonfinite='pass') sends them all the same"
+        )

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from mbridge_rl.core.errors import SyncError
 from mbridge_rl.integrations.common import NotOffered, chunks_of, refuse
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.refit import WeightSync
+from mbridge_rl.sync.weight_sync import WeightSync
 
 try:
     from nemo_rl.weight_sync.interfaces import WeightSynchronizer
@@ -80,8 +80,8 @@ class MBridgeSynchronizer(WeightSynchronizer):
 
     Args:
         policy: NeMo-RL's `Policy`; its `worker_group` runs the workers.
-        engines: picklable; makes the engines' clients (`sync.engines.Engine`) in the first policy worker.
-        options: of `sync.refit.SyncOptions`.
+        engines: picklable; makes the engines' clients (`sync.trainer.engines.Engine`) in the first policy worker.
+        options: of `sync.weight_sync.SyncOptions`.
         collect: of the workers' results; `None` means `ray.get`.
     """
 

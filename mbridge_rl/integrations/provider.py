@@ -12,8 +12,8 @@ from torch import nn
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.integrations.common import NotOffered, refuse
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.parallel import current_layout, initialize_parallel
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 Hook = Callable[[list[nn.Module]], list[nn.Module] | None]
 

@@ -3,8 +3,8 @@
     actor_rollout_ref.rollout.checkpoint_engine.backend=mbridge
     actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=mbridge_rl.integrations.verl
 
-Weights go from actor rank 0 to all rollout workers in verified buckets (`sync.broadcast`), over gloo or NCCL, without cupy or
-ZeroMQ. Actors whose bridge is one of this package's gather them on rank 0 only.
+Weights go from actor rank 0 to all rollout workers in verified buckets (`integrations.broadcast`), over gloo or NCCL, without
+cupy or ZeroMQ. Actors whose bridge is one of this package's gather them on rank 0 only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mbridge_rl.core.errors import SyncError
+from mbridge_rl.distributed.rendezvous import new_secret, own_address, serve_store
+from mbridge_rl.integrations.broadcast import Broadcast
 from mbridge_rl.integrations.common import HFStream
-from mbridge_rl.sync.broadcast import Broadcast
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.rendezvous import new_secret, own_address, serve_store
 from mbridge_rl.sync.transports.process_group import leave
 
 try:
@@ -191,7 +191,7 @@ def per_tensor_param(
     from peft import PeftType, TaskType
 
     from mbridge_rl.hf.peft import patterns_in_peft
-    from mbridge_rl.megatron.adapters import lora_config_of
+    from mbridge_rl.megatron.lora.adapter_side import lora_config_of
 
     config = lora_config_of(model)
     peft_config = {

@@ -141,7 +141,7 @@ def _scale_mlps(model: nn.Module, extra: MlpScale) -> None:
 
 
 def _cap_attention(model: nn.Module, extra: AttentionSoftcap) -> None:
-    from mbridge_rl.megatron.cpu_attention import CoreAttention
+    from mbridge_rl.megatron.cpu.attention import CoreAttention
 
     for layer in model.decoder.layers:
         attention = layer.self_attention

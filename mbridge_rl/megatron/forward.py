@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.context_parallel import context_parallel_positions
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.model import unwrap
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 
 def forward_logits(model: Sequence[nn.Module], tokens: Tensor, layout: ParallelLayout | None = None) -> Tensor | None:

@@ -17,10 +17,10 @@ from torch import nn
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
 from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.decoders import decoder_model, hybrid_model
 from mbridge_rl.megatron.extras import add_extras
 from mbridge_rl.megatron.parallel import current_layout
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 # Kernels of CUDA, Apex or real Transformer Engine; on a CPU Megatron's plain code does the same.
 _FUSIONS = (

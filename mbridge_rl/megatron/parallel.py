@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout
-from mbridge_rl.megatron.runtime import megatron_runtime
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 
 _log = logging.getLogger(__name__)
 

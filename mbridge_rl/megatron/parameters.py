@@ -19,11 +19,11 @@ from mbridge_rl.core.errors import StateMismatchError, listed
 from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.pipeline import counted_stages
-from mbridge_rl.core.recent import Recent
 from mbridge_rl.core.segments import Side, megatron_side
+from mbridge_rl.core.tensor_cache import Recent
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import current_layout
-from mbridge_rl.megatron.runtime import megatron_runtime
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias|lora_[a-z_]+))(\d+)$")

@@ -1,16 +1,16 @@
-"""The choices that a user of `sync.refit.WeightSync` has."""
+"""The choices that a user of `sync.weight_sync.WeightSync` has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from mbridge_rl.core.errors import SyncError
 from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.core.typed_values import AtLeastZero, Bytes, Seconds, range_problems
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.store import WeightStore
-from mbridge_rl.sync.update import Mode
-from mbridge_rl.sync.vllm.requests import InFlight
+from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.vllm.engines.requests import InFlight
+from mbridge_rl.sync.worker.update import Mode
 
 DEFAULT_BUCKET_BYTES = 32 << 20
 
@@ -28,7 +28,7 @@ class SyncOptions:
         bucket_bytes: of one bucket; larger tensors travel in chunks.
         verify: digests on both ends, compared before the commit.
         nonfinite: whether NaN and infinite weights are refused before anything that is served changes, or passed on.
-        requests: what becomes of requests in flight at the commit (`sync.vllm.requests.RequestRunner.hold`).
+        requests: what becomes of requests in flight at the commit (`sync.vllm.engines.requests.RequestRunner.hold`).
         retries: attempts after one that timed out or arrived with other bytes.
         timeout: seconds, for every single wait.
         store: name of the weight store; named ones outlive the trainer. `None` makes one that ends with it.
@@ -36,8 +36,8 @@ class SyncOptions:
         lost_engines: `raise` fails a sync whose engine died before the commit; `drop` goes on with the others, as long as
             there are any.
         delta: send what changed since the last committed version, compressed, where the engines have that version and it is
-            less than everything (`sync.delta`). The trainer keeps a packed copy of what it sends in host memory; staged on one
-            host, workers keep the images, as those on other hosts do.
+            less than everything (`sync.payload.delta`). The trainer keeps a packed copy of what it sends in host memory; staged
+            on one host, workers keep the images, as those on other hosts do.
         quantization: weights of linears in fp8 with scales, made by the trainer; the engine runs that format.
     """
 

@@ -15,20 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.digest import add, contiguous_strides, digest_strided, signed, unsigned
-from mbridge_rl.core.errors import listed
+from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, StoreError, listed
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Segment, Side
+from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.verify import differing, digests_of_model
 from mbridge_rl.megatron.parameters import layout_of, live_side
-from mbridge_rl.sync import packing
-from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.engine_side import boxes_of
-from mbridge_rl.sync.errors import DigestMismatch, EngineMismatch, StoreError
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.route import Piece, WorkerRoute
-from mbridge_rl.sync.store import WeightStore
-from mbridge_rl.sync.verify import differing, digests_of_model
-from mbridge_rl.sync.vllm.landing import Landing, View
+from mbridge_rl.sync.payload import packing
+from mbridge_rl.sync.payload.engine_side import boxes_of
+from mbridge_rl.sync.payload.landing import Landing, View
+from mbridge_rl.sync.payload.route import Piece, WorkerRoute
+from mbridge_rl.sync.store.weight_store import WeightStore
 
 _log = logging.getLogger(__name__)
 

@@ -1,27 +1,31 @@
-"""The Megatron loop: GRPO on a Megatron-core trainer and a vLLM engine, part by part or as a whole."""
+"""The Megatron loop: GRPO on a Megatron-core trainer and vLLM engines, part by part or as a whole.
+
+`loop.GRPO` is the loop. `rollout` brings episodes to it, `trainer` makes updates of them, `objectives` says which loss,
+`checkpoint` saves, and `run` does all of it from a recipe. Imports `sync` and what is below it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mbridge_rl.megatron.lora.attach import LoRAConfig, add_lora
     from mbridge_rl.training.batch import Batch
-    from mbridge_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-    from mbridge_rl.training.config import RunConfig, load_run_config
-    from mbridge_rl.training.episodes import Environment, SamplingConfig
-    from mbridge_rl.training.grpo import grpo_loss, policy_metrics, supervised_loss
-    from mbridge_rl.training.launcher import launch
+    from mbridge_rl.training.checkpoint.saved_state import latest_checkpoint, load_checkpoint, save_checkpoint
     from mbridge_rl.training.loop import GRPO
-    from mbridge_rl.training.lora import LoRAConfig, add_lora
     from mbridge_rl.training.objectives.advantages import group_advantages
     from mbridge_rl.training.objectives.config import GRPOConfig, objective
     from mbridge_rl.training.objectives.correction import ImportanceCorrection
+    from mbridge_rl.training.objectives.loss import grpo_loss, policy_metrics, supervised_loss
     from mbridge_rl.training.objectives.metrics import mismatch_metrics
     from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
-    from mbridge_rl.training.rewards import Problem, exact_match
-    from mbridge_rl.training.rollout import Rollout
-    from mbridge_rl.training.run import run_training
-    from mbridge_rl.training.trainer import MegatronTrainer, TrainerConfig
+    from mbridge_rl.training.rollout.collect import Rollout
+    from mbridge_rl.training.rollout.episodes import Environment, SamplingConfig
+    from mbridge_rl.training.rollout.rewards import Problem, exact_match
+    from mbridge_rl.training.run.config import RunConfig, load_run_config
+    from mbridge_rl.training.run.launcher import launch
+    from mbridge_rl.training.run.recipe_run import run_training
+    from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 __all__ = [
     "GRPO",
@@ -55,34 +59,34 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Batch": "batch",
-    "Environment": "episodes",
-    "GRPO": "loop",
-    "GRPOConfig": "objectives.config",
-    "ImportanceCorrection": "objectives.correction",
-    "LoRAConfig": "lora",
-    "MegatronTrainer": "trainer",
-    "Problem": "rewards",
-    "Rollout": "rollout",
-    "RunConfig": "config",
-    "SamplingConfig": "episodes",
-    "TrainerConfig": "trainer",
-    "add_lora": "lora",
-    "exact_match": "rewards",
-    "group_advantages": "objectives.advantages",
-    "grpo_loss": "grpo",
-    "latest_checkpoint": "checkpoint",
-    "launch": "launcher",
-    "load_checkpoint": "checkpoint",
-    "load_run_config": "config",
-    "mismatch_metrics": "objectives.metrics",
-    "objective": "objectives.config",
-    "policy_metrics": "grpo",
-    "prepare_batch": "objectives.prepare",
-    "run_training": "run",
-    "save_checkpoint": "checkpoint",
-    "select_rows": "objectives.prepare",
-    "supervised_loss": "grpo",
+    "Batch": "mbridge_rl.training.batch",
+    "Environment": "mbridge_rl.training.rollout.episodes",
+    "GRPO": "mbridge_rl.training.loop",
+    "GRPOConfig": "mbridge_rl.training.objectives.config",
+    "ImportanceCorrection": "mbridge_rl.training.objectives.correction",
+    "LoRAConfig": "mbridge_rl.megatron.lora.attach",
+    "MegatronTrainer": "mbridge_rl.training.trainer.megatron_trainer",
+    "Problem": "mbridge_rl.training.rollout.rewards",
+    "Rollout": "mbridge_rl.training.rollout.collect",
+    "RunConfig": "mbridge_rl.training.run.config",
+    "SamplingConfig": "mbridge_rl.training.rollout.episodes",
+    "TrainerConfig": "mbridge_rl.training.trainer.megatron_trainer",
+    "add_lora": "mbridge_rl.megatron.lora.attach",
+    "exact_match": "mbridge_rl.training.rollout.rewards",
+    "group_advantages": "mbridge_rl.training.objectives.advantages",
+    "grpo_loss": "mbridge_rl.training.objectives.loss",
+    "latest_checkpoint": "mbridge_rl.training.checkpoint.saved_state",
+    "launch": "mbridge_rl.training.run.launcher",
+    "load_checkpoint": "mbridge_rl.training.checkpoint.saved_state",
+    "load_run_config": "mbridge_rl.training.run.config",
+    "mismatch_metrics": "mbridge_rl.training.objectives.metrics",
+    "objective": "mbridge_rl.training.objectives.config",
+    "policy_metrics": "mbridge_rl.training.objectives.loss",
+    "prepare_batch": "mbridge_rl.training.objectives.prepare",
+    "run_training": "mbridge_rl.training.run.recipe_run",
+    "save_checkpoint": "mbridge_rl.training.checkpoint.saved_state",
+    "select_rows": "mbridge_rl.training.objectives.prepare",
+    "supervised_loss": "mbridge_rl.training.objectives.loss",
 }
 
 
@@ -92,4 +96,4 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'mbridge_rl.training' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"mbridge_rl.training.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from mbridge_rl.sync.adapters import AdapterSync
-from mbridge_rl.sync.errors import EngineProcessError, SyncError
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.refit import SyncOptions, SyncReport, WeightSync
-from mbridge_rl.sync.sinks import Sink
-from mbridge_rl.sync.vllm.engine import Completion
-from mbridge_rl.training.rollout import on_first_rank
+from mbridge_rl.core.errors import EngineProcessError, SyncError
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.sync.adapter_sync import AdapterSync
+from mbridge_rl.sync.record.sinks import Sink
+from mbridge_rl.sync.vllm.engines.in_process import Completion
+from mbridge_rl.sync.weight_sync import SyncOptions, SyncReport, WeightSync
+from mbridge_rl.training.rollout.collect import on_first_rank
 
 _log = logging.getLogger(__name__)
 

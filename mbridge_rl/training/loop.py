@@ -12,18 +12,18 @@ from typing import NamedTuple
 
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.fleet import EngineFleet
-from mbridge_rl.training.grpo import grpo_loss, policy_metrics
 from mbridge_rl.training.metrics import Clock, Metrics, memory_metrics, over_updates, rollout_metrics
-from mbridge_rl.training.mini_batches import mini_batch_rows
 from mbridge_rl.training.objectives.aggregation import masked_mean
 from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.objectives.kl import kl_penalty
+from mbridge_rl.training.objectives.loss import grpo_loss, policy_metrics
 from mbridge_rl.training.objectives.metrics import mismatch_metrics
+from mbridge_rl.training.objectives.mini_batches import mini_batch_rows
 from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
-from mbridge_rl.training.rollout import RolloutBatch
-from mbridge_rl.training.source import RolloutSource
-from mbridge_rl.training.step_report import StepReport
-from mbridge_rl.training.trainer import MegatronTrainer
+from mbridge_rl.training.rollout.batches import RolloutSource
+from mbridge_rl.training.rollout.collect import RolloutBatch
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer
+from mbridge_rl.training.trainer.step_report import StepReport
 
 
 class GRPO:

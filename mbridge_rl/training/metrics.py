@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from mbridge_rl.sync.timeline import Stopwatch
-from mbridge_rl.training.rollout import RolloutBatch
+from mbridge_rl.sync.record.timeline import Stopwatch
+from mbridge_rl.training.rollout.collect import RolloutBatch
 
 Metrics = dict[str, float | int | str | bool | None]
 

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.group import RankGroup
-from mbridge_rl.sync.route import Part, Route, WorkerRoute
-from mbridge_rl.sync.store import WeightStore
-from mbridge_rl.sync.waiting import Patience
+from mbridge_rl.core.errors import SyncError
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
+from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.transports.waiting import Patience
 
 Wire = Mapping[str, Any]
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.buckets import aligned
-from mbridge_rl.sync.errors import SyncError
-from mbridge_rl.sync.route import Part, Route, WorkerRoute
+from mbridge_rl.core.errors import SyncError
+from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.transports.shared_memory import RING_BUCKETS, Ring, RingInlet, RingOutlet, RingWay
-from mbridge_rl.sync.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Patience
 
 
 def handle_of(tensor: Tensor) -> list[Any]:

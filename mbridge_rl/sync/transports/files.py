@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbridge_rl.sync.private_files import write_new_file
-from mbridge_rl.sync.route import Part, Route, WorkerRoute
+from mbridge_rl.distributed.private_files import write_new_file
+from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
-from mbridge_rl.sync.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Patience
 
 _DEPTH = 3  # files under way per process
 

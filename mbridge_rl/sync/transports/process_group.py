@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mbridge_rl.core.buckets import aligned
-from mbridge_rl.sync.errors import SyncError, TransferTimeout
-from mbridge_rl.sync.rendezvous import LOOPBACK, make_group, new_secret, own_address, serve_store
-from mbridge_rl.sync.route import Part, Route, WorkerRoute
+from mbridge_rl.core.errors import SyncError, TransferTimeout
+from mbridge_rl.distributed.rendezvous import LOOPBACK, make_group, new_secret, own_address, serve_store
+from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
-from mbridge_rl.sync.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Patience
 
 _DEPTH = 3  # messages under way per process
 _MOST_JOINED = 16

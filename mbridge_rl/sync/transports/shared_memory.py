@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.buckets import aligned
-from mbridge_rl.sync import packing
-from mbridge_rl.sync.arena import Arena
-from mbridge_rl.sync.errors import ArenaError, PeerFailed, StoreError
-from mbridge_rl.sync.image import Label
-from mbridge_rl.sync.locks import keep, release
-from mbridge_rl.sync.private_files import open_file
-from mbridge_rl.sync.route import Part, Route, WorkerRoute
-from mbridge_rl.sync.store import Slot, WeightStore
+from mbridge_rl.core.errors import ArenaError, PeerFailed, StoreError
+from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.distributed.locks import keep, release
+from mbridge_rl.distributed.private_files import open_file
+from mbridge_rl.sync.payload import packing
+from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
+from mbridge_rl.sync.store.image import Label
+from mbridge_rl.sync.store.weight_store import Slot, WeightStore
 from mbridge_rl.sync.transports import Context, Outlet, Wire
-from mbridge_rl.sync.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Patience
 
 RING_BUCKETS = 3  # one is packed, one is full, one is loaded
 _LINE = 64  # bytes between counters: writers of neighbours do not share a cache line

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mbridge_rl.sync.vllm import adapter_slots, worker_calls
+from mbridge_rl.sync.vllm.lora import adapter_slots
+from mbridge_rl.sync.vllm.worker import calls as worker_calls
 
 EXTENSION = "mbridge_rl.sync.vllm.extension.WorkerExtension"
 METHOD = "mbridge_rl_call"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mbridge_rl.sync.vllm import cpu_routing, cpu_weights
+from mbridge_rl.sync.vllm.worker import cpu_routing, cpu_weights
 
 
 def register() -> None:
@@ -11,7 +11,9 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if cpu_weights.BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(cpu_weights.BACKEND, "mbridge_rl.sync.vllm.backend", "PlannedSyncEngine")
+        WeightTransferEngineFactory.register_engine(
+            cpu_weights.BACKEND, "mbridge_rl.sync.vllm.worker.backend", "PlannedSyncEngine"
+        )
     if current_platform.is_cpu():
         cpu_weights.install()
         cpu_routing.install()

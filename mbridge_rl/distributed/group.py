@@ -1,0 +1,247 @@
+"""The trainer ranks of one transfer: the few collectives that a transfer needs, also where there is but one process.
+
+Ranks fail together: what one of them raises all of them raise, in the same call, as the same type, with the message of the rank
+that knows why. So callers may decide by the type (to try again, to go on without an engine): all of them decide alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mbridge_rl.core.errors import BridgeError, PeerFailed, RanksUnreachable, SyncError, TransferTimeout
+from mbridge_rl.distributed.host import machine_id
+from mbridge_rl.distributed.plain import Types, dumped, loaded
+
+Failure = tuple[type[BridgeError], str]
+_SIZE_BYTES = 8
+_TELL_SECONDS = 3.0  # for ranks that time out a little later
+_ON_ONE_MACHINE: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
+
+
+class RankGroup:
+    """All trainer ranks, or this process alone where torch.distributed is not initialised.
+
+    Every wait ends when the process group's own time-out does (`init_process_group(timeout=...)`).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self._alone = not dist.is_initialized()
+        on_gpu = not self._alone and "nccl" in dist.get_backend(group)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self.rank = 0 if self._alone else dist.get_rank(group)
+        self.size = 1 if self._alone else dist.get_world_size(group)
+
+    @property
+    def identity(self) -> weakref.ref[dist.ProcessGroup] | None:
+        """Equal for the same process group only, so that nothing prepared for one is used with the next."""
+        return None if self._alone else weakref.ref(self._group or dist.group.WORLD)
+
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether all ranks can share memory. They are asked once per process group, all together."""
+        if self.size == 1:
+            return True
+        group = self._group or dist.group.WORLD
+        if group not in _ON_ONE_MACHINE:
+            _ON_ONE_MACHINE[group] = len(set(self.gather_plain(machine_id()))) == 1
+        return _ON_ONE_MACHINE[group]
+
+    def broadcast(self, payload: Tensor, source_rank: int) -> dist.Work | None:
+        """Starts sending `payload` (uint8, the same size everywhere) from `source_rank` to all; `wait` on the result."""
+        if self.size == 1:
+            return None
+        return dist.broadcast(payload, group_src=source_rank, group=self._group, async_op=True)
+
+    def exchange(self, sends: Iterable[tuple[Tensor, int]], receives: Iterable[tuple[Tensor, int]]) -> list[dist.Work]:
+        """Starts sending and receiving `(tensor, peer rank)`; each pair of ranks must list its tensors in the same order."""
+        messages = [dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer) for tensor, peer in sends]
+        messages += [dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer) for tensor, peer in receives]
+        return dist.batch_isend_irecv(messages) if messages else []
+
+    def wait(self, works: Iterable[dist.Work | None]) -> None:
+        """Waits for started communication.
+
+        Raises:
+            RanksUnreachable: a rank is missing, died, or did not come within the process group's time-out.
+        """
+        with self._explained():
+            for work in works:
+                if work is not None:
+                    work.wait()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks of int64 `values`, modulo 2^64; also a barrier.
+
+        Raises:
+            RanksUnreachable: as `wait`.
+        """
+        if self.size == 1:
+            return values
+        summed = values.to(self.device)
+        with self._explained():
+            dist.all_reduce(summed, group=self._group)
+        return summed.cpu()
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The largest of all ranks' `values`, element by element; also a barrier.
+
+        Raises:
+            RanksUnreachable: as `wait`.
+        """
+        if self.size == 1:
+            return values
+        largest = values.to(self.device)
+        with self._explained():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        return largest.cpu()
+
+    def all_same(self, number: int) -> bool:
+        """Whether all ranks brought the same `number`, below 2^21; also a barrier."""
+        total, squares = self.sum(torch.tensor([number, number * number])).tolist()
+        return self.size * squares == total * total  # Cauchy and Schwarz: equal for equal numbers only
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1, dtype=torch.int64))
+
+    def start_agreement(self, failure: Exception | None = None) -> Agreement:
+        """Starts telling all ranks whether this one failed; `wait` on the result, on all ranks."""
+        failed = torch.tensor([int(failure is not None)], device=self.device)
+        work = None if self.size == 1 else dist.all_reduce(failed, group=self._group, async_op=True)
+        return Agreement(self, failure, failed, work)
+
+    def agree(self, failure: Exception | None = None) -> None:
+        """Returns on all ranks when all have come, or raises on all ranks if any brought a `failure`. Also a barrier.
+
+        Raises:
+            BridgeError: on all ranks of the type of one failure (SyncError for one that is none of ours): where several failed,
+                one that does not come of another's, of the lowest such rank. That rank raises its own; the others name it and
+                what it raised. RanksUnreachable: as `wait`.
+        """
+        self.start_agreement(failure).wait()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What any rank raises inside the block, all ranks raise at its end; also a barrier."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # told to the other ranks before it goes on, so that none of them waits for a time-out
+            failure = error
+        self.agree(failure)
+
+    def first_rank_does(self, action: Callable[[], None]) -> None:
+        """Runs `action` on rank 0; every rank returns when it is done, or raises what it raised (see `agree`)."""
+        with self.together():
+            if self.rank == 0:
+                action()
+
+    def gather_plain(self, value: Any, types: Types = ()) -> list[Any]:
+        """Every rank's `value`, which is plain data (`distributed.plain`): nothing that arrives is unpickled.
+
+        For the one-time handshake and for failures only, never for payload.
+
+        Args:
+            types: the dataclasses that may be in it.
+        """
+        if self.size == 1:
+            return [value]
+        message = torch.frombuffer(bytearray(dumped(value, types)), dtype=torch.uint8)
+        longest = int(self.maximum(torch.tensor([len(message)])).item())
+        padded = torch.zeros(_SIZE_BYTES + longest, dtype=torch.uint8)
+        padded[:_SIZE_BYTES] = torch.tensor([len(message)]).view(torch.uint8)
+        padded[_SIZE_BYTES : _SIZE_BYTES + len(message)] = message
+        mine = padded.to(self.device)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._explained():
+            dist.all_gather(gathered, mine, group=self._group)
+        return [_value_of(one.cpu(), types) for one in gathered]
+
+    def share_plain(self, value: Any, types: Types = ()) -> Any:
+        """Rank 0's `value` on every rank, in two messages. As `gather_plain` else; it may be large."""
+        if self.size == 1:
+            return value
+        message = torch.frombuffer(bytearray(dumped(value, types)), dtype=torch.uint8) if self.rank == 0 else torch.zeros(0)
+        size = torch.tensor([len(message)], device=self.device)
+        self.wait([self.broadcast(size.view(torch.uint8), 0)])
+        content = (message if self.rank == 0 else torch.zeros(int(size), dtype=torch.uint8)).to(self.device)
+        self.wait([self.broadcast(content, 0)])
+        return value if self.rank == 0 else loaded(content.cpu().numpy().tobytes(), types)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            silent = self._silent_ranks() if "timed out" in str(error).lower() else []
+            who = f"ranks {silent} did not come" if silent else "one of them died, or failed outside of this call"
+            message = f"rank {self.rank} of {self.size} cannot reach all others: {who} (the backend: {error})"
+            raise RanksUnreachable(message) from error
+
+    def _silent_ranks(self) -> list[int]:
+        """After a time-out: those who did not run into it as well. Whoever did says so in the store of all processes."""
+        if self._group is not None:
+            return []
+        keys = [f"mbridge_rl/timed_out/{rank}" for rank in range(self.size)]
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(keys[self.rank], "")
+            deadline = time.monotonic() + _TELL_SECONDS
+            while time.monotonic() < deadline and not store.check(keys):
+                time.sleep(0.1)
+            return [rank for rank, name in enumerate(keys) if not store.check([name])]
+        except RuntimeError:  # the store went with the rank that served it
+            return []
+
+
+class Agreement:
+    """A failure flag under way to all ranks (`RankGroup.start_agreement`)."""
+
+    def __init__(self, group: RankGroup, failure: Exception | None, failed: Tensor, work: dist.Work | None) -> None:
+        self._group, self._failure, self._failed, self.work = group, failure, failed, work
+
+    def wait(self) -> None:
+        """Returns, or raises, on all ranks (see `RankGroup.agree`)."""
+        self._group.wait([self.work])
+        if not self._failed.item():
+            return
+        told = self._group.gather_plain(_told(self._failure))
+        rank, (error_class, text) = _cause([failure and (_class_named(failure[0]), failure[1]) for failure in told])
+        if rank == self._group.rank and isinstance(self._failure, BridgeError):
+            raise self._failure
+        raise error_class(f"rank {self._group.rank}: rank {rank} failed: {text}") from self._failure
+
+
+def _told(failure: Exception | None) -> tuple[str, str] | None:
+    """A failure as all ranks are told of it: the name of its class, and the message."""
+    if failure is None:
+        return None
+    error_class = type(failure) if isinstance(failure, BridgeError) else SyncError
+    return error_class.__name__, f"{type(failure).__name__}: {failure}"
+
+
+def _class_named(name: str) -> type[BridgeError]:
+    """The error class of this name that this process knows; SyncError if there is none."""
+    known: list[type[BridgeError]] = [BridgeError]
+    for error_class in known:  # grows meanwhile
+        known += error_class.__subclasses__()
+    return next((error_class for error_class in known if error_class.__name__ == name), SyncError)
+
+
+def _value_of(message: Tensor, types: Types) -> Any:
+    size = int(message[:_SIZE_BYTES].clone().view(torch.int64).item())
+    return loaded(message[_SIZE_BYTES : _SIZE_BYTES + size].numpy().tobytes(), types)
+
+
+def _cause(told: Sequence[Failure | None]) -> tuple[int, Failure]:
+    """What all ranks raise, and whose it is. A time-out may come of another's failure, a `PeerFailed` always does."""
+    failed = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
+    return min(failed, key=lambda one: (one[1][0] is PeerFailed, one[1][0] is TransferTimeout))

@@ -1,0 +1,95 @@
+"""Streaming between ranks of one machine: everybody writes its rectangles straight into shared memory, in HF layout, and
+whoever receives copies whole tensors out. No collective carries weights.
+
+Two slots alternate. The one small all-reduce per bucket says that a slot is full, and also that the other one has been read.
+The one before the first bucket of a run says that every rank has read the last bucket of the run before: it may lie in the slot
+that the first bucket is written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mbridge_rl.core.errors import BridgeError, PeerFailed
+from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.distributed.assembly import Assembly
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.schedule import Bucket, Piece, Span
+
+
+class HostMemoryExchange:
+    """Runs one schedule through shared memory, as often as wanted. Made and run by all ranks of `group` together.
+
+    Args:
+        receives: this rank wants the tensors; the others only contribute.
+
+    Raises:
+        ArenaError: on all ranks, where shared memory is too small or is not shared by all.
+    """
+
+    def __init__(self, group: RankGroup, buckets: Sequence[Bucket], receives: bool) -> None:
+        self._group, self._buckets, self._receives = group, buckets, receives
+        self._own = [_pieces_of(group.rank, bucket) for bucket in buckets]
+        self._slot_nbytes = max((bucket.nbytes for bucket in buckets), default=0)
+        self._arena = shared_arena(group, max(1, 2 * self._slot_nbytes))
+        self._bytes = self._arena.view(0, (self._arena.nbytes,), torch.uint8)
+
+    def run(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yields `(hf_name, tensor)` on the ranks that receive, nothing on the others."""
+        assembly = Assembly(torch.device("cpu"))
+        self._group.barrier()
+        for index, bucket in enumerate(self._buckets):
+            with self._group.together():
+                self._write(index, live)
+            if not self._receives:
+                continue
+            try:
+                yield from assembly.completed(bucket, partial(self._read, self._slot(index)))
+            except GeneratorExit:
+                if index + 1 < len(self._buckets):
+                    with contextlib.suppress(BridgeError):  # of another rank that left or failed, too
+                        self._group.agree(PeerFailed("it stopped reading before the end of the stream"))
+                raise
+
+    def close(self) -> None:
+        self._arena.close()
+
+    def _slot(self, index: int) -> int:
+        return index % 2 * self._slot_nbytes
+
+    def _write(self, index: int, live: Mapping[str, Tensor]) -> None:
+        slot = self._slot(index)
+        for span, piece in self._own[index]:
+            dtype = span.tensor.dtype
+            offset = (slot + span.offset) // dtype.itemsize - span.first + piece.target.offset
+            target = self._bytes.view(dtype).as_strided(piece.shape, piece.target.strides, offset)
+            target.copy_(piece.source.of(live[piece.source.name], piece.shape))
+
+    def _read(self, slot: int, span: Span, tensor: Tensor) -> None:
+        start = slot + span.offset
+        arrived = self._bytes[start : start + span.nbytes].view(span.tensor.dtype)
+        tensor.view(-1)[span.first : span.last].copy_(arrived)
+
+
+def shared_arena(group: RankGroup, nbytes: int) -> Arena:
+    """Shared memory that rank 0 owns and all ranks of `group` write.
+
+    Raises:
+        ArenaError: on all ranks, if any of them could not create or map it.
+    """
+    created: list[Arena] = []
+    group.first_rank_does(lambda: created.append(Arena.create(nbytes)))
+    path = group.gather_plain(created[0].path if created else None)[0]
+    with group.together():
+        if not created:
+            created.append(Arena.attach(path, nbytes, writable=True))
+    return created[0]
+
+
+def _pieces_of(rank: int, bucket: Bucket) -> list[tuple[Span, Piece]]:
+    return [(span, piece) for span in bucket.spans for piece in span.pieces if piece.source_rank == rank]

@@ -1,0 +1,290 @@
+"""Adapter sync: only LoRA factors travel, from their shards in Megatron straight into engines' LoRA slots.
+
+Every trainer rank writes the rectangles of factors that it holds into shared memory, already as PEFT lays them out; the one
+small all-reduce sums their digests and is the barrier that says all are written. Ranks of several machines sum the bytes as
+well, and an engine of another machine than the first rank's is sent them. An engine checks every byte before it changes a slot,
+and reads the slot back after.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_rl.core.buckets import offsets
+from mbridge_rl.core.digest import add, combine, signed, unsigned
+from mbridge_rl.core.errors import EngineMismatch, SyncError
+from mbridge_rl.core.finite import require_finite
+from mbridge_rl.core.plan import compile_plan, copy_digest
+from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.host import machine_id
+from mbridge_rl.megatron.lora.adapter_side import live_adapter_side, lora_config_of
+from mbridge_rl.megatron.parameters import layout_of
+from mbridge_rl.sync.options import SyncOptions
+from mbridge_rl.sync.record import phases
+from mbridge_rl.sync.record.report import EngineOutcome, SyncReport
+from mbridge_rl.sync.record.sinks import Sink
+from mbridge_rl.sync.record.timeline import Span, Stopwatch, of_engine
+from mbridge_rl.sync.trainer.engines import Engines
+from mbridge_rl.sync.trainer.retries import with_retries
+
+_log = logging.getLogger(__name__)
+
+_WORD = torch.int64.itemsize
+
+
+class AdapterClient(Protocol):
+    """What an adapter sync asks of an engine; every kind has it (`vllm.adapters.AdaptableEngine`)."""
+
+    def adapter_info(self) -> Mapping[str, Any]: ...
+    def put_adapter(self, update: dict[str, Any]) -> Mapping[str, Any]: ...
+
+
+class AdaptedEngine:
+    """An engine whose completions are those of one of its adapters, for whoever samples and knows of no adapters.
+
+    Args:
+        engine: of any kind.
+        adapter: its name.
+    """
+
+    def __init__(self, engine: Any, adapter: str = "policy") -> None:
+        self._engine, self.adapter = engine, adapter
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
+        """See `InProcessEngine.generate`; a completion's `weight_version` is the adapter's."""
+        completions = self._engine.generate(prompts, adapter=self.adapter, **options)
+        return [replace(one, weight_version=int(one.adapter.rpartition("@")[2])) for one in completions]
+
+
+class _Done(NamedTuple):
+    """What an attempt did: the digest of all factors, what became of every engine, what those that committed said (on rank 0),
+    and the time of the other ranks and of the engines."""
+
+    digest: str
+    outcomes: Sequence[EngineOutcome]
+    engines: Sequence[Mapping[str, Any]]
+    others: Sequence[Span]
+
+
+class AdapterSync:
+    """Keeps one adapter of engines that of a live Megatron model. Made once by all trainer ranks together; `sync` is
+    collective.
+
+    Args:
+        bridge: of the model (`AutoBridge`).
+        model: this rank's chunks, with adapters (`megatron.lora.attach.add_lora`).
+        client: the engine, or several, started with `enable_lora=True` on the model's base weights, on rank 0; `None` on the
+            other ranks.
+        adapter: its name in the engines.
+        is_policy: its versions are the engine's own, with which tokens are labelled; for engines that sample from it alone.
+        options: `requests`, `timeout`, `retries` and `nonfinite` of them. An adapter is always staged and verified.
+        sinks: that rank 0 tells of every sync, as `WeightSync` does.
+
+    Raises:
+        StateMismatchError: on all ranks: the model has no adapters; SyncError: rank 0 has no engine; EngineMismatch: an engine
+            takes no adapters, or not of this rank, or engines' slots are of different dtypes.
+    """
+
+    def __init__(
+        self,
+        bridge: Any,
+        model: Sequence[nn.Module],
+        client: AdapterClient | Sequence[AdapterClient] | None,
+        adapter: str = "policy",
+        *,
+        is_policy: bool = False,
+        options: SyncOptions | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self.adapter, self._is_policy, self.options = adapter, is_policy, options or SyncOptions()
+        self._model, self._base = model, bridge.spec
+        self._group = RankGroup()
+        self._sinks = sinks if self._group.rank == 0 else ()
+        self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])  # type: ignore[arg-type,list-item]
+        with self._group.together():
+            if lora_config_of(model).dora:
+                raise EngineMismatch("vLLM has no DoRA: start the engine without LoRA and sync merged weights (WeightSync)")
+            self._layout = layout_of(model, bridge.spec)
+            _, self._spec, _ = self._live()
+            self._plan = compile_plan(self._spec, megatron_side(self._spec, self._layout), hf_side(self._spec))
+        dtype, self._is_near = self._ask_engines()
+        self._tensors = list(self._spec.hf_tensors(dtype))
+        self._offsets, nbytes = offsets(tensor.nbytes for tensor in self._tensors)
+        self._shares_memory = self._group.on_one_machine
+        self._arena = self._make_arena(nbytes + -nbytes % _WORD)
+        self._full_nbytes = sum(tensor.nbytes for tensor in bridge.spec.hf_tensors(dtype))
+
+    def sync(self, version: int) -> SyncReport:
+        """Moves the live factors into the engines and commits them as `version`.
+
+        Returns:
+            The same report on every rank (`engines` only on rank 0).
+
+        Raises:
+            SyncError: on every rank, if any part failed on any, or every engine's commit did; the engines then serve the
+                version before. If but some fail to commit, the others serve the new version, and the report names the failed
+                ones.
+        """
+        return with_retries(
+            version,
+            lambda watch, _: self._attempt(version, watch),
+            lambda watches, done, error: self._report(version, watches, done, error),
+            lane=phases.lane(self._group.rank),
+            retries=self.options.retries,
+            sinks=self._sinks,
+        )
+
+    def close(self) -> None:
+        """Frees the shared memory. The engines keep the adapter."""
+        self._arena.close()
+        self._engines.close()
+
+    def _live(self) -> Any:
+        return live_adapter_side(self._model, self._base, self._layout, self._group.rank, scaled=True)
+
+    def _ask_engines(self) -> tuple[torch.dtype, list[bool]]:
+        """The dtype of the slots, and whether each engine can map the first rank's memory."""
+        said: list[list[Mapping[str, Any]]] = []
+
+        def ask() -> None:
+            if not self._engines.all:
+                raise SyncError("rank 0 has no engine client: give AdapterSync(client=...) an engine there")
+            said.append(self._engines.each(lambda _, engine: engine.adapter_info()))
+            dtypes = {info["dtype"] for info in said[0]}
+            if len(dtypes) > 1:
+                raise EngineMismatch(f"the engines' LoRA slots are of different dtypes: {sorted(dtypes)}")
+
+        self._group.first_rank_does(ask)
+        infos = self._group.gather_plain(said[0] if said else None)[0]
+        return getattr(torch, infos[0]["dtype"]), [info["host"] == machine_id() for info in infos]
+
+    def _make_arena(self, nbytes: int) -> Arena:
+        """One for all ranks, or each rank's own where they are not on one machine."""
+        if not self._shares_memory:
+            with self._group.together():
+                return Arena.create(nbytes)
+        created: list[Arena] = []
+        self._group.first_rank_does(lambda: created.append(Arena.create(nbytes)))
+        path = self._group.gather_plain(created[0].path if created else None)[0]
+        return created[0] if created else Arena.attach(path, nbytes, writable=True)
+
+    def _attempt(self, version: int, watch: Stopwatch) -> _Done:
+        with watch("check"), self._group.together():
+            live, _, _ = self._live()
+            if self.options.nonfinite == "refuse":
+                require_finite(live, self._group.rank)
+        with watch("transfer"):
+            with watch("pack"), self._group.together():
+                shares = self._write(live)
+            with watch("wire"):
+                self._bring_together()
+        with watch("verify"):
+            sums = [unsigned(value) for value in self._group.sum(torch.tensor(shares)).tolist()]
+            digests = {tensor.hf_name: value for tensor, value in zip(self._tensors, sums, strict=True)}
+        with watch("commit"):
+            outcomes, engines = self._put(self._update(version, digests))
+        with watch("report"):
+            others = phases.of_other_ranks(watch.spans, self._group)
+        committed = [outcome.engine for outcome in outcomes if outcome.error is None]
+        for index, engine in zip(committed, engines, strict=False):  # on rank 0 alone they say something
+            others += of_engine(engine["spans"], index)
+        return _Done(combine(digests), outcomes, engines, others)
+
+    def _write(self, live: Mapping[str, Tensor]) -> list[int]:
+        """Writes this rank's rectangles of all factors; returns its share of each factor's digest."""
+        if not self._shares_memory:  # what the others write is zero here, and added
+            self._arena.view(0, (self._arena.nbytes,), torch.uint8).zero_()
+        return [signed(self._write_factor(index, live)) for index in range(len(self._tensors))]
+
+    def _write_factor(self, index: int, live: Mapping[str, Tensor]) -> int:
+        tensor, share = self._tensors[index], 0
+        target = self._arena.view(self._offsets[index], tensor.shape, tensor.dtype)
+        for copy in self._plan.by_hf_name[tensor.hf_name]:
+            if copy.source_rank == self._group.rank:
+                part = copy.source.of(live[copy.source.name], copy.shape).to(tensor.dtype)
+                copy.target.of(target, copy.shape).copy_(part)
+                share = add(share, copy_digest(copy, part, tensor))
+        return share
+
+    def _bring_together(self) -> None:
+        """Ranks that share no memory add what they wrote: every byte is one rank's, and zero on the others."""
+        if not self._shares_memory:
+            words = self._arena.view(0, (self._arena.nbytes // _WORD,), torch.int64)
+            words.copy_(self._group.sum(words.clone()))
+
+    def _put(self, update: dict[str, Any]) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
+        """Every engine's outcome, on all ranks; the reports of those that committed, on rank 0."""
+        said: list[tuple[Sequence[EngineOutcome], list[dict[str, Any]]]] = []
+
+        def put(index: int, engine: AdapterClient) -> dict[str, Any]:
+            watch = Stopwatch("engine")
+            with watch("pause"):  # and the call's own time
+                report = engine.put_adapter(update if self._is_near[index] else self._with_payload(update))
+            return {**report, "spans": [span.to_json() for span in watch.spans]}
+
+        self._group.first_rank_does(lambda: said.append(self._engines.each_alone(update["version"], put)))
+        all_well = [EngineOutcome(index, update["version"]) for index in range(len(self._is_near))]
+        outcomes, reports = said[0] if said else (all_well, [])
+        failed = torch.tensor([sum(outcome.error is not None for outcome in outcomes)])
+        if self._group.maximum(failed).item():
+            outcomes = self._group.gather_plain(outcomes, (EngineOutcome,))[0]
+        for outcome in outcomes:
+            if outcome.error is not None:
+                _log.warning("engine %d stays at its version before %d: %s", outcome.engine, update["version"], outcome.error)
+        return outcomes, reports
+
+    def _report(self, version: int, watches: Sequence[Stopwatch], done: _Done | None = None, error: str = "") -> SyncReport:
+        """The record of a sync whose last attempt ended just now."""
+        own = [span for watch in watches for span in watch.spans]
+        engines = [] if done is None else done.engines
+        return SyncReport(
+            version=version,
+            adapter=self.adapter,
+            tensors=len(self._tensors),
+            nbytes=sum(tensor.nbytes for tensor in self._tensors),
+            full_nbytes=self._full_nbytes,
+            buckets=1,
+            digest=None if done is None else done.digest,
+            verified=not error,
+            seconds=watches[-1].now() - watches[0].created,
+            transport="shared_memory",
+            attempts=len(watches),
+            engines=[{name: value for name, value in engine.items() if name != "spans"} for engine in engines],
+            outcomes=[] if done is None else done.outcomes,
+            error=error,
+            started=watches[0].created,
+            rank=self._group.rank,
+            spans=own if done is None else [*own, *done.others],
+        )
+
+    def _update(self, version: int, digests: Mapping[str, int]) -> dict[str, Any]:
+        """In plain JSON types, for whatever carries it to the engine."""
+        return {
+            "adapter": self.adapter,
+            "version": version,
+            "is_policy": self._is_policy,
+            "requests": self.options.requests,
+            "timeout": self.options.timeout,
+            "rank": lora_config_of(self._model).largest_peft_rank,
+            "arena_path": self._arena.path,
+            "arena_nbytes": self._arena.nbytes,
+            "names": [tensor.hf_name for tensor in self._tensors],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in self._tensors],
+            "shapes": [list(tensor.shape) for tensor in self._tensors],
+            "offsets": self._offsets,
+            "digests": [f"{digests[tensor.hf_name]:016x}" for tensor in self._tensors],
+        }
+
+    def _with_payload(self, update: dict[str, Any]) -> dict[str, Any]:
+        """For an engine that cannot map this machine's memory."""
+        content = self._arena.view(0, (self._arena.nbytes,), torch.uint8).numpy().tobytes()
+        return {**update, "payload": base64.b64encode(content).decode()}

@@ -1,0 +1,186 @@
+"""An engine as a side of a plan: what its workers said of their parameters, as segments in HF coordinates.
+
+A worker describes itself once per start, in plain JSON types: which strided view of which HF tensor its own loader copies into
+which strided view of which parameter. Nothing here knows how an engine fuses, pads or deals its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+
+from mbridge_rl.core.digest import contiguous_strides
+from mbridge_rl.core.errors import EngineMismatch, listed
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.segments import Box, Segment, Shape, Side
+from mbridge_rl.sync.payload.landing import Landing, View
+
+WHOLE_TENSOR = "hf_tensor:"  # prefix of the local names of tensors that a worker's own loader takes whole
+
+
+@dataclass(frozen=True)
+class WorkerDescription:
+    """One worker of an engine.
+
+    Attributes:
+        rank, size: of the worker among its engine's.
+        host: what processes have in common that can share memory.
+        parameters: `{name: (dtype, shape)}` of what landings write to.
+        landings: by `hf_name`, in the loader's order.
+        whole: tensors that only the worker's own loader can place, with the reason.
+    """
+
+    rank: int
+    size: int
+    host: str
+    parameters: Mapping[str, tuple[torch.dtype, Shape]]
+    landings: Mapping[str, tuple[Landing, ...]]
+    whole: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "size": self.size,
+            "host": self.host,
+            "parameters": {name: [_dtype_name(dtype), list(shape)] for name, (dtype, shape) in self.parameters.items()},
+            "landings": {
+                hf_name: [
+                    [part.parameter_name, part.source.shape, part.source.offset, part.source.strides, part.target.offset,
+                     part.target.strides]
+                    for part in parts
+                ]
+                for hf_name, parts in self.landings.items()
+            },
+            "whole": dict(self.whole),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> WorkerDescription:
+        parameters = {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in said["parameters"].items()}
+        landings = {
+            hf_name: tuple(
+                Landing(hf_name, name, View(offset, tuple(shape), tuple(strides)), View(to, tuple(shape), tuple(to_strides)))
+                for name, shape, offset, strides, to, to_strides in parts
+            )
+            for hf_name, parts in said["landings"].items()
+        }
+        return cls(said["rank"], said["size"], said["host"], parameters, landings, said["whole"])
+
+
+def alike(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two engines' descriptions (JSON, from wherever) say the same of their weights; hosts may differ."""
+    one, other = ([replace(WorkerDescription.from_json(worker), host="") for worker in said] for said in (first, second))
+    return one == other
+
+
+def engine_side(spec: ModelSpec, workers: Sequence[WorkerDescription], dtypes: Mapping[str, torch.dtype]) -> Side:
+    """What the workers of one engine keep, each a rank of the side. A tensor that a worker's loader must place itself is a
+    segment of its own: a whole HF tensor named `hf_tensor:<hf_name>`.
+
+    Args:
+        dtypes: of the HF tensors, for those that stay whole.
+
+    Raises:
+        EngineMismatch: workers are missing, or no worker holds some part of a tensor of the model.
+    """
+    found = sorted(worker.rank for worker in workers)
+    if not workers or found != list(range(workers[0].size)):
+        raise EngineMismatch(f"an engine of {workers[0].size if workers else 0} workers needs all of them, found {found}")
+    segments: list[Segment] = []
+    shapes: dict[str, Shape] = {}
+    holders: dict[str, set[int]] = {}
+    for hf_name, hf_shape in spec.hf_shapes.items():
+        grid = spec.hf_grid(hf_name)
+        for worker in workers:
+            made = [
+                Segment(hf_name, box, landing.parameter_name, offset, strides, (worker.rank,))
+                for landing in worker.landings.get(hf_name, ())
+                for box, offset, strides in boxes_of(landing, grid)
+            ]
+            if hf_name in worker.whole:
+                box = Box((0,) * len(grid), grid)
+                name = WHOLE_TENSOR + hf_name
+                made = [Segment(hf_name, box, name, 0, contiguous_strides(grid), (worker.rank,))]
+                shapes[name] = hf_shape
+            for segment in made:
+                holders.setdefault(segment.local_name, set()).add(worker.rank)
+                if segment.local_name in worker.parameters:
+                    shapes[segment.local_name] = worker.parameters[segment.local_name][1]
+            segments += made
+    landed = {segment.hf_name for segment in segments} | spec.optional_hf_names
+    if nowhere := [hf_name for hf_name in spec.hf_shapes if hf_name not in landed]:
+        raise EngineMismatch(f"no worker of the engine has a place for {listed(nowhere)}; is it another model?")
+    return Side(tuple(segments), shapes, {name: tuple(sorted(ranks)) for name, ranks in holders.items()})
+
+
+def local_dtypes(workers: Sequence[WorkerDescription], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Dtype of every local tensor of the side: the parameters' own, and the HF tensors' where they stay whole."""
+    found = {name: dtype for worker in workers for name, (dtype, _) in worker.parameters.items()}
+    return found | {WHOLE_TENSOR + hf_name: dtypes[hf_name] for worker in workers for hf_name in worker.whole}
+
+
+def boxes_of(landing: Landing, grid: Shape) -> Iterator[tuple[Box, int, Shape]]:
+    """A view of a row-major HF tensor as boxes in its factored shape, each with its place in the parameter.
+
+    Yields:
+        `(box, offset, strides)`: element `box.start + i` lies at `offset + i . strides` of the parameter.
+    """
+    source, target = landing.source, landing.target
+    dims = list(zip(source.shape, source.strides, target.strides, strict=True))
+    yield from _boxes(dims, source.offset, target.offset, grid, contiguous_strides(grid))
+
+
+_Dim = tuple[int, int, int]  # size, stride in the HF tensor, stride in the parameter
+
+
+def _boxes(dims: list[_Dim], source: int, target: int, grid: Shape, steps: Shape) -> Iterator[tuple[Box, int, Shape]]:
+    if any(size == 0 for size, _, _ in dims):
+        return
+    dims = [dim for dim in dims if dim[0] > 1]
+    start = [source // step % extent for step, extent in zip(steps, grid, strict=True)]
+    size, strides = [1] * len(grid), [0] * len(grid)
+    for position, (count, stride, to_stride) in enumerate(dims):
+        axis = next((axis for axis, step in enumerate(steps) if step == stride and grid[axis] > 1), None)
+        if axis is None or size[axis] > 1 or start[axis] + count > grid[axis]:
+            others = [*dims[:position], *dims[position + 1 :]]
+            for piece, skipped in _split(dims[position], axis, start, grid):
+                moved = (source + skipped * stride, target + skipped * to_stride)
+                yield from _boxes([*others, *piece], *moved, grid, steps)
+            return
+        size[axis], strides[axis] = count, to_stride
+    yield Box(tuple(start), tuple(size)), target, tuple(strides)
+
+
+def _split(dim: _Dim, axis: int | None, start: Sequence[int], grid: Shape) -> Iterator[tuple[list[_Dim], int]]:
+    """The pieces of a dimension that is no range of one axis: up to the end of the axis, then whole runs of it, then the rest.
+    Where it follows no axis at all, single entries."""
+    count, stride, to_stride = dim
+    if axis is None or (start[axis] + count <= grid[axis]):
+        yield from (([], entry) for entry in range(count))
+        return
+    extent = grid[axis]
+    head = (extent - start[axis]) % extent
+    whole = (count - head) // extent
+    if head:
+        yield [(head, stride, to_stride)], 0
+    if whole:
+        yield [(whole, stride * extent, to_stride * extent), (extent, stride, to_stride)], head
+    if rest := count - head - whole * extent:
+        yield [(rest, stride, to_stride)], head + whole * extent
+
+
+def kept_bytes(worker: WorkerDescription) -> int:
+    """Bytes that a sync must change in one worker: each element of a parameter that some landing writes."""
+    return sum(
+        prod(part.target.shape) * worker.parameters[part.parameter_name][0].itemsize
+        for parts in worker.landings.values()
+        for part in parts
+    )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,45 @@
+"""Waits that end: when it is done, when the time is over, or when the one who waits is told to stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from mbridge_rl.core.errors import SyncError, TransferTimeout
+
+_NAP_SECONDS = 50e-6
+_LONGEST_NAP_SECONDS = 2e-3
+
+
+class Patience:
+    """How long to wait for a peer.
+
+    Args:
+        seconds: for each single wait.
+        stopping: set by another thread to end a wait early.
+    """
+
+    def __init__(self, seconds: float, stopping: threading.Event | None = None) -> None:
+        self.seconds = seconds
+        self._stopping = stopping
+
+    def wait_for(self, done: Callable[[], bool], complaint: str, look: Callable[[], None] | None = None) -> None:
+        """Polls, with naps that get longer.
+
+        Args:
+            look: called before every nap; raises where waiting longer is of no use.
+
+        Raises:
+            TransferTimeout: with the complaint; SyncError: it was told to stop.
+        """
+        deadline, nap = time.monotonic() + self.seconds, _NAP_SECONDS
+        while not done():
+            if self._stopping is not None and self._stopping.is_set():
+                raise SyncError("the update was given up")
+            if time.monotonic() > deadline:
+                raise TransferTimeout(f"{complaint} within {self.seconds:g} s")
+            if look is not None:
+                look()
+            time.sleep(nap)
+            nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)

@@ -1,0 +1,126 @@
+"""Engines that somebody else started and goes on owning: they are reached through the interface that vLLM gives to clients."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mbridge_rl.core.errors import SyncError
+from mbridge_rl.sync.vllm.engines.completions import Completion, as_version, sampling
+from mbridge_rl.sync.vllm.engines.requests import InFlight
+from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
+from mbridge_rl.sync.vllm.extension import EXTENSION, METHOD
+from mbridge_rl.sync.vllm.lora.adaptable_engine import Served
+from mbridge_rl.sync.vllm.worker import calls as worker_calls
+
+_UNLABELLED = "default"  # vLLM's label of weights that nobody gave a version
+
+
+class AttachedEngine(TransactionalEngine):
+    """The part that is the same in this process and over HTTP.
+
+    vLLM's engine core would die of a model that refuses to run. So where an update lost the version that was served, the
+    engine stays paused instead: requests wait for the next complete sync, and `generate` says which version was lost.
+    """
+
+    def _attach(self, weight_version: int) -> None:
+        """
+        Raises:
+            SyncError: its workers cannot be reached, or there are several engines behind it.
+        """
+        super().__init__()
+        workers, all_workers = self._sizes()
+        if workers != all_workers:
+            raise SyncError(
+                f"{self} is {all_workers // workers} data-parallel engines behind one front, of which only the first answers: "
+                "start each one by itself, and give WeightSync all of them"
+            )
+        self._require_reachable()
+        if self._label() == _UNLABELLED:
+            self._set_label(str(weight_version))
+
+    @property
+    def weight_version(self) -> int:
+        """The version that is being served, or was last."""
+        return as_version(self._label())
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, adapter: str | Sequence[str | None] | None = None, **options: Any
+    ) -> list[Completion]:
+        """See `InProcessEngine.generate`.
+
+        Raises:
+            EngineUnusable: a sync failed half-way; the message names the version that was lost.
+        """
+        self.require_usable()
+        asked_of = self._adapters.asked(adapter, len(prompts))
+        fields = sampling(len(prompts), **options)
+        found = self._completions([list(prompt) for prompt in prompts], fields, asked_of or [None] * len(prompts))
+        return [replace(one, adapter=asked_of[one.prompt_index].label) for one in found] if asked_of else found
+
+    def close(self) -> None:
+        """Lets go of the engine, which its owner keeps."""
+
+    def _call_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
+        return worker_calls.results_of(self._rpc(METHOD, [call.__name__, *args]))
+
+    def _require_reachable(self) -> None:
+        try:
+            self._call_workers(worker_calls.unusable)
+        except Exception as error:
+            raise SyncError(
+                f"the workers of {self} do not answer to a trainer ({error}). Start it with the weight-transfer backend "
+                "'mbridge' and the worker extension of mbridge_rl: `sync.vllm.extension.engine_args()` for AsyncEngineArgs, or "
+                f'for `vllm serve` --weight-transfer-config \'{{"backend": "mbridge"}}\' --worker-extension-cls {EXTENSION}'
+            ) from error
+
+    def _forget(self) -> None:
+        """It did at the pause."""
+
+    def _hold(self, requests: InFlight, timeout: float) -> None:
+        lost = requests == "wait" and self._refusal() is not None
+        self._halt("keep" if lost else requests, timeout)  # what waits for weights cannot be waited for
+
+    def _resume(self) -> None:
+        if self._refusal() is None:
+            self._go_on()
+
+    def _serve(self, version: int) -> None:
+        self._set_label(str(version))
+        if not self._reset_caches():
+            raise SyncError(f"{self} could not drop its prefix cache")
+
+    @abstractmethod
+    def _sizes(self) -> tuple[int, int]:
+        """Workers of one engine, and of all engines behind the same front."""
+
+    @abstractmethod
+    def _rpc(self, method: str, args: list[Any]) -> list[Any]:
+        """vLLM's `collective_rpc`."""
+
+    @abstractmethod
+    def _halt(self, requests: InFlight, timeout: float) -> None:
+        """
+        Raises:
+            TransferTimeout: requests did not finish in time; generation goes on.
+        """
+
+    @abstractmethod
+    def _go_on(self) -> None: ...
+
+    @abstractmethod
+    def _label(self) -> str: ...
+
+    @abstractmethod
+    def _set_label(self, label: str) -> None: ...
+
+    @abstractmethod
+    def _reset_caches(self) -> bool:
+        """Also of requests in flight, which compute their keys and values anew."""
+
+    @abstractmethod
+    def _completions(
+        self, prompts: list[list[int]], fields: list[dict[str, Any]], asked_of: Sequence[Served | None]
+    ) -> list[Completion]: ...

@@ -1,0 +1,326 @@
+"""A vLLM engine in a process of its own, with the interface of `InProcessEngine`.
+
+Calls and metadata go through a socket pair; weights through shared memory (`distributed.arena`). The child is a fresh
+interpreter, started by command line rather than by `multiprocessing`, which would import the user's main script a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from mbridge_rl.core.errors import EngineProcessError
+from mbridge_rl.sync.vllm.engines.in_process import Completion
+from mbridge_rl.sync.vllm.engines.requests import InFlight
+from mbridge_rl.sync.vllm.worker.calls import described, rebuilt
+
+logger = logging.getLogger(__name__)
+
+_READY = -1  # the reply id under which a child reports that its engine is up
+_LOG_LINES = 30
+PROOF_OF_LIFE = 5.0  # seconds that a call gets while an earlier one is unanswered: a hung engine costs one call_timeout
+_CALLS_AT_ONCE = 8
+_IN_ORDER = frozenset(
+    (
+        "describe_workers",
+        "adopt_route",
+        "begin_update",
+        "commit_update",
+        "abort_update",
+        "publish_weights",
+        "catch_up",
+        "put_adapter",
+    )
+)  # calls that change what is served: one that was given up must not run after those that came later
+
+
+class EngineProcess:
+    """An `InProcessEngine` in a child process, which ends when this one does.
+
+    `start` returns at once, so that the trainer can be built meanwhile; the first call waits for the engine.
+
+    Args:
+        model_dir: see `InProcessEngine`, which gets `engine_args` too.
+        start_timeout: seconds until the engine must be up.
+        call_timeout: seconds until a call must be answered; five at most after one that was not, until any answer comes.
+        environment: variables for the child on top of this process's.
+        log_path: the child's output; default: a temporary file, shown when the child fails.
+    """
+
+    _program = "mbridge_rl.sync.vllm.engines.process"  # the module that the child runs
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        start_timeout: float = 300.0,
+        call_timeout: float = 600.0,
+        environment: Mapping[str, str] | None = None,
+        log_path: str | Path | None = None,
+        **engine_args: Any,
+    ) -> None:
+        self._settings = {"model_dir": str(model_dir), **engine_args}
+        self._start_timeout, self._call_timeout = start_timeout, call_timeout
+        self._environment = dict(environment or {})
+        self._log = Path(log_path) if log_path else Path(tempfile.mkstemp(prefix="mbridge_rl-engine-", suffix=".log")[1])
+        self._keeps_log = log_path is not None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._ready = False
+        self._segments: list[str] = []  # shared memory among the engine's workers, which a kill would leave behind
+        self._calls = 0
+        self._replies: dict[int, tuple[bool, Any]] = {}
+        self._awaited: set[int] = set()
+        self._reading = False
+        self._silent = False
+        self._lock = threading.Condition()
+
+    def start(self) -> EngineProcess:
+        """Launch the child and return at once."""
+        if self._process is not None:
+            return self
+        mine, theirs = socket.socketpair()
+        arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(self._settings)]
+        command = [sys.executable, "-m", self._program, *arguments]
+        with theirs, self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self._environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                start_new_session=True,  # so that its own workers can be ended with it
+            )
+        self._connection = Connection(mine.detach())
+        return self
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until the engine is up.
+
+        Raises:
+            EngineProcessError: it died, or is not up in time; with the end of its log.
+        """
+        self.start()
+        with self._lock:
+            self._wait_ready(timeout)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        """See `InProcessEngine.generate`."""
+        return self._call("generate", [list(prompt) for prompt in prompts], **options)
+
+    @property
+    def weight_version(self) -> int:
+        """The version that is being served, or was last."""
+        return self._call("weight_version")
+
+    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        return self._call("describe_workers", info)
+
+    def adopt_route(self, introduction: dict[str, Any]) -> None:
+        self._call("adopt_route", introduction)
+
+    def begin_update(self, update: dict[str, Any]) -> None:
+        self._call("begin_update", update)
+
+    def update_status(self) -> list[dict[str, Any]]:
+        return self._call("update_status")
+
+    def commit_update(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> dict[str, Any]:
+        return self._call("commit_update", version, requests, timeout)
+
+    def abort_update(self, reason: str) -> None:
+        self._call("abort_update", reason)
+
+    def publish_weights(self, paths: Sequence[str]) -> list[str]:
+        return self._call("publish_weights", list(paths))
+
+    def catch_up(self, name: str, directory: str | None = None) -> dict[str, Any]:
+        return self._call("catch_up", name, directory)
+
+    def reset_prefix_cache(self) -> None:
+        self._call("reset_prefix_cache")
+
+    def adapter_info(self) -> dict[str, Any]:
+        return self._call("adapter_info")
+
+    def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
+        return self._call("put_adapter", update)
+
+    def remove_adapter(self, adapter: str) -> None:
+        self._call("remove_adapter", adapter)
+
+    def adapter_versions(self) -> dict[str, int]:
+        return self._call("adapter_versions")
+
+    def adapter_digests(self, adapter: str) -> dict[str, str]:
+        return self._call("adapter_digests", adapter)
+
+    def close(self, timeout: float = 20.0) -> None:
+        """End the child, by force if it does not go within `timeout` seconds. Idempotent."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._connection is not None:
+            self._connection.close()  # the child ends at the end of its input
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout if self._ready else 0.0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        _unlink(self._segments)
+        if not self._keeps_log:
+            self._log.unlink(missing_ok=True)
+
+    def __enter__(self) -> EngineProcess:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """From any thread; calls of several threads run side by side in the child."""
+        self.start()
+        with self._lock:
+            self._wait_ready(None)
+            self._calls += 1
+            call = self._calls
+            assert self._connection is not None
+            self._awaited.add(call)
+            try:
+                self._connection.send((call, method, args, kwargs))
+            except OSError as error:
+                raise self._failed(f"is gone, so that {method} could not be called") from error
+            timeout = min(PROOF_OF_LIFE, self._call_timeout) if self._silent else self._call_timeout
+            return self._reply(call, timeout, f"did not answer {method}")
+
+    def _wait_ready(self, timeout: float | None) -> None:
+        if not self._ready:
+            self._awaited.add(_READY)
+            self._segments = self._reply(_READY, self._start_timeout if timeout is None else timeout, "was not up")
+            self._ready = True
+
+    def _reply(self, call: int, timeout: float, complaint: str) -> Any:
+        """The answer to `call`. One of the waiting threads reads for all; late answers to calls that timed out are dropped."""
+        deadline = time.monotonic() + timeout
+        try:
+            while call not in self._replies:
+                remaining = max(0.0, deadline - time.monotonic())
+                if self._reading:
+                    self._lock.wait(remaining)
+                else:
+                    self._read(remaining)
+                if call not in self._replies and time.monotonic() >= deadline:
+                    self._silent = True
+                    raise self._failed(f"{complaint} within {timeout:g} s")
+        finally:
+            self._awaited.discard(call)
+        succeeded, result = self._replies.pop(call)
+        if not succeeded:
+            raise rebuilt(result)
+        return result
+
+    def _read(self, seconds: float) -> None:
+        """Reads one answer, without the lock meanwhile."""
+        assert self._connection is not None
+        self._reading = True
+        self._lock.release()
+        answer = None
+        try:
+            if self._connection.poll(seconds):
+                answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._failed("died") from error
+        finally:
+            self._lock.acquire()
+            self._reading = False
+            self._silent = self._silent and answer is None
+            if answer is not None and answer[0] in self._awaited:
+                self._replies[answer[0]] = answer[1:]
+            self._lock.notify_all()
+
+    def _failed(self, what: str) -> EngineProcessError:
+        code = None if self._process is None else self._process.poll()
+        ended = "" if code is None else f" (exit status {code})"
+        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self._log.exists() else []
+        return EngineProcessError(f"the engine process {what}{ended}. The end of its log:\n" + "\n".join(lines))
+
+
+def _unlink(segments: Sequence[str]) -> None:
+    for path in segments:
+        Path(path).unlink(missing_ok=True)
+
+
+def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]) -> None:
+    """The child: build the engine, note its shared memory in `segments`, then answer calls until the connection ends."""
+    from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
+
+    try:
+        engine = InProcessEngine(**settings)
+    except Exception as error:
+        connection.send((_READY, False, described(error)))
+        raise
+    segments += engine.shared_memory_files()
+    connection.send((_READY, True, segments))
+    sending = threading.Lock()
+
+    def answer(call: int, method: str, args: Any, kwargs: Any) -> None:
+        try:
+            member = getattr(engine, method)
+            reply = (call, True, member(*args, **kwargs) if callable(member) else member)
+        except Exception as error:
+            logger.exception("%s failed", method)
+            reply = (call, False, described(error))
+        with sending:
+            connection.send(reply)
+
+    with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool, ThreadPoolExecutor(1) as in_order:
+        while True:
+            try:
+                call, method, args, kwargs = connection.recv()
+            except EOFError:
+                break
+            (in_order if method in _IN_ORDER else pool).submit(answer, call, method, args, kwargs)
+    engine.close()
+
+
+def _end_with(parent: int, segments: Sequence[str]) -> None:
+    """Watch for the parent's death from a thread: the main thread may be deep inside of a generation."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        _unlink(segments)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def main() -> None:
+    """Entry point of the child process: file descriptor of its socket, the parent's pid, the engine's settings as JSON."""
+    descriptor, parent, settings = sys.argv[1:]
+    logging.basicConfig(level=logging.WARNING)
+    segments: list[str] = []
+    _end_with(int(parent), segments)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _serve(Connection(int(descriptor)), json.loads(settings), segments)
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's teardown at interpreter exit takes seconds and has nothing left to do
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The adapters that an engine serves, by name and version."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import count
+from typing import Any, NamedTuple
+
+from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError, listed
+from mbridge_rl.sync.vllm.engines.requests import InFlight
+from mbridge_rl.sync.vllm.lora.adapter_slots import BASE, in_slots, served_adapters
+
+_STILL_SECONDS = 600.0  # until an engine must stand still
+
+
+class Served(NamedTuple):
+    """An adapter in its slot."""
+
+    name: str
+    slot_id: int
+    version: int
+
+    @property
+    def label(self) -> str:
+        """What vLLM calls it in a request: with its version, so that the prefix cache never gives one version's keys and
+        values to another."""
+        return BASE if self.name == BASE else f"{self.name}@{self.version}"
+
+    @property
+    def request(self) -> Any:
+        """vLLM's `LoRARequest`."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(self.label, self.slot_id, "memory")
+
+
+class AdapterSlots:
+    """The named, versioned adapters of an engine, on all its workers alike. The workers know them: whoever comes later, or from
+    elsewhere, finds them.
+
+    Args:
+        in_workers: runs `call(worker, *args)` in all workers and returns their results, or raises the first error.
+        claim: the slot id of a new adapter, from its name, its first update, and those that are served.
+        release: undoes `claim`, by the adapter's name.
+    """
+
+    def __init__(
+        self,
+        in_workers: Callable[..., list[Any]],
+        claim: Callable[[str, Mapping[str, Any], Mapping[str, Served]], int],
+        release: Callable[[str], None],
+    ) -> None:
+        self._in_workers, self._claim, self._release = in_workers, claim, release
+        self._without_lora = False
+
+    def info(self) -> dict[str, Any]:
+        """See `WorkerAdapters.info`."""
+        return self._call("info")[0]
+
+    def put(self, update: Mapping[str, Any]) -> dict[str, Any]:
+        """Installs adapter `update["adapter"]`, or replaces it, as `update["version"]`: on all workers, or on none.
+
+        Returns:
+            `adapter`, `version`, `tensors`, `bytes`, `digest` (as `core.digest.combine` gives it) and `proven`, the number of
+            tensors that were read back from the slots.
+
+        Raises:
+            DigestMismatch, EngineMismatch: the adapter before it serves on.
+        """
+        name, version = update["adapter"], int(update["version"])
+        if name == BASE:
+            raise EngineMismatch(f"{BASE!r} names what base rows have: give the adapter another name")
+        served = self._served()
+        if name in served:
+            reports = self._replace(served[name].slot_id, "stage", dict(update))
+        else:
+            self._require_room(served)
+            if BASE not in served:
+                self._install(BASE, update, served, "stage_zero")
+                served = self._served()
+            reports = self._install(name, update, served, "stage", dict(update))
+        return {"adapter": name, "version": version, **reports[0]}
+
+    def withdraw(self, name: str) -> Served:
+        """Nobody can ask for the adapter any more; its slot is still to be freed."""
+        adapter = self._known(name)
+        self._release(name)
+        return adapter
+
+    def free(self, adapter: Served) -> None:
+        self._call("remove", adapter.slot_id)
+
+    def digests(self, name: str) -> dict[str, str]:
+        """Digest of every factor as the slots hold it now.
+
+        Raises:
+            DigestMismatch: workers hold different adapters.
+        """
+        found = self._call("digests", self._known(name).slot_id)
+        if any(other != found[0] for other in found):
+            raise DigestMismatch(f"the workers' slots of adapter {name} hold different adapters")
+        return found[0]
+
+    def versions(self) -> dict[str, int]:
+        return {name: adapter.version for name, adapter in self._served().items() if name != BASE}
+
+    def asked(self, names: str | Sequence[str | None] | None, count: int) -> list[Served] | None:
+        """Who answers each of `count` prompts; `None` if there are no adapters.
+
+        Base rows get a zero adapter: on CPUs vLLM would apply the last adapter of a mixed batch to rows that have none.
+        """
+        served = self._served()
+        asked = [names] * count if names is None or isinstance(names, str) else names
+        if BASE not in served and not any(asked):
+            return None
+        return [self._known(name or BASE, served) for name in asked]
+
+    def _served(self) -> dict[str, Served]:
+        found = None if self._without_lora else self._in_workers(served_adapters)[0]
+        self._without_lora = found is None
+        return {name: Served(name, *where) for name, where in (found or {}).items()}
+
+    def _call(self, call: str, *args: Any) -> list[Any]:
+        return self._in_workers(in_slots, call, *args)
+
+    def _install(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served], stage: str, *args: Any) -> list[Any]:
+        """Into a slot of its own."""
+        slot_id = self._claim(name, update, served)
+        try:
+            return self._replace(slot_id, stage, *args)
+        except BaseException:
+            self._release(name)
+            raise
+
+    def _replace(self, slot_id: int, stage: str, *args: Any) -> list[Any]:
+        try:
+            self._call(stage, slot_id, *args)
+            reports = self._call("commit", slot_id)
+        except BaseException:
+            self._call("revert", slot_id)
+            raise
+        self._call("settle", slot_id)
+        return reports
+
+    def _require_room(self, served: Mapping[str, Served]) -> None:
+        slots, others = self.info()["slots"], served.keys() - {BASE}
+        if len(others) + 2 > slots:
+            raise EngineMismatch(
+                f"the engine has {slots} LoRA slots, one of them for base rows, and holds {listed(others) or 'no adapter'}: "
+                f"start it with max_loras={len(others) + 2} or remove one"
+            )
+
+    def _known(self, name: str, served: Mapping[str, Served] | None = None) -> Served:
+        served = self._served() if served is None else served
+        if name not in served:
+            raise SyncError(f"the engine holds no adapter {name!r}; found {listed(served.keys() - {BASE}) or 'none'}")
+        return served[name]
+
+
+class AdaptableEngine(ABC):
+    """The adapters of an engine, whatever its kind (`sync.adapter_sync.AdapterSync` asks for them)."""
+
+    _first_slot_id = 1
+
+    @cached_property
+    def _adapters(self) -> AdapterSlots:
+        return AdapterSlots(self._call_workers, self._claim_slot, self._release_slot)
+
+    def adapter_info(self) -> dict[str, Any]:
+        """Dtype and number of the LoRA slots, and the largest rank; see `adapter_slots.WorkerAdapters.info`."""
+        return self._adapters.info()
+
+    def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
+        """Install an adapter, or replace one in place; see `AdapterSlots.put`, and `sync.adapter_sync` for `update`. Requests
+        in flight that are kept (`RequestRunner.hold`) go on with it, and compute their keys and values anew."""
+        with self._still(update.get("requests", "keep"), update.get("timeout", _STILL_SECONDS)):
+            report = self._adapters.put(update)
+            if update.get("is_policy"):
+                self._serve(int(update["version"]))
+            else:
+                self._forget()
+        return report
+
+    def remove_adapter(self, adapter: str) -> None:
+        """Free an adapter's slot, when the requests in flight are answered."""
+        withdrawn = self._adapters.withdraw(adapter)
+        with self._still("wait", _STILL_SECONDS):
+            self._adapters.free(withdrawn)
+
+    def adapter_versions(self) -> dict[str, int]:
+        """The adapters that are served, and their versions."""
+        return self._adapters.versions()
+
+    def adapter_digests(self, adapter: str) -> dict[str, str]:
+        """Digest of every factor of an adapter as its slot holds it now."""
+        return self._adapters.digests(adapter)
+
+    def _claim_slot(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served]) -> int:
+        taken = {adapter.slot_id for adapter in served.values()}
+        return next(number for number in count(self._first_slot_id) if number not in taken)
+
+    def _release_slot(self, name: str) -> None:  # noqa: B027  most kinds keep no list of their own
+        """The adapter leaves, or did not come."""
+
+    @abstractmethod
+    def _call_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
+        """The results of `call(worker, *args)`, a function that `extension` lists, in all workers; or the first error is
+        raised."""
+
+    @contextmanager
+    def _still(self, requests: InFlight, timeout: float) -> Iterator[None]:
+        self._hold(requests, timeout)
+        try:
+            yield
+        finally:
+            self._resume()
+
+    @abstractmethod
+    def _hold(self, requests: InFlight, timeout: float) -> None:
+        """From here on nothing is generated until `_resume`; see `RequestRunner.hold`."""
+
+    @abstractmethod
+    def _resume(self) -> None:
+        """Generation goes on, unless the engine is unusable."""
+
+    @abstractmethod
+    def _serve(self, version: int) -> None:
+        """The policy is of `version` now: the engine says so, and forgets keys and values of another."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Requests that are held use keys and values from before no more."""

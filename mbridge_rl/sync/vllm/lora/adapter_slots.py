@@ -1,0 +1,346 @@
+"""Adapters in a vLLM worker's LoRA slots: checked, staged, swapped and proven, without files and without patching vLLM.
+
+Where every element of an adapter lands is learned by sending vLLM's own code numbers instead of weights: each element of every
+factor gets its own, goes the way of a real adapter (renaming, packing into fused layers, slicing for tensor parallelism), and
+is read back from a scratch slot. So the slots can be read in PEFT's coordinates, and their digests are the trainer's.
+
+`B` comes multiplied by the adapter's scale, which makes vLLM's own scaling a no-op: it would change a tensor in place.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mbridge_rl.core.digest import combine, digest
+from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError, listed
+from mbridge_rl.core.model import HFTensor
+from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.distributed.host import machine_id
+
+_STACKS = ("lora_a_stacked", "lora_b_stacked")
+_UNUSED = 1 << 30  # a slot id that no adapter has
+BASE = "base"  # the adapter without factors
+PLACEHOLDER = "mbridge_rl-adapter-"  # in the paths of adapters that vLLM loaded for us
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter that was checked on arrival.
+
+    Attributes:
+        name: `BASE` of the one that base rows have.
+        model: vLLM's `LoRAModel`; a base row's is zero.
+        tensors: what it is made of.
+        arrived: all elements in the order of `tensors`, flat.
+        digests: of each tensor, as the trainer has it.
+    """
+
+    name: str
+    version: int
+    model: Any
+    tensors: tuple[HFTensor, ...] = ()
+    arrived: Tensor | None = None
+    digests: Mapping[str, int] | None = None
+
+
+class WorkerAdapters:
+    """The LoRA slots of one worker. An adapter is known by its `slot_id`, a positive number."""
+
+    def __init__(self, manager: Any) -> None:
+        self._worker_manager, self._manager = manager, manager._adapter_manager
+        self._staged: dict[int, _Adapter] = {}
+        self._live: dict[int, _Adapter] = {}
+        self._before: dict[int, _Adapter | None] = {}
+        self._folder: TemporaryDirectory[str] | None = None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What a trainer must fit: dtype of the slots, their number, the largest rank; and on which machine they are.
+
+        Raises:
+            EngineMismatch: this engine cannot compute with adapters at all.
+        """
+        config = self._worker_manager.lora_config
+        if self._manager._is_moe and self._worker_manager.device.type == "cpu":
+            raise EngineMismatch(
+                "vLLM computes experts beside LoRA with Triton kernels, which have no CPU form: start the engine without LoRA "
+                "and sync merged weights (WeightSync)"
+            )
+        return {
+            "dtype": str(config.lora_dtype).removeprefix("torch."),
+            "slots": min(config.max_loras, config.max_cpu_loras or config.max_loras),
+            "max_rank": config.max_lora_rank,
+            "host": machine_id(),
+        }
+
+    @property
+    def served(self) -> dict[str, list[int]]:
+        """Slot id and version of every adapter."""
+        return {adapter.name: [slot_id, adapter.version] for slot_id, adapter in self._live.items()}
+
+    @property
+    def slot_ids(self) -> list[int]:
+        """Of all adapters, also of those that vLLM loaded for its owner; the one that was used or loaded last comes last."""
+        return list(self._manager.list_adapters())
+
+    def write_without_effect(self, said: Mapping[str, Any]) -> str:
+        """PEFT's files of an adapter of one module, all zeros; returns their folder.
+
+        Args:
+            said: `names`, `dtypes` and `shapes` of the module's factors.
+        """
+        self._folder = TemporaryDirectory(prefix=PLACEHOLDER)
+        kinds = zip(said["names"], said["dtypes"], said["shapes"], strict=True)
+        tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in kinds}
+        save_file(tensors, Path(self._folder.name) / "adapter_model.safetensors")
+        module = said["names"][0].rpartition(".lora_")[0]
+        rank = tensors[f"{module}.lora_A.weight"].shape[0]
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [module.rpartition(".")[2]]}
+        (Path(self._folder.name) / "adapter_config.json").write_text(json.dumps(config))
+        return self._folder.name
+
+    def discard_files(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def stage(self, slot_id: int, update: Mapping[str, Any]) -> None:
+        """Reads what was sent of an adapter and checks all of it; no slot changes.
+
+        Raises:
+            DigestMismatch: bytes are not the trainer's; EngineMismatch: the engine has no place for them.
+        """
+        tensors = tuple(
+            HFTensor(name, getattr(torch, dtype), tuple(shape))
+            for name, dtype, shape in zip(update["names"], update["dtypes"], update["shapes"], strict=True)
+        )
+        self._require_fitting(tensors, update["rank"])
+        digests = {name: int(text, 16) for name, text in zip(update["names"], update["digests"], strict=True)}
+        with _bytes_of(update) as sent:
+            starts = zip(tensors, update["offsets"], strict=True)
+            views = [sent[at : at + tensor.nbytes].view(tensor.dtype) for tensor, at in starts]
+            arrived = torch.cat(views)  # an arena is the trainer's: it is filled again
+        _require_digests(_by_name(tensors, arrived), tensors, digests, "arrived with other bytes")
+        self._require_homes(tensors, update["rank"])
+        model = self._lora_model(slot_id, _by_name(tensors, arrived.clone()), update["rank"])
+        self._staged[slot_id] = _Adapter(update["adapter"], int(update["version"]), model, tensors, arrived, digests)
+
+    def stage_zero(self, slot_id: int) -> None:
+        """An adapter that changes nothing, for rows that are to see the base model alone."""
+        zero = self._manager.create_dummy_lora(slot_id, 1, self._worker_manager.embedding_modules)
+        self._staged[slot_id] = _Adapter(BASE, 0, zero, digests={})
+
+    def commit(self, slot_id: int) -> dict[str, Any]:
+        """Puts the staged adapter into its slot, in place of what was there, and proves it.
+
+        Raises:
+            DigestMismatch: the slot does not hold what was staged; `revert` brings the one before back.
+        """
+        adapter = self._staged.pop(slot_id)
+        self._before[slot_id] = self._live.get(slot_id)
+        self._install(slot_id, adapter)
+        found = self._read(slot_id, adapter)
+        _require_digests(found, adapter.tensors, adapter.digests or {}, "are not in their slot")
+        nbytes = sum(tensor.nbytes for tensor in adapter.tensors)
+        return {"tensors": len(found), "bytes": nbytes, "digest": combine(adapter.digests or {}), "proven": len(found)}
+
+    def revert(self, slot_id: int) -> None:
+        """Undoes `stage` and, if it came that far, `commit`: the adapter before serves again."""
+        self._staged.pop(slot_id, None)
+        if slot_id not in self._before:
+            return
+        before = self._before.pop(slot_id)
+        if before is None:
+            self.remove(slot_id)
+        else:
+            self._install(slot_id, before)
+
+    def settle(self, slot_id: int) -> None:
+        """The commit stands on all workers: what was there before is forgotten."""
+        self._before.pop(slot_id, None)
+
+    def remove(self, slot_id: int) -> None:
+        """Frees the slot."""
+        self._manager.remove_adapter(slot_id)
+        self._live.pop(slot_id, None)
+
+    def digests(self, slot_id: int) -> dict[str, str]:
+        """Digest of every tensor as the slot holds it now, 16 hex digits. With tensor parallelism a worker holds a part; the
+        rest counts as it arrived.
+
+        Raises:
+            SyncError: there is no such adapter, or vLLM dropped it from its slots.
+        """
+        if slot_id not in self._live:
+            raise SyncError(f"no adapter has slot id {slot_id}; found {listed(self._live)}")
+        adapter = self._live[slot_id]
+        found = self._read(slot_id, adapter)
+        return {tensor.hf_name: f"{digest(found[tensor.hf_name]):016x}" for tensor in adapter.tensors}
+
+    def _install(self, slot_id: int, adapter: _Adapter) -> None:
+        self._manager.remove_adapter(slot_id)
+        self._live.pop(slot_id, None)
+        self._manager.add_adapter(adapter.model)
+        self._manager.activate_adapter(slot_id)
+        self._live[slot_id] = adapter
+
+    def _require_fitting(self, tensors: tuple[HFTensor, ...], rank: int) -> None:
+        info = self.info
+        others = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors} - {info["dtype"]}
+        if others:
+            raise EngineMismatch(f"the engine's LoRA slots are {info['dtype']}, the adapter is {listed(others)}")
+        if rank > info["max_rank"]:
+            raise EngineMismatch(
+                f"the adapter has rank {rank}, the engine takes {info['max_rank']}: start it with max_lora_rank"
+            )
+
+    def _require_homes(self, tensors: tuple[HFTensor, ...], rank: int) -> None:
+        """Raises EngineMismatch for a factor that lands in no layer or, where no other worker could have the rest, in part."""
+        landed, whole = torch.zeros(1 + _elements(tensors), dtype=torch.bool), True
+        for layer, _, _, positions in self._landings(tensors, rank):
+            landed[positions.flatten()] = True
+            whole = whole and layer.tp_size == 1
+        of_name = _by_name(tensors, landed[1:]).items()
+        if homeless := [name for name, found in of_name if not (found.all() if whole else found.any())]:
+            raise EngineMismatch(f"the engine has no LoRA layer for {listed(homeless)}")
+
+    def _lora_model(self, slot_id: int, tensors: dict[str, Tensor], rank: int) -> Any:
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+
+        mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
+        model = LoRAModel.from_lora_tensors(
+            slot_id,
+            tensors,
+            PEFTHelper.from_dict({"r": rank, "lora_alpha": rank, "target_modules": []}),
+            device="cpu",
+            dtype=next(iter(tensors.values())).dtype,
+            weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
+        )
+        model.is_3d_lora_weight = False
+        return model
+
+    def _landings(self, tensors: tuple[HFTensor, ...], rank: int) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
+        """`(LoRA layer, stack, which of the stack, positions + 1)`, 0 where nothing lands: every element's own number, sent
+        through vLLM's packing and slicing. One layer at a time, since numbers are as large as the adapter.
+
+        Raises:
+            EngineMismatch: a layer of a kind that can't be read back.
+        """
+        numbers = torch.arange(1, 1 + _elements(tensors), dtype=_number_type(tensors))
+        numbered = self._lora_model(_UNUSED, _by_name(tensors, numbers), rank)
+        self._manager._create_merged_loras_inplace(numbered)
+        for name, layer in self._manager.modules.items():
+            if factors := self._manager._get_lora_layer_weights(numbered, name):
+                scratch = _scratch(name, layer, numbers.dtype)
+                scratch.set_lora(0, factors.lora_a, factors.lora_b)
+                for stack in _STACKS:
+                    for index, positions in enumerate(getattr(scratch, stack)):
+                        yield layer, stack, index, positions[0]
+
+    def _read(self, slot_id: int, adapter: _Adapter) -> dict[str, Tensor]:
+        """The adapter's tensors out of the live slot; elements that this worker does not keep are as they arrived.
+
+        Raises:
+            SyncError: vLLM dropped the adapter; DigestMismatch: the slot holds something beside it.
+        """
+        if slot_id not in self._manager.lora_index_to_id:
+            raise SyncError(f"adapter {slot_id} is in no slot: more adapters were used than the engine has slots")
+        slot = self._manager.lora_index_to_id.index(slot_id)
+        if adapter.arrived is None:
+            return {}
+        whole = torch.cat([adapter.arrived.new_zeros(1), adapter.arrived])
+        for layer, stack, index, positions in self._landings(adapter.tensors, adapter.model.rank):
+            held = getattr(layer, stack)[index][slot].to("cpu")
+            if held[positions == 0].count_nonzero():
+                raise DigestMismatch(
+                    f"the slot of adapter {slot_id} holds something beside it in {type(layer).__name__}.{stack}"
+                )
+            whole[positions] = held
+        return _by_name(adapter.tensors, whole[1:])
+
+
+@contextmanager
+def _bytes_of(update: Mapping[str, Any]) -> Iterator[Tensor]:
+    """From the trainer's shared memory or, sent to another machine, in the update itself."""
+    if "payload" in update:
+        yield torch.frombuffer(bytearray(base64.b64decode(update["payload"])), dtype=torch.uint8)
+        return
+    with Arena.attach(update["arena_path"], update["arena_nbytes"]) as arena:
+        yield arena.view(0, (arena.nbytes,), torch.uint8)
+
+
+def _scratch(name: str, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A LoRA layer with one slot of integers, everything else shared."""
+    if any(attribute.endswith("_stacked") and attribute not in _STACKS for attribute in vars(layer)):
+        raise EngineMismatch(
+            f"adapters of {name} ({type(layer).__name__}) can't be read back: leave experts out of the targets"
+        )
+    if any(isinstance(getattr(layer, stack), Tensor) for stack in _STACKS):
+        raise EngineMismatch(
+            f"adapters of output layers ({name}, {type(layer).__name__}) can't be read back: leave them out of the targets, or "
+            f"sync merged weights (WeightSync)"
+        )
+    scratch = copy.copy(layer)
+    for stack in _STACKS:
+        slots = tuple(torch.zeros(1, *whole.shape[1:], dtype=dtype) for whole in getattr(layer, stack))
+        setattr(scratch, stack, slots)
+    return scratch
+
+
+def _elements(tensors: tuple[HFTensor, ...]) -> int:
+    return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors)
+
+
+def _number_type(tensors: tuple[HFTensor, ...]) -> torch.dtype:
+    return torch.int32 if _elements(tensors) < 1 << 31 else torch.int64
+
+
+def _by_name(tensors: tuple[HFTensor, ...], flat: Tensor) -> dict[str, Tensor]:
+    sizes = [tensor.nbytes // tensor.dtype.itemsize for tensor in tensors]
+    return {tensor.hf_name: part.view(tensor.shape) for tensor, part in zip(tensors, flat.split(sizes), strict=True)}
+
+
+def _require_digests(
+    found: Mapping[str, Tensor], tensors: tuple[HFTensor, ...], expected: Mapping[str, int], complaint: str
+) -> None:
+    wrong = [tensor.hf_name for tensor in tensors if digest(found[tensor.hf_name]) != expected[tensor.hf_name]]
+    if wrong:
+        raise DigestMismatch(f"{len(wrong)} of {len(tensors)} factors {complaint}: {listed(wrong)}")
+
+
+# What `AdapterSlots` calls in every worker.
+
+_OF_MANAGER: weakref.WeakKeyDictionary[Any, WorkerAdapters] = weakref.WeakKeyDictionary()
+
+
+def in_slots(worker: Any, call: str, *args: Any) -> Any:
+    """Calls a method of this worker's `WorkerAdapters`, or reads its property."""
+    manager = _manager_of(worker)
+    if manager is None:
+        raise EngineMismatch("the engine was started without LoRA: give it enable_lora=True, max_loras and max_lora_rank")
+    if manager not in _OF_MANAGER:
+        _OF_MANAGER[manager] = WorkerAdapters(manager)
+    member = getattr(_OF_MANAGER[manager], call)
+    return member(*args) if callable(member) else member
+
+
+def served_adapters(worker: Any) -> dict[str, list[int]] | None:
+    """`WorkerAdapters.served`; `None` where the engine was started without LoRA."""
+    return None if _manager_of(worker) is None else in_slots(worker, "served")
+
+
+def _manager_of(worker: Any) -> Any:
+    return getattr(getattr(worker, "worker", worker).model_runner, "lora_manager", None)

@@ -1,0 +1,168 @@
+"""Functions that run in each vLLM worker on behalf of `engine.py`, by `LLM.collective_rpc`.
+
+They return errors instead of raising them. vLLM's multi-process executor stops reading at the first worker's failure and
+leaves the other workers' answers in their queues, where the next call would take them for its own; and an error that crosses
+to it arrives as bare text.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mbridge_rl.core import errors as core_errors
+from mbridge_rl.core import errors as sync_errors
+from mbridge_rl.core.errors import EngineProcessError, SyncError
+from mbridge_rl.distributed.host import machine_id
+
+if TYPE_CHECKING:
+    from mbridge_rl.sync.vllm.worker.backend import PlannedSyncEngine
+
+Answer = tuple[bool, Any]  # (True, result) or (False, described error)
+
+
+def described(error: BaseException) -> tuple[str, str]:
+    """An error as text that crosses processes: the name of its type, and its message."""
+    return type(error).__name__, str(error)
+
+
+def rebuilt(description: tuple[str, str]) -> Exception:
+    """The error again: of its own type where that is ours or a builtin one, else an `EngineProcessError` that names it."""
+    name, message = description
+    for module in (sync_errors, core_errors, builtins):
+        kind = getattr(module, name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            return kind(message)
+    return EngineProcessError(f"{name}: {message}")
+
+
+def answering(worker: Any, call: Callable[..., Any], *args: Any) -> Answer:
+    """Run `call(worker, *args)` in a worker."""
+    try:
+        return True, call(worker, *args)
+    except Exception as error:  # every error has to cross as a value; see above
+        return False, described(error)
+
+
+def results_of(answers: Iterable[Answer]) -> list[Any]:
+    """All workers' results.
+
+    Raises:
+        Exception: the first worker's error, as it was raised there.
+    """
+    answers = list(answers)
+    for succeeded, result in answers:
+        if not succeeded:
+            raise rebuilt(result)
+    return [result for _, result in answers]
+
+
+def backend_of(worker: Any) -> PlannedSyncEngine:
+    """The worker's weight-transfer engine, if it is ours."""
+    from mbridge_rl.sync.vllm.worker.backend import PlannedSyncEngine
+
+    engine = worker.weight_transfer_engine
+    if not isinstance(engine, PlannedSyncEngine):
+        raise SyncError(f"this engine's weight transfer is {type(engine).__name__}, expected backend 'mbridge'")
+    return engine
+
+
+def initialize(worker: Any, init_info: dict[str, Any]) -> None:
+    worker.init_weight_transfer_engine(init_info)
+
+
+def abandon(worker: Any, reason: str) -> None:
+    """Drop an open update, because another worker or its sender failed."""
+    backend_of(worker).receiver.abort(reason)
+
+
+def unusable(worker: Any) -> str | None:
+    return backend_of(worker).receiver.unusable
+
+
+def shared_memory_ident(_: Any) -> str | None:
+    """The part of their names that tells this engine's shared-memory files from others'; None in a single worker."""
+    return os.environ.get("VLLM_DIST_IDENT")
+
+
+def shared_memory_files(_: Any) -> list[str]:
+    """Of Python's multiprocessing, that this process has mapped and that have names; whoever kills it has to unlink them.
+
+    By inode: who makes a semaphore has mapped it under another name.
+    """
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {int(line.split(maxsplit=5)[4]) for line in lines if "/dev/shm/" in line}
+    with os.scandir("/dev/shm") as files:
+        ours = (file for file in files if file.name.startswith(("psm_", "sem.mp-")))
+        return sorted(file.path for file in ours if file.inode() in mapped)
+
+
+def make_stage_buffers(worker: Any) -> None:
+    """What a later pipeline stage receives into. vLLM makes it when it warms up, which its CPU runner does only to compile."""
+    runner = _inner(worker).model_runner
+    if worker.parallel_config.pipeline_parallel_size > 1 and getattr(runner, "intermediate_tensors", True) is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
+def describe(worker: Any) -> dict[str, Any]:
+    inner = _inner(worker)
+    size = inner.vllm_config.parallel_config.world_size
+    return backend_of(worker).receiver.describe(inner.rank % size, size, machine_id()).to_json()
+
+
+def adopt(worker: Any, introduction: Mapping[str, Any]) -> None:
+    rank = _inner(worker).rank % len(introduction["route"])
+    backend_of(worker).receiver.shards.adopt(rank, introduction)
+
+
+def receive_shards(worker: Any, update: Mapping[str, Any]) -> None:
+    receiver = backend_of(worker).receiver
+    receiver.abort("another update started")
+    told = (update[name] for name in ("version", "fingerprint", "mode", "wire", "timeout", "delta"))
+    receiver.shards.receive(*told)
+
+
+def status(worker: Any) -> dict[str, Any]:
+    return backend_of(worker).receiver.shards.status()
+
+
+def commit_shards(worker: Any, version: int, fill: str | None = None) -> dict[str, Any]:
+    return backend_of(worker).receiver.shards.commit(version, fill)
+
+
+def lose(worker: Any, version: int, reason: str, fill: str | None) -> None:
+    """The commit failed in some worker: none of them serves."""
+    backend_of(worker).receiver.shards.lose(version, reason, fill)
+
+
+def identity(worker: Any) -> dict[str, str | None]:
+    """Why this worker refuses to generate, if it does, and which fill its weights came by."""
+    receiver = backend_of(worker).receiver
+    return {"refuses": receiver.unusable, "fill": receiver.serving.fill}
+
+
+def publish(worker: Any, paths: Sequence[str]) -> str:
+    shards = backend_of(worker).receiver.shards
+    shards.publish_to(paths[shards.route.rank])
+    return shards.fingerprint
+
+
+def catch_up(worker: Any, update: Mapping[str, Any]) -> None:
+    """Opens and verifies the image of a fill that was committed, of which the engine decided for all its workers."""
+    receive_shards(worker, update)
+
+
+def _inner(worker: Any) -> Any:
+    return getattr(worker, "worker", worker)  # vLLM's wrapper forwards reads only
+
+
+def in_workers(llm: Any, call: Callable[..., Any], *args: Any) -> list[Any]:
+    """Run `call(worker, *args)` in all workers of an `LLM` and return their results, or raise the first error."""
+    if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
+        return llm.collective_rpc(call, args=args)  # nothing to cross: errors keep their traceback
+    return results_of(llm.collective_rpc(answering, args=(call, *args)))

@@ -1,0 +1,136 @@
+"""A vLLM worker's model as a sync changes it: where each announced tensor lands, and how parameters are opened and written.
+
+The transaction itself, from the arrival of the bytes to the commit, is `sync.worker.payload_receiver.ShardReceiver`'s, which
+knows nothing of vLLM. This file gives it the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_rl.core.errors import SyncError
+from mbridge_rl.core.model import HFTensor
+from mbridge_rl.sync.payload.compatibility import require_same_config
+from mbridge_rl.sync.payload.engine_side import WorkerDescription
+from mbridge_rl.sync.vllm.worker import cpu_weights
+from mbridge_rl.sync.vllm.worker.engine_config import config_as_given, is_tied
+from mbridge_rl.sync.vllm.worker.guard import Guard
+from mbridge_rl.sync.vllm.worker.landing_map import LandingMap
+from mbridge_rl.sync.vllm.worker.loading import loader_for
+from mbridge_rl.sync.vllm.worker.tracer import parameters_and_buffers
+from mbridge_rl.sync.worker.payload_receiver import ShardReceiver
+from mbridge_rl.sync.worker.serving_state import Serving
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class Receiver:
+    """One vLLM worker's model, and the receiver of its syncs.
+
+    Args:
+        model: the worker's model (`model_runner.get_model()`).
+        vllm_config: the engine's config; its `weight_transfer_config.backend` must be "mbridge" on a CPU, so that the
+            weights were kept refittable from the start.
+    """
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+        self.model = model
+        self.vllm_config = vllm_config
+        self._device = next(model.parameters()).device
+        self._loader = loader_for(model, vllm_config, self._device)
+        self._guard = Guard(model)
+        self.serving = Serving(self._guard)
+        self.shards = ShardReceiver(self, self.serving)
+        self._landings: LandingMap | None = None
+        self._targets: dict[str, Tensor] | None = None
+
+    @property
+    def unusable(self) -> str | None:
+        """Why the engine refuses to generate; None if it does not."""
+        return self._guard.reason
+
+    def prepare(
+        self, metadata: Iterable[HFTensor], config: Mapping[str, Any] | None = None, optional: Iterable[str] = ()
+    ) -> None:
+        """Learn where every announced HF tensor lands; no weight is changed. An open update is dropped: its trainer is gone.
+
+        Args:
+            metadata: name, dtype and shape of every HF tensor that each sync will bring.
+            config: the trainer's `config_summary`, compared with the engine's config.
+            optional: names of tensors that the engine may have no place for; they are then not sent.
+
+        Raises:
+            EngineMismatch: the configs differ; the engine does not know a tensor, or has it in another shape or in a dtype
+                that cannot hold it; or one of the engine's parameters is filled by none of the tensors.
+        """
+        self.abort("another trainer introduced itself")
+        if config is not None:
+            require_same_config(config, config_as_given(self.vllm_config.model_config), tied=is_tied(self.model))
+        tensors = list(metadata)
+        with self._scope(), self._loader.plain():
+            self._landings = LandingMap.learn(self.model, tensors, frozenset(optional), self._device, self.vllm_config)
+
+    def abort(self, reason: str) -> None:
+        """Drop an open update. If nothing was written, the old version serves on; else the engine is unusable."""
+        self.shards.abort(reason)
+
+    def describe(self, rank: int, size: int, host: str) -> WorkerDescription:
+        """This worker as a part of an engine's side, from the last `prepare`.
+
+        Raises:
+            SyncError: there was none.
+        """
+        if self._landings is None:
+            raise SyncError("prepare(metadata) has to come before describe")
+        with self.plain():
+            parameters = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.parameters().items()}
+        return self._landings.description(rank, size, host, parameters)
+
+    # What `sync.worker.payload_receiver.ShardReceiver` asks of an engine's model.
+
+    @property
+    def settles(self) -> bool:
+        return self._loader.keeps_references
+
+    def parameters(self) -> dict[str, Tensor]:
+        if self._targets is not None:
+            return self._targets
+        live = {name: tensor.data for name, tensor in parameters_and_buffers(self.model).items()}
+        return live | cpu_weights.plain_convolutions(self.model)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        with self._scope(), self._loader.plain():
+            yield
+
+    def open(self) -> None:
+        with self._scope():
+            self._targets = self._loader.begin()
+
+    def load_whole(self, hf_name: str, tensor: Tensor) -> None:
+        assert self._landings is not None
+        with self._scope():
+            whole = tensor.view(self._landings.tensors[hf_name].shape).to(self._device)
+            self._loader.load(iter([(hf_name, whole)]))
+
+    def settle(self) -> None:
+        with self._scope():
+            self._loader.settle()
+
+    def derive(self) -> None:
+        self._targets = None
+        with self._scope():
+            self._loader.derive()
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        from vllm.config import set_current_vllm_config
+
+        with torch.no_grad(), set_current_vllm_config(self.vllm_config):
+            yield

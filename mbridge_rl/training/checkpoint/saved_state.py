@@ -1,0 +1,329 @@
+"""Training checkpoints: weights, Adam's state, schedule, random states and the caller's own state, by Megatron's distributed
+checkpointing. Every rank writes its own part, and any other layout can load it (`checkpoint_tensors`).
+
+    checkpoints/step_00000012/           complete, or it would not have this name
+    checkpoints/.step_00000013.ATTEMPT.incomplete/
+    checkpoints/.saving.lock             held by the one run that is saving
+
+A checkpoint is written beside its place, read back and compared with what every rank meant, and renamed only then: an
+interrupted or damaged save never looks like a checkpoint, and older ones stay until a new one is proven. With adapters they
+alone are saved: the frozen base comes from where it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+from mbridge_rl.core.errors import CheckpointError, listed
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.hf.proof import READ_BACK_ADVICE, same_bits
+from mbridge_rl.hf.publish import Replacement
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
+from mbridge_rl.training.checkpoint.random_state import derive_random_state, random_state, restore_random_state
+from mbridge_rl.training.checkpoint.tensors import KINDS, TrainerTensors
+from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer
+from mbridge_rl.training.trainer.optimizer_state import set_step_count
+
+_log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step_(\d{8})")
+_LEFT = re.compile(r"\.step_\d{8}\.([0-9a-f]{16}\.incomplete|partial)")  # by a save or a removal that was killed
+_LOCK = ".saving.lock"
+_ROOM = "room"  # for what the first rank writes at the end
+_METADATA_BYTES = 512  # of one shard, at most
+_DESCRIPTION = "trainer.json"
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """Attributes:
+    step: that it was saved after.
+    state: what the caller had saved with it.
+    same_layout: whether random states were restored, too: they belong to ranks. Otherwise new ones follow from the run's seed
+        and this step (`random_state.derive_random_state`).
+    """
+
+    step: int
+    state: dict[str, Any]
+    same_layout: bool
+
+
+def save_checkpoint(
+    trainer: MegatronTrainer,
+    directory: str | Path,
+    step: int,
+    *,
+    state: Mapping[str, Any] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Saves the trainer; all ranks call it together, and fail together. Needs one file system for all ranks.
+
+    Args:
+        directory: of the run's checkpoints.
+        step: that was made last.
+        state: the caller's own, the same on all ranks (a data loader's position, a sampler's weights): tensors, numbers, texts,
+            and lists and dictionaries of them.
+        keep: how many of the newest checkpoints stay; `None` keeps all.
+
+    Returns:
+        The checkpoint's own directory.
+
+    Raises:
+        CheckpointError: on all ranks: the step is saved already, another process is saving there, the disk is full or not
+            writable, or what was written reads back as something else. Older checkpoints are untouched.
+    """
+    trainer.require_loaded()
+    directory, group = Path(directory), RankGroup()
+    final = directory / f"step_{step:08d}"
+    replacement = Replacement(final, lock=directory.resolve() / _LOCK, only_new=True)
+    attempt = torch.zeros(1, dtype=torch.int64)
+    try:
+        with group.together():
+            if group.rank == 0:
+                attempt.fill_(_begin(replacement, final))
+        replacement.join(int(group.sum(attempt).item()))
+        partial = replacement.path
+        with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+            content = _content(trainer, dict(state or {}))
+            if group.rank == 0:
+                _take_room(content, partial, group.size)
+        with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+            _save(content, partial)
+        with megatron_runtime():
+            _require_saved(content, partial, group)
+        with group.together(), _Tried(f"cannot save {final}"):
+            if group.rank == 0:
+                _write_description(partial / _DESCRIPTION, trainer, step)
+                replacement.publish(durable=True)
+                _remove_old(directory, keep)
+    finally:
+        if group.rank == 0:
+            replacement.end()
+    _log.info("saved step %d to %s", step, final)
+    return final
+
+
+def load_checkpoint(trainer: MegatronTrainer, checkpoint: str | Path) -> LoadedCheckpoint:
+    """Puts a checkpoint into the trainer, which may have another layout, optimizer sharding or dtype than the one that saved
+    it; all ranks call it together, and fail together.
+
+    A reference policy that is a copy of weights is not in it: load the initial weights, `snapshot_reference`, then this.
+
+    Args:
+        checkpoint: its own directory, or the directory of a run's checkpoints, of which the newest is taken.
+
+    Raises:
+        CheckpointError: on all ranks: there is none, or it is of another model or of other adapters (nothing was changed); or
+            a file cannot be read (then weights and optimizer are incomplete).
+    """
+    trainer.require_loaded()
+    group = RankGroup()
+    with group.together():
+        path = _resolve(Path(checkpoint))
+        description = json.loads((path / _DESCRIPTION).read_text())
+        tensors = TrainerTensors(trainer)
+        _check_same_model(description, tensors, path)
+    same_layout = description["layout"] == str(trainer.layout)
+    with group.together(), megatron_runtime(), _Tried(f"cannot load {path}"):
+        common = _load(trainer, tensors, path, same_layout)
+    steps, saved, config = common["optimizer_steps"], common["learning_rate"], trainer.config
+    set_step_count(trainer.optimizer, steps)
+    trainer.scheduler.num_steps = steps
+    trainer.set_learning_rate(saved["highest"] if saved["configured"] == config.learning_rate else config.learning_rate)
+    if not same_layout:
+        derive_random_state(common["seed"], description["step"], trainer.layout)
+        how = "%s was saved by %s, this is %s: random states are derived from its seed and step"
+        _log.info(how, path, description["layout"], trainer.layout)
+    return LoadedCheckpoint(description["step"], common["state"], same_layout)
+
+
+def latest_checkpoint(directory: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, `None` where there is none yet."""
+    return max(_complete(Path(directory)), default=None)
+
+
+def _content(trainer: MegatronTrainer, state: dict[str, Any]) -> dict[str, Any]:
+    """What this rank writes, and what the first rank writes for all."""
+    return {
+        "tensors": TrainerTensors(trainer).shards(),
+        "random_state": _random_state_shard(random_state()),
+        "optimizer_steps": trainer.scheduler.num_steps,
+        "learning_rate": {"highest": trainer.scheduler.max_lr, "configured": trainer.config.learning_rate},
+        "grad_scaler": _grad_scaler_state(trainer),
+        "seed": torch.initial_seed(),  # the first rank writes it, whose pipeline stage adds nothing to it
+        "state": state,
+    }
+
+
+def _take_room(content: dict[str, Any], partial: Path, world_size: int) -> None:
+    """Writes as much as Megatron's first rank will write alone: if it failed there, the others would wait for it in vain."""
+    common = {name: value for name, value in content.items() if name not in ("tensors", "random_state")}
+    shards = sum(map(len, content["tensors"].values())) + 1
+    (partial / _ROOM).write_bytes(bytes((1 << 16) + _METADATA_BYTES * shards * world_size))
+    torch.save(common, partial / "common.pt")
+
+
+def _save(content: dict[str, Any], partial: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    # Megatron would start a process to hold the queue of results, which outlives a rank that is killed. Nobody else needs it.
+    filesystem_async._results_queue = queue.Queue()
+    # One writer per rank: there are as many ranks as a machine has devices.
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    request = dist_checkpointing.save(content, str(partial), strategy, async_sharded_save=True)
+    request.finalize_fns.insert(0, lambda: (partial / _ROOM).unlink(missing_ok=True))
+    request.execute_sync()
+
+
+def _require_saved(content: dict[str, Any], partial: Path, group: RankGroup) -> None:
+    """Reads back what this rank has written, one kind of tensor after the other; the first rank also what it wrote for all.
+
+    Raises:
+        CheckpointError: on all ranks: it is not what was meant, bit for bit, or cannot be read.
+    """
+    from megatron.core import dist_checkpointing
+
+    common: dict[str, Any] = {}
+    for kind in KINDS:
+        with group.together(), _Tried(f"{partial} cannot be read back"):  # whoever fails must not be missed at the next load
+            own = {name: shards for name, shards in content["tensors"].items() if name.startswith(f"{kind}.")}
+            wanted = {name: [replace(one, data=torch.empty_like(one.data)) for one in shards] for name, shards in own.items()}
+            common = dist_checkpointing.load({"tensors": wanted}, str(partial))
+            found = common.pop("tensors", {})
+            _require_same({name: [shard.data for shard in shards] for name, shards in own.items()}, found, partial)
+    with group.together(), _Tried(f"{partial} cannot be read back"):
+        found = dist_checkpointing.load({"random_state": _random_state_shard(None)}, str(partial))
+        _require_same({"random_state": content["random_state"].data}, found, partial)
+        if group.rank == 0:
+            _require_same({name: content[name] for name in common}, common, partial)
+
+
+def _require_same(expected: dict[str, Any], found: dict[str, Any], partial: Path) -> None:
+    for name, value in expected.items():
+        if not _same(value, found[name]):
+            raise CheckpointError(f"{partial}: {name} reads back as something else than was written: {READ_BACK_ADVICE}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Of what a caller may save, and of random states: tensors, arrays, numbers, texts, lists and dictionaries of them."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return same_bits(one, other)
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other or (one != one and other != other))  # NaN
+
+
+def _load(trainer: MegatronTrainer, tensors: TrainerTensors, path: Path, same_layout: bool) -> dict[str, Any]:
+    """One kind after the other, so that no more than the weights' size is needed beside the trainer."""
+    from megatron.core import dist_checkpointing
+
+    common: dict[str, Any] = {}
+    for kind in KINDS:
+        common = dist_checkpointing.load({"tensors": tensors.requests(kind)}, str(path))
+        tensors.write(kind, common.pop("tensors", {}))
+    if same_layout:
+        wanted = {"random_state": _random_state_shard(None)}
+        restore_random_state(dist_checkpointing.load(wanted, str(path))["random_state"])
+    for part in trainer.optimizer.chained_optimizers:
+        if getattr(part, "grad_scaler", None) and common["grad_scaler"]:
+            part.grad_scaler.load_state_dict(common["grad_scaler"])
+    return common
+
+
+def _random_state_shard(data: Any) -> Any:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    return ShardedObject("random_state", data, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _grad_scaler_state(trainer: MegatronTrainer) -> dict[str, Any]:
+    scalers = [getattr(part, "grad_scaler", None) for part in trainer.optimizer.chained_optimizers]
+    return scalers[0].state_dict() if scalers and scalers[0] else {}
+
+
+class _Tried:
+    """Turns what torch and Megatron raise into a CheckpointError that says what was tried."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, failure: BaseException | None, _: Any) -> None:
+        # torch's own is no Exception: it would pass by whoever tells the other ranks.
+        if isinstance(failure, Exception | CheckpointException) and not isinstance(failure, CheckpointError):
+            raise CheckpointError(f"{self._what}: {type(failure).__name__}: {failure}") from failure
+
+
+def _begin(replacement: Replacement, final: Path) -> int:
+    if final.exists():
+        raise CheckpointError(f"{final} exists already: resume from it, or choose another directory for this run")
+    try:
+        attempt = replacement.begin()
+        for path in final.parent.iterdir():  # of whatever step: whoever made it is dead, or would hold the lock
+            if _LEFT.fullmatch(path.name) and path != replacement.path:
+                shutil.rmtree(path, ignore_errors=True)
+    except OSError as failure:
+        raise CheckpointError(f"cannot write {final}: {failure}") from failure
+    return attempt
+
+
+def _write_description(path: Path, trainer: MegatronTrainer, step: int) -> None:
+    description = {
+        "step": step,
+        "layout": str(trainer.layout),
+        "tensors": TrainerTensors(trainer).fingerprint,
+        "adapters": trainer.has_adapters,
+    }
+    path.write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _remove_old(directory: Path, keep: int | None) -> None:
+    complete = sorted(_complete(directory))
+    for path in complete[:-keep] if keep else []:
+        # Renamed first: a removal that is interrupted leaves no half of a checkpoint.
+        doomed = path.with_name(f".{path.name}.{secrets.token_hex(8)}.incomplete")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _complete(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)] if directory.is_dir() else []
+
+
+def _resolve(path: Path) -> Path:
+    found = path if _NAME.fullmatch(path.name) else latest_checkpoint(path)
+    if found is None or not (found / _DESCRIPTION).is_file():
+        raise CheckpointError(
+            f"{path} is no training checkpoint and holds none: give a folder step_ with eight digits, or one of such folders"
+        )
+    return found
+
+
+def _check_same_model(description: dict[str, Any], tensors: TrainerTensors, path: Path) -> None:
+    if description["tensors"] != tensors.fingerprint:
+        what = "adapters" if description["adapters"] else "weights"
+        raise CheckpointError(
+            f"{path} holds the {what} of another model, or of other adapters, than the trainer's "
+            f"({listed(tensors.hf_names, 3)}): build the model and add adapters as for the run that saved it"
+        )
