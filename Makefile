@@ -20,6 +20,7 @@ demo: venv
 test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(PYTEST)
 
 # The tests that compare numbers, with the arithmetic of other processors.

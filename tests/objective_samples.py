@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.batch import Batch, TokenStatistics
 from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.objectives.loss import grpo_loss
 from mbridge_rl.training.objectives.prepare import prepare_batch, select_rows
-from mbridge_rl.training.trainer.logprobs import TokenStatistics
 
 GROUP = 4
 LENGTHS = [3, 9, 1, 5, 7, 2, 8, 4, 6, 6, 1, 3]

@@ -32,7 +32,8 @@ from refit_engines import (
 
 from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, EngineUnusable, SyncError
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.vllm.engines.in_process import Completion, InProcessEngine, init_info
+from mbridge_rl.sync.payload.compatibility import init_info
+from mbridge_rl.sync.vllm.engines.in_process import Completion, InProcessEngine
 from mbridge_rl.sync.vllm.worker.loading import _LayerwiseLoader
 
 

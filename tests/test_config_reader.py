@@ -163,7 +163,7 @@ def test_no_command_runs_it(trap: Path, command: list[str]) -> None:
 
 
 def test_training_does_not_run_a_tokenizers_code(trap: Path) -> None:
-    from mbridge_rl.training.run.recipe_run import load_tokenizer
+    from mbridge_rl.training.run.setup import load_tokenizer
 
     config = SimpleNamespace(model=SimpleNamespace(tokenizer=str(trap)))
     with pytest.raises(Exception, match=r"trust_remote_code|Trap"):

@@ -25,8 +25,7 @@ from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.engines import Engines
 from mbridge_rl.sync.transports.shared_memory import RingOutlet
 from mbridge_rl.sync.weight_sync import SyncOptions, SyncReport, WeightSync
-from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.trainer.logprobs import TokenStatistics
+from mbridge_rl.training.batch import Batch, TokenStatistics
 from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 pytest.importorskip("zstandard")

@@ -12,6 +12,7 @@ from objective_samples import GROUP, LENGTHS, Sample, Sequences
 from tolerance import assert_near, rounding
 from torch import Tensor
 
+from mbridge_rl.training.batch import TokenStatistics
 from mbridge_rl.training.objectives.aggregation import token_weights
 from mbridge_rl.training.objectives.config import GRPOConfig, objective
 from mbridge_rl.training.objectives.correction import ImportanceCorrection, importance_weights
@@ -19,7 +20,6 @@ from mbridge_rl.training.objectives.kl import kl_penalty
 from mbridge_rl.training.objectives.loss import supervised_loss
 from mbridge_rl.training.objectives.metrics import mismatch_metrics
 from mbridge_rl.training.objectives.shaping import overlong_penalty
-from mbridge_rl.training.trainer.logprobs import TokenStatistics
 
 MAX_LENGTH = 9
 # The formulas are computed in fp64, but advantages and weights are handed on in fp32: a mean, a deviation and their ratio.

@@ -17,11 +17,12 @@ pytest.importorskip("ray")
 import ray
 
 from mbridge_rl.training.rollout.rewards import Problem, RewardFunction, Verdict
+from mbridge_rl.training.run import ray_runner
 from mbridge_rl.training.run.config import RunConfig
 from mbridge_rl.training.run.config_file import ConfigError, parse_config
 from mbridge_rl.training.run.launcher import LaunchError
-from mbridge_rl.training.run.ray_runner import RayJudge, launch_on_ray, make_ray_judge
-from mbridge_rl.training.run import ray_runner
+from mbridge_rl.training.run.ray_judge import RayJudge, make_ray_judge
+from mbridge_rl.training.run.ray_runner import launch_on_ray
 
 CPUS = 2
 

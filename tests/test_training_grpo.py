@@ -8,7 +8,7 @@ import pytest
 import torch
 from tolerance import assert_near, rounding
 
-from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.batch import Batch, TokenStatistics
 from mbridge_rl.training.objectives.advantages import group_advantages
 from mbridge_rl.training.objectives.aggregation import masked_mean
 from mbridge_rl.training.objectives.config import GRPOConfig
@@ -16,7 +16,6 @@ from mbridge_rl.training.objectives.kl import kl_penalty
 from mbridge_rl.training.objectives.loss import grpo_loss, policy_metrics
 from mbridge_rl.training.objectives.metrics import mismatch_metrics
 from mbridge_rl.training.objectives.surrogates import clipped_surrogate, policy_ratio
-from mbridge_rl.training.trainer.logprobs import TokenStatistics
 
 # Log-probabilities are fp32, what is made of them is summed in fp64: two are rounded, and their difference.
 ROUNDING = rounding(3)

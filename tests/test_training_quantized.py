@@ -22,7 +22,8 @@ from mbridge_rl.sync.record.sinks import read_syncs
 from mbridge_rl.training.rollout import toy
 from mbridge_rl.training.run.config import RunConfig
 from mbridge_rl.training.run.config_file import ConfigError, parse_config
-from mbridge_rl.training.run.recipe_run import prepare_run, run_training, train_rank
+from mbridge_rl.training.run.rank import train_rank
+from mbridge_rl.training.run.recipe_run import prepare_run, run_training
 
 SCHEME, OPTION = Fp8((32, 32)), {"block": [32, 32]}
 WEIGHTS = "model.safetensors"

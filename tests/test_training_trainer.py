@@ -20,9 +20,8 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.layout import ParallelLayout as Layout
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.batch import Batch, TokenStatistics
 from mbridge_rl.training.objectives.loss import GRPOConfig, grpo_loss, policy_metrics, supervised_loss
-from mbridge_rl.training.trainer.logprobs import TokenStatistics
 from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
 STEPS = 3

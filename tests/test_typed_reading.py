@@ -28,9 +28,10 @@ from mbridge_rl.sync.vllm.engines.server_answers import Choices, Models, WorldSi
 from mbridge_rl.training.rollout import toy
 from mbridge_rl.training.run.config import RunConfig, TaskConfig, load_run_config
 from mbridge_rl.training.run.config_file import ConfigError, parse_config
-from mbridge_rl.training.run.recipe_run import load_tokenizer, prepare_run
+from mbridge_rl.training.run.recipe_run import prepare_run
 from mbridge_rl.training.run.report import write_report
 from mbridge_rl.training.run.run_log import METRICS_FILE, RunLog
+from mbridge_rl.training.run.setup import load_tokenizer
 from mbridge_rl.training.run.tasks import make_task
 from mbridge_rl.training.run.yaml_text import YAMLTextError, parse_yaml
 

@@ -111,7 +111,7 @@ def plan(
 def _recipe(path: str) -> tuple[str, Any, ParallelLayout, str]:
     """Model, its config, trainer layout and engines of a training recipe."""
     from mbridge_rl.training.run.config import load_run_config
-    from mbridge_rl.training.run.recipe_run import toy_config
+    from mbridge_rl.training.run.setup import toy_config
 
     run = load_run_config(path)
     hf_config = toy_config(run) if run.is_toy else model_config(run.model.path)

@@ -10,7 +10,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from mbridge_rl.core.errors import BridgeError, PeerFailed, RanksUnreachable, Sy
 from mbridge_rl.distributed.host import machine_id
 from mbridge_rl.distributed.plain import Types, dumped, loaded
 
+T = TypeVar("T")
 Failure = tuple[type[BridgeError], str]
 _SIZE_BYTES = 8
 _TELL_SECONDS = 3.0  # for ranks that time out a little later
@@ -138,11 +139,25 @@ class RankGroup:
             failure = error
         self.agree(failure)
 
-    def first_rank_does(self, action: Callable[[], None]) -> None:
-        """Runs `action` on rank 0; every rank returns when it is done, or raises what it raised (see `agree`)."""
+    def first_rank_does(self, function: Callable[[], T]) -> T | None:
+        """Calls `function` on rank 0. Every rank returns when that is done, or raises what it raised (see `agree`).
+
+        Returns:
+            What `function` returned, on rank 0; `None` on the other ranks.
+        """
+        result: T | None = None
         with self.together():
             if self.rank == 0:
-                action()
+                result = function()
+        return result
+
+    def on_first_rank(self, function: Callable[[], T], types: Types = ()) -> T:
+        """Calls `function` on rank 0, and returns its result on every rank. It is plain data (see `gather_plain`).
+
+        Args:
+            types: the dataclasses that may be in the result.
+        """
+        return cast("T", self.share_plain(self.first_rank_does(function), types))
 
     def gather_plain(self, value: Any, types: Types = ()) -> list[Any]:
         """Every rank's `value`, which is plain data (`distributed.plain`): nothing that arrives is unpickled.

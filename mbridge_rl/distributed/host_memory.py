@@ -82,13 +82,10 @@ def shared_arena(group: RankGroup, nbytes: int) -> Arena:
     Raises:
         ArenaError: on all ranks, if any of them could not create or map it.
     """
-    created: list[Arena] = []
-    group.first_rank_does(lambda: created.append(Arena.create(nbytes)))
-    path = group.gather_plain(created[0].path if created else None)[0]
+    created = group.first_rank_does(lambda: Arena.create(nbytes))
+    path = group.share_plain(None if created is None else created.path)
     with group.together():
-        if not created:
-            created.append(Arena.attach(path, nbytes, writable=True))
-    return created[0]
+        return Arena.attach(path, nbytes, writable=True) if created is None else created
 
 
 def _pieces_of(rank: int, bucket: Bucket) -> list[tuple[Span, Piece]]:

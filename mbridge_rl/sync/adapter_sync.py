@@ -26,6 +26,7 @@ from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.distributed.arena import Arena
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.host import machine_id
+from mbridge_rl.distributed.host_memory import shared_arena
 from mbridge_rl.megatron.lora.adapter_side import live_adapter_side, lora_config_of
 from mbridge_rl.megatron.parameters import layout_of
 from mbridge_rl.sync.options import SyncOptions
@@ -33,7 +34,7 @@ from mbridge_rl.sync.record import phases
 from mbridge_rl.sync.record.report import EngineOutcome, SyncReport
 from mbridge_rl.sync.record.sinks import Sink
 from mbridge_rl.sync.record.timeline import Span, Stopwatch, of_engine
-from mbridge_rl.sync.trainer.engines import Engines
+from mbridge_rl.sync.trainer.engines import Engines, outcomes_of
 from mbridge_rl.sync.trainer.retries import with_retries
 
 _log = logging.getLogger(__name__)
@@ -153,18 +154,17 @@ class AdapterSync:
 
     def _ask_engines(self) -> tuple[torch.dtype, list[bool]]:
         """The dtype of the slots, and whether each engine can map the first rank's memory."""
-        said: list[list[Mapping[str, Any]]] = []
 
-        def ask() -> None:
+        def ask() -> list[Mapping[str, Any]]:
             if not self._engines.all:
                 raise SyncError("rank 0 has no engine client: give AdapterSync(client=...) an engine there")
-            said.append(self._engines.each(lambda _, engine: engine.adapter_info()))
-            dtypes = {info["dtype"] for info in said[0]}
+            infos = self._engines.each(lambda _, engine: engine.adapter_info())
+            dtypes = {info["dtype"] for info in infos}
             if len(dtypes) > 1:
                 raise EngineMismatch(f"the engines' LoRA slots are of different dtypes: {sorted(dtypes)}")
+            return infos
 
-        self._group.first_rank_does(ask)
-        infos = self._group.gather_plain(said[0] if said else None)[0]
+        infos = self._group.on_first_rank(ask)
         return getattr(torch, infos[0]["dtype"]), [info["host"] == machine_id() for info in infos]
 
     def _make_arena(self, nbytes: int) -> Arena:
@@ -172,10 +172,7 @@ class AdapterSync:
         if not self._shares_memory:
             with self._group.together():
                 return Arena.create(nbytes)
-        created: list[Arena] = []
-        self._group.first_rank_does(lambda: created.append(Arena.create(nbytes)))
-        path = self._group.gather_plain(created[0].path if created else None)[0]
-        return created[0] if created else Arena.attach(path, nbytes, writable=True)
+        return shared_arena(self._group, nbytes)
 
     def _attempt(self, version: int, watch: Stopwatch) -> _Done:
         with watch("check"), self._group.together():
@@ -223,7 +220,6 @@ class AdapterSync:
 
     def _put(self, update: dict[str, Any]) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
         """Every engine's outcome, on all ranks; the reports of those that committed, on rank 0."""
-        said: list[tuple[Sequence[EngineOutcome], list[dict[str, Any]]]] = []
 
         def put(index: int, engine: AdapterClient) -> dict[str, Any]:
             watch = Stopwatch("engine")
@@ -231,15 +227,13 @@ class AdapterSync:
                 report = engine.put_adapter(update if self._is_near[index] else self._with_payload(update))
             return {**report, "spans": [span.to_json() for span in watch.spans]}
 
-        self._group.first_rank_does(lambda: said.append(self._engines.each_alone(update["version"], put)))
-        all_well = [EngineOutcome(index, update["version"]) for index in range(len(self._is_near))]
-        outcomes, reports = said[0] if said else (all_well, [])
-        failed = torch.tensor([sum(outcome.error is not None for outcome in outcomes)])
-        if self._group.maximum(failed).item():
-            outcomes = self._group.gather_plain(outcomes, (EngineOutcome,))[0]
+        version = update["version"]
+        outcomes, reports = outcomes_of(
+            self._group, version, len(self._is_near), lambda: self._engines.each_alone(version, put)
+        )
         for outcome in outcomes:
             if outcome.error is not None:
-                _log.warning("engine %d stays at its version before %d: %s", outcome.engine, update["version"], outcome.error)
+                _log.warning("engine %d stays at its version before %d: %s", outcome.engine, version, outcome.error)
         return outcomes, reports
 
     def _report(self, version: int, watches: Sequence[Stopwatch], done: _Done | None = None, error: str = "") -> SyncReport:

@@ -9,8 +9,6 @@ from mbridge_rl.core.errors import SyncError
 from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.core.typed_values import AtLeastZero, Bytes, Seconds, range_problems
 from mbridge_rl.sync.store.weight_store import WeightStore
-from mbridge_rl.sync.vllm.engines.requests import InFlight
-from mbridge_rl.sync.worker.update import Mode
 
 DEFAULT_BUCKET_BYTES = 32 << 20
 
@@ -66,3 +64,9 @@ class SyncOptions:
             raise SyncError("; ".join(problems))
         if self.store is not None:
             WeightStore(self.store)  # whose name it can be
+
+
+InFlight = Literal["keep", "wait", "abort"]
+
+
+Mode = Literal["staged", "streaming"]

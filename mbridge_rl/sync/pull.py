@@ -157,16 +157,16 @@ def published(
     """The images that a live engine's workers write into shared memory of this one call: a worker that comes late finds nothing
     there to write to."""
     with ExitStack() as opened:
-        made: list[Arena] = []
 
-        def ask() -> None:
-            made.extend(opened.enter_context(Arena.create(route.nbytes)) for route in routes)
-            publish([arena.path for arena in made])
+        def ask() -> list[Arena]:
+            arenas = [opened.enter_context(Arena.create(route.nbytes)) for route in routes]
+            publish([arena.path for arena in arenas])
+            return arenas
 
-        group.first_rank_does(ask)
-        paths = group.gather_plain([arena.path for arena in made])[0]
+        arenas = group.first_rank_does(ask)
+        paths = group.share_plain([arena.path for arena in arenas or ()])
         with group.together():
-            arenas = made or [
+            arenas = arenas or [
                 opened.enter_context(Arena.attach(path, route.nbytes)) for path, route in zip(paths, routes, strict=True)
             ]
         yield {route.rank: arena.view(0, (arena.nbytes,), torch.uint8) for route, arena in zip(routes, arenas, strict=True)}

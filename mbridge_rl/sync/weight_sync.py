@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,25 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import (
     EngineMismatch,
     RanksUnreachable,
     SyncError,
 )
 from mbridge_rl.core.finite import refuse_strange, require_finite
-from mbridge_rl.core.plan import compile_plan
-from mbridge_rl.core.quantize import quantized_spec
 from mbridge_rl.core.segments import megatron_side
-from mbridge_rl.distributed.arena import SHARED_MEMORY
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.host import machine_id
 from mbridge_rl.distributed.live_fp8 import QuantizedLive
-from mbridge_rl.megatron.parameters import LiveParameters, layout_of, live_side, model_dtype
+from mbridge_rl.megatron.parameters import LiveParameters, live_side
 from mbridge_rl.sync.options import SyncOptions
-from mbridge_rl.sync.payload.compatibility import config_summary
-from mbridge_rl.sync.payload.delta import Delta, DeltaSender, carried_bytes
-from mbridge_rl.sync.payload.engine_side import WorkerDescription, engine_side, local_dtypes
-from mbridge_rl.sync.payload.route import Route, plan_route
+from mbridge_rl.sync.payload.delta import Delta, carried_bytes
+from mbridge_rl.sync.payload.route import Route
 from mbridge_rl.sync.pull import published, restore
 from mbridge_rl.sync.record import phases
 from mbridge_rl.sync.record.report import EngineOutcome, SyncReport
@@ -47,17 +43,16 @@ from mbridge_rl.sync.record.sinks import Sink
 from mbridge_rl.sync.record.timeline import Span, Stopwatch, of_engine
 from mbridge_rl.sync.store.image import new_fill
 from mbridge_rl.sync.store.weight_store import WeightStore
-from mbridge_rl.sync.trainer.engines import Engine, Engines
+from mbridge_rl.sync.trainer.delta_sender import DeltaSender
+from mbridge_rl.sync.trainer.engines import Engine, Engines, outcomes_of
 from mbridge_rl.sync.trainer.joining import bring_up, introduce
+from mbridge_rl.sync.trainer.meeting import ON_ONE_HOST, Connection, connect, held_store, meet
 from mbridge_rl.sync.trainer.packer import Packer
 from mbridge_rl.sync.trainer.retries import with_retries
-from mbridge_rl.sync.transports import Context, Outlet, Way, Wire, open_way, telling
+from mbridge_rl.sync.transports import Outlet, Wire, telling
 from mbridge_rl.sync.transports.waiting import Patience
-from mbridge_rl.sync.vllm.engines.in_process import init_info
 
 _log = logging.getLogger(__name__)
-
-_ON_ONE_HOST = ("shared_memory", "cuda_ipc")
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class WeightSync:
 
     def __init__(
         self,
-        bridge: Any,
+        bridge: AutoBridge,
         model: Sequence[nn.Module],
         client: Engine | Sequence[Engine] | None,
         *,
@@ -106,11 +101,7 @@ class WeightSync:
     ) -> None:
         self.options = options or SyncOptions(**fields)
         self._bridge, self._model = bridge, model
-        self._scheme = self.options.quantization
-        self._spec = bridge.spec if self._scheme is None else quantized_spec(bridge.spec, self._scheme)
         self._group = RankGroup()
-        self._layout = layout_of(model, bridge.spec)
-        self._dtype = dtype or model_dtype(model)
         self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])
         self._patience = Patience(self.options.timeout)
         self._sinks = sinks if self._group.rank == 0 else ()
@@ -118,14 +109,16 @@ class WeightSync:
         self._slot = 0  # of the two that workers on other hosts fill in turn
         self._images = secrets.token_hex(8)  # prefix of the tokens of those slots, which no other sync has
         self._planning = Stopwatch(phases.lane(self._group.rank))
-        self._store = self._make_store()
+        self._store = held_store(self.options, self._group)
         try:
             with self._planning(phases.PLAN):
-                self._meet()
+                self._meeting = meet(bridge, model, self._engines, self._group, self.options, dtype)
+                self._group.first_rank_does(lambda: self._store.describe(self.route.fingerprint, self._meeting.introduction))
+                self._connection = self._connected(self._meeting.hosts, self._meeting.replicas)
         except BaseException:
             self._store.close()
             raise
-        self._deltas = DeltaSender(self._route, self._group.rank) if self.options.delta else None
+        self._deltas = DeltaSender(self.route, self._group.rank) if self.options.delta else None
 
     def sync(self, version: int) -> SyncReport:
         """Moves the live weights into the engines and commits them as `version`.
@@ -140,7 +133,7 @@ class WeightSync:
                 they lost. If but some fail to commit, the others serve the new version, and the report names the failed ones.
         """
         with self._engines.turn:
-            self._meet_members()
+            self._connect_members()
             return self._sync(version)
 
     def _sync(self, version: int) -> SyncReport:
@@ -169,13 +162,13 @@ class WeightSync:
         Raises:
             EngineMismatch: its model or layout is not the others', or the chosen transport does not reach it.
         """
-        hosts = introduce(engine, self._said)
+        hosts = introduce(engine, self._meeting.introduction)
         here = hosts == {machine_id()}
-        if not here and self.options.transport in _ON_ONE_HOST:
+        if not here and self.options.transport in ON_ONE_HOST:
             raise EngineMismatch(
                 f"the engine that joins is on {sorted(hosts)}, where the transport {self.options.transport!r} does not reach"
             )
-        how = self._route.fingerprint, self.options.requests, self.options.timeout
+        how = self.route.fingerprint, self.options.requests, self.options.timeout
         with self._engines.turn:
             version = bring_up(engine, self._store, *how) if here else None
             self._engines.admit(engine, hosts)
@@ -198,19 +191,19 @@ class WeightSync:
             SyncError: the engine holds no version, quantized weights, or tensors that only its own loader can place.
             DigestMismatch.
         """
-        if self._scheme is not None:
+        if self.options.quantization is not None:
             raise SyncError("the engines hold quantized weights, which a trainer cannot go on from: restore a checkpoint")
 
         def publish(paths: Sequence[str]) -> None:
             self._engines.all[engine].publish_weights(paths)
 
-        with published(self._route.workers, publish, self._group) as images:
-            restore(self._bridge, self._model, self._route.workers, images, self._group)
+        with published(self.route.workers, publish, self._group) as images:
+            restore(self._bridge, self._model, self.route.workers, images, self._group)
 
     @property
     def route(self) -> Route:
         """What each engine worker receives."""
-        return self._route
+        return self._meeting.route
 
     @property
     def store(self) -> WeightStore:
@@ -219,7 +212,7 @@ class WeightSync:
 
     def close(self) -> None:
         """Frees shared memory; a store that was given a name stays. The engines keep their weights."""
-        self._way.close()
+        self._connection.way.close()
         self._engines.close()
         if self._group.rank == 0:
             self._store.close()
@@ -233,9 +226,9 @@ class WeightSync:
             if self._deltas is not None and can_be_delta:
                 with watch("encode"):
                     delta = self._encoded(self._deltas, packer)
-            sent = self._route if delta is None else delta.route
+            sent = self.route if delta is None else delta.route
             with watch("begin"):
-                wire, outlet = self._way.open(version, sent)
+                wire, outlet = self._connection.way.open(version, sent)
                 began = True
                 self._group.first_rank_does(lambda: self._begin(version, wire, delta))
             with watch("transfer"), self._engines.knowing_why(self._group), self._group.together(), telling(outlet):
@@ -243,7 +236,7 @@ class WeightSync:
             with watch("verify"):
                 digest, proofs = self._verify(version, packer)
             with watch("decide"):
-                self._group.first_rank_does(lambda: self._way.commit(version, digest, proofs))
+                self._group.first_rank_does(lambda: self._connection.way.commit(version, digest, proofs))
                 if self._deltas is not None:
                     self._deltas.commit(version, proofs)
         except BaseException as error:
@@ -260,22 +253,22 @@ class WeightSync:
     def _report(self, version: int, watches: Sequence[Stopwatch], done: _Done | None = None, error: str = "") -> SyncReport:
         """The record of a sync whose last attempt ended just now."""
         done = done or _Done(None, None, (), (), ())
-        full_nbytes = sum(worker.payload_bytes for worker in self._route.workers)
+        full_nbytes = sum(worker.payload_bytes for worker in self.route.workers)
         own = [span for watch in watches for span in watch.spans]
         of_engines = [span for index, engine in done.by_engine for span in of_engine(engine.get("spans", ()), index)]
         planning, self._planning = self._planning.spans, Stopwatch("")
         return SyncReport(
             version=version,
-            tensors=len(self._spec.hf_shapes),
+            tensors=len(self._meeting.spec.hf_shapes),
             nbytes=full_nbytes if done.delta is None else done.delta.nbytes,
             full_nbytes=full_nbytes,
             base=None if done.delta is None else done.delta.base,
-            buckets=sum(len(worker.buckets) for worker in self._route.workers),
+            buckets=sum(len(worker.buckets) for worker in self.route.workers),
             digest=done.digest,
             verified=self.options.verify and not error,
             seconds=watches[-1].now() - watches[0].created,
             mode=self.options.mode,
-            transport=self._transport,
+            transport=self._connection.transport,
             attempts=len(watches),
             engines=[{name: value for name, value in engine.items() if name != "spans"} for engine in done.engines],
             outcomes=done.outcomes,
@@ -294,15 +287,15 @@ class WeightSync:
             "token": f"{self._images}x{self._slot}",
             "fill": new_fill(),
             "version": version,
-            "fingerprint": self._route.fingerprint,
-            "sizes": [worker.nbytes for worker in self._route.workers],
+            "fingerprint": self.route.fingerprint,
+            "sizes": [worker.nbytes for worker in self.route.workers],
         }
         if wire["kind"] == "store":
             landing = {}
         self._engines.begin(
             {
                 "version": version,
-                "fingerprint": self._route.fingerprint,
+                "fingerprint": self.route.fingerprint,
                 "mode": self.options.mode,
                 "wire": {**landing, **wire},
                 "timeout": self.options.timeout,
@@ -315,39 +308,40 @@ class WeightSync:
         """What this rank sends, proven to be sendable: the model is the mapped one, and holds no NaN."""
         rank, looks = self._group.rank, self.options.nonfinite == "refuse"
         with self._group.together():
-            live, _ = live_side(self._model, self._bridge.spec, self._layout, rank)
-            if looks and self._scheme is not None:  # quantized, values are others
+            live, _ = live_side(self._model, self._bridge.spec, self._meeting.layout, rank)
+            if looks and self.options.quantization is not None:  # quantized, values are others
                 require_finite(live, rank)
-        packer = Packer(self._route, rank, self._quantized(live), self._hf_dtypes)
+        packer = Packer(self.route, rank, self._quantized(live), self._meeting.hf_dtypes)
         with self._group.together():
-            refuse_strange(packer.examine(with_digests=self.options.verify, looks=looks and self._scheme is None), rank)
+            refuse_strange(
+                packer.examine(with_digests=self.options.verify, looks=looks and self.options.quantization is None), rank
+            )
         return packer
 
     def _quantized(self, live: LiveParameters) -> Mapping[str, Tensor]:
-        if self._scheme is None:
+        if self.options.quantization is None:
             return live
-        side = megatron_side(self._spec, self._layout, self._group.rank)
-        return QuantizedLive(self._spec, self._scheme, side, live, self._group)
+        side = megatron_side(self._meeting.spec, self._meeting.layout, self._group.rank)
+        return QuantizedLive(self._meeting.spec, self.options.quantization, side, live, self._group)
 
     def _encoded(self, deltas: DeltaSender, packer: Packer) -> Delta | None:
         """What changed; `None` where an engine holds something else than the last version, or everything is not more."""
-        held: list[list[list[str | None]]] = []
-        self._group.first_rank_does(lambda: held.append(self._engines.proofs()))
+        held = self._group.first_rank_does(self._engines.proofs)
         base = deltas.base
-        others = base is None or any(proofs != base[1] for engines in held for proofs in engines)
+        others = base is None or any(proofs != base[1] for proofs in held or ())
         if self._group.maximum(torch.tensor([int(others)])).item() or base is None:
             return None
         with self._group.together():
             mine = deltas.encode(packer.pack)
-        delta = Delta.of(self._route, *base, self._group.sum(mine).tolist())
-        if delta.nbytes < sum(map(carried_bytes, self._route.workers)):
+        delta = Delta.of(self.route, *base, self._group.sum(mine).tolist())
+        if delta.nbytes < sum(map(carried_bytes, self.route.workers)):
             return delta
         deltas.abort()
         return None
 
     def _send(self, outlet: Outlet, packer: Packer, sent: Route, watch: Stopwatch) -> None:
         """Packs and sends this rank's parts."""
-        own = self._route.parts_of(self._group.rank)
+        own = self.route.parts_of(self._group.rank)
         for (worker, index, part), (_, _, as_sent) in zip(own, sent.parts_of(self._group.rank), strict=True):
             changes = self._deltas.take(worker, index) if self._deltas is not None else None
             with watch("wire"):
@@ -367,132 +361,52 @@ class WeightSync:
     def _verify(self, version: int, packer: Packer) -> tuple[str | None, list[str]]:
         """What arrived is what the trainer holds; returns the digest of all weights, and the proofs of what the workers get."""
         with self._group.together():
-            self._way.verify(self.options.verify)
+            self._connection.way.verify(self.options.verify)
         self._group.first_rank_does(lambda: self._engines.wait_for_arrival(self._patience))
         return packer.proven(version, self._group) if self.options.verify else (None, [])
 
-    def _commit(self, version: int) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
+    def _commit(self, version: int) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
         """Every engine's outcome, on all ranks; the reports of those that committed, on rank 0."""
-        said: list[tuple[list[EngineOutcome], list[dict[str, Any]]]] = []
-        options = self.options
-        self._group.first_rank_does(lambda: said.append(self._engines.commit(version, options.requests, options.timeout)))
-        outcomes, reports = said[0] if said else ([EngineOutcome(index, version) for index in range(self._replicas)], [])
-        failed = torch.tensor([sum(outcome.error is not None for outcome in outcomes)])
-        if self._group.maximum(failed).item():
-            outcomes = self._group.gather_plain(outcomes, (EngineOutcome,))[0]
+        options, replicas = self.options, self._connection.replicas
+        outcomes, reports = outcomes_of(
+            self._group, version, replicas, lambda: self._engines.commit(version, options.requests, options.timeout)
+        )
         for outcome in outcomes:
             if outcome.error is not None:
                 _log.warning("engine %d did not commit version %d, and refuses: %s", outcome.engine, version, outcome.error)
         return outcomes, reports
 
     def _abort(self, version: int, error: BaseException) -> None:
-        self._way.abandon()
+        self._connection.way.abandon()
         if self._deltas is not None:
             self._deltas.abort()
         if self._group.rank == 0:
             self._engines.abort(f"version {version} was given up: {type(error).__name__}: {error}")
 
-    def _meet(self) -> None:
-        """Once: the engines' workers are asked what they keep, everybody compiles the plan, and learns how it will travel."""
-        self._require_same((self._spec.fingerprint, self._layout, str(self._dtype), self.options))
-        tensors, optional = self._spec.hf_tensors(self._dtype), self._spec.optional_hf_names
-        summary = config_summary(self._bridge.hf_config, tied=self._spec.tied_embeddings)
-        self._info = init_info(tensors, summary, optional)
-        workers, self._replicas, hosts = self._introduction()
-        self._route = self._planned(workers)
-        self._said = {
-            "route": [worker.to_json() for worker in self._route.workers],
-            "fingerprint": self._route.fingerprint,
-            "verify": self.options.verify,
-            "workers": [worker.to_json() for worker in workers],
-            "init_info": self._info,
-            "model": self._spec.fingerprint,
-        }
-        self._group.first_rank_does(lambda: self._engines.adopt(self._said))
-        self._group.first_rank_does(lambda: self._store.describe(self._route.fingerprint, self._said))
-        self._transport, self._way = self._choose_way(hosts)
-
-    def _meet_members(self) -> None:
-        """Where engines joined or left, the way is opened anew for those that are there."""
+    def _connect_members(self) -> None:
+        """Where engines joined or left, the transport is opened anew for those that are there."""
         generation = int(self._group.maximum(torch.tensor([self._engines.generation])).item())
         if generation == self._generation:
             return
-        self._replicas, hosts = self._group.gather_plain((len(self._engines.all), self._engines.hosts))[0]
-        if not self._replicas:
+        replicas, hosts = self._group.share_plain((len(self._engines.all), self._engines.hosts))
+        if not replicas:
             raise SyncError("no engine takes part any more: add_engine comes first")
-        self._way.close()
-        self._transport, self._way = self._choose_way(set(hosts))
+        self._connection.way.close()
+        self._connection = self._connected(hosts, replicas)
         self._generation = generation
+
+    def _connected(self, engine_hosts: AbstractSet[str], replicas: int) -> Connection:
+        members = {"engine_hosts": engine_hosts, "replicas": replicas}
+        return connect(self._meeting, self._model, self._store, self._group, self.options, **members)
 
     def _goes_on_without_lost(self, error: Exception) -> bool:
         """Whether the failure is of engines that died, and the others can go on."""
         if self.options.lost_engines == "raise" or not isinstance(error, SyncError) or isinstance(error, RanksUnreachable):
             return False
-        lost: list[int] = []
-        self._group.first_rank_does(lambda: lost.append(self._engines.dismiss_lost()))
-        if not self._group.maximum(torch.tensor(lost or [0])).item():
+        if not self._group.on_first_rank(self._engines.dismiss_lost):
             return False
-        self._meet_members()
+        self._connect_members()
         return True
-
-    def _introduction(self) -> tuple[list[WorkerDescription], int, set[str]]:
-        """The workers of one engine, the number of engines, and the hosts of all of them."""
-        said: list[list[list[dict[str, Any]]]] = []
-
-        def introduce() -> None:
-            if not self._engines.all:
-                raise SyncError("rank 0 has no engine client: give WeightSync(client=...) an engine there")
-            said.append(self._engines.describe(self._info))
-
-        self._group.first_rank_does(introduce)
-        engines = self._group.gather_plain(said[0] if said else None)[0]
-        workers = [WorkerDescription.from_json(worker) for worker in engines[0]]
-        for hf_name, reason in {name: why for worker in workers for name, why in worker.whole.items()}.items():
-            _log.warning("%s goes whole to every worker that keeps some of it: %s", hf_name, reason)
-        return workers, len(engines), {worker["host"] for engine in engines for worker in engine}
-
-    def _planned(self, workers: Sequence[WorkerDescription]) -> Route:
-        self._hf_dtypes = self._spec.hf_dtypes(self._dtype)
-        with self._group.together():
-            target = engine_side(self._spec, workers, self._hf_dtypes)
-            plan = compile_plan(self._spec, megatron_side(self._spec, self._layout), target)
-            dtypes = local_dtypes(workers, self._hf_dtypes)
-            route = plan_route(plan, [worker.rank for worker in workers], dtypes, self.options.bucket_bytes)
-        if not self._group.all_same(zlib.crc32((route.fingerprint + plan.fingerprint).encode()) % (1 << 20)):
-            raise SyncError("trainer ranks compiled different plans: do they run the same version of mbridge_rl?")
-        return route
-
-    def _make_store(self) -> WeightStore:
-        """From here on no other trainer writes to a store of its name on this host. All ranks together.
-
-        Raises:
-            StoreError: on all ranks: another trainer does.
-        """
-        name = self._group.gather_plain(self.options.store or WeightStore.unnamed().name)[0]
-        store = WeightStore(name, SHARED_MEMORY, temporary=self.options.store is None)
-        self._group.first_rank_does(store.hold)
-        return store
-
-    def _choose_way(self, engine_hosts: set[str]) -> tuple[str, Way]:
-        hosts = set(self._group.gather_plain(machine_id()))
-        kind = self.options.transport
-        if kind == "auto":
-            kind = "shared_memory" if len(hosts | engine_hosts) == 1 else "process_group"
-        if kind in _ON_ONE_HOST and len(hosts | engine_hosts) > 1:
-            raise SyncError(f"the transport {kind!r} needs one host, found {sorted(hosts | engine_hosts)}; use 'process_group'")
-        live = LiveParameters(self._model, 0)
-        device = next((live.base(name).device for name in live), self._group.device)
-        context = Context(self._group, self._route, self._replicas, self._store, self._patience, self.options.url, device)
-        staged_here = kind == "shared_memory" and self.options.mode == "staged" and not self.options.delta
-        return kind, open_way("store" if staged_here else kind, context, one_host=len(hosts | engine_hosts) == 1)
-
-    def _require_same(self, mine: tuple[Any, ...]) -> None:
-        said = self._group.gather_plain(tuple(map(str, mine)))
-        for rank, theirs in enumerate(said):
-            if theirs != said[0]:
-                raise SyncError(
-                    f"rank {rank} brings {theirs}, rank 0 {said[0]}: give every rank the same model, layout, dtype and options"
-                )
 
 
 @cache

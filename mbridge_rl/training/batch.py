@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -195,3 +196,17 @@ class Batch:
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         sequences = self.sequences and replace(self.sequences, ids=self.sequences.ids.to(device))
         return Batch(**moved, sequences=sequences)
+
+
+class TokenStatistics(NamedTuple):
+    """What the policy says of given tokens; every field has the shape of the tokens.
+
+    Attributes:
+        log_probs: fp32, of the given token.
+        entropy: fp32, of the whole distribution, in nats.
+        greedy: bool, whether the given token is the most probable one.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    greedy: Tensor

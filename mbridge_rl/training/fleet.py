@@ -20,7 +20,6 @@ from mbridge_rl.sync.adapter_sync import AdapterSync
 from mbridge_rl.sync.record.sinks import Sink
 from mbridge_rl.sync.vllm.engines.in_process import Completion
 from mbridge_rl.sync.weight_sync import SyncOptions, SyncReport, WeightSync
-from mbridge_rl.training.rollout.collect import on_first_rank
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ class EngineFleet:
 
     def _replaced(self, version: int, error: Exception) -> SyncReport | None:
         """The sync with new engines in the place of lost ones; `None` if none is lost."""
-        lost = on_first_rank(self._group, lambda: self._restart_lost(error))
+        lost = self._group.on_first_rank(lambda: self._restart_lost(error))
         if not lost:
             return None
         self.lost += len(lost)

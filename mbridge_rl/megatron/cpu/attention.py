@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mbridge_rl.megatron.context_parallel import context_parallel_positions
-from mbridge_rl.megatron.cpu.transformer_engine import TransformerEngineModule
+from mbridge_rl.megatron.cpu.module import TransformerEngineModule
 
 
 class DotProductAttention(TransformerEngineModule):

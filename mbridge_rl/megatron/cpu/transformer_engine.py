@@ -20,64 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
+
+from mbridge_rl.megatron.cpu.module import Initializer, TransformerEngineModule
 
 # What Megatron's version tests see. >= 2.8 has attention sinks; >= 2.10 would ask for `num_splits`, which only kernels have.
 VERSION = "2.9.0"
-
-Initializer = Callable[[Tensor], Any]
-
-
-class TransformerEngineModule(torch.nn.Module):
-    """What every TE module has: how parameters are made, and an (empty) FP8 state."""
-
-    fp8 = False
-    fp8_calibration = False
-    save_original_input = False
-
-    def __init__(
-        self,
-        *,
-        params_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        get_rng_state_tracker: Callable[[], Any] | None = None,
-        rng_tracker_name: str | None = None,
-    ) -> None:
-        super().__init__()
-        self._params_dtype = params_dtype or torch.get_default_dtype()
-        self._device = device or "cpu"
-        self._get_rng_state_tracker = get_rng_state_tracker
-        self._rng_tracker_name = rng_tracker_name
-        self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False, "recipe": None}
-        self.tp_group: torch.distributed.ProcessGroup | None = None
-
-    def _fork_rng(self) -> contextlib.AbstractContextManager[Any]:
-        if self._get_rng_state_tracker is None:
-            return contextlib.nullcontext()
-        named = () if self._rng_tracker_name is None else (self._rng_tracker_name,)
-        return self._get_rng_state_tracker().fork(*named)
-
-    def _parameter(self, shape: int | tuple[int, ...], init: Initializer, **attributes: Any) -> Parameter:
-        """A new parameter, initialised under the tensor-parallel RNG; `attributes` are what Megatron reads off it."""
-        parameter = Parameter(torch.empty(shape, dtype=self._params_dtype, device=self._device))
-        with self._fork_rng():
-            init(parameter.data)
-        for name, value in attributes.items():
-            setattr(parameter, name, value)
-        return parameter
-
-    def get_extra_state(self) -> Tensor:
-        """What TE stores without FP8."""
-        return torch.empty(0, dtype=torch.uint8)
-
-    def set_extra_state(self, state: Any) -> None:
-        """There is no FP8 state to restore."""
-
-    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """There is no FP8 state to make."""
-
-    def set_tensor_parallel_group(self, tp_group: torch.distributed.ProcessGroup | None) -> None:
-        self.tp_group = tp_group
 
 
 def _normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, zero_centered_gamma: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from mbridge_rl.core.errors import EngineMismatch
@@ -85,3 +85,22 @@ def metadata_fingerprint(metadata: Iterable[HFTensor]) -> str:
     """Short hex digest of names, dtypes and shapes, independent of their order: equal on both ends or nothing is sent."""
     lines = sorted(f"{tensor.hf_name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n" for tensor in metadata)
     return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()
+
+
+def init_info(
+    metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None, optional: Collection[str] = ()
+) -> dict[str, Any]:
+    """`backend.InitInfo` in plain JSON types.
+
+    Args:
+        optional: names of announced tensors that the engine may have no place for (`ModelSpec.optional_hf_names`).
+    """
+    tensors = list(metadata)
+    return {
+        "names": [tensor.hf_name for tensor in tensors],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+        "shapes": [list(tensor.shape) for tensor in tensors],
+        "optional": sorted(optional),
+        "fingerprint": metadata_fingerprint(tensors),
+        "config": dict(config or {}),
+    }

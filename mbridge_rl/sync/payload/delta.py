@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,17 +27,13 @@ from mbridge_rl.sync.payload import difference as delta
 from mbridge_rl.sync.payload import packing
 from mbridge_rl.sync.payload.difference import Difference, Kind
 from mbridge_rl.sync.payload.engine_side import WHOLE_TENSOR
-from mbridge_rl.sync.payload.route import Bucket, Part, Piece, Route, WorkerRoute
-from mbridge_rl.sync.transports import Inlet
+from mbridge_rl.sync.payload.route import Bucket, Part, Route, WorkerRoute
 
 _log = logging.getLogger(__name__)
 
 _LEVEL = 3
 _HEAD = struct.Struct("<QQ")  # bytes of the compressed frames, and their CRC-32
 _FRAME = struct.Struct("<BQQ")  # kind, count, bytes of the planes
-
-PartId = tuple[int, int]  # worker, bucket: one trainer rank has one part of it
-Pack = Callable[[WorkerRoute, Part, Tensor], None]
 
 
 def shrunk(route: WorkerRoute, sizes: Sequence[int]) -> WorkerRoute:
@@ -85,122 +81,7 @@ class Delta:
         return sum(map(carried_bytes, self.route.workers))
 
 
-class DeltaSender:
-    """One trainer rank's end: what its workers hold of it, packed, and what the next version changes.
-
-    Args:
-        route: of the sync.
-        rank: of the trainer.
-    """
-
-    def __init__(self, route: Route, rank: int) -> None:
-        self._route, self._rank = route, rank
-        self._held: dict[PartId, Tensor] = {}
-        self._encoded: dict[PartId, Tensor] = {}
-        self._sent: Mapping[int, WorkerRoute] = {}
-        self.base: tuple[int, list[str]] | None = None
-
-    @property
-    def parts(self) -> list[tuple[WorkerRoute, int, Part]]:
-        """All parts of all trainer ranks, in the order of their sizes."""
-        return [
-            (worker, index, part)
-            for worker in self._route.workers
-            for index, bucket in enumerate(worker.buckets)
-            for part in bucket.parts
-        ]
-
-    def encode(self, pack: Pack) -> Tensor:
-        """Finds what changed in every part of this rank; `pack` writes a part as it is now.
-
-        Returns:
-            Bytes of every part as it will travel, int64 `[number of parts]`, 0 where other ranks have it: ranks add theirs up.
-        """
-        self._encoded = {}
-        mine = [part for _, _, part in self._route.parts_of(self._rank)]
-        scratch = torch.empty(max((part.nbytes for part in mine), default=0), dtype=torch.uint8)
-        sizes = []
-        for worker, index, part in self.parts:
-            sizes.append(part.nbytes if part.source_rank == self._rank else 0)
-            if part.source_rank != self._rank or not part.pieces:
-                continue
-            pack(worker, part, scratch[: part.nbytes])
-            compressed = _compressed(part, self._held[worker.rank, index], scratch)
-            if compressed is not None:
-                self._encoded[worker.rank, index] = compressed
-                sizes[-1] = compressed.numel()
-        return torch.tensor(sizes, dtype=torch.int64)
-
-    def take(self, worker: WorkerRoute, index: int) -> Tensor | None:
-        """The encoded part; `None` where it goes whole."""
-        return self._encoded.get((worker.rank, index))
-
-    def hold(self, worker: WorkerRoute, index: int, data: Tensor) -> None:
-        """A part went whole, as `data`. What was held of it is gone: until the commit there is nothing to start from."""
-        self.base = None
-        if (worker.rank, index) not in self._held:
-            self._held[worker.rank, index] = torch.empty(data.numel(), dtype=torch.uint8)
-        self._held[worker.rank, index].copy_(data)
-
-    def commit(self, version: int, proofs: Sequence[str]) -> None:
-        """The version exists: the next delta starts from it.
-
-        Args:
-            proofs: of every worker.
-        """
-        for worker, index, part in self._route.parts_of(self._rank):
-            if (data := self._encoded.get((worker.rank, index))) is not None:
-                _apply(part, data, self._held[worker.rank, index])
-        self._encoded, self.base = {}, (version, list(proofs))
-
-    def abort(self) -> None:
-        """Forgets what was encoded last; what is held stays."""
-        self._encoded = {}
-
-
-class DeltaInlet:
-    """A worker's end: whole parts, made of what arrives and of what the worker holds.
-
-    Args:
-        inlet: over the shrunk route.
-        route: of the sync.
-        parameters: that the worker serves.
-    """
-
-    def __init__(self, inlet: Inlet, route: WorkerRoute, parameters: Mapping[str, Tensor]) -> None:
-        self._inlet, self._route, self._parameters = inlet, route, parameters
-        self._whole = torch.empty(route.bucket_bytes, dtype=torch.uint8)
-
-    def take(self, index: int) -> Sequence[Tensor]:
-        bucket = self._route.buckets[index]
-        return [
-            data if data.numel() == part.nbytes else self._restored(part, data, self._whole[part.start - bucket.start :])
-            for part, data in zip(bucket.parts, self._inlet.take(index), strict=True)
-        ]
-
-    def give_back(self, index: int) -> None:
-        self._inlet.give_back(index)
-
-    def fail(self) -> None:
-        self._inlet.fail()
-
-    def close(self) -> None:
-        self._inlet.close()
-
-    def _restored(self, part: Part, data: Tensor, into: Tensor) -> Tensor:
-        def held(piece: Piece) -> Tensor:
-            return packing.placed(piece.target, piece.shape, self._parameters)
-
-        packing.pack(part, into, held)
-        try:
-            _apply(part, data.cpu(), into)
-        except (ValueError, struct.error) as error:  # the digests refuse it at the end, when no sender waits for this worker
-            source, worker = part.source_rank, self._route.rank
-            _log.warning("changes from trainer rank %d to worker %d arrived damaged: %s", source, worker, error)
-        return into[: part.nbytes]
-
-
-def _compressed(part: Part, old: Tensor, new: Tensor) -> Tensor | None:
+def compressed_changes(part: Part, old: Tensor, new: Tensor) -> Tensor | None:
     """The differences of the pieces of a packed part; `None` where the part itself is not larger."""
     if any(piece.target.name.startswith(WHOLE_TENSOR) for piece in part.pieces):
         return None  # where the worker keeps it only its own loader knows
@@ -215,7 +96,7 @@ def _compressed(part: Part, old: Tensor, new: Tensor) -> Tensor | None:
     return torch.frombuffer(bytearray((_HEAD.pack(len(data), zlib.crc32(data)) + data).ljust(size, b"\0")), dtype=torch.uint8)
 
 
-def _apply(part: Part, data: Tensor, whole: Tensor) -> None:
+def apply_changes(part: Part, data: Tensor, whole: Tensor) -> None:
     """Turns a packed part from one version into the other. Raises ValueError, struct.error where `data` is none of its."""
     for piece, change in zip(part.pieces, _differences(data.numpy().tobytes(), len(part.pieces)), strict=True):
         delta.apply_to(packing.rectangle(piece, whole, part.start), change)

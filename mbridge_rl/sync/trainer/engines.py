@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
+
 from mbridge_rl.core.errors import BridgeError, EngineMismatch, EngineProcessError, PeerFailed, RanksUnreachable, SyncError
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.sync.payload.engine_side import alike
@@ -250,6 +252,25 @@ class Engines:
         kind = type(first) if isinstance(first, BridgeError) else SyncError
         said = "; ".join(f"engine {index}: {type(error).__name__}: {error}" for index, error in failures.items())
         raise kind(f"{len(failures)} of {len(self.all)} engines failed: {said}") from first
+
+
+def outcomes_of(
+    group: RankGroup,
+    version: int,
+    replicas: int,
+    commit: Callable[[], tuple[list[EngineOutcome], list[dict[str, Any]]]],
+) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
+    """Runs `commit` on rank 0 and tells every rank what became of each of the `replicas` engines; where all committed, which is
+    nearly always, in one number. All ranks together.
+
+    Returns:
+        The outcomes, on every rank; the reports of the engines that committed, on rank 0 alone.
+    """
+    outcomes, reports = group.first_rank_does(commit) or ([EngineOutcome(index, version) for index in range(replicas)], [])
+    failed = torch.tensor([sum(outcome.error is not None for outcome in outcomes)])
+    if group.maximum(failed).item():
+        outcomes = group.share_plain(outcomes, (EngineOutcome,))
+    return outcomes, reports
 
 
 def _rebuilt(kind: str, message: str) -> Exception:

@@ -97,7 +97,7 @@ class Context:
 
     def from_first_rank(self, value: Any) -> Any:
         """Rank 0's `value` on all ranks: a few paths, once per sync."""
-        return self.group.gather_plain(value)[0]
+        return self.group.share_plain(value)
 
 
 class Way(Protocol):

@@ -294,10 +294,9 @@ class StoreWay:
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         """All ranks together."""
         context, sizes = self._context, [worker.nbytes for worker in self._context.route.workers]
-        made: list[Slot] = []
-        context.group.first_rank_does(lambda: made.append(self._store.begin(sizes)))
-        token, fill, paths = context.from_first_rank((made[0].token, made[0].fill, made[0].paths) if made else None)
-        self._slot = made[0] if made else Slot(token, fill, paths, tuple(sizes), [])
+        slot = context.group.first_rank_does(lambda: self._store.begin(sizes))
+        token, fill, paths = context.from_first_rank(None if slot is None else (slot.token, slot.fill, slot.paths))
+        self._slot = Slot(token, fill, paths, tuple(sizes), []) if slot is None else slot
         with context.group.together():
             if token not in self._opened:
                 self._close_outlets(keep=1)

@@ -17,6 +17,7 @@ from mbridge_rl.core.digest import add, combine
 from mbridge_rl.core.digest_kernel import compile_ahead
 from mbridge_rl.core.errors import DeltaRefused, EngineMismatch, SyncError, listed
 from mbridge_rl.distributed.arena import Arena
+from mbridge_rl.sync.options import Mode
 from mbridge_rl.sync.payload import packing
 from mbridge_rl.sync.payload.delta import shrunk
 from mbridge_rl.sync.payload.fit import each_written_once, is_whole, require_place
@@ -25,7 +26,7 @@ from mbridge_rl.sync.payload.route import WorkerRoute, fingerprint_of
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.transports import Wire
 from mbridge_rl.sync.worker.serving_state import Serving
-from mbridge_rl.sync.worker.update import Mode, Model, Update
+from mbridge_rl.sync.worker.update import Model, Update
 
 
 class ShardReceiver:

@@ -10,15 +10,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mbridge_rl.core.digest import add, digest
 from mbridge_rl.core.errors import DigestMismatch, SyncError, listed
+from mbridge_rl.sync.options import Mode
 from mbridge_rl.sync.payload import packing
-from mbridge_rl.sync.payload.delta import DeltaInlet
 from mbridge_rl.sync.payload.fit import is_whole
 from mbridge_rl.sync.payload.packing import Digests
 from mbridge_rl.sync.payload.route import Bucket, Piece, WorkerRoute
@@ -27,9 +27,8 @@ from mbridge_rl.sync.store.weight_store import StorePart, WeightStore
 from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
 from mbridge_rl.sync.transports.shared_memory import SlotInlet
 from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.worker.delta_inlet import DeltaInlet
 from mbridge_rl.sync.worker.serving_state import Serving
-
-Mode = Literal["staged", "streaming"]
 
 
 class Model(Protocol):

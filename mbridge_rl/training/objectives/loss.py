@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.batch import Batch, TokenStatistics
 from mbridge_rl.training.objectives.aggregation import masked_mean, token_weights
 from mbridge_rl.training.objectives.config import GRPOConfig
 from mbridge_rl.training.objectives.kl import kl_penalty
@@ -26,7 +26,6 @@ from mbridge_rl.training.objectives.surrogates import (
     policy_ratio,
     sequence_ratio,
 )
-from mbridge_rl.training.trainer.logprobs import TokenStatistics
 
 TokenLoss = Callable[[TokenStatistics, Batch], Tensor]
 """Loss of every token of a micro-batch, `[rows, seq]`. The trainer takes its mean over all tokens of the whole batch or, of a

@@ -110,16 +110,9 @@ def assemble(
     )
 
 
-def share(group: RankGroup, value: T | None) -> T:
-    """Rank 0's `value` on every rank."""
-    return group.share_plain(value, (RolloutBatch, Batch, Sequences))
-
-
 def on_first_rank(group: RankGroup, function: Callable[[], T]) -> T:
-    """What `function` returned on rank 0, on every rank; what it raised there is raised on every rank."""
-    results: list[T] = []
-    group.first_rank_does(lambda: results.append(function()))
-    return share(group, results[0] if results else None)
+    """What `function` returned on rank 0, on every rank; it may hold batches. What it raised there is raised on every rank."""
+    return group.on_first_rank(function, (RolloutBatch, Batch, Sequences))
 
 
 class Rollout:

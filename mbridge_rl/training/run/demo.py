@@ -20,9 +20,10 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.training.rollout import toy
 from mbridge_rl.training.run.config import TOY, RunConfig
 from mbridge_rl.training.run.config_file import parse_config
-from mbridge_rl.training.run.recipe_run import SUMMARY_FILE, require_installed, run_training
+from mbridge_rl.training.run.recipe_run import SUMMARY_FILE, run_training
 from mbridge_rl.training.run.report import write_report
 from mbridge_rl.training.run.run_log import EVALUATION_FILE, METRICS_FILE, read_lines
+from mbridge_rl.training.run.setup import require_installed
 
 PROMPTS_PER_STEP = 64
 GROUP_SIZE = 16

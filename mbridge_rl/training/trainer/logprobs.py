@@ -10,28 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbridge_rl.training.batch import TokenStatistics
+
 DEFAULT_MAX_ELEMENTS = 1 << 24
-
-
-class TokenStatistics(NamedTuple):
-    """What the policy says of given tokens; every field has the shape of the tokens.
-
-    Attributes:
-        log_probs: fp32, of the given token.
-        entropy: fp32, of the whole distribution, in nats.
-        greedy: bool, whether the given token is the most probable one.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    greedy: Tensor
 
 
 def token_statistics(

@@ -24,10 +24,9 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.lora.attach import adapters_disabled
 from mbridge_rl.megatron.model import unwrap
-from mbridge_rl.training.batch import Batch
+from mbridge_rl.training.batch import Batch, TokenStatistics
 from mbridge_rl.training.objectives.aggregation import token_weights
 from mbridge_rl.training.objectives.loss import TokenLoss, WeightedLoss
-from mbridge_rl.training.trainer.logprobs import TokenStatistics
 from mbridge_rl.training.trainer.micro_batches import MicroBatch, Split, pack_rows, split_rows
 from mbridge_rl.training.trainer.offload import Offloaded, offloaded
 from mbridge_rl.training.trainer.optimization import (

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mbridge_rl.megatron.extras import logit_changes
 from mbridge_rl.megatron.model import unwrap
-from mbridge_rl.training.batch import Batch
-from mbridge_rl.training.trainer.logprobs import TokenStatistics, projected_token_statistics, token_statistics
+from mbridge_rl.training.batch import Batch, TokenStatistics
+from mbridge_rl.training.trainer.logprobs import projected_token_statistics, token_statistics
 
 
 def last_hidden_states(chunk: nn.Module, micro: Batch, offsets: tuple[int, ...] | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mbridge_rl.training.trainer.logprobs import TokenStatistics
+from mbridge_rl.training.batch import TokenStatistics
 
 
 @dataclass(frozen=True)

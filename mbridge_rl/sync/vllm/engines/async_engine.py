@@ -9,9 +9,9 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from mbridge_rl.core.errors import EngineProcessError, SyncError, TransferTimeout
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.engines.attached import AttachedEngine
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion_of
-from mbridge_rl.sync.vllm.engines.requests import InFlight
 from mbridge_rl.sync.vllm.lora.adaptable_engine import Served
 
 _LOOP_SECONDS = 10.0  # until an event loop that runs has come to a new callback

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from mbridge_rl.core.errors import SyncError
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.engines.completions import Completion, as_version, sampling
-from mbridge_rl.sync.vllm.engines.requests import InFlight
 from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
 from mbridge_rl.sync.vllm.extension import EXTENSION, METHOD
 from mbridge_rl.sync.vllm.lora.adaptable_engine import Served

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mbridge_rl.core.errors import SyncError
-from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.payload.compatibility import metadata_fingerprint
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion_of, sampling
-from mbridge_rl.sync.vllm.engines.requests import InFlight, RequestRunner
+from mbridge_rl.sync.vllm.engines.requests import RequestRunner
 from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
 from mbridge_rl.sync.vllm.plugin import register
 from mbridge_rl.sync.vllm.worker import calls as worker_calls
@@ -247,25 +246,6 @@ class InProcessEngine(TransactionalEngine):
         for ident in worker_calls.in_workers(self.llm, worker_calls.shared_memory_ident):
             for path in Path("/dev/shm").glob(f"{ident}-*") if ident else ():
                 path.unlink(missing_ok=True)
-
-
-def init_info(
-    metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None, optional: Collection[str] = ()
-) -> dict[str, Any]:
-    """`backend.InitInfo` in plain JSON types.
-
-    Args:
-        optional: names of announced tensors that the engine may have no place for (`ModelSpec.optional_hf_names`).
-    """
-    tensors = list(metadata)
-    return {
-        "names": [tensor.hf_name for tensor in tensors],
-        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
-        "shapes": [list(tensor.shape) for tensor in tensors],
-        "optional": sorted(optional),
-        "fingerprint": metadata_fingerprint(tensors),
-        "config": dict(config or {}),
-    }
 
 
 def _import_vllm() -> tuple[Any, Any]:

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_rl.core.errors import EngineProcessError
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.engines.in_process import Completion
-from mbridge_rl.sync.vllm.engines.requests import InFlight
 from mbridge_rl.sync.vllm.worker.calls import described, rebuilt
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from mbridge_rl.core.errors import TransferTimeout
+from mbridge_rl.sync.options import InFlight
 
 _TURN_SECONDS = 1e-4
-
-InFlight = Literal["keep", "wait", "abort"]
 
 
 class RequestRunner:

@@ -21,9 +21,9 @@ from mbridge_rl.bounded_http import Answer, request
 from mbridge_rl.core.errors import EngineProcessError, SyncError, TransferTimeout, listed
 from mbridge_rl.core.json_text import JSONTextError, parse_json
 from mbridge_rl.core.typed_values import read_fields
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.engines.attached import AttachedEngine
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion
-from mbridge_rl.sync.vllm.engines.requests import InFlight
 from mbridge_rl.sync.vllm.engines.server_answers import Choice, Choices, Models, Results, Success, WeightInfo, WorldSize
 from mbridge_rl.sync.vllm.lora.adaptable_engine import Served
 from mbridge_rl.sync.vllm.lora.adapter_slots import PLACEHOLDER, in_slots

@@ -9,11 +9,11 @@ from typing import Any
 
 from mbridge_rl.core.errors import EngineMismatch, EngineUnusable, SyncError
 from mbridge_rl.distributed.arena import SHARED_MEMORY
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.payload.engine_side import alike
 from mbridge_rl.sync.record.timeline import Stopwatch
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.joining import live_update
-from mbridge_rl.sync.vllm.engines.requests import InFlight
 from mbridge_rl.sync.vllm.lora.adaptable_engine import AdaptableEngine
 from mbridge_rl.sync.vllm.worker import calls as worker_calls
 from mbridge_rl.sync.worker.payload_receiver import merged_report

@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError, listed
-from mbridge_rl.sync.vllm.engines.requests import InFlight
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.lora.adapter_slots import BASE, in_slots, served_adapters
 
 _STILL_SECONDS = 600.0  # until an engine must stand still

@@ -1,0 +1,192 @@
+"""Trainer ranks and engines meet: the workers say what they keep, every rank compiles the same plan, and a transport is chosen.
+
+meet     once per WeightSync   -> Meeting:    what every sync sends, and what the workers are told of it
+connect  when engines change   -> Connection: how it gets to those that are there
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.core.errors import SyncError
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.plan import compile_plan
+from mbridge_rl.core.quantize import quantized_spec
+from mbridge_rl.core.segments import megatron_side
+from mbridge_rl.distributed.arena import SHARED_MEMORY
+from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.distributed.host import machine_id
+from mbridge_rl.megatron.parameters import LiveParameters, layout_of, model_dtype
+from mbridge_rl.sync.options import SyncOptions
+from mbridge_rl.sync.payload.compatibility import config_summary, init_info
+from mbridge_rl.sync.payload.engine_side import WorkerDescription, engine_side, local_dtypes
+from mbridge_rl.sync.payload.route import Route, plan_route
+from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.trainer.engines import Engines
+from mbridge_rl.sync.transports import Context, Way, open_way
+from mbridge_rl.sync.transports.waiting import Patience
+
+_log = logging.getLogger(__name__)
+
+ON_ONE_HOST = ("shared_memory", "cuda_ipc")
+"""Transports that reach engines on the trainer's host only."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What trainer ranks and engines agreed on; it holds for every sync.
+
+    Attributes:
+        spec: the mapping of what travels: the model's, or that of its quantized checkpoint.
+        layout: of the trainer.
+        hf_dtypes: of the tensors that travel, by `hf_name`.
+        route: what every engine worker receives from which rank.
+        introduction: what the workers learn of all this, in plain JSON types.
+        hosts: of all engines, when they met.
+        replicas: number of engines, when they met.
+    """
+
+    spec: ModelSpec
+    layout: ParallelLayout
+    hf_dtypes: Mapping[str, torch.dtype]
+    route: Route
+    introduction: Mapping[str, Any]
+    hosts: frozenset[str]
+    replicas: int
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How weights get to the engines that are there now.
+
+    Attributes:
+        transport: its name.
+        way: this rank's end of it.
+        replicas: number of engines.
+    """
+
+    transport: str
+    way: Way
+    replicas: int
+
+
+def meet(
+    bridge: AutoBridge,
+    model: Sequence[nn.Module],
+    engines: Engines,
+    group: RankGroup,
+    options: SyncOptions,
+    dtype: torch.dtype | None,
+) -> Meeting:
+    """All ranks together. No weight is changed.
+
+    Raises:
+        SyncError: ranks disagree, or there is no engine. EngineMismatch: an engine's model is not the bridge's. PlanError.
+    """
+    spec = bridge.spec if options.quantization is None else quantized_spec(bridge.spec, options.quantization)
+    layout, dtype = layout_of(model, bridge.spec), dtype or model_dtype(model)
+    _require_same((spec.fingerprint, layout, str(dtype), options), group)
+    summary = config_summary(bridge.hf_config, tied=spec.tied_embeddings)
+    information = init_info(spec.hf_tensors(dtype), summary, spec.optional_hf_names)
+    descriptions = group.on_first_rank(lambda: _described(engines, information))
+    workers = [WorkerDescription.from_json(worker) for worker in descriptions[0]]
+    _warn_of_tensors_that_go_unsplit(workers)
+    route = _planned(spec, layout, spec.hf_dtypes(dtype), workers, options.bucket_bytes, group)
+    introduction = {
+        "route": [worker.to_json() for worker in route.workers],
+        "fingerprint": route.fingerprint,
+        "verify": options.verify,
+        "workers": [worker.to_json() for worker in workers],
+        "init_info": information,
+        "model": spec.fingerprint,
+    }
+    group.first_rank_does(lambda: engines.adopt(introduction))
+    hosts = frozenset(worker["host"] for engine in descriptions for worker in engine)
+    return Meeting(spec, layout, spec.hf_dtypes(dtype), route, introduction, hosts, len(descriptions))
+
+
+def connect(
+    meeting: Meeting,
+    model: Sequence[nn.Module],
+    store: WeightStore,
+    group: RankGroup,
+    options: SyncOptions,
+    *,
+    engine_hosts: AbstractSet[str],
+    replicas: int,
+) -> Connection:
+    """Opens the transport that the options choose for engines on these hosts. All ranks together.
+
+    Raises:
+        SyncError: it does not reach them.
+    """
+    hosts = set(group.gather_plain(machine_id())) | engine_hosts
+    kind = options.transport
+    if kind == "auto":
+        kind = "shared_memory" if len(hosts) == 1 else "process_group"
+    if kind in ON_ONE_HOST and len(hosts) > 1:
+        raise SyncError(f"the transport {kind!r} needs one host, found {sorted(hosts)}; use 'process_group'")
+    live = LiveParameters(model, 0)
+    device = next((live.base(name).device for name in live), group.device)
+    context = Context(group, meeting.route, replicas, store, Patience(options.timeout), options.url, device)
+    staged_here = kind == "shared_memory" and options.mode == "staged" and not options.delta
+    way = open_way("store" if staged_here else kind, context, one_host=len(hosts) == 1)
+    return Connection(kind, way, replicas)
+
+
+def held_store(options: SyncOptions, group: RankGroup) -> WeightStore:
+    """The weight store of this host, to which no other trainer writes from here on. All ranks together.
+
+    Raises:
+        StoreError: on all ranks: another trainer does.
+    """
+    name = group.share_plain(options.store or WeightStore.unnamed().name)
+    store = WeightStore(name, SHARED_MEMORY, temporary=options.store is None)
+    group.first_rank_does(store.hold)
+    return store
+
+
+def _described(engines: Engines, information: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    if not engines.all:
+        raise SyncError("rank 0 has no engine client: give WeightSync(client=...) an engine there")
+    return engines.describe(information)
+
+
+def _warn_of_tensors_that_go_unsplit(workers: Sequence[WorkerDescription]) -> None:
+    for hf_name, reason in {name: why for worker in workers for name, why in worker.whole.items()}.items():
+        _log.warning("%s goes whole to every worker that keeps some of it: %s", hf_name, reason)
+
+
+def _planned(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    hf_dtypes: Mapping[str, torch.dtype],
+    workers: Sequence[WorkerDescription],
+    bucket_bytes: int,
+    group: RankGroup,
+) -> Route:
+    with group.together():
+        plan = compile_plan(spec, megatron_side(spec, layout), engine_side(spec, workers, hf_dtypes))
+        route = plan_route(plan, [worker.rank for worker in workers], local_dtypes(workers, hf_dtypes), bucket_bytes)
+    if not group.all_same(zlib.crc32((route.fingerprint + plan.fingerprint).encode()) % (1 << 20)):
+        raise SyncError("trainer ranks compiled different plans: do they run the same version of mbridge_rl?")
+    return route
+
+
+def _require_same(values: tuple[Any, ...], group: RankGroup) -> None:
+    of_ranks = group.gather_plain(tuple(map(str, values)))
+    for rank, theirs in enumerate(of_ranks):
+        if theirs != of_ranks[0]:
+            raise SyncError(
+                f"rank {rank} brings {theirs}, rank 0 {of_ranks[0]}: give every rank the same model, layout, dtype and options"
+            )
