@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core import virtual
 from mbridge_rl.core.errors import EngineMismatch, EngineProcessError, EngineUnusable, SyncError
+from mbridge_rl.core.failure import Failure
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
@@ -35,7 +36,6 @@ from mbridge_rl.sync.payload.engine_side import alike
 from mbridge_rl.sync.record.timeline import Stopwatch
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.joining import live_update
-from mbridge_rl.sync.vllm.worker.calls import described, rebuilt
 from mbridge_rl.sync.worker.payload_receiver import ShardReceiver, merged_report
 from mbridge_rl.sync.worker.serving_state import Serving
 from mbridge_rl.sync.worker.update_watch import UpdateWatch
@@ -305,7 +305,7 @@ def _serve_client(engine: StandInEngine, connection: Any) -> None:
                 os._exit(0)
             reply = (True, getattr(engine, method)(*args, **kwargs))
         except Exception as error:
-            reply = (False, described(error))
+            reply = (False, Failure.of(error).to_json())
         try:
             connection.send(reply)
         except OSError:
@@ -340,7 +340,7 @@ class RemoteEngine:
             except (EOFError, OSError) as error:
                 raise EngineProcessError(f"the engine died at {method}") from error
             if not succeeded:
-                raise rebuilt(result)
+                Failure.from_json(result).raise_()
             return result
 
         return call

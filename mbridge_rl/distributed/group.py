@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mbridge_rl.core.errors import BridgeError, PeerFailed, RanksUnreachable, SyncError, TransferTimeout
+from mbridge_rl.core.failure import Failure
 from mbridge_rl.distributed.host import machine_id
 from mbridge_rl.distributed.plain import Types, dumped, loaded
 
 T = TypeVar("T")
-Failure = tuple[type[BridgeError], str]
 _SIZE_BYTES = 8
 _TELL_SECONDS = 3.0  # for ranks that time out a little later
 _ON_ONE_MACHINE: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
@@ -228,27 +228,14 @@ class Agreement:
         self._group.wait([self.work])
         if not self._failed.item():
             return
-        told = self._group.gather_plain(_told(self._failure))
-        rank, (error_class, text) = _cause([failure and (_class_named(failure[0]), failure[1]) for failure in told])
+        failure = None if self._failure is None else Failure.of(self._failure)
+        rank, cause = _cause(self._group.gather_plain(failure, (Failure,)))
         if rank == self._group.rank and isinstance(self._failure, BridgeError):
             raise self._failure
-        raise error_class(f"rank {self._group.rank}: rank {rank} failed: {text}") from self._failure
-
-
-def _told(failure: Exception | None) -> tuple[str, str] | None:
-    """A failure as all ranks are told of it: the name of its class, and the message."""
-    if failure is None:
-        return None
-    error_class = type(failure) if isinstance(failure, BridgeError) else SyncError
-    return error_class.__name__, f"{type(failure).__name__}: {failure}"
-
-
-def _class_named(name: str) -> type[BridgeError]:
-    """The error class of this name that this process knows; SyncError if there is none."""
-    known: list[type[BridgeError]] = [BridgeError]
-    for error_class in known:  # grows meanwhile
-        known += error_class.__subclasses__()
-    return next((error_class for error_class in known if error_class.__name__ == name), SyncError)
+        error_class = cause.error_class
+        if error_class is None or not issubclass(error_class, BridgeError):
+            error_class = SyncError
+        raise error_class(f"rank {self._group.rank}: rank {rank} failed: {cause}") from self._failure
 
 
 def _value_of(message: Tensor, types: Types) -> Any:
@@ -256,7 +243,7 @@ def _value_of(message: Tensor, types: Types) -> Any:
     return loaded(message[_SIZE_BYTES : _SIZE_BYTES + size].numpy().tobytes(), types)
 
 
-def _cause(told: Sequence[Failure | None]) -> tuple[int, Failure]:
+def _cause(failures: Sequence[Failure | None]) -> tuple[int, Failure]:
     """What all ranks raise, and whose it is. A time-out may come of another's failure, a `PeerFailed` always does."""
-    failed = [(rank, failure) for rank, failure in enumerate(told) if failure is not None]
-    return min(failed, key=lambda one: (one[1][0] is PeerFailed, one[1][0] is TransferTimeout))
+    failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
+    return min(failed, key=lambda one: (one[1].error_class is PeerFailed, one[1].error_class is TransferTimeout))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from mbridge_rl.core.errors import BridgeError, EngineMismatch, EngineProcessError, PeerFailed, RanksUnreachable, SyncError
+from mbridge_rl.core.failure import Failure
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.sync.payload.engine_side import alike
 from mbridge_rl.sync.record.report import EngineOutcome
@@ -162,9 +163,10 @@ class Engines:
             SyncError: what went wrong in one of them; EngineProcessError: an engine died.
         """
         said = [worker for workers in self.each(lambda _, engine: engine.update_status()) for worker in workers]
-        errors = [worker["error"] for worker in said if worker["error"]]
-        for kind, message in sorted(errors, key=lambda error: error[0] == PeerFailed.__name__):  # causes come first
-            raise _rebuilt(kind, message)
+        failures = [Failure.from_json(worker["error"]) for worker in said if worker["error"]]
+        for failure in sorted(failures, key=lambda failure: failure.error_class is PeerFailed):  # causes come first
+            error = failure.error()
+            raise error if isinstance(error, BridgeError) else SyncError(str(failure))
         return said
 
     @contextmanager
@@ -271,10 +273,3 @@ def outcomes_of(
     if group.maximum(failed).item():
         outcomes = group.share_plain(outcomes, (EngineOutcome,))
     return outcomes, reports
-
-
-def _rebuilt(kind: str, message: str) -> Exception:
-    from mbridge_rl.core import errors
-
-    found = getattr(errors, kind, SyncError)
-    return found(message) if isinstance(found, type) and issubclass(found, BridgeError) else SyncError(f"{kind}: {message}")

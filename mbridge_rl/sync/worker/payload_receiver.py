@@ -16,6 +16,7 @@ from torch import Tensor
 from mbridge_rl.core.digest import add, combine
 from mbridge_rl.core.digest_kernel import compile_ahead
 from mbridge_rl.core.errors import DeltaRefused, EngineMismatch, SyncError, listed
+from mbridge_rl.core.failure import Failure
 from mbridge_rl.distributed.arena import Arena
 from mbridge_rl.sync.options import Mode
 from mbridge_rl.sync.payload import packing
@@ -130,7 +131,7 @@ class ShardReceiver:
         update, error = self._update, self._error if self._update is None else self._update.error
         return {
             "arrived": update is not None and update.finished,
-            "error": None if error is None else [type(error).__name__, str(error)],
+            "error": None if error is None else Failure.of(error).to_json(),
             "proof": self.serving.proof,
             "fill": self.serving.fill,
         }

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mbridge_rl.core.failure import Failure
+
 _LOOK_SECONDS = 0.2
 
 
@@ -38,6 +40,6 @@ class UpdateWatch:
             late = arrived is not None and time.monotonic() - arrived > self._timeout
             if (failed or late) and not self._over.is_set():
                 self._over.set()
-                said = ": ".join(failed[0]) if failed else f"it was not committed within {self._timeout:g} s"
-                self._abort(f"its trainer is gone ({said})")
+                reason = str(Failure.from_json(failed[0])) if failed else f"it was not committed within {self._timeout:g} s"
+                self._abort(f"its trainer is gone ({reason})")
                 return

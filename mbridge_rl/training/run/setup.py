@@ -1,4 +1,5 @@
-"""What a recipe names, found and opened: directories, tokenizer, problems, environment, and whether all that it needs is there."""
+"""What a recipe names, found and opened: directories, tokenizer, problems, environment; and whether all that it needs is
+there."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_rl.core.errors import EngineProcessError
+from mbridge_rl.core.failure import Failure
 from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.engines.in_process import Completion
-from mbridge_rl.sync.vllm.worker.calls import described, rebuilt
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class EngineProcess:
             self._awaited.discard(call)
         succeeded, result = self._replies.pop(call)
         if not succeeded:
-            raise rebuilt(result)
+            Failure.from_json(result).raise_()
         return result
 
     def _read(self, seconds: float) -> None:
@@ -272,7 +272,7 @@ def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]
     try:
         engine = InProcessEngine(**settings)
     except Exception as error:
-        connection.send((_READY, False, described(error)))
+        connection.send((_READY, False, Failure.of(error).to_json()))
         raise
     segments += engine.shared_memory_files()
     connection.send((_READY, True, segments))
@@ -284,7 +284,7 @@ def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]
             reply = (call, True, member(*args, **kwargs) if callable(member) else member)
         except Exception as error:
             logger.exception("%s failed", method)
-            reply = (call, False, described(error))
+            reply = (call, False, Failure.of(error).to_json())
         with sending:
             connection.send(reply)
 

@@ -7,36 +7,19 @@ to it arrives as bare text.
 
 from __future__ import annotations
 
-import builtins
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbridge_rl.core import errors as core_errors
-from mbridge_rl.core import errors as sync_errors
-from mbridge_rl.core.errors import EngineProcessError, SyncError
+from mbridge_rl.core.errors import SyncError
+from mbridge_rl.core.failure import Failure
 from mbridge_rl.distributed.host import machine_id
 
 if TYPE_CHECKING:
     from mbridge_rl.sync.vllm.worker.backend import PlannedSyncEngine
 
-Answer = tuple[bool, Any]  # (True, result) or (False, described error)
-
-
-def described(error: BaseException) -> tuple[str, str]:
-    """An error as text that crosses processes: the name of its type, and its message."""
-    return type(error).__name__, str(error)
-
-
-def rebuilt(description: tuple[str, str]) -> Exception:
-    """The error again: of its own type where that is ours or a builtin one, else an `EngineProcessError` that names it."""
-    name, message = description
-    for module in (sync_errors, core_errors, builtins):
-        kind = getattr(module, name, None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            return kind(message)
-    return EngineProcessError(f"{name}: {message}")
+Answer = tuple[bool, Any]  # (True, result) or (False, failure)
 
 
 def answering(worker: Any, call: Callable[..., Any], *args: Any) -> Answer:
@@ -44,7 +27,7 @@ def answering(worker: Any, call: Callable[..., Any], *args: Any) -> Answer:
     try:
         return True, call(worker, *args)
     except Exception as error:  # every error has to cross as a value; see above
-        return False, described(error)
+        return False, Failure.of(error).to_json()
 
 
 def results_of(answers: Iterable[Answer]) -> list[Any]:
@@ -56,7 +39,7 @@ def results_of(answers: Iterable[Answer]) -> list[Any]:
     answers = list(answers)
     for succeeded, result in answers:
         if not succeeded:
-            raise rebuilt(result)
+            Failure.from_json(result).raise_()
     return [result for _, result in answers]
 
 
