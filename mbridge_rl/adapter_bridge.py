@@ -47,7 +47,7 @@ class LiveAdapterBridge:
         from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
         self._base, self._group = base, group or RankGroup()
-        with self._group.together():
+        with self._group.fail_together():
             self.config: LoRAConfig = lora_config_of(model)
             self.layout: ParallelLayout = layout_of(model, base)
             self._dtype = model_dtype(model)
@@ -79,7 +79,7 @@ class LiveAdapterBridge:
 
     def load(self, source: Source) -> None:
         """See `AutoBridge.load_adapter`."""
-        with self._group.together():
+        with self._group.fail_together():
             where = "the given adapter" if isinstance(source, Mapping) else str(source)
             if not isinstance(source, Mapping):
                 self._require_same_scale(read_lora_config(self._base, source), where)
@@ -88,7 +88,7 @@ class LiveAdapterBridge:
             require_loadable(self.spec, tensors, where)
             plan = compile_plan(self.spec, hf_side(self.spec), self._side)
         targets = {name: self._live.stored(name) for name in self._live}
-        with self._group.together():
+        with self._group.fail_together():
             if isinstance(tensors, Checkpoint):
                 tensors.load(plan, targets)
             else:

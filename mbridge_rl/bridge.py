@@ -197,7 +197,7 @@ class AutoBridge:
         if source is not None and not isinstance(source, str | Path | Mapping | nn.Module):
             return self.import_weights(model, source, layout=layout)
         group = RankGroup()
-        with group.together():
+        with group.fail_together():
             require_replaceable_base(model)
             hf_state = open_source(self.spec, self.hf_config, self._given_or_own(source))
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
@@ -208,7 +208,7 @@ class AutoBridge:
                 plan = self._import_plan(layout, group.rank, side)
         targets = {name: live.base(name) for name in live}
         on_one_machine = group.on_one_machine
-        with group.together():
+        with group.fail_together():
             if isinstance(hf_state, Checkpoint):
                 hf_state.load(plan, targets, read_ahead=on_one_machine)
             else:
@@ -240,7 +240,7 @@ class AutoBridge:
         from mbridge_rl.megatron.parameters import layout_of
 
         group = RankGroup()
-        with group.together():
+        with group.fail_together():
             require_replaceable_base(model)
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, side = self._live(model, layout, group.rank)
@@ -280,7 +280,7 @@ class AutoBridge:
         from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
         group = RankGroup()
-        with group.together():
+        with group.fail_together():
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, _ = self._live(model, layout, group.rank)
             plan = self.export_plan(layout)
@@ -335,7 +335,7 @@ class AutoBridge:
         """
         group = RankGroup()
         receives = ranks is None or group.rank in ranks
-        with group.together():
+        with group.fail_together():
             if receives is not isinstance(hf_module, nn.Module):
                 raise StateMismatchError(
                     f"rank {group.rank} {'receives and has no module' if receives else 'receives nothing and has a module'}: "
@@ -345,7 +345,7 @@ class AutoBridge:
             plan = compile_plan(self.spec, hf_side(self.spec), module.side) if module is not None else None
         stream = self.export_weights(model, bucket_bytes=bucket_bytes, ranks=ranks, transport=transport, layout=layout)
         if module is None or plan is None:
-            with group.together():
+            with group.fail_together():
                 deque(stream, maxlen=0)
         else:
             targets = {name: module[name] for name in module.side.shapes}
@@ -373,7 +373,7 @@ class AutoBridge:
         models = [side for side in (first, second) if _is_megatron(side)]
         dtype = dtype or (model_dtype(models[0]) if models else None)
         group = RankGroup() if models else None
-        with group.together() if group is not None else contextlib.nullcontext():
+        with group.fail_together() if group is not None else contextlib.nullcontext():
             if group is not None:
                 layout = _checked_layout(layout or layout_of(models[0], self.spec), group)
             opened = [side if _is_megatron(side) else held(self.spec, self.hf_config, side) for side in (first, second)]
@@ -416,7 +416,7 @@ class AutoBridge:
         from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
         group = RankGroup()
-        with group.together():
+        with group.fail_together():
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, _ = self._live(model, layout, group.rank)
             plan = self.export_plan(layout)

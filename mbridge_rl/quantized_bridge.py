@@ -34,7 +34,7 @@ class LiveQuantizedBridge:
         from mbridge_rl.megatron.parameters import layout_of, live_side, model_dtype
 
         self._group, self._scheme = RankGroup(), scheme
-        with self._group.together():
+        with self._group.fail_together():
             self.spec = quantized_spec(base, scheme)
             layout = layout_of(model, base)
             live, _ = live_side(model, base, layout, self._group.rank)

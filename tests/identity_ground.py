@@ -23,7 +23,7 @@ from torch import Tensor
 from mbridge_rl.core.errors import BridgeError, EngineUnusable
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.sync.weight_sync import WeightSync
-from mbridge_rl.sync.worker.payload_receiver import ShardReceiver
+from mbridge_rl.sync.worker.payload_receiver import PayloadReceiver
 from mbridge_rl.sync.worker.serving_state import Serving
 
 VARIANT = "qwen3"
@@ -93,7 +93,7 @@ class Replica(StandInEngine):
     def __init__(self, described: list[dict[str, Any]], parameters: Sequence[Mapping[str, Any]]) -> None:
         self._described = described
         self.workers = [_Parameters(shapes) for shapes in parameters]  # type: ignore[misc]
-        self.receivers = [ShardReceiver(PlainModel(worker), Serving(Latch())) for worker in self.workers]  # type: ignore[arg-type]
+        self.receivers = [PayloadReceiver(PlainModel(worker), Serving(Latch())) for worker in self.workers]  # type: ignore[arg-type]
         self.version, self._watch = 0, None
 
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:

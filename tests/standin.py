@@ -36,7 +36,7 @@ from mbridge_rl.sync.payload.engine_side import alike
 from mbridge_rl.sync.record.timeline import Stopwatch
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.joining import live_update
-from mbridge_rl.sync.worker.payload_receiver import ShardReceiver, merged_report
+from mbridge_rl.sync.worker.payload_receiver import PayloadReceiver, merged_report
 from mbridge_rl.sync.worker.serving_state import Serving
 from mbridge_rl.sync.worker.update_watch import UpdateWatch
 
@@ -57,7 +57,7 @@ class Latch:
 
 
 class PlainModel:
-    """What `ShardReceiver` asks of an engine's model; tensors named in `whole` are placed by the worker's own loader."""
+    """What `PayloadReceiver` asks of an engine's model; tensors named in `whole` are placed by the worker's own loader."""
 
     settles = False
 
@@ -103,7 +103,7 @@ class StandInEngine:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         dtypes = {name: tensor.dtype for name, tensor in state.items()}
         self.workers = [FusedWorker(self.config, shapes, self.layout, rank, dtypes) for rank in range(self.layout.size)]
-        self.receivers = [ShardReceiver(PlainModel(worker), Serving(Latch())) for worker in self.workers]
+        self.receivers = [PayloadReceiver(PlainModel(worker), Serving(Latch())) for worker in self.workers]
         for worker in self.workers:
             worker.load_weights(state.items())
         self.version = 0

@@ -49,6 +49,6 @@ def test_all_ranks_raise_one_failure_as_one_type() -> None:
 
 
 def test_a_rank_that_is_alone_raises_as_many_do() -> None:
-    with pytest.raises(SyncError, match="rank 0 failed: ValueError: trouble") as raised, RankGroup().together():
+    with pytest.raises(SyncError, match="rank 0 failed: ValueError: trouble") as raised, RankGroup().fail_together():
         raise ValueError("trouble")
     assert isinstance(raised.value.__cause__, ValueError)

@@ -122,7 +122,7 @@ def of_a_group(rank: int) -> tuple[Any, Any, str]:
     gathered = group.gather_plain({"rank": rank, "long": "x" * rank * 100})
     shared = group.share_plain(torch.arange(3) if rank == 0 else None)
     try:
-        with group.together():
+        with group.fail_together():
             if rank == 1:
                 raise OwnError("the cause")
     except CheckpointError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mbridge_rl.core.tensor_cache import Recent
+from mbridge_rl.core.tensor_cache import TensorCache
 
 
 def test_what_was_asked_for_last_is_kept() -> None:
@@ -15,7 +15,7 @@ def test_what_was_asked_for_last_is_kept() -> None:
         made.append(name)
         return torch.full((int(name[1:]),), 1, dtype=torch.uint8)
 
-    recent = Recent(make, max_bytes=10)
+    recent = TensorCache(make, max_bytes=10)
     for name in ("a4", "b4", "a4", "b4", "a4"):
         assert len(recent[name]) == 4
     assert made == ["a4", "b4"]

@@ -19,7 +19,7 @@ from mbridge_rl.sync.store.image import new_fill
 from mbridge_rl.sync.store.weight_store import WeightStore, remove_stale_stores
 from mbridge_rl.sync.store.writer_lock import Holder
 from mbridge_rl.sync.transports.files import FilesOutlet, _make_folder
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 
 SIZES = (4096, 1000)
 NOBODY = 65534
@@ -233,7 +233,7 @@ def test_everything_is_made_for_its_user_alone(tmp_path: Path) -> None:
         from fsspec.implementations.local import LocalFileSystem
 
         _make_folder(LocalFileSystem(), str(folder))
-        outlet = FilesOutlet({"url": str(folder)}, 64, Patience(10.0))
+        outlet = FilesOutlet({"url": str(folder)}, 64, Timeout(10.0))
         part = Part(0, 0, 64, ())
         outlet.place(0, 0, part).fill_(1)
         outlet.send(0, 0, part)

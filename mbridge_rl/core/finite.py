@@ -33,10 +33,10 @@ def is_finite(values: Tensor) -> bool:
 
 def require_finite(tensors: Mapping[str, Tensor], rank: int) -> None:
     """Raises NonFiniteWeights, naming the parameters that hold NaN or infinity."""
-    refuse_strange([name for name, tensor in tensors.items() if not is_finite(tensor)], rank)
+    refuse_nonfinite([name for name, tensor in tensors.items() if not is_finite(tensor)], rank)
 
 
-def refuse_strange(names: Collection[str], rank: int) -> None:
+def refuse_nonfinite(names: Collection[str], rank: int) -> None:
     """Raises NonFiniteWeights if there are any names."""
     if names:
         raise NonFiniteWeights(

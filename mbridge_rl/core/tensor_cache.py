@@ -10,7 +10,7 @@ from torch import Tensor
 RECENT_BYTES = 512 << 20
 
 
-class Recent:
+class TensorCache:
     """Makes a tensor when it is asked for, and keeps those that were asked for last.
 
     Args:

@@ -130,7 +130,7 @@ class RankGroup:
         self.start_agreement(failure).wait()
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """What any rank raises inside the block, all ranks raise at its end; also a barrier."""
         failure: Exception | None = None
         try:
@@ -146,7 +146,7 @@ class RankGroup:
             What `function` returned, on rank 0; `None` on the other ranks.
         """
         result: T | None = None
-        with self.together():
+        with self.fail_together():
             if self.rank == 0:
                 result = function()
         return result

@@ -44,7 +44,7 @@ class HostMemoryExchange:
         assembly = Assembly(torch.device("cpu"))
         self._group.barrier()
         for index, bucket in enumerate(self._buckets):
-            with self._group.together():
+            with self._group.fail_together():
                 self._write(index, live)
             if not self._receives:
                 continue
@@ -84,7 +84,7 @@ def shared_arena(group: RankGroup, nbytes: int) -> Arena:
     """
     created = group.first_rank_does(lambda: Arena.create(nbytes))
     path = group.share_plain(None if created is None else created.path)
-    with group.together():
+    with group.fail_together():
         return Arena.attach(path, nbytes, writable=True) if created is None else created
 
 

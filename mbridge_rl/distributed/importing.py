@@ -35,7 +35,7 @@ def import_stream(
     """
     arriving = targets if in_place else {name: torch.empty_like(tensor, device="cpu") for name, tensor in targets.items()}
     receiver = _Receiver(spec, plan, arriving)
-    with group.together():
+    with group.fail_together():
         try:
             receiver.take(stream)
         except BridgeError as error:

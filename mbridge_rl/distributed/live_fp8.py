@@ -11,7 +11,7 @@ from torch import Tensor
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.quantize import FP8, Fp8, maxima, quantized, scale_names, scales
 from mbridge_rl.core.segments import Segment, Side
-from mbridge_rl.core.tensor_cache import Recent
+from mbridge_rl.core.tensor_cache import TensorCache
 from mbridge_rl.distributed.group import RankGroup
 
 
@@ -19,8 +19,8 @@ class QuantizedLive(Mapping[str, Tensor]):
     """This rank's tensors under the names of `side`: weights in fp8, their scales, and the others as they are. Made anew for
     every transfer, by all ranks together; the one collective is a maximum over 4 bytes per block.
 
-    A weight is quantized when it is asked for (`Recent`: the parts of a fused tensor, and what several workers are sent of it,
-    are read shortly after each other), so that no second copy of the model exists.
+    A weight is quantized when it is asked for (`TensorCache`: the parts of a fused tensor, and what several workers are sent of
+    it, are read shortly after each other), so that no second copy of the model exists.
 
     Args:
         spec: quantized (`core.quantize.quantized_spec`).
@@ -30,7 +30,7 @@ class QuantizedLive(Mapping[str, Tensor]):
 
     def __init__(self, spec: ModelSpec, scheme: Fp8, side: Side, live: Mapping[str, Tensor], group: RankGroup) -> None:
         self._side, self._live = side, live
-        with group.together():
+        with group.fail_together():
             largest = maxima(spec, scheme, side, live)
         numbers = group.maximum(torch.cat([value.flatten() for value in largest.values()]))
         parts = numbers.split([value.numel() for value in largest.values()])
@@ -42,7 +42,7 @@ class QuantizedLive(Mapping[str, Tensor]):
             if segment.hf_name in fp8:
                 self._weights[segment.local_name].append(segment)
         weights, scales_of = self._weights, self._scales  # what refers to itself would be freed late
-        self._fp8 = Recent(lambda name: quantized(spec, scheme, weights[name], live[name], scales_of))
+        self._fp8 = TensorCache(lambda name: quantized(spec, scheme, weights[name], live[name], scales_of))
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         if megatron_name in self._scales:

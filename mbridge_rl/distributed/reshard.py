@@ -46,7 +46,7 @@ def reshard(
     """
     group = group or RankGroup()
     before, after = megatron_side(spec, source), megatron_side(spec, target)
-    with group.together():
+    with group.fail_together():
         if group.size < max(source.world_size, target.world_size):
             raise SyncError(f"resharding from {source} to {target} needs as many ranks, found a group of {group.size}")
         _check(tensors, before.on(group.rank).shapes, group.rank)

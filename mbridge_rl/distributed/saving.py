@@ -36,12 +36,12 @@ def save_together(
         group.first_rank_does(create)
         attempt, mapped = group.sum(told).tolist()
         staging.join(attempt)
-        with group.together():
+        with group.fail_together():
             for copy in plan.from_rank(group.rank):
                 staging.write(copy.target, copy.shape, copy.source.of(live[copy.source.name], copy.shape), mapped=bool(mapped))
             written = staging.finish()
         written = group.sum(written)
-        with group.together():
+        with group.fail_together():
             staging.prove(written, rank=group.rank, size=group.size)
         group.first_rank_does(write_companions)
         group.first_rank_does(staging.publish)

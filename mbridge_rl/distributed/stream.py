@@ -72,7 +72,7 @@ class TensorStream:
         self._group, self._plan, self._running = group, plan, False
         self._tensors = [HFTensor(hf_name, dtypes[hf_name], shape) for hf_name, shape in plan.hf_shapes.items()]
         receivers = list(range(group.size)) if ranks is None else sorted(set(ranks))
-        with group.together():
+        with group.fail_together():
             _check(bucket_bytes, receivers, group.size, transport)
         on_one_machine = self._handshake((bucket_bytes, receivers, transport), device)
         self.transport, self._exchange = self._choose(transport, on_one_machine, bucket_bytes, receivers)

@@ -40,7 +40,7 @@ def digests_of_side(
     if group is None:
         return _digested(spec, plan.copies, plan.hf_shapes, tensors, dtypes)
     names = list(plan.hf_shapes)[group.rank :: group.size]
-    with group.together():
+    with group.fail_together():
         own = _digested(spec, [copy for name in names for copy in plan.by_hf_name[name]], plan.hf_shapes, tensors, dtypes)
     return _summed(own, group)
 

@@ -20,7 +20,7 @@ from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.pipeline import counted_stages
 from mbridge_rl.core.segments import Side, megatron_side
-from mbridge_rl.core.tensor_cache import Recent
+from mbridge_rl.core.tensor_cache import TensorCache
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import current_layout
@@ -35,15 +35,15 @@ class LiveParameters(Mapping[str, Tensor]):
     `buffer_names` count (a router's expert bias is one); the rest are derived state.
 
     A module that carries adapters offers `merging()`, a function that merges one of its `adapted_weights` when it is asked for
-    (`Recent`: the parts of a fused tensor, and what several workers are sent of it, are read shortly after each other). It is
-    made here, by all ranks together: DoRA sums the norms of rows that ranks cut.
+    (`TensorCache`: the parts of a fused tensor, and what several workers are sent of it, are read shortly after each other). It
+    is made here, by all ranks together: DoRA sums the norms of rows that ranks cut.
     """
 
     def __init__(self, model: Sequence[nn.Module], experts_before: int, buffer_names: Container[str] = ()) -> None:
         self._parameters: dict[str, Tensor] = {}
         self._merging: dict[str, Callable[[], Tensor]] = {}
         merging = self._merging  # what refers to itself would be freed late
-        self._merged = Recent(lambda megatron_name: merging[megatron_name]().detach())
+        self._merged = TensorCache(lambda megatron_name: merging[megatron_name]().detach())
         for chunk in unwrap(model):
             layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
             for module_name, module in chunk.named_modules():

@@ -111,7 +111,7 @@ class AdapterSync:
         self._group = RankGroup()
         self._sinks = sinks if self._group.rank == 0 else ()
         self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])  # type: ignore[arg-type,list-item]
-        with self._group.together():
+        with self._group.fail_together():
             if lora_config_of(model).dora:
                 raise EngineMismatch("vLLM has no DoRA: start the engine without LoRA and sync merged weights (WeightSync)")
             self._layout = layout_of(model, bridge.spec)
@@ -170,17 +170,17 @@ class AdapterSync:
     def _make_arena(self, nbytes: int) -> Arena:
         """One for all ranks, or each rank's own where they are not on one machine."""
         if not self._shares_memory:
-            with self._group.together():
+            with self._group.fail_together():
                 return Arena.create(nbytes)
         return shared_arena(self._group, nbytes)
 
     def _attempt(self, version: int, watch: Stopwatch) -> _Done:
-        with watch("check"), self._group.together():
+        with watch("check"), self._group.fail_together():
             live, _, _ = self._live()
             if self.options.nonfinite == "refuse":
                 require_finite(live, self._group.rank)
         with watch("transfer"):
-            with watch("pack"), self._group.together():
+            with watch("pack"), self._group.fail_together():
                 shares = self._write(live)
             with watch("wire"):
                 self._bring_together()

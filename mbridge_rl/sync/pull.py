@@ -41,7 +41,7 @@ def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightSto
     """
     group = RankGroup()
     with ExitStack() as readings:
-        with group.together():
+        with group.fail_together():
             head = store.head()
             if head is None:
                 raise StoreError(f"nothing was committed to the weight store {store.name!r} in {store.directory}")
@@ -56,7 +56,7 @@ def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightSto
             for route in routes if head.proofs is not None else ():
                 packing.require_proof(route, opened[route.rank].image, head.version, head.proofs[route.rank])
         restore(bridge, model, routes, {rank: reading.image for rank, reading in opened.items()}, group)
-        with group.together():
+        with group.fail_together():
             for reading in opened.values():
                 reading.require_same()
     _log.info("restored version %d from the weight store %s", head.version, store.name)
@@ -73,13 +73,13 @@ def restore(
         DigestMismatch: before the first write, if an image is damaged; after the last, if the model holds something else.
     """
     spec: ModelSpec = bridge.spec
-    with group.together():
+    with group.fail_together():
         layout = layout_of(model, spec)
         live, side = live_side(model, spec, layout, group.rank)
         plan = compile_plan(spec, image_side(spec, routes), side)
         for route in routes[group.rank :: group.size]:
             packing.require_expected(route, images[route.rank])
-    with group.together():
+    with group.fail_together():
         tensors = _Typed(images)
         for name in plan.padded_names.get(group.rank, ()):
             live.base(name).zero_()
@@ -165,7 +165,7 @@ def published(
 
         arenas = group.first_rank_does(ask)
         paths = group.share_plain([arena.path for arena in arenas or ()])
-        with group.together():
+        with group.fail_together():
             arenas = arenas or [
                 opened.enter_context(Arena.attach(path, route.nbytes)) for path, route in zip(paths, routes, strict=True)
             ]

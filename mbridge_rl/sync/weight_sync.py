@@ -27,7 +27,7 @@ from mbridge_rl.core.errors import (
     RanksUnreachable,
     SyncError,
 )
-from mbridge_rl.core.finite import refuse_strange, require_finite
+from mbridge_rl.core.finite import refuse_nonfinite, require_finite
 from mbridge_rl.core.segments import megatron_side
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.host import machine_id
@@ -49,8 +49,8 @@ from mbridge_rl.sync.trainer.joining import bring_up, introduce
 from mbridge_rl.sync.trainer.meeting import ON_ONE_HOST, Connection, connect, held_store, meet
 from mbridge_rl.sync.trainer.packer import Packer
 from mbridge_rl.sync.trainer.retries import with_retries
-from mbridge_rl.sync.transports import Outlet, Wire, telling
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports import Outlet, Wire, fails_with
+from mbridge_rl.sync.transports.waiting import Timeout
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class WeightSync:
         self._bridge, self._model = bridge, model
         self._group = RankGroup()
         self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])
-        self._patience = Patience(self.options.timeout)
+        self._timeout = Timeout(self.options.timeout)
         self._sinks = sinks if self._group.rank == 0 else ()
         self._generation = 0  # of the engines
         self._slot = 0  # of the two that workers on other hosts fill in turn
@@ -231,7 +231,12 @@ class WeightSync:
                 wire, outlet = self._connection.way.open(version, sent)
                 began = True
                 self._group.first_rank_does(lambda: self._begin(version, wire, delta))
-            with watch("transfer"), self._engines.knowing_why(self._group), self._group.together(), telling(outlet):
+            with (
+                watch("transfer"),
+                self._engines.with_engine_errors(self._group),
+                self._group.fail_together(),
+                fails_with(outlet),
+            ):
                 self._send(outlet, packer, sent, watch)
             with watch("verify"):
                 digest, proofs = self._verify(version, packer)
@@ -307,13 +312,13 @@ class WeightSync:
     def _examined(self) -> Packer:
         """What this rank sends, proven to be sendable: the model is the mapped one, and holds no NaN."""
         rank, looks = self._group.rank, self.options.nonfinite == "refuse"
-        with self._group.together():
+        with self._group.fail_together():
             live, _ = live_side(self._model, self._bridge.spec, self._meeting.layout, rank)
             if looks and self.options.quantization is not None:  # quantized, values are others
                 require_finite(live, rank)
         packer = Packer(self.route, rank, self._quantized(live), self._meeting.hf_dtypes)
-        with self._group.together():
-            refuse_strange(
+        with self._group.fail_together():
+            refuse_nonfinite(
                 packer.examine(with_digests=self.options.verify, looks=looks and self.options.quantization is None), rank
             )
         return packer
@@ -331,7 +336,7 @@ class WeightSync:
         others = base is None or any(proofs != base[1] for proofs in held or ())
         if self._group.maximum(torch.tensor([int(others)])).item() or base is None:
             return None
-        with self._group.together():
+        with self._group.fail_together():
             mine = deltas.encode(packer.pack)
         delta = Delta.of(self.route, *base, self._group.sum(mine).tolist())
         if delta.nbytes < sum(map(carried_bytes, self.route.workers)):
@@ -360,9 +365,9 @@ class WeightSync:
 
     def _verify(self, version: int, packer: Packer) -> tuple[str | None, list[str]]:
         """What arrived is what the trainer holds; returns the digest of all weights, and the proofs of what the workers get."""
-        with self._group.together():
+        with self._group.fail_together():
             self._connection.way.verify(self.options.verify)
-        self._group.first_rank_does(lambda: self._engines.wait_for_arrival(self._patience))
+        self._group.first_rank_does(lambda: self._engines.wait_for_arrival(self._timeout))
         return packer.proven(version, self._group) if self.options.verify else (None, [])
 
     def _commit(self, version: int) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:

@@ -18,7 +18,7 @@ from mbridge_rl.core.failure import Failure
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.sync.payload.engine_side import alike
 from mbridge_rl.sync.record.report import EngineOutcome
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 
 _log = logging.getLogger(__name__)
 
@@ -145,18 +145,18 @@ class Engines:
 
         self.each(call)
 
-    def wait_for_arrival(self, patience: Patience) -> None:
+    def wait_for_arrival(self, timeout: Timeout) -> None:
         """Until every worker has everything, verified.
 
         Raises:
             SyncError: what went wrong in one of them; TransferTimeout.
         """
 
-        patience.wait_for(
-            lambda: all(worker["arrived"] for worker in self.require_well()), "not everything arrived at all engines"
+        timeout.wait_for(
+            lambda: all(worker["arrived"] for worker in self.require_healthy()), "not everything arrived at all engines"
         )
 
-    def require_well(self) -> list[dict[str, Any]]:
+    def require_healthy(self) -> list[dict[str, Any]]:
         """The status of every worker of every engine.
 
         Raises:
@@ -170,7 +170,7 @@ class Engines:
         return said
 
     @contextmanager
-    def knowing_why(self, group: RankGroup) -> Iterator[None]:
+    def with_engine_errors(self, group: RankGroup) -> Iterator[None]:
         """Where ranks fail inside because of an engine, all of them raise what went wrong in there. On all ranks together."""
         try:
             yield
@@ -182,7 +182,7 @@ class Engines:
 
     def _require_own_health(self) -> None:
         with suppress(PeerFailed):  # it comes of what the ranks know already
-            self.require_well()
+            self.require_healthy()
 
     def proofs(self) -> list[list[str | None]]:
         """Of the weights that every worker of every engine serves (`packing.proof_of`)."""

@@ -34,7 +34,7 @@ from mbridge_rl.sync.payload.route import Route, plan_route
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.engines import Engines
 from mbridge_rl.sync.transports import Context, Way, open_way
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def connect(
         raise SyncError(f"the transport {kind!r} needs one host, found {sorted(hosts)}; use 'process_group'")
     live = LiveParameters(model, 0)
     device = next((live.base(name).device for name in live), group.device)
-    context = Context(group, meeting.route, replicas, store, Patience(options.timeout), options.url, device)
+    context = Context(group, meeting.route, replicas, store, Timeout(options.timeout), options.url, device)
     staged_here = kind == "shared_memory" and options.mode == "staged" and not options.delta
     way = open_way("store" if staged_here else kind, context, one_host=len(hosts) == 1)
     return Connection(kind, way, replicas)
@@ -175,7 +175,7 @@ def _planned(
     bucket_bytes: int,
     group: RankGroup,
 ) -> Route:
-    with group.together():
+    with group.fail_together():
         plan = compile_plan(spec, megatron_side(spec, layout), engine_side(spec, workers, hf_dtypes))
         route = plan_route(plan, [worker.rank for worker in workers], local_dtypes(workers, hf_dtypes), bucket_bytes)
     if not group.all_same(zlib.crc32((route.fingerprint + plan.fingerprint).encode()) % (1 << 20)):

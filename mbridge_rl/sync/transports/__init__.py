@@ -22,7 +22,7 @@ from mbridge_rl.core.errors import SyncError
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.store.weight_store import WeightStore
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 
 Wire = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ class Inlet(Protocol):
 
 
 @contextmanager
-def telling(outlet: Outlet) -> Iterator[None]:
+def fails_with(outlet: Outlet) -> Iterator[None]:
     """Whoever waits for this rank hears of it when something is raised inside."""
     try:
         yield
@@ -82,7 +82,7 @@ class Context:
     Attributes:
         replicas: engines of equal layout that all get the same weights.
         store: the weight store of the trainer's host.
-        patience: for every wait.
+        timeout: for every wait.
         url: where files go.
         device: of the parameters.
     """
@@ -91,7 +91,7 @@ class Context:
     route: Route
     replicas: int
     store: WeightStore
-    patience: Patience
+    timeout: Timeout
     url: str | None
     device: torch.device
 
@@ -139,7 +139,7 @@ def open_way(kind: str, context: Context, *, one_host: bool = False) -> Way:
     return kinds[kind](context)
 
 
-def open_inlet(wire: Wire, route: WorkerRoute, patience: Patience) -> Inlet:
+def open_inlet(wire: Wire, route: WorkerRoute, timeout: Timeout) -> Inlet:
     """The worker's end of whatever the trainer opened.
 
     Raises:
@@ -156,4 +156,4 @@ def open_inlet(wire: Wire, route: WorkerRoute, patience: Patience) -> Inlet:
     }
     if wire["kind"] not in kinds:
         raise SyncError(f"this engine knows no transport {wire['kind']!r}; is the trainer's mbridge_rl newer?")
-    return kinds[wire["kind"]](wire, route, patience)
+    return kinds[wire["kind"]](wire, route, timeout)

@@ -19,7 +19,7 @@ from mbridge_rl.core.errors import SyncError
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
 from mbridge_rl.sync.transports.shared_memory import RING_BUCKETS, Ring, RingInlet, RingOutlet, RingWay
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 
 
 def handle_of(tensor: Tensor) -> list[Any]:
@@ -39,8 +39,8 @@ def opened(handle: Sequence[Any]) -> Tensor:
 class IpcOutlet(RingOutlet):
     """Packs on the GPU; `cells[worker]` is `[RING_BUCKETS, largest part]`."""
 
-    def __init__(self, rings: Sequence[Ring], cells: dict[int, Tensor], route: Route, patience: Patience) -> None:
-        super().__init__(rings, route, patience)
+    def __init__(self, rings: Sequence[Ring], cells: dict[int, Tensor], route: Route, timeout: Timeout) -> None:
+        super().__init__(rings, route, timeout)
         self._cells = cells
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
@@ -53,8 +53,8 @@ class IpcOutlet(RingOutlet):
 
 
 class IpcInlet(RingInlet):
-    def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
-        super().__init__(wire, route, patience)
+    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
+        super().__init__(wire, route, timeout)
         self._cells = {int(rank): opened(handle).view(RING_BUCKETS, -1) for rank, handle in wire["handles"][route.rank].items()}
 
     def take(self, index: int) -> Sequence[Tensor]:
@@ -95,5 +95,5 @@ class IpcWay(RingWay):
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
         wire, _ = super().open(version, route)
-        outlet = IpcOutlet(self._rings, self._cells, route, self._context.patience)
+        outlet = IpcOutlet(self._rings, self._cells, route, self._context.timeout)
         return {**wire, "kind": "cuda_ipc", "handles": self._handles}, outlet

@@ -22,7 +22,7 @@ from torch import Tensor
 from mbridge_rl.distributed.private_files import write_new_file
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 
 _DEPTH = 3  # files under way per process
 
@@ -54,16 +54,16 @@ def _name(worker: int, index: int, part: Part) -> str:
 class FilesOutlet:
     """Writes one file while the next part is packed."""
 
-    def __init__(self, wire: Wire, largest: int, patience: Patience) -> None:
+    def __init__(self, wire: Wire, largest: int, timeout: Timeout) -> None:
         self._files, self._root = _file_system(wire["url"])
         self._buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(_DEPTH)]
         self._writing: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(_DEPTH, thread_name_prefix="mbridge-files")
-        self._sent, self._patience = 0, patience
+        self._sent, self._timeout = 0, timeout
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
         while len(self._writing) >= _DEPTH:
-            self._writing.popleft().result(self._patience.seconds)
+            self._writing.popleft().result(self._timeout.seconds)
         return self._buffers[self._sent % _DEPTH][: part.nbytes]
 
     def send(self, worker: int, index: int, part: Part) -> None:
@@ -73,7 +73,7 @@ class FilesOutlet:
 
     def finish(self) -> None:
         while self._writing:
-            self._writing.popleft().result(self._patience.seconds)
+            self._writing.popleft().result(self._timeout.seconds)
 
     def fail(self) -> None:
         """Readers notice by the time-out."""
@@ -92,9 +92,9 @@ class FilesOutlet:
 class FilesInlet:
     """Reads the next bucket while one is used."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
+    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
         self._files, self._root = _file_system(wire["url"])
-        self._route, self._patience = route, patience
+        self._route, self._timeout = route, timeout
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mbridge-files")
         self._ahead: dict[int, Future[list[Tensor]]] = {}
 
@@ -117,7 +117,7 @@ class FilesInlet:
         found = []
         for part in self._route.buckets[index].parts:
             path = f"{self._root}/{_name(self._route.rank, index, part)}"
-            self._patience.wait_for(
+            self._timeout.wait_for(
                 lambda path=path, part=part: self._size(path) == part.nbytes,
                 f"trainer rank {part.source_rank} did not write {path}",
             )
@@ -154,7 +154,7 @@ class FilesWay:
         context.group.first_rank_does(make)
         largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
         wire = {"kind": "files", "url": url}
-        return wire, FilesOutlet(wire, largest, context.patience)
+        return wire, FilesOutlet(wire, largest, context.timeout)
 
     def verify(self, with_digests: bool) -> None:
         """The workers do."""

@@ -21,7 +21,7 @@ from mbridge_rl.core.errors import SyncError, TransferTimeout
 from mbridge_rl.distributed.rendezvous import LOOPBACK, make_group, new_secret, own_address, serve_store
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.transports import Context, Outlet, Wire
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 
 _DEPTH = 3  # messages under way per process
 _MOST_JOINED = 16
@@ -52,19 +52,19 @@ def device_of(wire: Wire) -> torch.device:
 class GroupOutlet:
     """A trainer rank; it joins the group when it sends for the first time, and the workers do meanwhile."""
 
-    def __init__(self, wire: Wire, rank: int, largest: int, patience: Patience) -> None:
-        self._wire, self._rank, self._patience = wire, rank, patience
+    def __init__(self, wire: Wire, rank: int, largest: int, timeout: Timeout) -> None:
+        self._wire, self._rank, self._timeout = wire, rank, timeout
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
         self._works: deque[Any] = deque()
         self._sent = 0
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
         while len(self._works) >= _DEPTH:
-            _wait(self._works.popleft(), self._patience, f"worker {worker} did not take an earlier part")
+            _wait(self._works.popleft(), self._timeout, f"worker {worker} did not take an earlier part")
         return self._buffers[self._sent % _DEPTH][: part.nbytes]
 
     def send(self, worker: int, index: int, part: Part) -> None:
-        group = join(self._wire, self._rank, self._patience.seconds)
+        group = join(self._wire, self._rank, self._timeout.seconds)
         message = self._buffers[self._sent % _DEPTH][: part.nbytes]
         with explained(f"cannot send to worker {worker}"):
             self._works.append(group.send([message], self._wire["trainers"] + worker, index))
@@ -72,7 +72,7 @@ class GroupOutlet:
 
     def finish(self) -> None:
         while self._works:
-            _wait(self._works.popleft(), self._patience, "a worker did not take a part")
+            _wait(self._works.popleft(), self._timeout, "a worker did not take a part")
 
     def fail(self) -> None:
         """The others notice by the time-out."""
@@ -84,8 +84,8 @@ class GroupOutlet:
 class GroupInlet:
     """A worker; from trainer ranks, or from the replica before its own."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
-        self._wire, self._route, self._patience = wire, route, patience
+    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
+        self._wire, self._route, self._timeout = wire, route, timeout
         first = wire["trainers"] + wire["replica"] * wire["workers"]
         self._before = first - wire["workers"] + route.rank if wire["replica"] else None
         self._after = first + wire["workers"] + route.rank if wire["replica"] + 1 < wire["replicas"] else None
@@ -99,19 +99,19 @@ class GroupInlet:
 
     def take(self, index: int) -> Sequence[Tensor]:
         if self._group is None:  # the trainer's ranks join when they send
-            self._group = join(self._wire, self._rank, self._patience.seconds)
+            self._group = join(self._wire, self._rank, self._timeout.seconds)
         while self._next < min(index + _DEPTH, len(self._route.buckets)):
             self._posted.append([self._receive(self._next, part, data) for part, data in self._parts(self._next)])
             self._next += 1
         for work, part in zip(self._posted.popleft(), self._route.buckets[index].parts, strict=True):
-            _wait(work, self._patience, f"trainer rank {part.source_rank} did not send bucket {index}")
+            _wait(work, self._timeout, f"trainer rank {part.source_rank} did not send bucket {index}")
         if self._after is not None:
             self._forwarded[index] = [self._group.send([data], self._after, index) for _, data in self._parts(index)]
         return [data for _, data in self._parts(index)]
 
     def give_back(self, index: int) -> None:
         for work in self._forwarded.pop(index, ()):
-            _wait(work, self._patience, f"the next replica did not take bucket {index}")
+            _wait(work, self._timeout, f"the next replica did not take bucket {index}")
 
     def fail(self) -> None:
         """The others notice by the time-out."""
@@ -149,7 +149,7 @@ class GroupWay:
             self._wire = context.from_first_rank(self._described() if self._server is not None else None)
         assert self._wire is not None
         largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
-        return self._wire, GroupOutlet(self._wire, context.group.rank, largest, context.patience)
+        return self._wire, GroupOutlet(self._wire, context.group.rank, largest, context.timeout)
 
     def _described(self) -> dict[str, Any]:
         context, workers = self._context, len(self._context.route.workers)
@@ -183,9 +183,9 @@ class GroupWay:
         self._server = None
 
 
-def _wait(work: Any, patience: Patience, complaint: str) -> None:
+def _wait(work: Any, timeout: Timeout, complaint: str) -> None:
     with explained(complaint):
-        work.wait(timedelta(seconds=patience.seconds))
+        work.wait(timedelta(seconds=timeout.seconds))
 
 
 class explained:

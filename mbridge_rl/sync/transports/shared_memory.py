@@ -29,7 +29,7 @@ from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 from mbridge_rl.sync.store.image import Label
 from mbridge_rl.sync.store.weight_store import Slot, WeightStore
 from mbridge_rl.sync.transports import Context, Outlet, Wire
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 
 RING_BUCKETS = 3  # one is packed, one is full, one is loaded
 _LINE = 64  # bytes between counters: writers of neighbours do not share a cache line
@@ -76,7 +76,7 @@ class SlotOutlet:
 class SlotInlet:
     """Reads the live slot, which is complete by then. It stays this worker's to read until it is closed."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
+    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
         self._route = route
         self._reading = WeightStore(wire["name"], wire["directory"]).read(route.rank, wire["fill"])
 
@@ -218,8 +218,8 @@ class Ring:
 class RingOutlet:
     """A trainer rank at the rings of all workers."""
 
-    def __init__(self, rings: Sequence[Ring], route: Route, patience: Patience) -> None:
-        self._rings, self._route, self._patience = rings, route, patience
+    def __init__(self, rings: Sequence[Ring], route: Route, timeout: Timeout) -> None:
+        self._rings, self._route, self._timeout = rings, route, timeout
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
         self.wait_for_room(worker, index)
@@ -228,7 +228,7 @@ class RingOutlet:
     def wait_for_room(self, worker: int, index: int) -> None:
         ring, free = self._rings[worker], index - RING_BUCKETS
         complaint = f"worker {worker} did not empty bucket {free}"
-        self._patience.wait_for(lambda: ring.emptied() > free, complaint, lambda: ring.require_emptying(worker, free))
+        self._timeout.wait_for(lambda: ring.emptied() > free, complaint, lambda: ring.require_emptying(worker, free))
 
     def send(self, worker: int, index: int, part: Part) -> None:
         self._rings[worker].count(index + 1)
@@ -247,8 +247,8 @@ class RingOutlet:
 class RingInlet:
     """A worker at its ring."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, patience: Patience) -> None:
-        self._route, self._patience = route, patience
+    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
+        self._route, self._timeout = route, timeout
         sizes = wire["sources"], wire["replicas"], wire["cell_bytes"][route.rank]
         arena = Arena.attach(wire["paths"][route.rank], Ring.nbytes(*sizes), writable=True)
         self._ring = Ring(arena, *sizes, mine=wire["sources"] + wire["replica"], update=wire["update"])
@@ -264,7 +264,7 @@ class RingInlet:
 
     def _wait_for(self, rank: int, index: int) -> None:
         ring, complaint = self._ring, f"trainer rank {rank} did not send bucket {index}"
-        self._patience.wait_for(lambda: ring.filled(rank) > index, complaint, lambda: ring.require_filling(rank, index))
+        self._timeout.wait_for(lambda: ring.filled(rank) > index, complaint, lambda: ring.require_filling(rank, index))
 
     def give_back(self, index: int) -> None:
         self._ring.count(index + 1)
@@ -297,7 +297,7 @@ class StoreWay:
         slot = context.group.first_rank_does(lambda: self._store.begin(sizes))
         token, fill, paths = context.from_first_rank(None if slot is None else (slot.token, slot.fill, slot.paths))
         self._slot = Slot(token, fill, paths, tuple(sizes), []) if slot is None else slot
-        with context.group.together():
+        with context.group.fail_together():
             if token not in self._opened:
                 self._close_outlets(keep=1)
                 self._opened[token] = SlotOutlet(self._slot)
@@ -347,13 +347,13 @@ class RingWay:
         """All ranks together. Every version gets counters that start at zero."""
         context, rank = self._context, self._context.group.rank
         sizes = [(context.group.size, context.replicas, cell_bytes) for cell_bytes in self._cell_bytes]
-        with context.group.together():
+        with context.group.fail_together():
             if not self._rings and rank == 0:
                 self._rings = [Ring(Arena.create(Ring.nbytes(*size)), *size, mine=0) for size in sizes]
             for ring in self._rings if rank == 0 else ():
                 ring.start_anew()
         paths, update = context.from_first_rank(([ring.path for ring in self._rings], Ring.new_update()))
-        with context.group.together():
+        with context.group.fail_together():
             if [ring.path for ring in self._rings] != paths:
                 arenas = [
                     Arena.attach(path, Ring.nbytes(*size), writable=True) for path, size in zip(paths, sizes, strict=True)
@@ -369,7 +369,7 @@ class RingWay:
             "replicas": context.replicas,
             "cell_bytes": self._cell_bytes,
         }
-        return wire, RingOutlet(self._rings, route, context.patience)
+        return wire, RingOutlet(self._rings, route, context.timeout)
 
     def verify(self, with_digests: bool) -> None:
         """The workers do, from their live weights."""

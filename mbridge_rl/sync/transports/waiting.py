@@ -12,7 +12,7 @@ _NAP_SECONDS = 50e-6
 _LONGEST_NAP_SECONDS = 2e-3
 
 
-class Patience:
+class Timeout:
     """How long to wait for a peer.
 
     Args:

@@ -30,7 +30,7 @@ from mbridge_rl.sync.worker.serving_state import Serving
 from mbridge_rl.sync.worker.update import Model, Update
 
 
-class ShardReceiver:
+class PayloadReceiver:
     """Receives what one worker keeps.
 
     Args:

@@ -26,7 +26,7 @@ from mbridge_rl.sync.record.timeline import Stopwatch
 from mbridge_rl.sync.store.weight_store import StorePart, WeightStore
 from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
 from mbridge_rl.sync.transports.shared_memory import SlotInlet
-from mbridge_rl.sync.transports.waiting import Patience
+from mbridge_rl.sync.transports.waiting import Timeout
 from mbridge_rl.sync.worker.delta_inlet import DeltaInlet
 from mbridge_rl.sync.worker.serving_state import Serving
 
@@ -76,7 +76,7 @@ class Update:
         self._model, self._serving, self._route, self._arriving, self.mode = model, serving, route, arriving, mode
         self._said, self._verify, self._store = said, said["verify"], store
         self._verify_at_once = self._verify and writes_are_final
-        self._wire, self._timeout = wire, timeout
+        self._wire = wire
         self.fill: str | None = wire.get("fill")  # names the update; its version may come again
         self._slot: SlotInlet | None = None
         self.error: BaseException | None = None
@@ -92,7 +92,7 @@ class Update:
         self._live: dict[bool, Digests] = {}  # of what was written, by whether this worker counts it
         self._part: StorePart | None = None
         self._thread: threading.Thread | None = None
-        self._patience = Patience(timeout, self._stopping)
+        self._timeout = Timeout(timeout, self._stopping)
 
     def start(self) -> None:
         if self.mode == "staged" and self._wire["kind"] == "store":
@@ -112,9 +112,9 @@ class Update:
     def join(self) -> None:
         """Waits until everything has arrived; raises what went wrong."""
         if self._thread is not None:
-            self._thread.join(self._timeout)
+            self._thread.join(self._timeout.seconds)
             if self._thread.is_alive():
-                raise SyncError(f"not everything arrived within {self._timeout:g} s")
+                raise SyncError(f"not everything arrived within {self._timeout.seconds:g} s")
         if self.error is not None:
             raise self.error
 
@@ -142,7 +142,7 @@ class Update:
 
     def _open_slot(self, *, again: bool) -> SlotInlet:
         """The image in the weight store, which nobody fills anew until this update is closed."""
-        self._slot = SlotInlet(self._wire, self._route, self._patience)
+        self._slot = SlotInlet(self._wire, self._route, self._timeout)
         self._slot.require_version(self._version, verify=self._verify, again=again)
         return self._slot
 
@@ -202,7 +202,7 @@ class Update:
     def stop(self) -> None:
         self._stopping.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(self._timeout)
+            self._thread.join(self._timeout.seconds)
 
     def close(self) -> None:
         if self._part is not None:
@@ -223,7 +223,7 @@ class Update:
         self.finished = True
 
     def _open_inlet(self) -> Inlet:
-        inlet = _CountingInlet(open_inlet(self._wire, self._arriving, self._patience), self._count)
+        inlet = _CountingInlet(open_inlet(self._wire, self._arriving, self._timeout), self._count)
         return inlet if self._arriving is self._route else DeltaInlet(inlet, self._route, self._model.parameters())
 
     def _count(self, nbytes: int) -> None:

@@ -16,7 +16,7 @@ class UpdateWatch:
     """Aborts a streaming update whose workers failed, or that nobody commits.
 
     Args:
-        status: of every worker (`ShardReceiver.status`).
+        status: of every worker (`PayloadReceiver.status`).
         abort: called once, with the reason.
         timeout: seconds between the arrival of everything and its commit.
     """

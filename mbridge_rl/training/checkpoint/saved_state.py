@@ -92,20 +92,20 @@ def save_checkpoint(
     replacement = Replacement(final, lock=directory.resolve() / _LOCK, only_new=True)
     attempt = torch.zeros(1, dtype=torch.int64)
     try:
-        with group.together():
+        with group.fail_together():
             if group.rank == 0:
                 attempt.fill_(_begin(replacement, final))
         replacement.join(int(group.sum(attempt).item()))
         partial = replacement.path
-        with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+        with group.fail_together(), megatron_runtime(), _Tried(f"cannot save {final}"):
             content = _content(trainer, dict(state or {}))
             if group.rank == 0:
                 _take_room(content, partial, group.size)
-        with group.together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+        with group.fail_together(), megatron_runtime(), _Tried(f"cannot save {final}"):
             _save(content, partial)
         with megatron_runtime():
             _require_saved(content, partial, group)
-        with group.together(), _Tried(f"cannot save {final}"):
+        with group.fail_together(), _Tried(f"cannot save {final}"):
             if group.rank == 0:
                 _write_description(partial / _DESCRIPTION, trainer, step)
                 replacement.publish(durable=True)
@@ -132,13 +132,13 @@ def load_checkpoint(trainer: MegatronTrainer, checkpoint: str | Path) -> LoadedC
     """
     trainer.require_loaded()
     group = RankGroup()
-    with group.together():
+    with group.fail_together():
         path = _resolve(Path(checkpoint))
         description = json.loads((path / _DESCRIPTION).read_text())
         tensors = TrainerTensors(trainer)
         _check_same_model(description, tensors, path)
     same_layout = description["layout"] == str(trainer.layout)
-    with group.together(), megatron_runtime(), _Tried(f"cannot load {path}"):
+    with group.fail_together(), megatron_runtime(), _Tried(f"cannot load {path}"):
         common = _load(trainer, tensors, path, same_layout)
     steps, saved, config = common["optimizer_steps"], common["learning_rate"], trainer.config
     set_step_count(trainer.optimizer, steps)
@@ -201,13 +201,16 @@ def _require_saved(content: dict[str, Any], partial: Path, group: RankGroup) -> 
 
     common: dict[str, Any] = {}
     for kind in KINDS:
-        with group.together(), _Tried(f"{partial} cannot be read back"):  # whoever fails must not be missed at the next load
+        with (
+            group.fail_together(),
+            _Tried(f"{partial} cannot be read back"),
+        ):  # or a rank that failed is missing at the next load
             own = {name: shards for name, shards in content["tensors"].items() if name.startswith(f"{kind}.")}
             wanted = {name: [replace(one, data=torch.empty_like(one.data)) for one in shards] for name, shards in own.items()}
             common = dist_checkpointing.load({"tensors": wanted}, str(partial))
             found = common.pop("tensors", {})
             _require_same({name: [shard.data for shard in shards] for name, shards in own.items()}, found, partial)
-    with group.together(), _Tried(f"{partial} cannot be read back"):
+    with group.fail_together(), _Tried(f"{partial} cannot be read back"):
         found = dist_checkpointing.load({"random_state": _random_state_shard(None)}, str(partial))
         _require_same({"random_state": content["random_state"].data}, found, partial)
         if group.rank == 0:

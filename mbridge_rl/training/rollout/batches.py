@@ -105,7 +105,7 @@ class RolloutSource:
             try:
                 with ExitStack() as stack:
                     if sampling:
-                        with self._group.together():
+                        with self._group.fail_together():
                             stack.enter_context(self._out_of_the_way())
                     return on_first_rank(self._group, function)
             except EngineProcessError as error:

@@ -35,7 +35,7 @@ class TransactionalEngine(AdaptableEngine):
         return self._in_workers(worker_calls.describe)
 
     def adopt_route(self, introduction: dict[str, Any]) -> None:
-        """What every later update brings to each worker; see `ShardReceiver.adopt`."""
+        """What every later update brings to each worker; see `PayloadReceiver.adopt`."""
         self._in_workers(worker_calls.adopt, introduction)
 
     def begin_update(self, update: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class TransactionalEngine(AdaptableEngine):
             self._open = update["version"], update["wire"].get("fill")
 
     def update_status(self) -> list[dict[str, Any]]:
-        """See `ShardReceiver.status`, of every worker."""
+        """See `PayloadReceiver.status`, of every worker."""
         return self._in_workers(worker_calls.status)
 
     def commit_update(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A vLLM worker's model as a sync changes it: where each announced tensor lands, and how parameters are opened and written.
 
-The transaction itself, from the arrival of the bytes to the commit, is `sync.worker.payload_receiver.ShardReceiver`'s, which
+The transaction itself, from the arrival of the bytes to the commit, is `sync.worker.payload_receiver.PayloadReceiver`'s, which
 knows nothing of vLLM. This file gives it the model.
 """
 
@@ -23,7 +23,7 @@ from mbridge_rl.sync.vllm.worker.guard import Guard
 from mbridge_rl.sync.vllm.worker.landing_map import LandingMap
 from mbridge_rl.sync.vllm.worker.loading import loader_for
 from mbridge_rl.sync.vllm.worker.tracer import parameters_and_buffers
-from mbridge_rl.sync.worker.payload_receiver import ShardReceiver
+from mbridge_rl.sync.worker.payload_receiver import PayloadReceiver
 from mbridge_rl.sync.worker.serving_state import Serving
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Receiver:
         self._loader = loader_for(model, vllm_config, self._device)
         self._guard = Guard(model)
         self.serving = Serving(self._guard)
-        self.shards = ShardReceiver(self, self.serving)
+        self.shards = PayloadReceiver(self, self.serving)
         self._landings: LandingMap | None = None
         self._targets: dict[str, Tensor] | None = None
 
@@ -92,7 +92,7 @@ class Receiver:
             parameters = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.parameters().items()}
         return self._landings.description(rank, size, host, parameters)
 
-    # What `sync.worker.payload_receiver.ShardReceiver` asks of an engine's model.
+    # What `sync.worker.payload_receiver.PayloadReceiver` asks of an engine's model.
 
     @property
     def settles(self) -> bool:
