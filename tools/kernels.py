@@ -1,12 +1,12 @@
 """Runs the tests that compare numbers with the arithmetic of other processors, and prints a table.
 
 python tools/kernels.py                                              # all of VARIANTS: hours on two cores
-python tools/kernels.py zen threads-2 -- tests/test_grpo_step.py     # some of them, with arguments for pytest
+python tools/kernels.py zen threads-2 -- tests/training/test_grpo_step.py     # some of them, with arguments for pytest
 
 Which kernels compute a sum depends on the processor: torch's own, MKL's, oneDNN's and OpenBLAS's (NumPy's) choose by what they
 find, and each can be told to choose as on an older one. Sums are then taken in another order and rounded otherwise, which no
-test may mind. Without paths, the files that import `tests/tolerance.py` are run. The table says for each variant in which
-libraries results changed at all, and the largest share of its tolerance that a comparison used.
+test may mind. Without paths, the files that import `tests/support/tolerance.py` are run. The table says for each variant in
+which libraries results changed at all, and the largest share of its tolerance that a comparison used.
 
 vLLM's own C++ kernels take no such orders: it loads the AVX512 or the AVX2 build of them by what the processor has. What it
 computes through torch follows the variants.
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
 def numeric_files() -> list[str]:
     """Test files that compare numbers up to rounding."""
     imports = re.compile(r"^from tolerance import", re.MULTILINE)
-    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*.py") if imports.search(path.read_text()))
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if imports.search(path.read_text()))
 
 
 def probe(environment: dict[str, str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from families import FAMILIES  # noqa: E402
 from families.family import Family  # noqa: E402
@@ -25,7 +25,7 @@ from mbridge_rl.bridges.unsupported import UNSUPPORTED  # noqa: E402
 TARGETS = {"README.md": "families", "docs/models.md": "families fields axes notes unsupported"}
 TESTED = ROOT / "mbridge_rl" / "bridges" / "tested.json"
 
-# Column -> the test of tests/test_families.py that answers it, for every family.
+# Column -> the test of tests/bridges/test_families.py that answers it, for every family.
 QUESTIONS = {
     "import, export": "test_names_and_round_trips",
     "logits": "test_logits",
@@ -33,9 +33,9 @@ QUESTIONS = {
     "LoRA": "test_lora",
     "refit": "test_refit",
 }
-# What a field's other values come to, in tests/test_config_fields.py.
+# What a field's other values come to, in tests/bridges/test_config_fields.py.
 FIELD_ANSWERS = ("equal", "refused", "no legal value", "of other families")
-# Axis by axis, with bits and logits, for these variants of tests/test_bridge_live.py.
+# Axis by axis, with bits and logits, for these variants of tests/distributed/test_bridge_live.py.
 AXES = ["tp2", "tp2+sp", "pp2", "pp2-uneven", "pp2xvpp2xtp2", "dp2", "cp2", "ep2", "tp2xep2xetp1", "etp2"]
 EXPERT_AXES = {"ep2", "tp2xep2xetp1", "etp2"}
 REFERENCES = ["llama", "qwen2", "qwen3", "qwen3-moe"]
