@@ -158,7 +158,7 @@ def test_the_transport_listens_where_its_members_are(
 
     class Group:
         rank, size = 0, 1
-        gather_plain = staticmethod(lambda value: [value])
+        share_plain = staticmethod(lambda value: value)
 
     device = torch.device("cpu")
     context = Context(Group(), Route(), 1, None, None, None, device)  # type: ignore[arg-type]

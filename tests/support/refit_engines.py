@@ -134,7 +134,7 @@ class Trainer:
 
     def update(self, version: int) -> dict[str, Any]:
         """What the engine is told when a sync begins."""
-        wire, _ = self._sync._way.open(version, self._sync.route)
+        wire, _ = self._sync._connection.way.open(version, self._sync.route)
         fingerprint = self._sync.route.fingerprint
         return {
             "version": version,

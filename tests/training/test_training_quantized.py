@@ -62,15 +62,11 @@ def recipe(run_dir: Path, path: Path | str, quantization: dict[str, Any] | None,
         "rollout": {"prompts_per_step": 4, "max_tokens": 3},
         "engine": {"max_model_len": 16},
         "task": {"kind": "sums"},
-        "reward": {"function": "test_training_quantized:length"},
+        "reward": {"function": "reward_functions:length"},
         "logging": {"console": False},
         "sync": {"quantization": quantization},
     }
     return parse_config(RunConfig, base | sections)
-
-
-def length(problem: Any, completion: str) -> float:
-    return float(len(completion))
 
 
 @pytest.fixture
