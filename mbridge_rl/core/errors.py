@@ -1,8 +1,23 @@
 """Errors that users of the library catch. Each message names what was wrong, where, and what to do."""
 
+_MOST_CHARACTERS = 12_000
+
 
 class BridgeError(Exception):
-    """Base class of every error this library raises on purpose."""
+    """Base class of every error this library raises on purpose.
+
+    A message quotes names and values that others wrote, of any length. One of more than 12,000 characters is cut in the middle.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(_cut(one) if isinstance(one, str) else one for one in arguments))
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    half = _MOST_CHARACTERS // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half:,} characters left out) ... {text[-half:]}"
 
 
 class LayoutError(BridgeError, ValueError):

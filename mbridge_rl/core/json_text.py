@@ -13,8 +13,11 @@ class JSONTextError(ValueError):
     """Text that is no JSON, or JSON beyond the bounds."""
 
 
-def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20) -> Any:
+def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20, infinity: bool = True) -> Any:
     """What the text says.
+
+    Args:
+        infinity: whether `NaN` and `Infinity` are read, which Python writes and JSON does not have.
 
     Raises:
         JSONTextError: it is no JSON in UTF-8, longer or nested more deeply than allowed, or an object has a name twice.
@@ -22,7 +25,11 @@ def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20) -> Any:
     if len(text) > most_bytes:
         raise JSONTextError(f"more than {most_bytes:,} bytes")
     try:
-        value = json.loads(text if isinstance(text, str) else str(text, "utf-8-sig"), object_pairs_hook=_object)
+        value = json.loads(
+            text if isinstance(text, str) else str(text, "utf-8-sig"),
+            object_pairs_hook=_object,
+            parse_constant=None if infinity else _refuse_constant,
+        )
     except JSONTextError:
         raise
     except UnicodeDecodeError as error:
@@ -33,6 +40,10 @@ def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20) -> Any:
         raise JSONTextError(f"no JSON: {error}") from error
     _require_shallow(value)
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise JSONTextError(f"no JSON: {name} is no number there")
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

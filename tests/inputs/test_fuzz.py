@@ -18,12 +18,15 @@ import yaml
 from hostile import NIGHTLY, ORDINARY, damaged, damaged_text, only_our_errors, seldom
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
 from tiny import tiny_config
 
 from mbridge_rl.bounded_http import Answer
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.adapters import adapter_spec
+from mbridge_rl.core.errors import CheckpointError
+from mbridge_rl.core.json_text import MOST_DEPTH
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.hf.checkpoint import Checkpoint
@@ -259,14 +262,24 @@ def try_answer(_: Path, body: bytes) -> None:
 
 
 def rewards_of(body: bytes) -> list[Any]:
-    """What the answer says, by JSON's own reading; `None` where it says nothing."""
+    """What the answer says, by JSON's own reading; `None` where it says nothing, or is nested more deeply than is read."""
     try:
         found = json.loads(body)["rewards"]
-        if len(found) == len(QUESTIONS) and isinstance(found, list) and body.count(b'"rewards"') == 1:
+        if (
+            depth(json.loads(body)) <= MOST_DEPTH
+            and len(found) == len(QUESTIONS)
+            and isinstance(found, list)
+            and body.count(b'"rewards"') == 1
+        ):
             return found
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
     return [None] * len(QUESTIONS)
+
+
+def depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
 
 @st.composite
@@ -374,6 +387,33 @@ def place(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_what_strangers_write_is_read_or_refused(kind: str, place: Path) -> None:
     inputs, attempt = KINDS[kind]
     ORDINARY(given(inputs)(lambda found: attempt(place, found)))()
+
+
+def with_name(file: str) -> bytes:
+    return json.dumps(index() | {"weight_map": dict.fromkeys(state(), file)}).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        pytest.param("indexes", with_name("9" * 50_000), id="a file name that no message should repeat"),
+        pytest.param("configs", {"attention_dropout": "x" * 50_000}, id="a value that no message should repeat"),
+        pytest.param("headers", {"": float("inf")}, id="Infinity where nobody reads it"),
+        pytest.param("recipes", b"[" * 1100, id="nested without an end"),
+        pytest.param("answers", b'{"rewards": [' + b"[" * 40 + b"]" * 40 + b", 0.0, 0.5]}", id="one reward nested too deeply"),
+    ],
+)
+def test_what_was_found_once(kind: str, found: Any, place: Path) -> None:
+    if kind == "headers":
+        text = json.dumps(header() | found).encode()
+        found = len(text).to_bytes(8, "little") + text + data()
+        with pytest.raises(SafetensorError):
+            load(found)
+        with pytest.raises(CheckpointError, match="Infinity is no number"):
+            (place / "model.safetensors").write_bytes(found)
+            Checkpoint(place)
+        return
+    KINDS[kind][1](place, config_values()[0] | found if kind == "configs" else found)
 
 
 @pytest.mark.nightly

@@ -29,7 +29,7 @@ def parse_yaml(text: bytes | str) -> Any:
     if len(text) > MOST_BYTES:
         raise YAMLTextError(f"too long: at most {MOST_BYTES:,} bytes are read")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -45,6 +45,20 @@ def parse_yaml(text: bytes | str) -> Any:
     # The library converts scalars with int(), float(), date() and tables of words, whose errors it does not translate.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise YAMLTextError(f"no YAML: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at what is nested too deeply while it reads: PyYAML takes time that grows with the square of the depth."""
+
+    def fetch_flow_collection_start(self, token_class: type[yaml.Token]) -> None:
+        if self.flow_level > _MOST_DEPTH:
+            raise YAMLTextError(f"nested more than {_MOST_DEPTH} levels deep")
+        super().fetch_flow_collection_start(token_class)
+
+    def add_indent(self, column: int) -> bool:
+        if len(self.indents) > _MOST_DEPTH:
+            raise YAMLTextError(f"nested more than {_MOST_DEPTH} levels deep")
+        return super().add_indent(column)
 
 
 def _check(root: yaml.Node) -> None:
