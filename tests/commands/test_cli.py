@@ -96,7 +96,7 @@ def test_the_demo_learns_to_add(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["--model", "qwen3-moe", "--ep", "2"], id="experts"),
+        pytest.param(["--model", "qwen3-moe", "--ep", "2"], id="experts", marks=pytest.mark.nightly),
         pytest.param(["--model", "llama", "--pp", "2"], id="pipeline", marks=pytest.mark.nightly),
     ],
 )

@@ -25,7 +25,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 @pytest.mark.parametrize(
     ("variant", "layout", "config", "engine_options", "updates"),
     [
-        pytest.param("qwen3", ParallelLayout(tp=2), LoRAConfig(rank=4, alpha=10.0), {}, 6, id="qwen3-tp2"),
+        pytest.param(
+            "qwen3", ParallelLayout(tp=2), LoRAConfig(rank=4, alpha=10.0), {}, 6, id="qwen3-tp2", marks=pytest.mark.nightly
+        ),
         pytest.param(
             "qwen2",
             ParallelLayout(tp=2),

@@ -109,7 +109,9 @@ MLA = {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}, "atte
             id="qwen3-tp2xpp2-bf16-deltas",
             marks=pytest.mark.nightly,
         ),
-        pytest.param("qwen3-moe", ParallelLayout(tp=2, pp=2, ep=2, etp=1), {}, id="qwen3-moe-tp2xpp2xep2"),
+        pytest.param(
+            "qwen3-moe", ParallelLayout(tp=2, pp=2, ep=2, etp=1), {}, id="qwen3-moe-tp2xpp2xep2", marks=pytest.mark.nightly
+        ),
         pytest.param(
             "qwen3-moe",
             ParallelLayout(ep=2, dp=2),
