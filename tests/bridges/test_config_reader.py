@@ -189,7 +189,7 @@ def test_engines_run_it_only_where_they_are_told_to(monkeypatch: pytest.MonkeyPa
     def refusing(**arguments: Any) -> None:
         raise InterruptedError(str(arguments["trust_remote_code"]))
 
-    monkeypatch.setattr(engine, "_import_vllm", lambda: (refusing, lambda backend: backend))
+    monkeypatch.setattr(engine, "import_vllm", lambda: (refusing, lambda backend: backend))
     monkeypatch.setattr(engine, "register", lambda: None)
     monkeypatch.setattr(engine, "_drop_groups_without_experts", lambda: None)
     for options, answer in (({}, "False"), ({"trust_remote_code": True}, "True")):

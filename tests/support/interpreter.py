@@ -60,7 +60,9 @@ def _serve(connection: Connection) -> None:
     while True:
         module, name, args = connection.recv()
         try:
-            answer = (True, getattr(importlib.import_module(module), name)(*args))
+            function = getattr(importlib.import_module(module), name)
+            gc.freeze()  # vLLM collects garbage again and again as an engine starts, through all that was imported
+            answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
         connection.send(answer)

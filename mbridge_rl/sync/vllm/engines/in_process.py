@@ -70,7 +70,7 @@ class InProcessEngine(TransactionalEngine):
         super().__init__()
         self._workers = tensor_parallel_size * pipeline_parallel_size
         with _environment(self._workers):
-            llm_class, transfer_config = _import_vllm()
+            llm_class, transfer_config = import_vllm()
             register()
             arguments: dict[str, Any] = {
                 "skip_tokenizer_init": True,
@@ -248,7 +248,7 @@ class InProcessEngine(TransactionalEngine):
                 path.unlink(missing_ok=True)
 
 
-def _import_vllm() -> tuple[Any, Any]:
+def import_vllm() -> tuple[Any, Any]:
     try:
         from vllm import LLM
         from vllm.config import WeightTransferConfig

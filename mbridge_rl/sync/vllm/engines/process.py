@@ -7,6 +7,7 @@ interpreter, started by command line rather than by `multiprocessing`, which wou
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -267,9 +268,11 @@ def _unlink(segments: Sequence[str]) -> None:
 
 def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]) -> None:
     """The child: build the engine, note its shared memory in `segments`, then answer calls until the connection ends."""
-    from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
+    from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine, import_vllm
 
     try:
+        import_vllm()
+        gc.freeze()  # vLLM collects garbage again and again as it starts, which takes seconds of going through imported modules
         engine = InProcessEngine(**settings)
     except Exception as error:
         connection.send((_READY, False, Failure.of(error).to_json()))
