@@ -1,6 +1,6 @@
 """Model families: each file says how a Hugging Face config becomes a Megatron model, and which tensors correspond.
 
-Adding a family is one file here and one line in `FAMILIES`.
+To add a family, add one file here and one line in `FAMILIES`.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
-"""What correspondence is made of: layouts, mapping rules, segments, plans, digests, and every error that this library raises.
-Imports torch and nothing else of ours; no tensor is moved here.
+"""Layouts, mapping rules, segments, plans and digests, and every error that this library raises.
+
+Everything here is pure: no tensor is moved between processes and no file is read. This folder imports torch, numpy and numba,
+and no other folder of this library.
 """

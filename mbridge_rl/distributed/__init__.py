@@ -1,4 +1,5 @@
-"""The trainer's ranks together: the group of ranks, streams of HF tensors, import, save, reshard and verify, and the shared
-memory and files that ranks exchange them through. Nearly every function here is collective. Imports `megatron`, `hf` and
-`core`; knows nothing of engines.
+"""What the trainer's ranks do together: import, export streams, save, reshard and verify.
+
+`group` is the group of ranks; `arena` and its neighbours are the shared memory and the files that ranks exchange bytes through.
+Nearly every function is collective. This folder imports `megatron`, `hf` and `core`, and knows no engines.
 """

@@ -1,3 +1,3 @@
-"""Hugging Face checkpoints: reading and writing `config.json`, safetensors files and PEFT adapters, with all that published
-checkpoints vary in. Imports `core` only.
+"""Hugging Face checkpoints: reads and writes `config.json`, safetensors files and PEFT adapters, in every variant that
+published checkpoints have. This folder imports `core` only.
 """

@@ -1,3 +1,3 @@
-"""Megatron-core models: how one is built from a bridge's config, which parameters of which rank are which, and a forward pass.
-The one folder that knows Megatron's modules. Imports `core` only.
+"""Megatron-core models: builds one from a bridge's config, lists the live parameters of each rank by global names, and runs a
+forward pass. This is the only folder that knows Megatron's modules. It imports `core` only.
 """

@@ -1,5 +1,6 @@
-"""Moving weights from a trainer into engines as a transaction, and out of them: `weight_sync.WeightSync` is the entry. What a
-sync sends is in `payload`, its two ends are `trainer` and `worker`, the ways of sending are `transports`, what happened is in
-`record`, and `store` is the memory that a trainer and its engines share. Only `vllm` knows an engine. Imports `bridge` and what
-is below it.
+"""Weight syncs: each brings a version of the trainer's weights into engines, as a transaction; `pull` is the way back.
+
+`weight_sync.WeightSync` is the entry. `payload` says which bytes each worker gets, `trainer` and `worker` are the two ends,
+`transports` carry the bytes, `store` keeps the last version for engines that come late, and `record` reports what happened.
+Only `vllm` knows vLLM. This folder imports `bridge` and what is below it.
 """

@@ -1,7 +1,7 @@
-"""The Megatron loop: GRPO on a Megatron-core trainer and vLLM engines, part by part or as a whole.
+"""The Megatron loop: GRPO on a Megatron-core trainer and vLLM engines, as single parts or as a whole.
 
-`loop.GRPO` is the loop. `rollout` brings episodes to it, `trainer` makes updates of them, `objectives` says which loss,
-`checkpoint` saves, and `run` does all of it from a recipe. Imports `sync` and what is below it.
+`loop.GRPO` is the loop. `rollout` brings episodes to it, `trainer` turns them into updates, `objectives` defines the loss,
+`checkpoint` saves, and `run` does all of it from a recipe. This folder imports `sync` and what is below it.
 """
 
 from __future__ import annotations

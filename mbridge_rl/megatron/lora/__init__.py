@@ -1,3 +1,4 @@
-"""LoRA on Megatron's layers: which linears are adapted, the adapted layers themselves, how they start, dropout, and the live
-adapters as a side of a plan. Imports `core` and the rest of `megatron`.
+"""LoRA on Megatron's layers: `attach` chooses the linears that are adapted, `layers` has the adapted layers, `start` their
+first values, `dropout` their dropout, and `adapter_side` describes the live adapters as a side of a plan. This folder imports
+`core` and the rest of `megatron`.
 """

@@ -1,3 +1,3 @@
-"""What happened in a sync: spans of time, the report of one sync, the sinks that reports go to, and the page that shows them.
-Imports `core` only.
+"""What happened in a sync: `timeline` has spans of time, `report` the report of one sync, `sinks` the places that reports go
+to, and `timeline_page` the page that shows them. This folder imports `core` and `distributed`.
 """

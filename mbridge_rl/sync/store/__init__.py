@@ -1,3 +1,5 @@
-"""The weight store: memory or files where a trainer puts whole versions and engines read them when they like. `weight_store` is
-the class; the other files are its slots, its images, and the locks that say whose a store is. Imports `distributed` and `core`.
+"""The weight store: memory or files that hold whole versions, which a trainer writes and engines read at any time.
+
+`weight_store` has the class; the other files are its slots, its images, and the locks that say which trainer may write. This
+folder imports `distributed` and `core`.
 """

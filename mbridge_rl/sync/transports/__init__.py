@@ -1,10 +1,10 @@
-"""How buckets travel: one small file per way, behind two small interfaces.
+"""How buckets travel: one small file per transport, behind two small interfaces.
 
     outlet (a trainer rank):   place(worker, index, part) -> where to pack it;   send(worker, index, part);   finish() | fail()
     inlet (an engine worker):  take(index) -> its parts' bytes;                  give_back(index);            fail()
 
-Packing part n + 1 overlaps with moving part n and loading part n - 1, as far as a way has room for them. Every wait has a
-time-out. What a worker needs to open its inlet is plain JSON: the *wire*.
+Packing part n + 1 overlaps with moving part n and loading part n - 1, as far as a transport has room for them. Every wait has a
+time-out. The *wire* is what a worker needs to open its inlet, in plain JSON.
 """
 
 from __future__ import annotations

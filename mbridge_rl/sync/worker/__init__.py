@@ -1,3 +1,3 @@
-"""The receiving end of a sync in an engine's worker, without anything of vLLM: an update on its way in, and which version is
-served. Imports `payload`, `transports`, `record` and the weight store.
+"""The receiving end of a sync in an engine's worker: `update` receives one version and writes it, `serving_state` says which
+version is served. Nothing here knows vLLM. This folder imports `payload`, `transports`, `record` and `store`.
 """

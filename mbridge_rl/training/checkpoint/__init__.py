@@ -1,1 +1,1 @@
-"""Training checkpoints: weights, the optimizer's state and random states, which any other layout can load."""
+"""Training checkpoints: weights, the optimizer's state and random states. A trainer of any other layout can load them."""

@@ -1,3 +1,3 @@
-"""From prompts to rewarded episodes: episodes and environments, the generator that keeps engines busy, problems, rewards, and
-the batches that the trainer takes.
+"""From prompts to rewarded episodes: `episodes` has episodes and environments, `generator` keeps engines busy, `rewards` has
+problems and rewards, and `batches` makes the batches that the trainer takes.
 """

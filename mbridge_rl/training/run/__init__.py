@@ -1,3 +1,3 @@
-"""A run from its configuration: the recipe, its checks, how ranks and engines are started and started again, and what a run
-folder receives. Everything else in `training` works without it.
+"""A run from its recipe: reads and checks the recipe, starts ranks and engines, restarts them after failures, and writes the
+run folder. Everything else in `training` works without this folder.
 """

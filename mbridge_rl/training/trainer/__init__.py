@@ -1,1 +1,1 @@
-"""The Megatron trainer: from a batch and a loss to updated weights, over every parallel axis."""
+"""The Megatron trainer: turns a batch and a loss into updated weights, over every parallel axis."""

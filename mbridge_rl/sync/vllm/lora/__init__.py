@@ -1,2 +1,3 @@
-"""Adapters in vLLM's LoRA slots: which slot holds which adapter of which version, and the calls of an engine that takes
-them."""
+"""Adapters in vLLM's LoRA slots: `adapter_slots` says which slot of a worker holds which version of which adapter, and
+`adaptable_engine` is the part of an engine that takes adapters.
+"""
