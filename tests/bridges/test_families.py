@@ -1,6 +1,6 @@
 """Every family, from a tiny random checkpoint by Transformers' own class: names, round trips, logits, adapters, refit.
 
-docs/models.md is made of what passes here (`make models-table`).
+docs/models.md is made of what passes here (`make support-table`).
 """
 
 from __future__ import annotations

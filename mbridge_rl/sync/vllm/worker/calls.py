@@ -1,4 +1,4 @@
-"""Functions that run in each vLLM worker on behalf of `engine.py`, by `LLM.collective_rpc`.
+"""Functions that run in each vLLM worker on behalf of `engines.in_process`, by `LLM.collective_rpc`.
 
 They return errors instead of raising them. vLLM's multi-process executor stops reading at the first worker's failure and
 leaves the other workers' answers in their queues, where the next call would take them for its own; and an error that crosses
