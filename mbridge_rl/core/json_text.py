@@ -13,11 +13,11 @@ class JSONTextError(ValueError):
     """Text that is no JSON, or JSON beyond the bounds."""
 
 
-def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20, infinity: bool = True) -> Any:
+def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20, strict: bool = False) -> Any:
     """What the text says.
 
     Args:
-        infinity: whether `NaN` and `Infinity` are read, which Python writes and JSON does not have.
+        strict: refuses what Python reads and the standard does not allow: `NaN`, `Infinity`, and halves of surrogate pairs.
 
     Raises:
         JSONTextError: it is no JSON in UTF-8, longer or nested more deeply than allowed, or an object has a name twice.
@@ -28,7 +28,7 @@ def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20, infinity: bool =
         value = json.loads(
             text if isinstance(text, str) else str(text, "utf-8-sig"),
             object_pairs_hook=_object,
-            parse_constant=None if infinity else _refuse_constant,
+            parse_constant=_refuse_constant if strict else None,
         )
     except JSONTextError:
         raise
@@ -39,6 +39,8 @@ def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20, infinity: bool =
     except ValueError as error:  # no JSON, or a number of thousands of digits
         raise JSONTextError(f"no JSON: {error}") from error
     _require_shallow(value)
+    if strict:
+        _require_unicode(value, text)
     return value
 
 
@@ -53,6 +55,16 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise JSONTextError(f"{twice[:100]!r} stands twice in one object")
     return value
+
+
+def _require_unicode(value: Any, text: bytes | str) -> None:
+    """`value` is what `text` says. Only an escape can make a text of it that has no UTF-8."""
+    if ("\\u" if isinstance(text, str) else b"\\u") not in text:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise JSONTextError("no JSON: a text in it holds one half of a surrogate pair") from error
 
 
 def _require_shallow(value: Any) -> None:

@@ -68,7 +68,7 @@ def read_header(descriptor: int, path: Path, file: str) -> Iterator[tuple[str, E
             raise ValueError(f"a header of {data - 8} bytes in a file of {size}")
         if data - 8 > _MOST_BYTES:
             raise ValueError(f"a header of {data - 8:,} bytes; at most {_MOST_BYTES:,} are allowed")
-        header = parse_json(os.pread(descriptor, data - 8, 8), most_bytes=_MOST_BYTES, infinity=False)
+        header = parse_json(os.pread(descriptor, data - 8, 8), most_bytes=_MOST_BYTES, strict=True)
         if not isinstance(header, dict):
             raise ValueError(f"the header must be an object, found {kind(header)}")
         _check_metadata(header.pop("__metadata__", {}))
