@@ -37,6 +37,7 @@ DTYPES = {
 }
 
 _MOST_BYTES = 100_000_000  # of a header, as the safetensors library has it
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _MOST_DIMS = 64  # of a tensor, as torch has it
 _MOST_BYTES_OF_A_TENSOR = 2**63  # that torch can count
 
@@ -68,7 +69,7 @@ def read_header(descriptor: int, path: Path, file: str) -> Iterator[tuple[str, E
             raise ValueError(f"a header of {data - 8} bytes in a file of {size}")
         if data - 8 > _MOST_BYTES:
             raise ValueError(f"a header of {data - 8:,} bytes; at most {_MOST_BYTES:,} are allowed")
-        header = parse_json(os.pread(descriptor, data - 8, 8), most_bytes=_MOST_BYTES, strict=True)
+        header = parse_json(os.pread(descriptor, data - 8, 8), most_bytes=_MOST_BYTES)
         if not isinstance(header, dict):
             raise ValueError(f"the header must be an object, found {kind(header)}")
         _check_metadata(header.pop("__metadata__", {}))
@@ -88,15 +89,17 @@ def read_header(descriptor: int, path: Path, file: str) -> Iterator[tuple[str, E
 
 
 def _check_metadata(metadata: object) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    texts = [text for pair in metadata.items() for text in pair] if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) and is_text(text) for text in texts):
         raise ValueError(f"__metadata__ must map names to text, found {kind(metadata)}")
 
 
 def _tensor(path: Path, hf_name: str, fields: object) -> tuple[int, int, str, torch.dtype, Shape]:
     """First byte and the one behind the last, of the data, name, dtype and shape. Written out, not read by `read_fields`: large
     models have a hundred thousand of them."""
-    if not is_text(hf_name) or not isinstance(fields, dict):
-        raise ValueError(f"{shown(hf_name)} must be an object with dtype, shape and data_offsets, found {kind(fields)}")
+    if not is_text(hf_name) or not isinstance(fields, dict) or fields.keys() != _FIELDS:
+        found = shown(list(fields)) if isinstance(fields, dict) else kind(fields)
+        raise ValueError(f"{shown(hf_name)} must be an object with dtype, shape and data_offsets, found {found}")
     shape, offsets, name = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
     if not _are_sizes(shape):
         raise ValueError(f"{hf_name}: shape must be a list of at most {_MOST_DIMS} whole numbers, found {shown(shape)}")

@@ -411,7 +411,7 @@ def test_what_was_found_once(kind: str, found: Any, place: Path) -> None:
         with pytest.raises(SafetensorError):
             load(found)
         (place / "model.safetensors").write_bytes(found)
-        with pytest.raises(CheckpointError, match=r"Infinity is no number|one half of a surrogate pair"):
+        with pytest.raises(CheckpointError, match="must be an object with dtype, shape and data_offsets"):
             Checkpoint(place)
         return
     KINDS[kind][1](place, config_values()[0] | found if kind == "configs" else found)
