@@ -1,3 +1,3 @@
-"""The sending end of a sync: the engines as rank 0 drives them, how they join, what a rank packs, and retries. Imports
-`payload`, `transports` and `record`.
+"""The sending end of a sync: the engines as rank 0 calls them, the meeting of trainer and engines, engines that join later, the
+packing of a rank's weights, and retries. Imports `payload`, `transports` and `record`.
 """

@@ -1,3 +1,3 @@
-"""The receiving end of a sync in an engine's worker, without anything of vLLM: an update on its way in, and which version is
+"""The receiving end of a sync in an engine worker, without anything of vLLM: it receives an update and knows which version is
 served. Imports `payload`, `transports`, `record` and the weight store.
 """
