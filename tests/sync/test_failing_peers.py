@@ -293,7 +293,7 @@ def test_an_engine_that_is_killed_amid_a_stream_is_known_at_once(tmp_path: Path)
 def test_who_took_part_to_the_end_and_left_is_not_taken_for_dead() -> None:
     sizes = 1, 1, 64
     with Arena.create(Ring.nbytes(*sizes)) as arena:
-        rank, worker = Ring(arena, *sizes, mine=0), Ring(arena, *sizes, mine=1)
+        rank, worker = Ring(arena, *sizes, own_counter=0), Ring(arena, *sizes, own_counter=1)
         rank.count(5)
         rank.leave()
         worker.require_filling(0, 4)
