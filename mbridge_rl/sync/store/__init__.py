@@ -1,3 +1,4 @@
-"""The weight store: memory or files where a trainer puts whole versions and engines read them when they like. `weight_store` is
-the class; the other files are its slots, its images, and the locks that say whose a store is. Imports `distributed` and `core`.
+"""The weight store: memory or files in which a trainer puts complete versions, and from which engines read them at any time.
+`weight_store` has the class; the other files have its slots, its images, and the locks of its writers. Imports `distributed`
+and `core`.
 """
