@@ -1,3 +1,3 @@
-"""What happened in a sync: spans of time, the report of one sync, the sinks that reports go to, and the page that shows them.
+"""Records of syncs: spans of time, the report of one sync, the sinks that reports go to, and the page that shows them.
 Imports `core` only.
 """
