@@ -67,6 +67,13 @@ class Copy:
 class Plan:
     """All copies between two groups of ranks, in checkpoint order.
 
+    Example, the copies by which the ranks of a trainer make up a checkpoint:
+
+        spec = AutoBridge.from_pretrained(checkpoint).spec
+        plan = compile_plan(spec, megatron_side(spec, ParallelLayout(tp=2, pp=2)), hf_side(spec))
+        for copy in plan.from_rank(0):
+            print(copy.hf_name, copy.shape, "from", copy.source.name, copy.source.offset, "to rank", copy.target_rank)
+
     Attributes:
         hf_shapes: the HF tensors that travel, in checkpoint order.
         padded_names: per target rank, the local tensors whose tail no HF tensor fills (the executor zeroes it).

@@ -1,9 +1,9 @@
 """Adapter sync: only LoRA factors travel, from their shards in Megatron straight into engines' LoRA slots.
 
-Every trainer rank writes the rectangles of factors that it holds into shared memory, already as PEFT lays them out; the one
-small all-reduce sums their digests and is the barrier that says all are written. Ranks of several machines sum the bytes as
-well, and an engine of another machine than the first rank's is sent them. An engine checks every byte before it changes a slot,
-and reads the slot back after.
+Every trainer rank writes the rectangles of factors that it holds into shared memory, in PEFT's layout. One small all-reduce
+sums their digests and is the barrier after which all are written. Ranks of several machines sum the bytes as well, and an
+engine on another machine than the first rank's gets the bytes with the call. An engine checks every byte before it changes a
+slot, and reads the slot back afterwards.
 """
 
 from __future__ import annotations
@@ -43,56 +43,63 @@ _WORD = torch.int64.itemsize
 
 
 class AdapterClient(Protocol):
-    """What an adapter sync asks of an engine; every kind has it (`vllm.adapters.AdaptableEngine`)."""
+    """The methods that an adapter sync calls on an engine; every engine class has them (`vllm.lora.adaptable_engine`)."""
 
     def adapter_info(self) -> Mapping[str, Any]: ...
     def put_adapter(self, update: dict[str, Any]) -> Mapping[str, Any]: ...
 
 
 class AdaptedEngine:
-    """An engine whose completions are those of one of its adapters, for whoever samples and knows of no adapters.
+    """An engine that answers with one of its adapters, for a caller that does not know of adapters.
 
     Args:
-        engine: of any kind.
-        adapter: its name.
+        engine: an engine of any kind.
+        adapter: the name of the adapter.
     """
 
     def __init__(self, engine: Any, adapter: str = "policy") -> None:
         self._engine, self.adapter = engine, adapter
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
-        """See `InProcessEngine.generate`; a completion's `weight_version` is the adapter's."""
+        """As `InProcessEngine.generate`; a completion's `weight_version` is the version of the adapter."""
         completions = self._engine.generate(prompts, adapter=self.adapter, **options)
-        return [replace(one, weight_version=int(one.adapter.rpartition("@")[2])) for one in completions]
+        return [replace(completion, weight_version=int(completion.adapter.rpartition("@")[2])) for completion in completions]
 
 
-class _Done(NamedTuple):
-    """What an attempt did: the digest of all factors, what became of every engine, what those that committed said (on rank 0),
-    and the time of the other ranks and of the engines."""
+class _Committed(NamedTuple):
+    """The results of an attempt that committed.
+
+    Attributes:
+        digest: the digest of all factors.
+        outcomes: the outcome of every engine.
+        engine_reports: the reports of the engines that committed, on rank 0 (empty elsewhere).
+        other_spans: the time spans of the other ranks and of the engines.
+    """
 
     digest: str
     outcomes: Sequence[EngineOutcome]
-    engines: Sequence[Mapping[str, Any]]
-    others: Sequence[Span]
+    engine_reports: Sequence[Mapping[str, Any]]
+    other_spans: Sequence[Span]
 
 
 class AdapterSync:
-    """Keeps one adapter of engines that of a live Megatron model. Made once by all trainer ranks together; `sync` is
-    collective.
+    """Keeps one adapter in engines equal to the adapter of a live Megatron model. All trainer ranks make it together, once;
+    `sync` is collective.
 
     Args:
-        bridge: of the model (`AutoBridge`).
-        model: this rank's chunks, with adapters (`megatron.lora.attach.add_lora`).
+        bridge: the bridge of the model (`AutoBridge`).
+        model: this rank's model chunks, with adapters (`megatron.lora.attach.add_lora`).
         client: the engine, or several, started with `enable_lora=True` on the model's base weights, on rank 0; `None` on the
             other ranks.
-        adapter: its name in the engines.
-        is_policy: its versions are the engine's own, with which tokens are labelled; for engines that sample from it alone.
-        options: `requests`, `timeout`, `retries` and `nonfinite` of them. An adapter is always staged and verified.
-        sinks: that rank 0 tells of every sync, as `WeightSync` does.
+        adapter: the name of the adapter in the engines.
+        is_policy: whether the adapter's versions are the engine's own, with which tokens are labelled; for engines that sample
+            only from this adapter.
+        options: only `requests`, `timeout`, `retries` and `nonfinite` are used. An adapter is always staged and verified.
+        sinks: get the report of every sync from rank 0, as for `WeightSync`.
 
     Raises:
-        StateMismatchError: on all ranks: the model has no adapters; SyncError: rank 0 has no engine; EngineMismatch: an engine
-            takes no adapters, or not of this rank, or engines' slots are of different dtypes.
+        StateMismatchError: on all ranks: the model has no adapters. SyncError: rank 0 has no engine. EngineMismatch: an engine
+            takes no adapters, or none of this LoRA rank, or the engines' slots are of different dtypes.
     """
 
     def __init__(
@@ -117,7 +124,7 @@ class AdapterSync:
             self._layout = layout_of(model, bridge.spec)
             _, self._spec, _ = self._live()
             self._plan = compile_plan(self._spec, megatron_side(self._spec, self._layout), hf_side(self._spec))
-        dtype, self._is_near = self._ask_engines()
+        dtype, self._is_local = self._ask_engines()
         self._tensors = list(self._spec.hf_tensors(dtype))
         self._offsets, nbytes = offsets(tensor.nbytes for tensor in self._tensors)
         self._shares_memory = self._group.on_one_machine
@@ -131,14 +138,14 @@ class AdapterSync:
             The same report on every rank (`engines` only on rank 0).
 
         Raises:
-            SyncError: on every rank, if any part failed on any, or every engine's commit did; the engines then serve the
-                version before. If but some fail to commit, the others serve the new version, and the report names the failed
-                ones.
+            SyncError: on every rank, if a step failed on any rank, or the commit of every engine failed; the engines then serve
+                the version before. If only some engines fail to commit, the others serve the new version, and the report names
+                the failed ones.
         """
         return with_retries(
             version,
             lambda watch, _: self._attempt(version, watch),
-            lambda watches, done, error: self._report(version, watches, done, error),
+            lambda watches, committed, error: self._report(version, watches, committed, error),
             lane=phases.lane(self._group.rank),
             retries=self.options.retries,
             sinks=self._sinks,
@@ -168,13 +175,13 @@ class AdapterSync:
         return getattr(torch, infos[0]["dtype"]), [info["host"] == machine_id() for info in infos]
 
     def _make_arena(self, nbytes: int) -> Arena:
-        """One for all ranks, or each rank's own where they are not on one machine."""
+        """One arena for all ranks, or one for each rank if they are not on one machine."""
         if not self._shares_memory:
             with self._group.fail_together():
                 return Arena.create(nbytes)
         return shared_arena(self._group, nbytes)
 
-    def _attempt(self, version: int, watch: Stopwatch) -> _Done:
+    def _attempt(self, version: int, watch: Stopwatch) -> _Committed:
         with watch("check"), self._group.fail_together():
             live, _, _ = self._live()
             if self.options.nonfinite == "refuse":
@@ -183,22 +190,22 @@ class AdapterSync:
             with watch("pack"), self._group.fail_together():
                 shares = self._write(live)
             with watch("wire"):
-                self._bring_together()
+                self._sum_arenas()
         with watch("verify"):
             sums = [unsigned(value) for value in self._group.sum(torch.tensor(shares)).tolist()]
             digests = {tensor.hf_name: value for tensor, value in zip(self._tensors, sums, strict=True)}
         with watch("commit"):
-            outcomes, engines = self._put(self._update(version, digests))
+            outcomes, reports = self._put(self._update(version, digests))
         with watch("report"):
-            others = phases.of_other_ranks(watch.spans, self._group)
+            other_spans = phases.of_other_ranks(watch.spans, self._group)
         committed = [outcome.engine for outcome in outcomes if outcome.error is None]
-        for index, engine in zip(committed, engines, strict=False):  # on rank 0 alone they say something
-            others += of_engine(engine["spans"], index)
-        return _Done(combine(digests), outcomes, engines, others)
+        for index, report in zip(committed, reports, strict=False):  # there are reports on rank 0 only
+            other_spans += of_engine(report["spans"], index)
+        return _Committed(combine(digests), outcomes, reports, other_spans)
 
     def _write(self, live: Mapping[str, Tensor]) -> list[int]:
         """Writes this rank's rectangles of all factors; returns its share of each factor's digest."""
-        if not self._shares_memory:  # what the others write is zero here, and added
+        if not self._shares_memory:  # the factors of other ranks are zero here, so that arenas can be summed
             self._arena.view(0, (self._arena.nbytes,), torch.uint8).zero_()
         return [signed(self._write_factor(index, live)) for index in range(len(self._tensors))]
 
@@ -212,34 +219,37 @@ class AdapterSync:
                 share = add(share, copy_digest(copy, part, tensor))
         return share
 
-    def _bring_together(self) -> None:
-        """Ranks that share no memory add what they wrote: every byte is one rank's, and zero on the others."""
+    def _sum_arenas(self) -> None:
+        """Sums the arenas of ranks that share no memory: every byte was written by one rank and is zero on the others."""
         if not self._shares_memory:
             words = self._arena.view(0, (self._arena.nbytes // _WORD,), torch.int64)
             words.copy_(self._group.sum(words.clone()))
 
     def _put(self, update: dict[str, Any]) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
-        """Every engine's outcome, on all ranks; the reports of those that committed, on rank 0."""
+        """Commits `update` in every engine. Returns the outcome of every engine on all ranks, and the reports of the engines
+        that committed on rank 0."""
 
         def put(index: int, engine: AdapterClient) -> dict[str, Any]:
             watch = Stopwatch("engine")
-            with watch("pause"):  # and the call's own time
-                report = engine.put_adapter(update if self._is_near[index] else self._with_payload(update))
+            with watch("pause"):  # with the time of the call itself
+                report = engine.put_adapter(update if self._is_local[index] else self._with_payload(update))
             return {**report, "spans": [span.to_json() for span in watch.spans]}
 
         version = update["version"]
         outcomes, reports = outcomes_of(
-            self._group, version, len(self._is_near), lambda: self._engines.each_alone(version, put)
+            self._group, version, len(self._is_local), lambda: self._engines.each_alone(version, put)
         )
         for outcome in outcomes:
             if outcome.error is not None:
                 _log.warning("engine %d stays at its version before %d: %s", outcome.engine, version, outcome.error)
         return outcomes, reports
 
-    def _report(self, version: int, watches: Sequence[Stopwatch], done: _Done | None = None, error: str = "") -> SyncReport:
-        """The record of a sync whose last attempt ended just now."""
-        own = [span for watch in watches for span in watch.spans]
-        engines = [] if done is None else done.engines
+    def _report(
+        self, version: int, watches: Sequence[Stopwatch], committed: _Committed | None = None, error: str = ""
+    ) -> SyncReport:
+        """The report of a sync whose last attempt ended just now; `committed` is `None` if that failed with `error`."""
+        own_spans = [span for watch in watches for span in watch.spans]
+        reports = [] if committed is None else committed.engine_reports
         return SyncReport(
             version=version,
             adapter=self.adapter,
@@ -247,21 +257,21 @@ class AdapterSync:
             nbytes=sum(tensor.nbytes for tensor in self._tensors),
             full_nbytes=self._full_nbytes,
             buckets=1,
-            digest=None if done is None else done.digest,
+            digest=None if committed is None else committed.digest,
             verified=not error,
             seconds=watches[-1].now() - watches[0].created,
             transport="shared_memory",
             attempts=len(watches),
-            engines=[{name: value for name, value in engine.items() if name != "spans"} for engine in engines],
-            outcomes=[] if done is None else done.outcomes,
+            engines=[{name: value for name, value in report.items() if name != "spans"} for report in reports],
+            outcomes=[] if committed is None else committed.outcomes,
             error=error,
             started=watches[0].created,
             rank=self._group.rank,
-            spans=own if done is None else [*own, *done.others],
+            spans=own_spans if committed is None else [*own_spans, *committed.other_spans],
         )
 
     def _update(self, version: int, digests: Mapping[str, int]) -> dict[str, Any]:
-        """In plain JSON types, for whatever carries it to the engine."""
+        """What `put_adapter` takes, in plain JSON types."""
         return {
             "adapter": self.adapter,
             "version": version,
@@ -279,6 +289,6 @@ class AdapterSync:
         }
 
     def _with_payload(self, update: dict[str, Any]) -> dict[str, Any]:
-        """For an engine that cannot map this machine's memory."""
+        """The update with the bytes of the factors, for an engine that cannot map this machine's memory."""
         content = self._arena.view(0, (self._arena.nbytes,), torch.uint8).numpy().tobytes()
         return {**update, "payload": base64.b64encode(content).decode()}

@@ -1,4 +1,4 @@
-"""The choices that a user of `sync.weight_sync.WeightSync` has."""
+"""The options of `sync.weight_sync.WeightSync`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ Transport = Literal["auto", "shared_memory", "process_group", "files", "cuda_ipc
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """How a sync goes about it.
+    """The options of a sync.
 
     Attributes:
         mode: `staged` keeps the old version serving until the commit and needs memory for two more versions per host;
             `streaming` needs a few buckets, holds generation for the whole transfer, and loses the old version if it fails.
-        transport: `auto` takes shared memory where trainer and engines share a host, else a process group.
-        bucket_bytes: of one bucket; larger tensors travel in chunks.
-        verify: digests on both ends, compared before the commit.
-        nonfinite: whether NaN and infinite weights are refused before anything that is served changes, or passed on.
-        requests: what becomes of requests in flight at the commit (`sync.vllm.engines.requests.RequestRunner.hold`).
-        retries: attempts after one that timed out or arrived with other bytes.
+        transport: `auto` takes shared memory if trainer and engines share a host, else a process group.
+        bucket_bytes: bytes of one bucket; larger tensors travel in chunks.
+        verify: compute digests on both ends and compare them before the commit.
+        nonfinite: whether NaN and infinite weights are refused, before anything that is served changes, or passed on.
+        requests: what happens to requests in flight at the commit (`sync.vllm.engines.requests.RequestRunner.hold`).
+        retries: number of further attempts after one that timed out or arrived with other bytes.
         timeout: seconds, for every single wait.
-        store: name of the weight store; named ones outlive the trainer. `None` makes one that ends with it.
-        url: where the transport `files` puts them.
+        store: name of the weight store; a named store outlives the trainer. `None` makes one that ends with it.
+        url: the directory or object store in which the transport `files` puts its files.
         lost_engines: `raise` fails a sync whose engine died before the commit; `drop` goes on with the others, as long as
             there are any.
-        delta: send what changed since the last committed version, compressed, where the engines have that version and it is
-            less than everything (`sync.payload.delta`). The trainer keeps a packed copy of what it sends in host memory; staged
-            on one host, workers keep the images, as those on other hosts do.
-        quantization: weights of linears in fp8 with scales, made by the trainer; the engine runs that format.
+        delta: send only the changes since the last committed version, compressed, if the engines have that version and the
+            changes are smaller than everything (`sync.payload.delta`). The trainer then keeps a packed copy of what it sends in
+            host memory; in mode `staged` on one host, the workers keep the images, as those on other hosts do.
+        quantization: send the weights of linears in fp8 with scales, which the trainer makes; the engine runs that format.
     """
 
     mode: Mode = "staged"
@@ -63,7 +63,7 @@ class SyncOptions:
         if problems := range_problems(self) + [text for text, is_so in wrong.items() if is_so]:
             raise SyncError("; ".join(problems))
         if self.store is not None:
-            WeightStore(self.store)  # whose name it can be
+            WeightStore(self.store)  # raises if the name is not possible
 
 
 InFlight = Literal["keep", "wait", "abort"]

@@ -1,4 +1,4 @@
-"""The way back: a trainer's model from what engines hold, under any layout. The same plans, with their sides swapped.
+"""Restores a trainer's model, under any layout, from the weights that engines hold: the same plans, with their sides swapped.
 
 The source is images: those of a weight store, or those that live engines write on request. An image is a side of a plan like
 any other: its pieces are segments.
@@ -33,11 +33,12 @@ _log = logging.getLogger(__name__)
 
 
 def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightStore) -> int:
-    """Gives a live model the weights of the store's live version, which it returns. All ranks together, on the store's host.
+    """Copies the live version of a store into a live model, and returns that version. All ranks call it together, on the
+    store's host.
 
     Raises:
-        StoreError: on all ranks: nothing was committed; EngineMismatch: the store is of another model; DigestMismatch: the
-            images, or what the model then holds, are not what was committed.
+        StoreError: on all ranks: nothing was committed. EngineMismatch: the store holds another model. DigestMismatch: the
+            images, or the weights of the restored model, are not what was committed.
     """
     group = RankGroup()
     with ExitStack() as readings:
@@ -45,19 +46,19 @@ def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightSto
             head = store.head()
             if head is None:
                 raise StoreError(f"nothing was committed to the weight store {store.name!r} in {store.directory}")
-            kept = store.description(head.fingerprint)
-            if kept["model"] != bridge.spec.fingerprint:
+            description = store.description(head.fingerprint)
+            if description["model"] != bridge.spec.fingerprint:
                 raise EngineMismatch(
-                    f"the weight store {store.name!r} is of the model {kept['model']}, this bridge is of "
+                    f"the weight store {store.name!r} is of the model {description['model']}, this bridge is of "
                     f"{bridge.spec.fingerprint}: give it the bridge of the checkpoint that the engine was started from"
                 )
-            routes = [WorkerRoute.from_json(worker) for worker in kept["route"]]
-            opened = {route.rank: readings.enter_context(store.read(route.rank, head.fill)) for route in routes}
+            routes = [WorkerRoute.from_json(worker) for worker in description["route"]]
+            by_worker = {route.rank: readings.enter_context(store.read(route.rank, head.fill)) for route in routes}
             for route in routes if head.proofs is not None else ():
-                packing.require_proof(route, opened[route.rank].image, head.version, head.proofs[route.rank])
-        restore(bridge, model, routes, {rank: reading.image for rank, reading in opened.items()}, group)
+                packing.require_proof(route, by_worker[route.rank].image, head.version, head.proofs[route.rank])
+        restore(bridge, model, routes, {rank: reading.image for rank, reading in by_worker.items()}, group)
         with group.fail_together():
-            for reading in opened.values():
+            for reading in by_worker.values():
                 reading.require_same()
     _log.info("restored version %d from the weight store %s", head.version, store.name)
     return head.version
@@ -67,10 +68,10 @@ def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightSto
 def restore(
     bridge: Any, model: Sequence[nn.Module], routes: Sequence[WorkerRoute], images: Mapping[int, Tensor], group: RankGroup
 ) -> None:
-    """Gives a live model what `images` hold, and proves that it has it. All ranks together.
+    """Copies the weights in `images` (uint8, by worker) into a live model and proves them. All ranks call it together.
 
     Raises:
-        DigestMismatch: before the first write, if an image is damaged; after the last, if the model holds something else.
+        DigestMismatch: before the first write, if an image is damaged; after the last, if the model holds other weights.
     """
     spec: ModelSpec = bridge.spec
     with group.fail_together():
@@ -87,18 +88,20 @@ def restore(
             copy.target.of(live.base(copy.target.name), copy.shape).copy_(copy.source.of(tensors[copy.source.name], copy.shape))
     dtypes = {piece.hf_name: piece.dtype for route in routes for piece in route.pieces}
     dtype = max(dtypes.values(), key=lambda dtype: list(dtypes.values()).count(dtype))
-    meant = _digests_of_images(spec, routes, images, spec.hf_dtypes(dtype), group)
-    held = digests_of_model(spec, model, bridge.export_plan(layout), layout, dtype, group)
-    if wrong := differing(meant, held):
-        raise DigestMismatch(f"{len(wrong)} tensors of the restored model are not what the engine held: {listed(wrong)}")
+    image_digests = _digests_of_images(spec, routes, images, spec.hf_dtypes(dtype), group)
+    model_digests = digests_of_model(spec, model, bridge.export_plan(layout), layout, dtype, group)
+    if wrong_names := differing(image_digests, model_digests):
+        raise DigestMismatch(
+            f"{len(wrong_names)} tensors of the restored model are not what the engine held: {listed(wrong_names)}"
+        )
 
 
 def image_side(spec: ModelSpec, routes: Sequence[WorkerRoute]) -> Side:
-    """Images as a side of one rank that can read all of them; local names are `<worker>:<dtype>`."""
+    """The images as a side of one rank, which can read all of them; local names are `<worker>:<dtype>`."""
     segments: list[Segment] = []
     shapes: dict[str, tuple[int, ...]] = {}
-    for hf_name, held in _pieces_by_name(routes).items():
-        for worker, nbytes, piece in held:
+    for hf_name, pieces in _pieces_by_name(routes).items():
+        for worker, nbytes, piece in pieces:
             name = f"{worker}:{str(piece.dtype).removeprefix('torch.')}"
             shapes[name] = (nbytes // piece.dtype.itemsize,)
             source = View(piece.hf.offset, piece.shape, piece.hf.strides)
@@ -111,17 +114,17 @@ def image_side(spec: ModelSpec, routes: Sequence[WorkerRoute]) -> Side:
 
 
 def _pieces_by_name(routes: Sequence[WorkerRoute]) -> dict[str, list[tuple[int, int, Piece]]]:
-    """`(worker, bytes of its image, piece)` of the pieces that hold every element once."""
-    found: dict[str, list[tuple[int, int, Piece]]] = {}
+    """`(worker, bytes of its image, piece)` of the pieces that together hold every element once, by HF name."""
+    by_name: dict[str, list[tuple[int, int, Piece]]] = {}
     for route in routes:
         for piece in route.pieces:
             if piece.counted:
-                found.setdefault(piece.hf_name, []).append((route.rank, route.nbytes, piece))
-    return found
+                by_name.setdefault(piece.hf_name, []).append((route.rank, route.nbytes, piece))
+    return by_name
 
 
 class _Typed:
-    """Images as tensors of a dtype, by `<worker>:<dtype>`."""
+    """Images as flat tensors of a dtype, by `<worker>:<dtype>`."""
 
     def __init__(self, images: Mapping[int, Tensor]) -> None:
         self._images = images
@@ -139,10 +142,10 @@ def _digests_of_images(
     dtypes: Mapping[str, torch.dtype],
     group: RankGroup,
 ) -> dict[str, int]:
-    """Digest of every HF tensor, element by element; the ranks share the work."""
+    """The digest of every HF tensor in the images; the ranks share the work."""
     shares = dict.fromkeys(spec.hf_shapes, 0)
-    for index, (hf_name, held) in enumerate(_pieces_by_name(routes).items()):
-        for worker, _, piece in held if index % group.size == group.rank else ():
+    for index, (hf_name, pieces) in enumerate(_pieces_by_name(routes).items()):
+        for worker, _, piece in pieces if index % group.size == group.rank else ():
             values = packing.rectangle(piece, images[worker]).to(dtypes[hf_name])
             share = digest_strided(values, columns=piece.columns, offset=piece.hf.offset, strides=piece.hf.strides)
             shares[hf_name] = add(shares[hf_name], share)
@@ -154,16 +157,22 @@ def _digests_of_images(
 def published(
     routes: Sequence[WorkerRoute], publish: Callable[[Sequence[str]], object], group: RankGroup
 ) -> Iterator[dict[int, Tensor]]:
-    """The images that a live engine's workers write into shared memory of this one call: a worker that comes late finds nothing
-    there to write to."""
+    """The images that a live engine's workers write into shared memory, which exists only for this call: a worker that comes
+    late has nothing to write to.
+
+    Args:
+        routes: the routes of the workers.
+        publish: lets the workers write to the paths that it is given, one per worker.
+        group: the trainer ranks; all call this together.
+    """
     with ExitStack() as opened:
 
-        def ask() -> list[Arena]:
+        def publish_to_arenas() -> list[Arena]:
             arenas = [opened.enter_context(Arena.create(route.nbytes)) for route in routes]
             publish([arena.path for arena in arenas])
             return arenas
 
-        arenas = group.first_rank_does(ask)
+        arenas = group.first_rank_does(publish_to_arenas)
         paths = group.share_plain([arena.path for arena in arenas or ()])
         with group.fail_together():
             arenas = arenas or [

@@ -1,10 +1,12 @@
-"""Refit: the trainer's weights into running engines, as one versioned transaction per sync.
+"""Refit: moves the trainer's weights into running engines, as one versioned transaction per sync.
 
     begin(version) -> transfer -> verify -> commit | abort
 
 One static plan says which rectangle of which trainer rank each engine worker keeps; every worker receives those bytes and no
-others. Staged, they arrive beside the weights that are served, are verified there, and replace them in one short pause;
-streaming, they replace them as they arrive.
+others. In mode `staged` the bytes arrive beside the weights that are served, are verified there, and replace them in one short
+pause. In mode `streaming` they replace the served weights as they arrive.
+
+This file reads in that order: the public methods of `WeightSync`, then the steps of one attempt, then what holds between syncs.
 """
 
 from __future__ import annotations
@@ -56,36 +58,58 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Done:
-    """What an attempt did: the digest of all weights, the delta if it was one, what became of every engine, what those that
-    committed said (on rank 0), and the other ranks' time."""
+class _Committed:
+    """The results of an attempt that committed.
+
+    Attributes:
+        digest: the digest of all weights; `None` without verification.
+        delta: the delta that was sent; `None` if everything was sent.
+        outcomes: the outcome of every engine.
+        engine_reports: the reports of the engines that committed, on rank 0 (empty elsewhere).
+        other_spans: the time spans of the other ranks.
+    """
 
     digest: str | None
     delta: Delta | None
     outcomes: Sequence[EngineOutcome]
-    engines: Sequence[Mapping[str, Any]]
-    others: Sequence[Span]
+    engine_reports: Sequence[Mapping[str, Any]]
+    other_spans: Sequence[Span]
 
     @property
-    def by_engine(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def reports_by_engine(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Pairs `(engine index, report)`; there are some on rank 0 only."""
         committed = [outcome.engine for outcome in self.outcomes if outcome.error is None]
-        return zip(committed, self.engines, strict=False)  # on rank 0 alone they say something
+        return zip(committed, self.engine_reports, strict=False)
 
 
 class WeightSync:
-    """Keeps engines' weights those of a live Megatron model. Made once by all trainer ranks together; `sync` is collective.
+    """Keeps the weights of engines equal to those of a live Megatron model. All trainer ranks make it together, once; `sync` is
+    collective.
+
+    Example, for a trainer of one process (`torchrun` runs the same lines on every rank, with the engine on rank 0 only):
+
+        bridge = AutoBridge.from_pretrained(checkpoint)
+        initialize_parallel(ParallelLayout())
+        model = bridge.build_model()
+        bridge.load_weights(model)
+        engine = InProcessEngine(checkpoint, max_model_len=64)  # or another engine of `sync.vllm`
+        weight_sync = WeightSync(bridge, model, engine, mode="staged")
+        report = weight_sync.sync(version=1)  # after a training step; then again with version=2, ...
+        print(f"{report.nbytes} bytes, digest {report.digest}, {report.seconds:.3f} s")
+        weight_sync.close()
 
     Args:
-        bridge: of the model.
-        model: this rank's chunks (`AutoBridge.build_model`); adapters are merged on the way.
+        bridge: the bridge of the model.
+        model: this rank's model chunks (`AutoBridge.build_model`); adapters are merged into what is sent.
         client: the engine, or replicas of equal layout, on rank 0; `None` on the other ranks.
-        dtype: of the policy as engines see it; `None` means the model's.
-        sinks: that rank 0 tells of every sync, the failed ones too (`sync.record.sinks`); the log hears of all anyway.
-        options: or fields of `SyncOptions` by keyword.
+        dtype: the dtype of the policy in the engines; `None` means the model's dtype.
+        sinks: get the report of every sync from rank 0, of failed ones too (`sync.record.sinks`); the log has them anyway.
+        options: the options; alternatively fields of `SyncOptions` by keyword.
 
     Raises:
-        SyncError: no engine was given; EngineMismatch: an engine's model is not the bridge's; PlanError; StoreError: another
-            trainer of this host writes to a store of this name. No weight is changed.
+        SyncError: no engine was given. EngineMismatch: an engine's model is not the bridge's. PlanError: the trainer does not
+            hold something that an engine needs. StoreError: another trainer of this host writes to a store of this name. No
+            weight is changed.
     """
 
     def __init__(
@@ -105,9 +129,9 @@ class WeightSync:
         self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])
         self._timeout = Timeout(self.options.timeout)
         self._sinks = sinks if self._group.rank == 0 else ()
-        self._generation = 0  # of the engines
-        self._slot = 0  # of the two that workers on other hosts fill in turn
-        self._images = secrets.token_hex(8)  # prefix of the tokens of those slots, which no other sync has
+        self._generation = 0  # the generation of the engines that the connection reaches
+        self._slot = 0  # workers on other hosts fill two slots in turn: the index of the next one
+        self._images = secrets.token_hex(8)  # prefix of the tokens of those slots, unique to this object
         self._planning = Stopwatch(phases.lane(self._group.rank))
         self._store = held_store(self.options, self._group)
         try:
@@ -127,69 +151,61 @@ class WeightSync:
             The same report on every rank (`engines` only on rank 0).
 
         Raises:
-            NonFiniteWeights, StateMismatchError: before anything was sent.
-            SyncError: on every rank, if any part failed on any before the commit, or every engine's commit did; the engines
-                then serve the old version or, where live weights were written already, refuse to generate and say which version
-                they lost. If but some fail to commit, the others serve the new version, and the report names the failed ones.
+            NonFiniteWeights, StateMismatchError: the weights must not be sent; nothing was sent.
+            SyncError: on every rank, if a step failed on any rank before the commit, or if the commit of every engine failed.
+                The engines then serve the old version or, if live weights were written already, refuse to generate and name
+                the version that they lost. If only some engines fail to commit, the others serve the new version, and the
+                report names the failed ones.
         """
         with self._engines.turn:
             self._connect_members()
             return self._sync(version)
 
-    def _sync(self, version: int) -> SyncReport:
-        return with_retries(
-            version,
-            lambda watch, first: self._attempt(version, watch, can_be_delta=first),
-            lambda watches, done, error: self._report(version, watches, done, error),
-            lane=phases.lane(self._group.rank),
-            retries=self.options.retries,
-            sinks=self._sinks,
-            goes_on=self._goes_on_without_lost,
-        )
-
-    @property
-    def engines(self) -> tuple[Engine, ...]:
-        """Those that take part, on rank 0."""
-        return self._engines.all
-
     def add_engine(self, engine: Engine) -> int | None:
-        """One more engine takes part, from the next sync on. On rank 0 alone, from any thread; a sync that runs is waited for.
+        """Adds an engine, which takes part from the next sync on. Call it on rank 0 only, from any thread; it waits for a
+        running sync to end.
 
         Returns:
-            The version that it serves now: the one committed last, where the weight store of its host holds it; otherwise
-            `None`, and it gets its first version from the next sync.
+            The version that the engine serves now: the one committed last, if the weight store of its host holds it; otherwise
+            `None`, and the engine gets its first version from the next sync.
 
         Raises:
-            EngineMismatch: its model or layout is not the others', or the chosen transport does not reach it.
+            EngineMismatch: the engine's model or layout differs from the others', or the chosen transport does not reach it.
         """
         hosts = introduce(engine, self._meeting.introduction)
-        here = hosts == {machine_id()}
-        if not here and self.options.transport in ON_ONE_HOST:
+        is_local = hosts == {machine_id()}
+        if not is_local and self.options.transport in ON_ONE_HOST:
             raise EngineMismatch(
                 f"the engine that joins is on {sorted(hosts)}, where the transport {self.options.transport!r} does not reach"
             )
-        how = self.route.fingerprint, self.options.requests, self.options.timeout
+        version = None
         with self._engines.turn:
-            version = bring_up(engine, self._store, *how) if here else None
+            if is_local:
+                version = bring_up(engine, self._store, self.route.fingerprint, self.options.requests, self.options.timeout)
             self._engines.admit(engine, hosts)
         return version
 
     def remove_engine(self, engine: Engine) -> None:
-        """Lets an engine go, with the weights it has. On rank 0 alone, from any thread; a sync that runs is waited for.
+        """Removes an engine, which keeps its weights. Call it on rank 0 only, from any thread; it waits for a running sync to
+        end.
 
         Raises:
-            SyncError: it takes no part.
+            SyncError: the engine takes no part.
         """
         with self._engines.turn:
             self._engines.dismiss(engine)
 
     def pull(self, engine: int = 0) -> None:
-        """The way back: gives the trainer's live model the weights that an engine serves, under whatever layout it has, proven
-        by digest. All ranks together; the engine must be on the trainer's host (`sync.pull.restore_from_store` needs none).
+        """Copies the weights that an engine serves into the trainer's live model, whatever its layout, and proves them by
+        digest. All ranks call it together. The engine must be on the trainer's host (`sync.pull.restore_from_store` needs no
+        engine).
+
+        Args:
+            engine: index of the engine in `engines`.
 
         Raises:
             SyncError: the engine holds no version, quantized weights, or tensors that only its own loader can place.
-            DigestMismatch.
+            DigestMismatch: the bytes that arrived are not those that the engine serves.
         """
         if self.options.quantization is not None:
             raise SyncError("the engines hold quantized weights, which a trainer cannot go on from: restore a checkpoint")
@@ -200,6 +216,18 @@ class WeightSync:
         with published(self.route.workers, publish, self._group) as images:
             restore(self._bridge, self._model, self.route.workers, images, self._group)
 
+    def close(self) -> None:
+        """Frees shared memory; a store with a name stays. The engines keep their weights."""
+        self._connection.way.close()
+        self._engines.close()
+        if self._group.rank == 0:
+            self._store.close()
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engines that take part, on rank 0 (empty on the other ranks)."""
+        return self._engines.all
+
     @property
     def route(self) -> Route:
         """What each engine worker receives."""
@@ -207,17 +235,22 @@ class WeightSync:
 
     @property
     def store(self) -> WeightStore:
-        """Where engines catch up from (with the transport `shared_memory` in mode `staged`)."""
+        """The weight store from which engines catch up (with the transport `shared_memory` in mode `staged`)."""
         return self._store
 
-    def close(self) -> None:
-        """Frees shared memory; a store that was given a name stays. The engines keep their weights."""
-        self._connection.way.close()
-        self._engines.close()
-        if self._group.rank == 0:
-            self._store.close()
+    def _sync(self, version: int) -> SyncReport:
+        return with_retries(
+            version,
+            lambda watch, is_first: self._attempt(version, watch, can_be_delta=is_first),
+            lambda watches, committed, error: self._report(version, watches, committed, error),
+            lane=phases.lane(self._group.rank),
+            retries=self.options.retries,
+            sinks=self._sinks,
+            goes_on=self._goes_on_without_lost,
+        )
 
-    def _attempt(self, version: int, watch: Stopwatch, *, can_be_delta: bool) -> _Done:
+    def _attempt(self, version: int, watch: Stopwatch, *, can_be_delta: bool) -> _Committed:
+        """One transaction: begin, transfer, verify, and commit or abort."""
         with watch("check"):
             packer = self._examined()
         began = False
@@ -237,7 +270,7 @@ class WeightSync:
                 self._group.fail_together(),
                 fails_with(outlet),
             ):
-                self._send(outlet, packer, sent, watch)
+                self._transfer(outlet, packer, sent, watch)
             with watch("verify"):
                 digest, proofs = self._verify(version, packer)
             with watch("decide"):
@@ -252,38 +285,46 @@ class WeightSync:
             outcomes, reports = self._commit(version)
         self._slot = 1 - self._slot
         with watch("report"):
-            others = phases.of_other_ranks(watch.spans, self._group)
-        return _Done(digest, delta, outcomes, reports, others)
+            other_spans = phases.of_other_ranks(watch.spans, self._group)
+        return _Committed(digest, delta, outcomes, reports, other_spans)
 
-    def _report(self, version: int, watches: Sequence[Stopwatch], done: _Done | None = None, error: str = "") -> SyncReport:
-        """The record of a sync whose last attempt ended just now."""
-        done = done or _Done(None, None, (), (), ())
-        full_nbytes = sum(worker.payload_bytes for worker in self.route.workers)
-        own = [span for watch in watches for span in watch.spans]
-        of_engines = [span for index, engine in done.by_engine for span in of_engine(engine.get("spans", ()), index)]
-        planning, self._planning = self._planning.spans, Stopwatch("")
-        return SyncReport(
-            version=version,
-            tensors=len(self._meeting.spec.hf_shapes),
-            nbytes=full_nbytes if done.delta is None else done.delta.nbytes,
-            full_nbytes=full_nbytes,
-            base=None if done.delta is None else done.delta.base,
-            buckets=sum(len(worker.buckets) for worker in self.route.workers),
-            digest=done.digest,
-            verified=self.options.verify and not error,
-            seconds=watches[-1].now() - watches[0].created,
-            mode=self.options.mode,
-            transport=self._connection.transport,
-            attempts=len(watches),
-            engines=[{name: value for name, value in engine.items() if name != "spans"} for engine in done.engines],
-            outcomes=done.outcomes,
-            error=error,
-            started=watches[0].created,
-            rank=self._group.rank,
-            spans=[*planning, *own, *done.others, *of_engines],
-        )
+    def _examined(self) -> Packer:
+        """The packer of this rank, after its checks: the model is the one that the bridge maps and holds no NaN or infinity."""
+        rank, check_finite = self._group.rank, self.options.nonfinite == "refuse"
+        with self._group.fail_together():
+            live, _ = live_side(self._model, self._bridge.spec, self._meeting.layout, rank)
+            if check_finite and self.options.quantization is not None:
+                require_finite(live, rank)  # here, because the packer sees the quantized values
+                check_finite = False
+        packer = Packer(self.route, rank, self._quantized(live), self._meeting.hf_dtypes)
+        with self._group.fail_together():
+            refuse_nonfinite(packer.examine(with_digests=self.options.verify, check_finite=check_finite), rank)
+        return packer
+
+    def _quantized(self, live: LiveParameters) -> Mapping[str, Tensor]:
+        if self.options.quantization is None:
+            return live
+        side = megatron_side(self._meeting.spec, self._meeting.layout, self._group.rank)
+        return QuantizedLive(self._meeting.spec, self.options.quantization, side, live, self._group)
+
+    def _encoded(self, deltas: DeltaSender, packer: Packer) -> Delta | None:
+        """The changes since the last version; `None` if an engine holds other weights than that version, or if the changes are
+        not smaller than everything."""
+        engine_proofs = self._group.first_rank_does(self._engines.proofs)
+        base = deltas.base
+        has_other_base = base is None or any(proofs != base[1] for proofs in engine_proofs or ())
+        if self._group.maximum(torch.tensor([int(has_other_base)])).item() or base is None:
+            return None
+        with self._group.fail_together():
+            own_sizes = deltas.encode(packer.pack)
+        delta = Delta.of(self.route, *base, self._group.sum(own_sizes).tolist())
+        if delta.nbytes < sum(map(carried_bytes, self.route.workers)):
+            return delta
+        deltas.abort()
+        return None
 
     def _begin(self, version: int, wire: Wire, delta: Delta | None) -> None:
+        """Opens the update in all engines. On rank 0 alone."""
         landing = {
             "store": self._store.name,
             "directory": str(self._store.directory),
@@ -305,47 +346,12 @@ class WeightSync:
                 "wire": {**landing, **wire},
                 "timeout": self.options.timeout,
                 "requests": self.options.requests,
-                "delta": None if delta is None else delta.told,
+                "delta": None if delta is None else delta.for_workers,
             }
         )
 
-    def _examined(self) -> Packer:
-        """What this rank sends, proven to be sendable: the model is the mapped one, and holds no NaN."""
-        rank, looks = self._group.rank, self.options.nonfinite == "refuse"
-        with self._group.fail_together():
-            live, _ = live_side(self._model, self._bridge.spec, self._meeting.layout, rank)
-            if looks and self.options.quantization is not None:  # quantized, values are others
-                require_finite(live, rank)
-        packer = Packer(self.route, rank, self._quantized(live), self._meeting.hf_dtypes)
-        with self._group.fail_together():
-            refuse_nonfinite(
-                packer.examine(with_digests=self.options.verify, looks=looks and self.options.quantization is None), rank
-            )
-        return packer
-
-    def _quantized(self, live: LiveParameters) -> Mapping[str, Tensor]:
-        if self.options.quantization is None:
-            return live
-        side = megatron_side(self._meeting.spec, self._meeting.layout, self._group.rank)
-        return QuantizedLive(self._meeting.spec, self.options.quantization, side, live, self._group)
-
-    def _encoded(self, deltas: DeltaSender, packer: Packer) -> Delta | None:
-        """What changed; `None` where an engine holds something else than the last version, or everything is not more."""
-        held = self._group.first_rank_does(self._engines.proofs)
-        base = deltas.base
-        others = base is None or any(proofs != base[1] for proofs in held or ())
-        if self._group.maximum(torch.tensor([int(others)])).item() or base is None:
-            return None
-        with self._group.fail_together():
-            mine = deltas.encode(packer.pack)
-        delta = Delta.of(self.route, *base, self._group.sum(mine).tolist())
-        if delta.nbytes < sum(map(carried_bytes, self.route.workers)):
-            return delta
-        deltas.abort()
-        return None
-
-    def _send(self, outlet: Outlet, packer: Packer, sent: Route, watch: Stopwatch) -> None:
-        """Packs and sends this rank's parts."""
+    def _transfer(self, outlet: Outlet, packer: Packer, sent: Route, watch: Stopwatch) -> None:
+        """Packs and sends this rank's parts: the encoded changes of a part where there are some, else the full part."""
         own = self.route.parts_of(self._group.rank)
         for (worker, index, part), (_, _, as_sent) in zip(own, sent.parts_of(self._group.rank), strict=True):
             changes = self._deltas.take(worker, index) if self._deltas is not None else None
@@ -364,14 +370,19 @@ class WeightSync:
             outlet.finish()
 
     def _verify(self, version: int, packer: Packer) -> tuple[str | None, list[str]]:
-        """What arrived is what the trainer holds; returns the digest of all weights, and the proofs of what the workers get."""
+        """Waits until the weights have arrived and are verified.
+
+        Returns:
+            The digest of all weights, and the proof of every worker's weights; `(None, [])` without verification.
+        """
         with self._group.fail_together():
             self._connection.way.verify(self.options.verify)
         self._group.first_rank_does(lambda: self._engines.wait_for_arrival(self._timeout))
         return packer.proven(version, self._group) if self.options.verify else (None, [])
 
     def _commit(self, version: int) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
-        """Every engine's outcome, on all ranks; the reports of those that committed, on rank 0."""
+        """Commits in every engine. Returns the outcome of every engine on all ranks, and the reports of the engines that
+        committed on rank 0."""
         options, replicas = self.options, self._connection.replicas
         outcomes, reports = outcomes_of(
             self._group, version, replicas, lambda: self._engines.commit(version, options.requests, options.timeout)
@@ -382,14 +393,47 @@ class WeightSync:
         return outcomes, reports
 
     def _abort(self, version: int, error: BaseException) -> None:
+        """Gives the update up on this rank and, on rank 0, in all engines."""
         self._connection.way.abandon()
         if self._deltas is not None:
             self._deltas.abort()
         if self._group.rank == 0:
             self._engines.abort(f"version {version} was given up: {type(error).__name__}: {error}")
 
+    def _report(
+        self, version: int, watches: Sequence[Stopwatch], committed: _Committed | None = None, error: str = ""
+    ) -> SyncReport:
+        """The report of a sync whose last attempt ended just now; `committed` is `None` if that failed with `error`."""
+        committed = committed or _Committed(None, None, (), (), ())
+        full_nbytes = sum(worker.payload_bytes for worker in self.route.workers)
+        own_spans = [span for watch in watches for span in watch.spans]
+        engine_spans = [
+            span for index, report in committed.reports_by_engine for span in of_engine(report.get("spans", ()), index)
+        ]
+        planning, self._planning = self._planning.spans, Stopwatch("")
+        return SyncReport(
+            version=version,
+            tensors=len(self._meeting.spec.hf_shapes),
+            nbytes=full_nbytes if committed.delta is None else committed.delta.nbytes,
+            full_nbytes=full_nbytes,
+            base=None if committed.delta is None else committed.delta.base,
+            buckets=sum(len(worker.buckets) for worker in self.route.workers),
+            digest=committed.digest,
+            verified=self.options.verify and not error,
+            seconds=watches[-1].now() - watches[0].created,
+            mode=self.options.mode,
+            transport=self._connection.transport,
+            attempts=len(watches),
+            engines=[{name: value for name, value in report.items() if name != "spans"} for report in committed.engine_reports],
+            outcomes=committed.outcomes,
+            error=error,
+            started=watches[0].created,
+            rank=self._group.rank,
+            spans=[*planning, *own_spans, *committed.other_spans, *engine_spans],
+        )
+
     def _connect_members(self) -> None:
-        """Where engines joined or left, the transport is opened anew for those that are there."""
+        """Opens the transport anew if engines joined or left since it was opened. All ranks call it together."""
         generation = int(self._group.maximum(torch.tensor([self._engines.generation])).item())
         if generation == self._generation:
             return
@@ -401,11 +445,18 @@ class WeightSync:
         self._generation = generation
 
     def _connected(self, engine_hosts: AbstractSet[str], replicas: int) -> Connection:
-        members = {"engine_hosts": engine_hosts, "replicas": replicas}
-        return connect(self._meeting, self._model, self._store, self._group, self.options, **members)
+        return connect(
+            self._meeting,
+            self._model,
+            self._store,
+            self._group,
+            self.options,
+            engine_hosts=engine_hosts,
+            replicas=replicas,
+        )
 
     def _goes_on_without_lost(self, error: Exception) -> bool:
-        """Whether the failure is of engines that died, and the others can go on."""
+        """Whether the sync failed because engines died, and can go on with the others. Removes the dead ones."""
         if self.options.lost_engines == "raise" or not isinstance(error, SyncError) or isinstance(error, RanksUnreachable):
             return False
         if not self._group.on_first_rank(self._engines.dismiss_lost):
@@ -416,6 +467,7 @@ class WeightSync:
 
 @cache
 def _session_of(pid: int) -> str:
-    """Names this trainer to the stores that engines' workers fill on their own hosts (`writer_lock`). One name for all syncs of
-    a process, since an engine that takes no part in the next one keeps its lock; by pid, since forked trainers are others."""
+    """The name of this trainer for the stores that engine workers fill on their own hosts (`writer_lock`). It is the same for
+    all syncs of a process, because an engine that takes no part in the next sync keeps its lock; it depends on the pid, because
+    a forked process is another trainer."""
     return secrets.token_hex(16)

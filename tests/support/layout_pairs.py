@@ -109,7 +109,7 @@ def _packed(route: Route, ranks: dict[int, dict[str, Tensor]], with_digests: boo
     for rank, tensors in ranks.items():
         dtypes = {piece.hf_name: piece.dtype for worker in route.workers for piece in worker.pieces}
         packer = Packer(route, rank, tensors, dtypes)
-        assert not packer.examine(with_digests=with_digests, looks=True)
+        assert not packer.examine(with_digests=with_digests, check_finite=True)
         for worker, _, part in route.parts_of(rank):
             into = images[worker.rank][part.start : part.start + part.nbytes]
             packer.pack(worker, part, into)

@@ -49,7 +49,7 @@ def worker_fails(rank: int, way: str) -> None:
     engines = [StandInEngine(), StandInEngine()] if rank == 0 else None
     sync = sync_of(rank, engines, **WAYS[way])
     sync.sync(1)
-    taken = Update._taken
+    taken = Update._take
 
     def fails(update: Update, inlet: Any, index: int) -> Any:
         if update._route.rank == 1 and update._wire["replica"] == 1 and index == 4:
@@ -57,7 +57,7 @@ def worker_fails(rank: int, way: str) -> None:
         return taken(update, inlet, index)
 
     with pytest.MonkeyPatch.context() as patch, at_once():
-        patch.setattr(Update, "_taken", fails)
+        patch.setattr(Update, "_take", fails)
         if way == "staged":
             sync._deltas = None  # everything travels
         with pytest.raises(EngineMismatch, match="worker 1 has no place for bucket 4"):
@@ -174,10 +174,10 @@ def trainer_is_late(rank: int, url: str) -> None:
         finish(outlet)
         time.sleep(4 * _LOOK_SECONDS)
 
-    taken = Update._taken
+    taken = Update._take
     with pytest.MonkeyPatch.context() as patch, at_once():
         patch.setattr(FilesOutlet, "finish", finish_late)
-        patch.setattr(Update, "_taken", fails)
+        patch.setattr(Update, "_take", fails)
         with pytest.raises(SyncError, match="worker 0 has no place for it"):
             sync.sync(1)
     sync.close()
@@ -293,7 +293,7 @@ def test_an_engine_that_is_killed_amid_a_stream_is_known_at_once(tmp_path: Path)
 def test_who_took_part_to_the_end_and_left_is_not_taken_for_dead() -> None:
     sizes = 1, 1, 64
     with Arena.create(Ring.nbytes(*sizes)) as arena:
-        rank, worker = Ring(arena, *sizes, mine=0), Ring(arena, *sizes, mine=1)
+        rank, worker = Ring(arena, *sizes, own_counter=0), Ring(arena, *sizes, own_counter=1)
         rank.count(5)
         rank.leave()
         worker.require_filling(0, 4)

@@ -27,7 +27,7 @@ def test_each_parameter_is_proven_in_its_own_dtype() -> None:
     parts = Part(0, 0, 192 + prod(shape) * 2, pieces), Part(0, 320, 8, ())
     told = WorkerRoute(0, ("w",), tuple(Bucket(part.start, part.nbytes, (part,)) for part in parts), 328)
     packer = Packer(Route((told,)), 0, {"w": torch.randn(shape)}, {"w": torch.float32})
-    assert not packer.examine(with_digests=True, looks=True)
+    assert not packer.examine(with_digests=True, check_finite=True)
     image = torch.zeros(told.nbytes, dtype=torch.uint8)
     for part in parts:
         packer.pack(told, part, image[part.start : part.start + part.nbytes])

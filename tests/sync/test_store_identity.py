@@ -432,12 +432,12 @@ def test_a_ring_counts_nothing_that_was_counted_for_another_update() -> None:
     first, second = Ring.new_update(), Ring.new_update()
     assert first != second
     with Arena.create(Ring.nbytes(*sizes)) as arena:
-        rank, late = Ring(arena, *sizes, mine=0, update=first), Ring(arena, *sizes, mine=1, update=first)
+        rank, late = Ring(arena, *sizes, own_counter=0, update=first), Ring(arena, *sizes, own_counter=1, update=first)
         rank.count(3)
         late.count(3)
         assert (rank.emptied(), late.filled(0)) == (3, 3)
         rank.turn_to(second)
-        worker = Ring(arena, *sizes, mine=1, update=second)
+        worker = Ring(arena, *sizes, own_counter=1, update=second)
         assert (rank.emptied(), worker.filled(0)) == (0, 0)
         late.count(9)
         assert rank.emptied() == 0

@@ -1,4 +1,4 @@
-"""Is the engine's model the one that the trainer's bridge describes? Compared before a single weight moves."""
+"""Checks, before any weight moves, that the engine's model is the one that the trainer's bridge describes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.core.model import HFTensor
 
-# Summary key -> the names that configs use for it. Only what changes weights or logits; absent on both sides is equal.
+# Summary key -> the names that configs use for it. Only fields that change weights or logits; a field that both sides lack is
+# equal.
 _FIELDS: dict[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
@@ -27,9 +28,9 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "norm_topk_prob": ("norm_topk_prob",),
 }
 _ABOUT_TYING = (
-    ". tie_word_embeddings is what each has built: vLLM builds an output layer of its own where its checkpoint holds an "
+    ". tie_word_embeddings says what each side has built: vLLM builds an output layer of its own if its checkpoint holds an "
     "lm_head.weight that differs from the embedding, or that pipeline parallelism keeps it from comparing; save the trainer's "
-    "model with save_pretrained, and start the engine from there"
+    "model with save_pretrained, and start the engine from that checkpoint"
 )
 _ROPE_FIELDS = ("rope_type", "rope_theta", "factor")
 
@@ -37,10 +38,11 @@ _ROPE_FIELDS = ("rope_type", "rope_theta", "factor")
 def config_summary(hf_config: Any, *, tied: bool | None = None) -> dict[str, Any]:
     """The fields of a Transformers config that both ends must agree on, as plain JSON types.
 
-    Multimodal configs are read at their text part.
+    Of a multimodal config only the text part is read.
 
     Args:
-        tied: whether the model that was built has one tensor for embedding and output layer; `None` means what the config says.
+        hf_config: the Transformers config.
+        tied: whether the model that was built has one tensor for embedding and output layer; `None` takes it from the config.
     """
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     summary: dict[str, Any] = {"architecture": (getattr(hf_config, "architectures", None) or [None])[0]}
@@ -58,11 +60,12 @@ def config_summary(hf_config: Any, *, tied: bool | None = None) -> dict[str, Any
 
 
 def require_same_config(trainer: Mapping[str, Any], engine_hf_config: Any, *, tied: bool | None = None) -> None:
-    """Compare the trainer's `config_summary` with the engine's own.
+    """Compares the trainer's `config_summary` with the engine's own.
 
     Args:
-        engine_hf_config: what the engine was started with, not what it made of it.
-        tied: as `config_summary`'s.
+        trainer: the trainer's `config_summary`.
+        engine_hf_config: the config that the engine was started with, not the one that it derived from it.
+        tied: whether the engine's model is tied, as in `config_summary`.
 
     Raises:
         EngineMismatch: naming every field that differs, with both values.
@@ -82,7 +85,7 @@ def require_same_config(trainer: Mapping[str, Any], engine_hf_config: Any, *, ti
 
 
 def metadata_fingerprint(metadata: Iterable[HFTensor]) -> str:
-    """Short hex digest of names, dtypes and shapes, independent of their order: equal on both ends or nothing is sent."""
+    """Short hex digest of names, dtypes and shapes, independent of their order. Nothing is sent unless both ends have it."""
     lines = sorted(f"{tensor.hf_name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n" for tensor in metadata)
     return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()
 
@@ -93,7 +96,9 @@ def init_info(
     """`backend.InitInfo` in plain JSON types.
 
     Args:
-        optional: names of announced tensors that the engine may have no place for (`ModelSpec.optional_hf_names`).
+        metadata: the HF tensors that are announced.
+        config: the trainer's `config_summary`.
+        optional: names of announced tensors for which the engine may have no place (`ModelSpec.optional_hf_names`).
     """
     tensors = list(metadata)
     return {

@@ -1,9 +1,10 @@
-"""What changed between two versions of a rectangle, bit for bit: positions and values, or an XOR plane.
+"""The difference between two versions of a rectangle, bit for bit: positions and values, or an XOR plane.
 
-Weights after an optimizer step at a usual learning rate differ from those before in few elements of a low-precision dtype, and
-in few bits of these. A difference is written so that a general compressor finds that: where few elements changed, the gaps
-between their positions and the XOR of their bits, else the XOR of all; either with the bytes of equal weight side by side, so
-that runs of zero bytes are long. XOR is its own inverse: the same difference leads back. Any dtype, NaNs included.
+An optimizer step at a usual learning rate changes few elements of weights in a low-precision dtype, and few bits of these. A
+difference is written so that a general compressor profits from that. If few elements changed, it has the gaps between their
+positions and the XOR of their bits; else it has the XOR of all elements. In both cases the bytes of equal weight lie side by
+side, so that runs of zero bytes are long. XOR is its own inverse, so the same difference leads back. Any dtype works, and NaNs
+do as well.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Between two rectangles of the same shape and dtype.
+    """The difference between two rectangles of the same shape and dtype.
 
     Attributes:
-        count: elements that changed, as `kind` SPARSE lists them.
-        planes: uncompressed. SPARSE: the gaps' bytes by weight, then the values'; XOR: the bytes of all elements by weight.
+        kind: SAME if nothing changed, SPARSE if the changed elements are listed, XOR if all elements are.
+        count: the number of elements that changed.
+        planes: uncompressed bytes. SPARSE: the bytes of the gaps by weight, then those of the values; XOR: the bytes of all
+            elements by weight.
     """
 
     kind: Kind
@@ -42,20 +45,23 @@ class Difference:
     planes: bytes
 
     def values(self, shape: Shape, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-        """`(positions [count] int64 in row-major order, or None for all; XOR bits as integers)`.
+        """The changed positions and their XOR bits.
+
+        Returns:
+            `(positions, bits)`: int64 `[count]` in row-major order, or `None` for all elements; integers of the dtype's size.
 
         Raises:
-            ValueError: the planes are not of such a rectangle.
+            ValueError: the planes do not belong to a rectangle of this shape and dtype.
         """
         numel, size = prod(shape), dtype.itemsize
         if self.kind is Kind.SAME:
-            _checked(self, 0)
+            _require_size(self, 0)
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=_INTEGER_OF_SIZE[size])
         if self.kind is Kind.XOR:
-            _checked(self, numel * size)
+            _require_size(self, numel * size)
             return None, _from_planes(self.planes, size)
         gap_size = _gap_size(numel)
-        _checked(self, self.count * (gap_size + size))
+        _require_size(self, self.count * (gap_size + size))
         gaps = np.frombuffer(_interleaved(self.planes[: self.count * gap_size], gap_size), dtype=f"<u{gap_size}")
         positions = torch.from_numpy(np.cumsum(gaps, dtype=np.int64))
         if self.count and (int(positions[-1]) >= numel or int(positions[0]) < 0 or np.any(gaps[1:] == 0)):
@@ -64,7 +70,7 @@ class Difference:
 
 
 def difference(old: Tensor, new: Tensor) -> Difference:
-    """From `old` to `new`, both contiguous, of one shape and dtype."""
+    """The difference from `old` to `new`, which are contiguous and of one shape and dtype."""
     before, after = integers(old).flatten(), integers(new).flatten()
     positions = (before != after).nonzero().flatten()
     count, numel, size = len(positions), before.numel(), before.element_size()
@@ -78,24 +84,28 @@ def difference(old: Tensor, new: Tensor) -> Difference:
     return Difference(Kind.SPARSE, count, _planes(torch.from_numpy(gaps)) + _planes(bits))
 
 
-def apply(found: Difference, view: View, shape: Shape, tensor: Tensor) -> None:
-    """Turns the rectangle `view` `[*shape]` of the contiguous `tensor` from one version into the other, in place."""
-    positions, bits = found.values(shape, tensor.dtype)
-    whole = integers(tensor)
+def apply(change: Difference, view: View, shape: Shape, tensor: Tensor) -> None:
+    """Turns the rectangle `view` `[*shape]` of the contiguous `tensor` from one version into the other, in place.
+
+    Raises:
+        ValueError: the difference does not belong to such a rectangle.
+    """
+    positions, bits = change.values(shape, tensor.dtype)
+    words = integers(tensor)
     if positions is None:
-        view.of(whole, shape).bitwise_xor_(bits.view(shape).to(whole.device))
+        view.of(words, shape).bitwise_xor_(bits.view(shape).to(words.device))
     elif len(positions):
         places = torch.full_like(positions, view.offset)
         for size, stride in zip(reversed(shape), reversed(view.strides), strict=True):
             places += positions % size * stride
             positions = positions // size
-        flat, places = whole.view(-1), places.to(whole.device)
-        flat[places] = flat[places] ^ bits.to(whole.device)
+        flat, places = words.view(-1), places.to(words.device)
+        flat[places] = flat[places] ^ bits.to(words.device)
 
 
-def apply_to(values: Tensor, found: Difference) -> Tensor:
-    """As `apply`, to a contiguous rectangle alone, which is returned."""
-    apply(found, View("", 0, tuple(values.stride())), tuple(values.shape), values)
+def apply_to(values: Tensor, change: Difference) -> Tensor:
+    """Calls `apply` on a contiguous rectangle that is a tensor of its own, and returns that tensor."""
+    apply(change, View("", 0, tuple(values.stride())), tuple(values.shape), values)
     return values
 
 
@@ -109,7 +119,7 @@ def _gap_size(numel: int) -> int:
 
 
 def _planes(values: Tensor) -> bytes:
-    """Flat integers with their bytes sorted by weight."""
+    """The bytes of flat integers, sorted by weight: first the lowest byte of each, then the next."""
     array = values.cpu().contiguous().numpy()
     return np.ascontiguousarray(array.view(np.uint8).reshape(len(array), -1).T).tobytes()
 
@@ -125,6 +135,6 @@ def _interleaved(planes: bytes, size: int) -> bytes:
     return np.ascontiguousarray(np.frombuffer(planes, dtype=np.uint8).reshape(size, -1).T).tobytes()
 
 
-def _checked(found: Difference, nbytes: int) -> None:
-    if len(found.planes) != nbytes:
-        raise ValueError(f"a difference of kind {found.kind.name} has {len(found.planes)} bytes, expected {nbytes}")
+def _require_size(change: Difference, nbytes: int) -> None:
+    if len(change.planes) != nbytes:
+        raise ValueError(f"a difference of kind {change.kind.name} has {len(change.planes)} bytes, expected {nbytes}")

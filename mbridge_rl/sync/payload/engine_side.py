@@ -1,7 +1,7 @@
-"""An engine as a side of a plan: what its workers said of their parameters, as segments in HF coordinates.
+"""An engine as a side of a plan: the parameters that its workers describe, as segments in HF coordinates.
 
 A worker describes itself once per start, in plain JSON types: which strided view of which HF tensor its own loader copies into
-which strided view of which parameter. Nothing here knows how an engine fuses, pads or deals its tensors.
+which strided view of which parameter. This module does not know how an engine fuses, pads or distributes its tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.segments import Box, Segment, Shape, Side
 from mbridge_rl.sync.payload.landing import Landing, View
 
-WHOLE_TENSOR = "hf_tensor:"  # prefix of the local names of tensors that a worker's own loader takes whole
+WHOLE_TENSOR = "hf_tensor:"  # prefix of the local names of tensors that only a worker's own loader can place
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ class WorkerDescription:
     """One worker of an engine.
 
     Attributes:
-        rank, size: of the worker among its engine's.
-        host: what processes have in common that can share memory.
-        parameters: `{name: (dtype, shape)}` of what landings write to.
-        landings: by `hf_name`, in the loader's order.
-        whole: tensors that only the worker's own loader can place, with the reason.
+        rank: the rank of the worker in its engine.
+        size: the number of workers of the engine.
+        host: the machine id, which is equal for processes that can share memory.
+        parameters: `{name: (dtype, shape)}` of the parameters that landings write to.
+        landings: the landings by `hf_name`, in the loader's order.
+        whole: `{hf_name: reason}` of the tensors that only the worker's own loader can place.
     """
 
     rank: int
@@ -59,44 +60,48 @@ class WorkerDescription:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> WorkerDescription:
-        parameters = {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in said["parameters"].items()}
+    def from_json(cls, fields: Mapping[str, Any]) -> WorkerDescription:
+        parameters = {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in fields["parameters"].items()}
         landings = {
             hf_name: tuple(
                 Landing(hf_name, name, View(offset, tuple(shape), tuple(strides)), View(to, tuple(shape), tuple(to_strides)))
                 for name, shape, offset, strides, to, to_strides in parts
             )
-            for hf_name, parts in said["landings"].items()
+            for hf_name, parts in fields["landings"].items()
         }
-        return cls(said["rank"], said["size"], said["host"], parameters, landings, said["whole"])
+        return cls(fields["rank"], fields["size"], fields["host"], parameters, landings, fields["whole"])
 
 
 def alike(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether two engines' descriptions (JSON, from wherever) say the same of their weights; hosts may differ."""
-    one, other = ([replace(WorkerDescription.from_json(worker), host="") for worker in said] for said in (first, second))
-    return one == other
+    """Whether two engines have the same layout, by the descriptions of their workers (JSON); their hosts may differ."""
+    first_layout, second_layout = (
+        [replace(WorkerDescription.from_json(worker), host="") for worker in workers] for workers in (first, second)
+    )
+    return first_layout == second_layout
 
 
 def engine_side(spec: ModelSpec, workers: Sequence[WorkerDescription], dtypes: Mapping[str, torch.dtype]) -> Side:
-    """What the workers of one engine keep, each a rank of the side. A tensor that a worker's loader must place itself is a
-    segment of its own: a whole HF tensor named `hf_tensor:<hf_name>`.
+    """The parameters of the workers of one engine; each worker is a rank of the side. A tensor that only a worker's loader can
+    place is one segment: the complete HF tensor, under the local name `hf_tensor:<hf_name>`.
 
     Args:
-        dtypes: of the HF tensors, for those that stay whole.
+        spec: the spec of the model.
+        workers: the descriptions of all workers.
+        dtypes: the dtypes of the HF tensors, for those that only a loader can place.
 
     Raises:
-        EngineMismatch: workers are missing, or no worker holds some part of a tensor of the model.
+        EngineMismatch: workers are missing, or no worker has a place for a tensor of the model.
     """
-    found = sorted(worker.rank for worker in workers)
-    if not workers or found != list(range(workers[0].size)):
-        raise EngineMismatch(f"an engine of {workers[0].size if workers else 0} workers needs all of them, found {found}")
+    ranks = sorted(worker.rank for worker in workers)
+    if not workers or ranks != list(range(workers[0].size)):
+        raise EngineMismatch(f"an engine of {workers[0].size if workers else 0} workers needs all of them, found {ranks}")
     segments: list[Segment] = []
     shapes: dict[str, Shape] = {}
     holders: dict[str, set[int]] = {}
     for hf_name, hf_shape in spec.hf_shapes.items():
         grid = spec.hf_grid(hf_name)
         for worker in workers:
-            made = [
+            worker_segments = [
                 Segment(hf_name, box, landing.parameter_name, offset, strides, (worker.rank,))
                 for landing in worker.landings.get(hf_name, ())
                 for box, offset, strides in boxes_of(landing, grid)
@@ -104,27 +109,27 @@ def engine_side(spec: ModelSpec, workers: Sequence[WorkerDescription], dtypes: M
             if hf_name in worker.whole:
                 box = Box((0,) * len(grid), grid)
                 name = WHOLE_TENSOR + hf_name
-                made = [Segment(hf_name, box, name, 0, contiguous_strides(grid), (worker.rank,))]
+                worker_segments = [Segment(hf_name, box, name, 0, contiguous_strides(grid), (worker.rank,))]
                 shapes[name] = hf_shape
-            for segment in made:
+            for segment in worker_segments:
                 holders.setdefault(segment.local_name, set()).add(worker.rank)
                 if segment.local_name in worker.parameters:
                     shapes[segment.local_name] = worker.parameters[segment.local_name][1]
-            segments += made
-    landed = {segment.hf_name for segment in segments} | spec.optional_hf_names
-    if nowhere := [hf_name for hf_name in spec.hf_shapes if hf_name not in landed]:
-        raise EngineMismatch(f"no worker of the engine has a place for {listed(nowhere)}; is it another model?")
+            segments += worker_segments
+    placed_names = {segment.hf_name for segment in segments} | spec.optional_hf_names
+    if missing_names := [hf_name for hf_name in spec.hf_shapes if hf_name not in placed_names]:
+        raise EngineMismatch(f"no worker of the engine has a place for {listed(missing_names)}; is it another model?")
     return Side(tuple(segments), shapes, {name: tuple(sorted(ranks)) for name, ranks in holders.items()})
 
 
 def local_dtypes(workers: Sequence[WorkerDescription], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
-    """Dtype of every local tensor of the side: the parameters' own, and the HF tensors' where they stay whole."""
-    found = {name: dtype for worker in workers for name, (dtype, _) in worker.parameters.items()}
-    return found | {WHOLE_TENSOR + hf_name: dtypes[hf_name] for worker in workers for hf_name in worker.whole}
+    """The dtype of every local tensor of the side: of the parameters, and of the HF tensors that only a loader can place."""
+    parameter_dtypes = {name: dtype for worker in workers for name, (dtype, _) in worker.parameters.items()}
+    return parameter_dtypes | {WHOLE_TENSOR + hf_name: dtypes[hf_name] for worker in workers for hf_name in worker.whole}
 
 
 def boxes_of(landing: Landing, grid: Shape) -> Iterator[tuple[Box, int, Shape]]:
-    """A view of a row-major HF tensor as boxes in its factored shape, each with its place in the parameter.
+    """The source view of a landing as boxes in the factored shape `grid` of its HF tensor, with their places in the parameter.
 
     Yields:
         `(box, offset, strides)`: element `box.start + i` lies at `offset + i . strides` of the parameter.
@@ -156,25 +161,25 @@ def _boxes(dims: list[_Dim], source: int, target: int, grid: Shape, steps: Shape
 
 
 def _split(dim: _Dim, axis: int | None, start: Sequence[int], grid: Shape) -> Iterator[tuple[list[_Dim], int]]:
-    """The pieces of a dimension that is no range of one axis: up to the end of the axis, then whole runs of it, then the rest.
-    Where it follows no axis at all, single entries."""
+    """The pieces of a dimension that is not a range of one axis, as `(dimensions, entries skipped)`: one up to the end of the
+    axis, one of complete runs of the axis, and one of the remaining entries; or single entries, if it follows no axis."""
     count, stride, to_stride = dim
     if axis is None or (start[axis] + count <= grid[axis]):
         yield from (([], entry) for entry in range(count))
         return
     extent = grid[axis]
     head = (extent - start[axis]) % extent
-    whole = (count - head) // extent
+    runs = (count - head) // extent
     if head:
         yield [(head, stride, to_stride)], 0
-    if whole:
-        yield [(whole, stride * extent, to_stride * extent), (extent, stride, to_stride)], head
-    if rest := count - head - whole * extent:
-        yield [(rest, stride, to_stride)], head + whole * extent
+    if runs:
+        yield [(runs, stride * extent, to_stride * extent), (extent, stride, to_stride)], head
+    if tail := count - head - runs * extent:
+        yield [(tail, stride, to_stride)], head + runs * extent
 
 
 def kept_bytes(worker: WorkerDescription) -> int:
-    """Bytes that a sync must change in one worker: each element of a parameter that some landing writes."""
+    """The bytes of a worker's parameters that landings write, which is what a sync must bring to the worker."""
     return sum(
         prod(part.target.shape) * worker.parameters[part.parameter_name][0].itemsize
         for parts in worker.landings.values()

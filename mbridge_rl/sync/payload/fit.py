@@ -1,4 +1,4 @@
-"""Whether what a route brings to a worker fits the parameters that it is written to."""
+"""Checks whether the pieces of a route fit the parameters that they are written to."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from mbridge_rl.sync.payload.route import Piece, WorkerRoute
 
 
 def is_whole(piece: Piece) -> bool:
-    """Whether it is part of a tensor that the engine's own loader takes whole, and puts wherever it likes."""
+    """Whether the piece belongs to a tensor that only the engine's own loader can place; the loader gets the full tensor."""
     return piece.target.name.startswith(WHOLE_TENSOR)
 
 
 def require_place(piece: Piece, parameters: Mapping[str, Tensor]) -> None:
-    """Raises EngineMismatch where a piece does not fit its parameter."""
+    """Checks that a piece fits its parameter.
+
+    Raises:
+        EngineMismatch: the worker lacks the parameter, or it has another dtype or is too small.
+    """
     if is_whole(piece):
         return
     name, parameter = piece.target.name, parameters.get(piece.target.name)
@@ -34,7 +38,7 @@ def require_place(piece: Piece, parameters: Mapping[str, Tensor]) -> None:
 
 
 def each_written_once(route: WorkerRoute, parameters: Mapping[str, Tensor]) -> bool:
-    """Whether no piece can change what another one wrote, so that each may be proven as soon as it is there."""
+    """Whether no piece overwrites what another one wrote, so that each may be proven as soon as it is written."""
     by_storage: dict[int, list[Piece]] = {}
     for piece in route.pieces:
         if is_whole(piece):
@@ -44,7 +48,7 @@ def each_written_once(route: WorkerRoute, parameters: Mapping[str, Tensor]) -> b
 
 
 def _disjoint(pieces: list[Piece], parameters: Mapping[str, Tensor]) -> bool:
-    """Pieces that go to one storage; those of two dtypes are not compared, and count as overlapping."""
+    """Whether the pieces, which go to one storage, do not overlap. Pieces of different element sizes count as overlapping."""
     sizes = {piece.dtype.itemsize for piece in pieces}
     storage = parameters[pieces[0].target.name].untyped_storage()
     if len(sizes) > 1:

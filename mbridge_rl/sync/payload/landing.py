@@ -15,7 +15,7 @@ from mbridge_rl.core.digest import contiguous_strides
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A strided view, in elements from a tensor's first element."""
+    """A strided view. `offset` and `strides` count elements, from the tensor's first element."""
 
     offset: int
     shape: tuple[int, ...]
@@ -31,8 +31,8 @@ class Landing:
 
     hf_name: str
     parameter_name: str
-    source: View  # of the row-major HF tensor
-    target: View  # of the parameter as it lies in memory; same shape as `source`
+    source: View  # a view of the row-major HF tensor
+    target: View  # a view of the parameter as it lies in memory; it has the shape of `source`
 
 
 def times_covered(views: Iterable[View], shape: Sequence[int], strides: Sequence[int] | None = None) -> Coverage:
@@ -48,7 +48,13 @@ def times_covered(views: Iterable[View], shape: Sequence[int], strides: Sequence
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """`exactly_once`: every element is covered by one view. `gap`: bounding ranges of the elements that none covers."""
+    """How views cover a tensor.
+
+    Attributes:
+        exactly_once: whether every element is covered by exactly one view.
+        gap: a range `(start, stop)` per dimension that bounds all uncovered elements; `None` if there are none.
+        missing: the number of uncovered elements.
+    """
 
     exactly_once: bool
     gap: tuple[tuple[int, int], ...] | None
@@ -64,11 +70,11 @@ Box = tuple[tuple[int, int], ...]
 
 
 def _as_box(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> Box | None:
-    """The view as `(start, stop)` per dimension of the tensor, in any order of dimensions; None if it is no such box."""
+    """The view as `(start, stop)` per dimension of the tensor, in any order of dimensions; None if it is not a box."""
     order = sorted((dim for dim, size in enumerate(shape) if size > 1), key=lambda dim: -strides[dim])
-    starts, rest = [0] * len(shape), view.offset
+    starts, remainder = [0] * len(shape), view.offset
     for dim in order:
-        starts[dim], rest = divmod(rest, strides[dim])
+        starts[dim], remainder = divmod(remainder, strides[dim])
     sizes = [1] * len(shape)
     dim_of_stride = {strides[dim]: dim for dim in order}
     for size, stride in zip(view.shape, view.strides, strict=True):
@@ -80,11 +86,11 @@ def _as_box(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> Box
         sizes[dim] = size
     box = tuple((start, start + size) for start, size in zip(starts, sizes, strict=True))
     inside = all(stop <= size for (_, stop), size in zip(box, shape, strict=True))
-    return box if inside and rest == 0 else None
+    return box if inside and remainder == 0 else None
 
 
 def _covered_in_cells(boxes: list[Box], shape: tuple[int, ...]) -> Coverage:
-    """Count on the coarse grid that the boxes' own edges draw: a few cells per box, however large the tensor."""
+    """Counts on the coarse grid that is drawn by the edges of the boxes: it has few cells, however large the tensor is."""
     edges = [sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)]
     index = [{edge: position for position, edge in enumerate(row)} for row in edges]
     counts = np.zeros([len(row) - 1 for row in edges], dtype=np.int32)

@@ -1,8 +1,8 @@
 """Routes: what each engine worker receives in one sync, as bytes.
 
-A worker's *image* is everything that it keeps, packed in checkpoint order and cut into aligned buckets; inside a bucket, what
-one trainer rank contributes is one contiguous *part*. The last bucket holds the trainer ranks' digests. Every transport carries
-these buckets, and the weight store keeps the image whole. Pure arithmetic, done once.
+A worker's *image* holds all weights of the worker, packed in checkpoint order and cut into aligned buckets. Inside a bucket,
+the bytes that one trainer rank contributes are one contiguous *part*. The last bucket holds the trainer ranks' digests. Every
+transport carries these buckets, and the weight store keeps the full image. A route is computed once and touches no tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mbridge_rl.core.buckets import aligned
 from mbridge_rl.core.plan import Copy, Plan, View
 from mbridge_rl.core.segments import Shape
 
-_LINE = 512  # elements: where a rectangle's rows are cut, so that no digest word is
+_LINE = 512  # elements: a row of a rectangle is cut at multiples of this, so that no digest word is cut
 _DIGEST_BYTES = 8
 
 
@@ -30,9 +30,15 @@ class Piece:
     """A rectangle `[*shape]` on its way from a trainer rank to a worker.
 
     Attributes:
-        dtype: of the parameter that it goes to, and so on the wire.
-        offset: bytes into the image.
-        counted: no other piece holds the same elements of the HF tensor; such pieces together are the tensor.
+        hf_name: the HF tensor that the rectangle is a part of.
+        dtype: the dtype of the target parameter, which is the dtype on the wire as well.
+        source: where the trainer rank reads the rectangle.
+        target: where the worker writes it.
+        hf: where the rectangle lies in the HF tensor.
+        columns: size of the last dimension of the HF tensor.
+        offset: the first byte of the rectangle in the image.
+        counted: whether this piece is the one that counts among all pieces with the same elements of the HF tensor; the counted
+            pieces together hold every element once.
     """
 
     hf_name: str
@@ -52,7 +58,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Bytes `[start, start + nbytes)` of the image, packed by one trainer rank; without pieces it is its digests."""
+    """Bytes `[start, start + nbytes)` of the image, packed by one trainer rank. A part without pieces holds its digests."""
 
     source_rank: int
     start: int
@@ -74,8 +80,10 @@ class WorkerRoute:
     """The image of one worker.
 
     Attributes:
-        hf_names: that have pieces in it; a digest part holds 8 bytes for each, in this order.
-        nbytes: of the image.
+        rank: the rank of the worker in its engine.
+        hf_names: the HF tensors that have pieces in the image; a digest part holds 8 bytes for each, in this order.
+        buckets: the buckets of the image; the last one holds the digests.
+        nbytes: bytes of the image.
     """
 
     rank: int
@@ -98,11 +106,12 @@ class WorkerRoute:
 
     @property
     def payload_bytes(self) -> int:
-        """Weights alone, without alignment and digests."""
+        """Bytes of the weights alone, without alignment and digests."""
         return sum(piece.nbytes for piece in self.pieces)
 
     def to_json(self) -> dict[str, Any]:
-        """All that the worker needs, and a later reader of its image. Where the trainer read each piece stays out."""
+        """The route as plain JSON types, for the worker and for later readers of its image. It leaves out where the trainer
+        reads each piece."""
         index = {hf_name: position for position, hf_name in enumerate(self.hf_names)}
         return {
             "rank": self.rank,
@@ -123,8 +132,9 @@ class WorkerRoute:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> WorkerRoute:
-        names = tuple(said["hf_names"])
+    def from_json(cls, fields: Mapping[str, Any]) -> WorkerRoute:
+        """The inverse of `to_json`; the source views of the pieces are empty."""
+        names = tuple(fields["hf_names"])
         buckets = tuple(
             Bucket(
                 start,
@@ -134,9 +144,9 @@ class WorkerRoute:
                     for rank, at, size, pieces in parts
                 ),
             )
-            for start, nbytes, parts in said["buckets"]
+            for start, nbytes, parts in fields["buckets"]
         )
-        return cls(said["rank"], names, buckets, said["nbytes"])
+        return cls(fields["rank"], names, buckets, fields["nbytes"])
 
 
 @dataclass(frozen=True)
@@ -147,11 +157,11 @@ class Route:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of what the workers are told; both ends compare it before the first byte."""
+        """Hex digest of the routes that the workers get; both ends compare it before the first byte is sent."""
         return fingerprint_of([worker.to_json() for worker in self.workers])
 
     def parts_of(self, source_rank: int) -> Iterator[tuple[WorkerRoute, int, Part]]:
-        """`(worker, bucket index, part)` of everything that one trainer rank packs, in the order in which workers load it."""
+        """All parts that one trainer rank packs, as `(worker, bucket index, part)`, in the order in which workers load them."""
         for index in range(max(len(worker.buckets) for worker in self.workers)):
             for worker in self.workers:
                 if index < len(worker.buckets):
@@ -161,14 +171,18 @@ class Route:
 
 
 def fingerprint_of(workers: Sequence[Mapping[str, Any]]) -> str:
+    """Hex digest of the routes of all workers, each as `WorkerRoute.to_json` gives it."""
     return hashlib.blake2b(json.dumps(list(workers)).encode(), digest_size=8).hexdigest()
 
 
 def plan_route(plan: Plan, workers: Sequence[int], dtypes: Mapping[str, torch.dtype], bucket_bytes: int) -> Route:
-    """Cuts what `plan` moves to each of `workers` into buckets of `bucket_bytes` (and alignment).
+    """Cuts what `plan` moves to each of `workers` into buckets.
 
     Args:
-        dtypes: of every local tensor of the target side.
+        plan: the copies from trainer ranks to workers.
+        workers: the ranks of the workers.
+        dtypes: the dtype of every local tensor of the target side.
+        bucket_bytes: bytes of a bucket, without alignment.
     """
     by_worker: dict[int, list[Copy]] = {worker: [] for worker in workers}
     counted = _counted(plan)
@@ -182,7 +196,7 @@ def plan_route(plan: Plan, workers: Sequence[int], dtypes: Mapping[str, torch.dt
 
 
 def _counted(plan: Plan) -> set[int]:
-    """`id`s of copies that together hold every element of their HF tensor once: of equal rectangles the first."""
+    """The `id`s of the copies that together hold every element of their HF tensor once: the first of equal rectangles."""
     seen: set[tuple[str, Shape, int, Shape]] = set()
     first = set()
     for copy in plan.copies:
@@ -203,19 +217,19 @@ def _worker_route(
 ) -> WorkerRoute:
     filling: list[tuple[int, Piece]] = []
     buckets: list[Bucket] = []
-    held = end = 0
+    filled = end = 0
     for copy in copies:
         dtype = dtypes[copy.target.name]
         columns = hf_shapes[copy.hf_name][-1] if hf_shapes[copy.hf_name] else 1
         for chunk in chunks_of(copy, max(_LINE, bucket_bytes // dtype.itemsize)):
             piece = Piece(copy.hf_name, chunk.shape, dtype, chunk.source, chunk.target, chunk.hf, columns, 0,
                           id(copy) in counted)  # fmt: skip
-            if filling and held + piece.nbytes > bucket_bytes:
+            if filling and filled + piece.nbytes > bucket_bytes:
                 buckets.append(_bucket(filling, end))
                 end += buckets[-1].nbytes
-                filling, held = [], 0
+                filling, filled = [], 0
             filling.append((copy.source_rank, piece))
-            held = aligned(held + piece.nbytes)
+            filled = aligned(filled + piece.nbytes)
     if filling:
         buckets.append(_bucket(filling, end))
         end += buckets[-1].nbytes
@@ -243,7 +257,7 @@ def _digests(source_ranks: Sequence[int], names: int, start: int) -> Bucket:
 
 
 def chunks_of(copy: Copy, elements: int) -> Iterator[Copy]:
-    """The copy in rectangles of at most `elements` (at least 512), cut along its slowest dimensions first."""
+    """The copy in rectangles of at most `elements` elements (at least 512), cut along the slowest dimensions first."""
     if copy.numel <= elements:
         yield copy
         return
@@ -268,9 +282,22 @@ def _moved(view: View, dim: int, steps: int) -> View:
     return replace(view, offset=view.offset + steps * view.strides[dim])
 
 
-def _piece_from_json(names: Sequence[str], said: Sequence[Any]) -> Piece:
-    name, shape, dtype, local, to, to_strides, offset, strides, columns, at, counted = said
-    target = View(local, to, tuple(to_strides))
-    hf = View(names[name], offset, tuple(strides))
-    nowhere = View("", 0, tuple(strides))
-    return Piece(names[name], tuple(shape), getattr(torch, dtype), nowhere, target, hf, columns, at, counted)
+def _piece_from_json(hf_names: Sequence[str], fields: Sequence[Any]) -> Piece:
+    (
+        name_index,
+        shape,
+        dtype,
+        parameter_name,
+        target_offset,
+        target_strides,
+        hf_offset,
+        hf_strides,
+        columns,
+        image_offset,
+        counted,
+    ) = fields
+    hf_name = hf_names[name_index]
+    source = View("", 0, tuple(hf_strides))  # unknown here
+    target = View(parameter_name, target_offset, tuple(target_strides))
+    hf = View(hf_name, hf_offset, tuple(hf_strides))
+    return Piece(hf_name, tuple(shape), getattr(torch, dtype), source, target, hf, columns, image_offset, counted)

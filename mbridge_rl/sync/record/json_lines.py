@@ -1,4 +1,4 @@
-"""Files of one JSON object per line, which may still be written to."""
+"""Reads files of one JSON object per line, which may still be written to."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from mbridge_rl.core.errors import BridgeError
 from mbridge_rl.core.json_text import JSONTextError, parse_json
 from mbridge_rl.core.typed_values import kind
 
-_MOST_LINE_BYTES = 256 << 20  # of the record of a sync with many ranks
+_MOST_LINE_BYTES = 256 << 20  # enough for the report of a sync with many ranks
 
 
 class LinesError(BridgeError, ValueError):
-    """A file of JSON lines with a complete line that is none."""
+    """A file of JSON lines cannot be read, or has a complete line that is not a JSON object."""
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines; the last may be unfinished, and is left out.
+    """The objects of all complete lines. An unfinished last line is left out.
 
     Raises:
-        LinesError: the file cannot be read, or a line is no JSON object; it is named by its number.
+        LinesError: the file cannot be read, or a line, which the message names by number, is not a JSON object.
     """
     try:
         text = path.read_text("utf-8")

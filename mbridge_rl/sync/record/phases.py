@@ -1,4 +1,4 @@
-"""The phases of a sync on a trainer rank, and how all ranks' are brought together: a few numbers each, in one sum."""
+"""The phases of a sync on a trainer rank, and the sum that collects those of all ranks, with a few numbers for each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.sync.record.timeline import Span
 
-PLAN = "plan"  # once, when a WeightSync is made
+PLAN = "plan"  # the phase in which a WeightSync is made, once
 OUTER = ("check", "encode", "begin", "transfer", "verify", "decide", "commit")
 PHASES = (*((phase, "") for phase in OUTER), ("pack", "transfer"), ("wire", "transfer"))
 
-LANES = 32  # of trainer ranks in a record: it must stay readable, and short, whatever the number of ranks
+LANES = 32  # the most trainer ranks in a report, which must stay short and readable whatever the number of ranks
 
 
 def lane(rank: int) -> str:
@@ -21,16 +21,18 @@ def lane(rank: int) -> str:
 
 
 def of_other_ranks(spans: Sequence[Span], group: RankGroup) -> list[Span]:
-    """The spans of the other ranks or, of more than `LANES`, of those that took longest to transfer. All ranks together.
+    """The spans of the other ranks; of more than `LANES` ranks, only of those that took longest to transfer. All ranks call it
+    together.
 
     Args:
-        spans: this rank's own.
+        spans: this rank's own spans.
+        group: the trainer ranks.
     """
-    mine = {(span.phase, span.inside): span for span in spans}
+    own_spans = {(span.phase, span.inside): span for span in spans}
     table = torch.zeros(group.size, len(PHASES), 3, dtype=torch.int64)  # [ranks, phases, (start, end, busy)], nanoseconds
     for position, phase in enumerate(PHASES):
-        if phase in mine:
-            span = mine[phase]
+        if phase in own_spans:
+            span = own_spans[phase]
             times = [round(seconds * 1e9) for seconds in (span.start, span.end, span.busy)]
             table[group.rank, position] = torch.tensor(times)
     table = group.sum(table)

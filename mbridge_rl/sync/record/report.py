@@ -1,4 +1,4 @@
-"""The record of one sync: what it moved, what proves it, and where its time went. Sinks (`sync.record.sinks`) get every one."""
+"""The report of one sync: what it moved, what proves it, and where its time went. Sinks (`sync.record.sinks`) get it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from mbridge_rl.sync.record.timeline import Span, outermost, slowest
 
 @dataclass(frozen=True)
 class EngineOutcome:
-    """What became of one engine at a commit.
+    """The outcome of a commit in one engine.
 
     Attributes:
-        engine: its index among the engines of the sync.
-        version: that it serves; `None` where it failed, and refuses to generate until the next sync or a `catch_up`.
-        error: why it failed.
+        engine: the index of the engine among the engines of the sync.
+        version: the version that it serves; `None` if it failed: then it refuses to generate until the next sync or a
+            `catch_up`.
+        error: why it failed; `None` if it did not.
     """
 
     engine: int
@@ -33,22 +34,27 @@ class SyncReport:
     """What one sync did, and the proof of it.
 
     Attributes:
-        adapter: name of the one that moved, alone (`sync.adapter_sync`); `None` for weights.
-        nbytes: that all workers of one engine are sent, weights alone, as planned. What they were handed, with alignment and
-            digests, they count themselves: `bytes_per_worker` of their engine's report.
-        full_nbytes: that they keep, and receive in a full sync.
+        version: the version that the sync brought.
+        tensors: number of HF tensors.
+        nbytes: bytes of the weights that all workers of one engine are sent, as planned. The workers themselves count what they
+            receive, with alignment and digests: `bytes_per_worker` of their engine's report.
+        buckets: number of buckets of all workers of one engine.
+        digest: the digest of all weights of the trainer; that of every engine is the same, or the sync raised.
+        verified: whether the engines proved their live weights against the trainer's digests.
+        seconds: wall time of the whole sync.
+        mode: `staged` or `streaming`.
+        transport: the transport that was used.
+        attempts: number of attempts.
+        engines: the report of every engine that committed, on rank 0.
+        error: the error of a sync that raised; empty otherwise.
+        started: when the sync started, in Unix seconds.
+        rank: the trainer rank that made this report.
+        spans: the time spans of all trainer ranks (of some, if there are many: see `sync.record.phases`), and on rank 0 of the
+            engines and their workers.
+        full_nbytes: bytes of all weights of the workers, which they receive in a full sync.
         base: the version that a delta started from; `None` for a full sync.
-        digest: of all weights that the trainer meant; every engine's equals it, or the sync had raised.
-        verified: the engines proved their live weights against the trainer's digests.
-        seconds: wall time, all of it.
-        attempts: how many it took.
-        engines: the own report of every engine that committed, on rank 0.
-        outcomes: of every engine; empty in a record of a sync that raised.
-        error: what ended it, in a record that sinks get of a sync that raised; empty otherwise.
-        started: Unix seconds.
-        rank: of the trainer, whose record this is.
-        spans: of all trainer ranks (of many: of some, see `sync.record.phases`), and on rank 0 of the engines and their
-        workers.
+        outcomes: the outcome of every engine; empty in the report of a sync that raised.
+        adapter: the name of the adapter, if only an adapter was moved (`sync.adapter_sync`); `None` for weights.
     """
 
     version: int
@@ -73,32 +79,32 @@ class SyncReport:
 
     @property
     def share(self) -> float:
-        """Of a full sync's bytes."""
+        """The share of a full sync's bytes that was sent."""
         return self.nbytes / self.full_nbytes
 
     @property
     def failed(self) -> dict[int, str]:
-        """Engines that did not commit while others did, by index, and why. They refuse to generate until the next sync, which
-        brings them everything, or until a `catch_up`."""
+        """The errors of the engines that did not commit while others did, by index. These engines refuse to generate until the
+        next sync, which brings them everything, or until a `catch_up`."""
         return {outcome.engine: outcome.error for outcome in self.outcomes if outcome.error is not None}
 
     @property
     def phases(self) -> dict[str, float]:
         """Seconds of this rank's `check`, `encode` (of a delta), `begin`, `transfer`, `verify`, `decide`, `commit` (in which
-        generation pauses) and `report`; of all attempts together. They follow one another: what `seconds` has beyond their sum
-        is nobody's."""
+        generation pauses) and `report`, of all attempts together. They follow one another; the difference between `seconds` and
+        their sum belongs to no phase."""
         return outermost((span for span in self.spans if span.phase != PLAN), lane(self.rank))
 
     @property
     def slowest(self) -> dict[str, dict[str, float]]:
-        """By side (`rank`, `engine`, `worker`) and phase, the seconds of the one that took longest: of ranks also `pack` and
-        `wire` and, in the first report of a `WeightSync`, `plan` (making it, before `started`); of engines `pause` and what it
-        consists of; of workers `receive`, `load`, `verify`, `derive`."""
+        """By side (`rank`, `engine`, `worker`) and phase, the seconds of the lane that took longest. Ranks also have `pack` and
+        `wire` and, in the first report of a `WeightSync`, `plan` (making the `WeightSync`, before `started`); engines have
+        `pause` and its parts; workers have `receive`, `load`, `verify`, `derive`."""
         return slowest(self.spans)
 
     @property
     def pause_seconds(self) -> float:
-        """That the engine which paused longest did not generate; 0 where no engine says so."""
+        """Seconds in which the engine that paused longest did not generate; 0 if no engine reports a pause."""
         return self.slowest.get("engine", {}).get("pause", 0.0)
 
     @property
@@ -115,7 +121,7 @@ class SyncReport:
         return self.nbytes / self.seconds / 1e9
 
     def to_json(self) -> dict[str, Any]:
-        """The whole record in plain JSON types; `SyncReport.from_json` reads what is not derived."""
+        """The report in plain JSON types, with its derived numbers; `SyncReport.from_json` reads what is not derived."""
         own = {name: getattr(self, name) for name in _PLAIN}
         derived = {
             "retries": self.retries,
@@ -129,19 +135,21 @@ class SyncReport:
         return {**own, **derived, "engines": engines, "outcomes": outcomes, "spans": [span.to_json() for span in self.spans]}
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> SyncReport:
-        """The record that `to_json` made.
+    def from_json(cls, fields: Mapping[str, Any]) -> SyncReport:
+        """The report from which `to_json` made `fields`.
 
         Raises:
-            BridgeError: it is none; every wrong field is named.
+            BridgeError: `fields` is not a report; names every wrong field.
         """
         problems: list[str] = []
-        report = read_fields(cls, said, problems, others="ignore")
+        report = read_fields(cls, fields, problems, others="ignore")
         if report is not None:
             if report.seconds <= 0 or report.attempts < 1:
                 problems.append(f"seconds={report.seconds} must be above 0 and attempts={report.attempts} at least 1")
-            if nowhere := [span.lane for span in report.spans if not _LANE.fullmatch(span.lane)]:
-                problems.append(f'spans: a lane is named as in "rank 1" or "engine 0 worker 1", found {shown(nowhere[0])}')
+            if unknown_lanes := [span.lane for span in report.spans if not _LANE.fullmatch(span.lane)]:
+                problems.append(
+                    f'spans: a lane is named as in "rank 1" or "engine 0 worker 1", found {shown(unknown_lanes[0])}'
+                )
         if report is None or problems:
             raise BridgeError(f"no record of a sync: {listed(problems)}")
         return report

@@ -1,4 +1,4 @@
-"""Where records of syncs go: the log (always), JSON lines, Prometheus, TensorBoard. A sink is a function of a `SyncReport`."""
+"""The sinks of sync reports: the log (always), JSON lines, Prometheus, TensorBoard. A sink is a function of a `SyncReport`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Sink = Callable[[SyncReport], None]
 
 
 def tell(sinks: Iterable[Sink], report: SyncReport) -> None:
-    """Every sink hears of a sync, and the log before them. The sync is over: a sink that fails cannot change what it was, and
-    ranks must not part over it, so its error is logged with its traceback."""
+    """Gives a report to the log and to every sink. The sync is over, and its ranks must not diverge because of a sink, so the
+    error of a sink that fails is only logged, with its traceback."""
     _to_log(report)
     for sink in sinks:
         try:
@@ -50,7 +50,7 @@ def _to_log(report: SyncReport) -> None:
 
 
 class JsonLines:
-    """Appends each record to a file, one line at a time; `read_syncs` reads it, also while it grows."""
+    """Appends each report to a file, one line at a time; `read_syncs` reads the file, also while it grows."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -62,10 +62,10 @@ class JsonLines:
 
 
 def read_syncs(path: str | Path) -> list[SyncReport]:
-    """The records of a file of `JsonLines`, or of the one in a run's folder; an unfinished last line is left out.
+    """The reports in a file of `JsonLines`, or in that file of a run's folder. An unfinished last line is left out.
 
     Raises:
-        BridgeError: there is none, it holds no complete record, or what is none.
+        BridgeError: there is no such file, it holds no complete report, or a line of it is not a report.
     """
     path = Path(path)
     path = path / SYNCS_FILE if path.is_dir() else path
@@ -76,7 +76,7 @@ def read_syncs(path: str | Path) -> list[SyncReport]:
 
 
 def numbers(report: SyncReport) -> dict[str, float]:
-    """A record as flat names and numbers, for whatever draws curves: `seconds`, `phase/transfer`, `slowest/worker/load`."""
+    """A report as flat names and numbers, for tools that draw curves: `seconds`, `phase/transfer`, `slowest/worker/load`."""
     flat: dict[str, float] = {
         "seconds": report.seconds,
         "bytes": report.nbytes,
@@ -92,7 +92,7 @@ def numbers(report: SyncReport) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Curves over versions, under `sync/`.
+    """Writes curves over versions, under `sync/`.
 
     Args:
         writer: a `SummaryWriter`, or the folder for a new one.
@@ -112,7 +112,11 @@ class TensorBoard:
 
 
 def open_tensorboard(directory: str | Path, **options: Any) -> Any:
-    """A `SummaryWriter`; raises ImportError, with what to install, where there is no TensorBoard."""
+    """A `SummaryWriter`.
+
+    Raises:
+        ImportError: TensorBoard is not installed; the message says what to install.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -121,17 +125,17 @@ def open_tensorboard(directory: str | Path, **options: Any) -> Any:
 
 
 class Prometheus:
-    """Counters, histograms and gauges named `mbridge_sync_*`, in a registry that you serve or this does.
+    """Keeps counters, histograms and gauges named `mbridge_sync_*` in a registry, and serves it if a port is given.
 
     Args:
-        port: serve them over HTTP at this port; `None` leaves that to the process.
-        address: that the port is opened at. Whoever reaches it reads all numbers of the process's registry: the loopback is
-            for a Prometheus, or a proxy that asks for a password, on this host.
+        port: the port at which to serve the registry over HTTP; `None` leaves that to the process.
+        address: the address at which the port is opened. Everyone who reaches it can read all numbers of the process's
+            registry; the loopback is for a Prometheus on this host, or for a proxy on it that asks for a password.
         registry: a `CollectorRegistry`; `None` means the process's default one.
-        labels: added to all, such as `{"run": "grpo-7b"}`.
+        labels: labels that all metrics get, such as `{"run": "grpo-7b"}`.
 
     Raises:
-        ImportError: prometheus_client is not installed; OSError: the port is taken.
+        ImportError: prometheus_client is not installed. OSError: the port is taken.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""When what happened in a sync: spans of time on a clock that all processes share, so that they can be drawn side by side."""
+"""Spans of time in a sync, on a clock that all processes share, so that they can be drawn side by side."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Attributes:
-    lane: whose time it is: "rank 1", "engine 0", "engine 0 worker 1".
-    phase: what was done.
-    inside: the phase of the same lane that contains it; empty for an outermost one.
-    start, end: Unix seconds.
-    busy: seconds that the phase took; less than `end - start` where it took turns with others.
+    """The time of one phase in one lane.
+
+    Attributes:
+        lane: the participant: "rank 1", "engine 0", "engine 0 worker 1".
+        phase: the name of the phase.
+        inside: the phase of the same lane that contains it; empty for an outermost one.
+        start: when it began first, in Unix seconds.
+        end: when it ended last, in Unix seconds.
+        busy: seconds that the phase took; less than `end - start` if it alternated with other phases.
     """
 
     lane: str
@@ -28,42 +31,42 @@ class Span:
 
     @property
     def side(self) -> str:
-        """`rank`, `engine` or `worker`: what kind of lane it is."""
+        """The kind of the lane: `rank`, `engine` or `worker`."""
         return self.lane.split()[-2]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Span:
-        return cls(**said)
+    def from_json(cls, fields: Mapping[str, Any]) -> Span:
+        return cls(**fields)
 
 
 class Stopwatch:
-    """The spans of one lane, one thread at a time. `with watch("transfer"):` makes one, or lengthens the one of that name; used
-    inside of another such block it lies inside of that phase.
+    """Measures the spans of one lane, in one thread at a time. `with watch("transfer"):` makes a span, or lengthens the span of
+    that name. A block inside another such block makes a span inside that phase.
 
     Attributes:
-        created: Unix seconds.
+        created: when it was made, in Unix seconds.
     """
 
     def __init__(self, lane: str) -> None:
         self._lane = lane
-        self._offset = time.time() - time.perf_counter()  # durations must not follow a clock that is set
+        self._offset = time.time() - time.perf_counter()  # durations must not change when the clock is set
         self._open: list[tuple[str, float]] = []
         self._spans: dict[tuple[str, str], Span] = {}
         self.created = self.now()
 
     def now(self) -> float:
-        """Unix seconds."""
+        """The time now, in Unix seconds."""
         return self._offset + time.perf_counter()
 
     def begin(self, phase: str) -> None:
-        """`phase` goes on until the `end` that belongs to it, in whatever call."""
+        """Begins `phase`, which goes on until the matching `end`, which may come in another call."""
         self._open.append((phase, self.now()))
 
     def end(self) -> None:
-        """Of the phase that began last and is not over."""
+        """Ends the phase that began last and is not over."""
         (phase, start), end = self._open.pop(), self.now()
         inside = self._open[-1][0] if self._open else ""
         known = self._spans.get((inside, phase))
@@ -80,12 +83,12 @@ class Stopwatch:
 
     @property
     def spans(self) -> list[Span]:
-        """In the order in which they ended first."""
+        """The spans, in the order in which they ended first."""
         return list(self._spans.values())
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of every phase, the outer and the inner ones."""
+        """The busy seconds of every phase, the outer and the inner ones."""
         total: dict[str, float] = {}
         for span in self._spans.values():
             total[span.phase] = total.get(span.phase, 0.0) + span.busy
@@ -93,7 +96,7 @@ class Stopwatch:
 
 
 def outermost(spans: Iterable[Span], lane: str) -> dict[str, float]:
-    """Seconds of each outermost phase of a lane; they follow one another, so that they add up to its time."""
+    """Seconds of each outermost phase of a lane. These phases follow one another, so they add up to the lane's time."""
     total: dict[str, float] = {}
     for span in spans:
         if span.lane == lane and not span.inside:
@@ -102,19 +105,20 @@ def outermost(spans: Iterable[Span], lane: str) -> dict[str, float]:
 
 
 def slowest(spans: Iterable[Span]) -> dict[str, dict[str, float]]:
-    """Of every phase, by side, the seconds of the lane that it took longest: `{"rank": {"pack": ...}, "worker": ...}`."""
+    """The seconds of every phase, by side, in the lane where it took longest: `{"rank": {"pack": ...}, "worker": ...}`."""
     total: dict[tuple[str, str, str], float] = {}
     for span in spans:
         kind = (span.side, span.phase, span.lane)
         total[kind] = total.get(kind, 0.0) + span.busy
-    found: dict[str, dict[str, float]] = {}
+    longest: dict[str, dict[str, float]] = {}
     for (side, phase, _), seconds in total.items():
-        of_side = found.setdefault(side, {})
+        of_side = longest.setdefault(side, {})
         of_side[phase] = max(of_side.get(phase, 0.0), seconds)
-    return found
+    return longest
 
 
-def of_engine(said: Sequence[Mapping[str, Any]], index: int) -> list[Span]:
-    """What engine number `index` said of itself ("engine") and its workers ("worker 1")."""
-    spans = [Span.from_json(span) for span in said]
+def of_engine(engine_spans: Sequence[Mapping[str, Any]], index: int) -> list[Span]:
+    """The spans that an engine reports, of itself ("engine") and of its workers ("worker 1"), with lanes that name engine
+    `index`."""
+    spans = [Span.from_json(span) for span in engine_spans]
     return [replace(span, lane=f"engine {index}" if span.lane == "engine" else f"engine {index} {span.lane}") for span in spans]

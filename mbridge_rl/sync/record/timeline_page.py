@@ -1,4 +1,4 @@
-"""The syncs of a run as a page: how long each took and why, and what every rank, engine and worker did when.
+"""Shows the syncs of a run as a page: how long each took and why, and what every rank, engine and worker did at which time.
 
 The page is plain HTML and SVG. The same timeline as a picture (`write_png`) needs matplotlib.
 """
@@ -47,39 +47,39 @@ _LISTED = 60
 
 
 class Row(NamedTuple):
-    """One line of a timeline: a lane with its outermost phases, or one inner phase of the lane above."""
+    """One row of a timeline: a lane with its outermost phases, or one inner phase of the lane above."""
 
     label: str
     spans: list[Span]
 
 
 def rows(report: SyncReport) -> list[Row]:
-    """The lines of a sync's timeline, trainer first; what came before it (`plan`) is left out."""
-    found = []
+    """The rows of a sync's timeline, trainer first. The phase before the sync (`plan`) is left out."""
+    lines = []
     spans = [span for span in report.spans if span.phase != PLAN]
     for lane in sorted({span.lane for span in spans}, key=_place):
-        mine = sorted((span for span in spans if span.lane == lane), key=lambda span: span.start)
-        found.append(Row(lane, [span for span in mine if not span.inside]))
-        for phase in dict.fromkeys(span.phase for span in mine if span.inside):
-            found.append(Row(f"· {phase}", [span for span in mine if span.inside and span.phase == phase]))
-    return found
+        of_lane = sorted((span for span in spans if span.lane == lane), key=lambda span: span.start)
+        lines.append(Row(lane, [span for span in of_lane if not span.inside]))
+        for phase in dict.fromkeys(span.phase for span in of_lane if span.inside):
+            lines.append(Row(f"· {phase}", [span for span in of_lane if span.inside and span.phase == phase]))
+    return lines
 
 
 def _place(lane: str) -> tuple[bool, list[tuple[int, str]]]:
-    """Ranks first, every engine before its workers, all by number."""
+    """A sort key for lanes: ranks come first, every engine before its workers, all by number."""
     return lane.startswith("engine"), [(int(word), "") if word.isdigit() else (-1, word) for word in lane.split()]
 
 
 def write_page(run: Path, output: Path | None = None, version: int | None = None) -> Path:
-    """Writes the page of a run's syncs and returns where.
+    """Writes the page of a run's syncs and returns its path.
 
     Args:
         run: a run's folder, or a file of `sinks.JsonLines`.
-        output: `sync-report.html` in the folder if not given.
-        version: whose timeline is drawn first, beside those of the first, the slowest, the last and failed ones.
+        output: the path of the page; by default `sync-report.html` in the folder.
+        version: the version whose timeline is drawn first, before those of the first, the slowest, the last and failed syncs.
 
     Raises:
-        BridgeError: no sync was recorded there, or not this version.
+        BridgeError: no sync was recorded there, or none of this version.
     """
     reports = read_syncs(run)
     output = output or _folder(run) / "sync-report.html"
@@ -108,13 +108,15 @@ def write_page(run: Path, output: Path | None = None, version: int | None = None
 
 
 def write_png(run: Path, output: Path | None = None, version: int | None = None) -> Path:
-    """Draws all syncs' phases, and one sync's timeline, as a picture; returns where.
+    """Draws the phases of all syncs, and the timeline of one sync, as a picture; returns its path.
 
     Args:
-        version: whose timeline; the last committed one's if not given.
+        run: a run's folder, or a file of `sinks.JsonLines`.
+        output: the path of the picture; by default `sync-report.png` in the folder.
+        version: the version whose timeline is drawn; by default the last one that was committed.
 
     Raises:
-        BridgeError: as `write_page`; ImportError: matplotlib is not installed.
+        BridgeError: as `write_page`. ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -134,26 +136,30 @@ def write_png(run: Path, output: Path | None = None, version: int | None = None)
 
 
 def picked_sync(reports: Sequence[SyncReport], version: int) -> SyncReport:
-    """The last record of a version; raises BridgeError if there is none."""
-    found = [report for report in reports if report.version == version]
-    if not found:
+    """The last report of a version.
+
+    Raises:
+        BridgeError: there is none.
+    """
+    of_version = [report for report in reports if report.version == version]
+    if not of_version:
         versions = [report.version for report in reports]
         raise BridgeError(f"no sync of version {version} was recorded; there are {min(versions)} to {max(versions)}")
-    return found[-1]
+    return of_version[-1]
 
 
 def summary(reports: Sequence[SyncReport]) -> dict[str, Any]:
     """The numbers of all committed syncs together."""
     good = [report for report in reports if not report.error]
-    told: dict[str, Any] = {
+    counts: dict[str, Any] = {
         "committed, failed, retries": f"{len(good)}, {len(reports) - len(good)}, {sum(report.retries for report in reports)}",
     }
     if not good:
-        return told
+        return counts
     last = good[-1]
     explained = [sum(report.phases.values()) / report.seconds for report in good]
     plan = max((report.slowest.get("rank", {}).get(PLAN, 0.0) for report in good), default=0.0)
-    return told | {
+    return counts | {
         "last version and digest": f"{last.version}, {last.digest} ({'verified' if last.verified else 'not verified'})",
         "way": f"{last.mode}, {last.transport}, {last.buckets} buckets",
         "bytes per sync": f"{last.nbytes:,} in {last.tensors} tensors",
@@ -185,8 +191,8 @@ def timeline(report: SyncReport) -> str:
                 scale * span.busy,
             )
             color = PHASE_COLORS.get(span.phase, _OTHER_COLOR)
-            said = f"{span.lane}: {span.phase}, {1e3 * span.busy:.3f} ms"
-            marks.append(f"<g><title>{html.escape(said)}</title>")
+            tooltip = f"{span.lane}: {span.phase}, {1e3 * span.busy:.3f} ms"
+            marks.append(f"<g><title>{html.escape(tooltip)}</title>")
             marks.append(f"<rect x='{x:.1f}' y='{y}' width='{width:.2f}' height='{_BAR}' fill='{color}' opacity='.3'/>")
             marks.append(f"<rect x='{x:.1f}' y='{y}' width='{busy:.2f}' height='{_BAR}' fill='{color}'/></g>")
     used = dict.fromkeys(span.phase for _, spans in lines for span in spans)
@@ -250,8 +256,8 @@ def _line(report: SyncReport) -> dict[str, Any]:
 def _curve(reports: Sequence[SyncReport], side: str, phase: str) -> list[tuple[float, float]]:
     if side == "rank" and phase in OUTER:
         return [(report.version, report.phases[phase]) for report in reports if phase in report.phases]
-    found = [(report.version, report.slowest.get(side, {}).get(phase)) for report in reports]
-    return [(version, seconds) for version, seconds in found if seconds is not None]
+    points = [(report.version, report.slowest.get(side, {}).get(phase)) for report in reports]
+    return [(version, seconds) for version, seconds in points if seconds is not None]
 
 
 def _median(reports: Sequence[SyncReport], name: str) -> float:

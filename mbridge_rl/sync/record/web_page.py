@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: plots as SVG, tables, no scripts, nothing fetched."""
+"""Makes self-contained HTML pages with plots as SVG and tables. They have no scripts and load nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Point = tuple[float, float]
 
 
 def page(title: str, sections: Iterable[str]) -> str:
-    """The whole document."""
+    """The complete HTML document."""
     return (
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
         + "\n".join(sections)
@@ -31,12 +31,12 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Writes a document. It quotes completions, which may hold what no file can: that is spelled out."""
+    """Writes a document. Characters that UTF-8 cannot encode (completions may hold some) are written as escapes."""
     path.write_text(text, "utf-8", "backslashreplace")
 
 
 def plot(title: str, series: Mapping[str, Sequence[Point]]) -> str:
-    """Curves in one figure, by name; nothing if none has a point."""
+    """A figure with the curves `series`, by name; an empty string if no curve has a point."""
     series = {name: points for name, points in series.items() if points}
     if not series:
         return ""
@@ -80,13 +80,13 @@ def svg(title: str, width: int, height: int, marks: Iterable[str]) -> str:
 
 
 def table(values: Mapping[str, Any]) -> str:
-    """Names and values."""
+    """A table of names and values."""
     rows = (f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(shown(value))}</td></tr>" for name, value in values.items())
     return f"<table>{''.join(rows)}</table>" if values else ""
 
 
 def records(title: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """A table of records that have the same fields; nothing if there is none."""
+    """A table of records that have the same fields; an empty string if there is no record."""
     if not lines:
         return ""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in lines[0])

@@ -1,7 +1,7 @@
-"""One worker's image in a file: a label that says which fill its bytes are, and the bytes.
+"""One worker's image in a file: a label that names the fill of the bytes, and the bytes.
 
-A file is filled again and again. Each fill has a nonce, drawn once, that stands in the label before the first byte of the fill
-is written. So a label that has the same nonce before and after somebody read the bytes says that all of them are that fill's.
+A file is filled again and again. Each fill has a random nonce, which is written to the label before the first byte of the fill.
+So if the label has the same nonce before and after a reader has read the bytes, all of them belong to that fill.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pathlib import Path
 from mbridge_rl.core.errors import StoreError
 from mbridge_rl.distributed.arena import Arena
 
-LABEL_BYTES = 4096  # a page, so that the bytes behind it are aligned as before
+LABEL_BYTES = 4096  # a page, so that the bytes behind it are aligned to pages
 _LABEL = struct.Struct("<8s16sQQ")
 _MAGIC = b"MBRLIMG2"
 
 
 def new_fill() -> str:
-    """A name that nothing had before: 128 random bits, as 32 hex digits."""
+    """A new unique name of a fill: 128 random bits, as 32 hex digits."""
     return secrets.token_hex(16)
 
 
 @dataclass(frozen=True)
 class Label:
-    """What the front of an image's file says.
+    """The label at the front of an image's file.
 
     Attributes:
-        fill: nonce of the fill, as `new_fill` gives it.
+        fill: nonce of the fill, as `new_fill` makes it.
         worker: rank of the engine worker.
-        nbytes: of the image.
+        nbytes: bytes of the image.
     """
 
     fill: str
@@ -41,7 +41,8 @@ class Label:
 
     @classmethod
     def read(cls, path: str | Path, descriptor: int) -> Label:
-        """
+        """Reads the label of an open file.
+
         Raises:
             StoreError: the file has no label.
         """
@@ -49,7 +50,7 @@ class Label:
 
     @classmethod
     def of(cls, arena: Arena) -> Label:
-        """Of a mapped image. Raises as `read` does."""
+        """Reads the label of a mapped image; raises as `read` does."""
         return cls._from(arena.path, arena.front()[: _LABEL.size])
 
     @classmethod
@@ -62,10 +63,10 @@ class Label:
         return cls(fill.hex(), worker, nbytes)
 
     def write(self, descriptor: int) -> None:
-        """Before the first byte of the fill is."""
+        """Writes the label; to be called before the first byte of the fill is written."""
         os.pwrite(descriptor, _LABEL.pack(_MAGIC, bytes.fromhex(self.fill), self.worker, self.nbytes), 0)
 
 
 def map_image(path: str | Path, nbytes: int, *, writable: bool, descriptor: int | None = None) -> Arena:
-    """The image of a file, without its label."""
+    """Maps the image of a file, without its label."""
     return Arena(Path(path), nbytes, writable=writable, start=LABEL_BYTES, descriptor=descriptor)

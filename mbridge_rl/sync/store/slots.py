@@ -1,4 +1,5 @@
-"""What a weight store gives to writers and readers: a slot, a part of one, a reading, and the head: what is live."""
+"""What a weight store gives to its writers and readers: a slot, a part of a slot, a reading, and the head, which names the live
+version."""
 
 from __future__ import annotations
 
@@ -22,18 +23,18 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Head:
-    """What is live.
+    """The live version of a store.
 
     Attributes:
-        version: that was committed.
-        fingerprint: of the route that its images follow.
-        token: of the slot.
-        fill: nonce of the fill of that slot, which the images' labels have as well. It names the version: numbers of versions
-            and slots come again, a fill never does.
+        version: the version that was committed.
+        fingerprint: the fingerprint of the route that its images follow.
+        token: the token of its slot.
+        fill: nonce of the fill of that slot, which is in the images' labels as well. It identifies the version: numbers of
+            versions and slots may come again, a fill never does.
         sizes: bytes of every worker's image.
-        digest: of all weights together.
-        proofs: what every worker's image holds (`packing.proof_of`), where the trainer proved it.
-        plan: which description of the fingerprint is meant.
+        digest: the digest of all weights together; `None` without verification.
+        proofs: the proof of every worker's image (`packing.proof_of`); `None` if the trainer made none.
+        plan: identifies the description, among those of the same fingerprint, that belongs to the version.
     """
 
     version: int
@@ -50,17 +51,18 @@ class Head:
 
     @classmethod
     def from_json(cls, path: Path, content: bytes) -> Head:
-        """
+        """Reads the content of the file `path`.
+
         Raises:
-            StoreError: it is of another format, or none.
+            StoreError: it is of another format, or not a head.
         """
         try:
             fields = json.loads(content)
-            written = fields.pop("format")
-            if written != FORMAT:
+            file_format = fields.pop("format")
+            if file_format != FORMAT:
                 raise StoreError(
-                    f"the weight store of {path} has format {written}, this mbridge_rl reads and writes format {FORMAT}: read "
-                    "it with the version that wrote it, or remove it (WeightStore(name).remove()) and sync again"
+                    f"the weight store of {path} has format {file_format}, this mbridge_rl reads and writes format {FORMAT}: "
+                    "read it with the version that wrote it, or remove it (WeightStore(name).remove()) and sync again"
                 )
             proofs = fields.pop("proofs")
             return cls(sizes=tuple(fields.pop("sizes")), proofs=None if proofs is None else tuple(proofs), **fields)
@@ -78,8 +80,11 @@ class Slot:
     """A slot that is being filled, on the side of its writers.
 
     Attributes:
+        token: identifies the slot in its store.
         fill: nonce of this fill.
-        locks: of its files, on the process that holds the store.
+        paths: the files of the images, by worker.
+        sizes: bytes of the images, by worker.
+        locks: descriptors of the files, which are locked; empty on processes that do not hold the store.
     """
 
     token: str
@@ -94,7 +99,12 @@ class Slot:
 
 
 class Reading:
-    """One worker's live image, read-only by convention and for as long as this is not closed."""
+    """One worker's live image. It is read-only by convention, and readable until `close`.
+
+    Attributes:
+        head: the head that named the image.
+        image: the bytes, uint8 `[nbytes]`.
+    """
 
     def __init__(self, head: Head, path: Path, lock: int, label: Label) -> None:
         self.head = head
@@ -104,10 +114,10 @@ class Reading:
         self.image: Tensor = self._arena.view(0, (label.nbytes,), torch.uint8)
 
     def require_same(self) -> None:
-        """To be asked when everything was read: all of it was the fill that the reading was opened for.
+        """Checks, after everything was read, that all of it belonged to the fill that the reading was opened for.
 
         Raises:
-            StoreError: somebody filled the slot meanwhile, in spite of the lock.
+            StoreError: somebody filled the slot anew in spite of the lock.
         """
         if self._lock is None:
             raise StoreError(f"the reading of {self._path} is closed")
@@ -131,13 +141,17 @@ class Reading:
 
 
 class PartStore(Protocol):
-    """The store of a part."""
+    """The store to which a `StorePart` belongs."""
 
     def commit_part(self, head: Head, description: Mapping[str, Any]) -> None: ...
 
 
 class StorePart:
-    """One worker's image of a slot that the worker itself fills, on its own host."""
+    """One worker's image of a slot, which the worker fills itself, on its own host.
+
+    Attributes:
+        image: the bytes, uint8 `[nbytes]`, writable.
+    """
 
     def __init__(self, store: PartStore, token: str, label: Label, path: Path, lock: int) -> None:
         self._store, self._token, self._label, self._path = store, token, label, path
@@ -146,10 +160,15 @@ class StorePart:
         self.image: Tensor = self._arena.view(0, (label.nbytes,), torch.uint8)
 
     def commit(self, version: int, description: Mapping[str, Any], sizes: Sequence[int]) -> None:
-        """All workers of the engine have verified theirs: any of them may say so, and each says the same.
+        """Makes the slot live. All workers of the engine have verified their images; each of them commits, with the same head.
+
+        Args:
+            version: the version of the images.
+            description: the trainer's introduction, which readers of the images need.
+            sizes: bytes of the images of all workers.
 
         Raises:
-            StoreError: the image is not the store's any more.
+            StoreError: the image does not belong to the store any more.
         """
         self.require_same(version)
         fingerprint, fill = description["fingerprint"], self._label.fill
@@ -157,9 +176,10 @@ class StorePart:
         self.close()
 
     def require_same(self, version: int) -> None:
-        """
+        """Checks that the image still holds what this worker wrote.
+
         Raises:
-            StoreError: somebody else filled the part, removed it, or it was closed.
+            StoreError: somebody else filled or removed the part, or it was closed.
         """
         lock = self._lock
         if lock is None or not is_named(self._path, lock) or Label.read(self._path, lock) != self._label:

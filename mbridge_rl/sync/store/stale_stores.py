@@ -1,4 +1,4 @@
-"""Names of weight stores, and what is left of stores whose writers are gone."""
+"""Checks names of weight stores, and removes stores whose writers are gone."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _ABANDONED_SECONDS = 3600.0
 
 
 def require_store_name(name: str) -> None:
-    """
+    """Checks the name of a store.
+
     Raises:
-        StoreError: it cannot be part of a file's.
+        StoreError: the name cannot be part of a file name.
     """
     if not _NAME.fullmatch(name):
         raise StoreError(f"{name!r} cannot name a weight store: use letters, digits, '_' and '.'")
 
 
 def remove_stale_stores(directory: Path = SHARED_MEMORY, older_than: float = _ABANDONED_SECONDS) -> list[Path]:
-    """Removes this user's stores without a writer: unnamed ones at once, others when nobody has written to them for
-    `older_than` seconds; durable ones stay. Which of them a store is says its lock file.
+    """Removes this user's stores that have no writer: unnamed ones at once, others if nobody has written to them for
+    `older_than` seconds; durable ones stay. The lock file of a store says of which kind it is.
 
     Returns:
         The paths that were unlinked.
@@ -40,7 +41,7 @@ def remove_stale_stores(directory: Path = SHARED_MEMORY, older_than: float = _AB
     removed: list[Path] = []
     for lock_path in directory.glob("mbridge_rl-store-*-users.lock"):
         files = list(directory.glob(f"{lock_path.name.removesuffix('users.lock')}*"))
-        with contextlib.suppress(OSError, StoreError):  # another user's, or gone by now
+        with contextlib.suppress(OSError, StoreError):  # it belongs to another user, or was removed meanwhile
             lock = open_file(lock_path, os.O_RDWR)
             try:
                 if try_lock(lock) and _is_over(Holder.read(lock), files, older_than):

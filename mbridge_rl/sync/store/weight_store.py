@@ -1,11 +1,11 @@
-"""The versioned weight store of a node: the last committed version, in shared memory or on a disk, for whoever comes by name.
+"""The versioned weight store of a host: it holds the last committed version, in shared memory or on a disk, under a name.
 
-A slot is one file per engine worker (its image, `sync.store.image`). A small JSON file, the head, says which fill of which slot
-is live and is only ever replaced whole, by `rename`: whatever is killed whenever, the head names a fill that was complete and
-verified. Writers fill a slot that the head does not name; readers hold a lock on what they read, and a slot that someone still
-reads is not written again but left to them, and another one made. Readers do not rely on that alone: they compare the nonce of
-the fill in the head with the one in the image's own label, when they come and when they have read. Nobody waits for anybody
-but a new writer for the one before it, and no lock outlives its process.
+A slot is one file per engine worker (its image, `sync.store.image`). A small JSON file, the head, names the live slot and its
+fill. It is only replaced as a whole, by `rename`, so whichever process is killed at any time, the head names a fill that was
+complete and verified. Writers fill a slot that the head does not name. Readers lock what they read; a slot that is still being
+read is not written again but left to its readers, and a new one is made. Readers also compare the nonce of the fill in the head
+with the one in the image's own label, before and after they read. Only a new writer waits, for the writer before it, and no
+lock outlives its process.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class WeightStore:
     """A store by its name. Nothing is created before something is written.
 
     Args:
-        name: letters, digits, `_` and `.`; the same on all processes that share it.
-        directory: shared memory, or a directory on a disk (then `durable` makes commits survive a power failure).
-        temporary: it ends with its writers (`unnamed` makes one of a name of its own).
-        session: who may write at the same time (`writer_lock`); default: this object alone.
+        name: letters, digits, `_` and `.`; the same in all processes that share the store.
+        directory: shared memory, or a directory on a disk.
+        durable: commits on a disk survive a power failure.
+        temporary: the store ends with its writers (`unnamed` makes such a store with a name of its own).
+        session: the session that may write (`writer_lock`), which several processes may share; by default this object alone.
 
     Raises:
-        StoreError: the name cannot be part of a file's.
+        StoreError: the name cannot be part of a file name.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class WeightStore:
         self.name, self.directory, self.temporary, self._durable = name, Path(directory), temporary, durable
         self._prefix = f"mbridge_rl-store-{name}-"
         self._head = self.directory / f"{self._prefix}head.json"
-        self._mine: set[str] = set()  # slots that this object made
-        self._plans: dict[str, str] = {}  # that this object described
+        self._own_tokens: set[str] = set()  # the slots that this object made
+        self._plans: dict[str, str] = {}  # fingerprint -> plan of the descriptions that this object wrote
         kind: Kind = "durable" if durable else "temporary" if temporary else "named"
         self._writer = WriterLock(self.directory / f"{self._prefix}users.lock", kind, session)
 
@@ -74,22 +75,22 @@ class WeightStore:
 
     @property
     def session(self) -> str:
-        """Of those who write together."""
+        """The session that may write to the store."""
         return self._writer.session
 
     def hold(self, seconds: float = TAKE_OVER_SECONDS) -> None:
-        """From here on only this session writes, until `close`.
+        """Makes sure that only this session writes until `close`.
 
         Raises:
-            StoreError: another session does, and did not end within `seconds`; names its process.
+            StoreError: another session writes and did not end within `seconds`; names its process.
         """
         self._writer.acquire(seconds)
 
     def head(self) -> Head | None:
-        """What is live now; `None` if nothing was ever committed.
+        """The head, which names the live version; `None` if nothing was ever committed.
 
         Raises:
-            StoreError: it is another user's, of another version of this library, or no head.
+            StoreError: the file belongs to another user, was written by another version of this library, or is not a head.
         """
         try:
             content = read_file(self._head)
@@ -98,8 +99,8 @@ class WeightStore:
         return Head.from_json(self._head, content)
 
     def describe(self, fingerprint: str, description: Mapping[str, Any]) -> None:
-        """Keeps what readers need to understand images of this fingerprint, in JSON types. Once before the first commit is
-        enough; what is committed later refers to it."""
+        """Stores the description that readers need to understand images of this fingerprint, in JSON types. One call before the
+        first commit is enough; later commits refer to it."""
         self.hold()
         content = json.dumps(description).encode()
         plan = hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -108,28 +109,28 @@ class WeightStore:
             self._replace(self._description(fingerprint, plan), content)
 
     def description(self, fingerprint: str) -> dict[str, Any]:
-        """What `describe` kept of the live version or, if that has another fingerprint, last.
+        """The description of the live version or, if that has another fingerprint, the last one of `fingerprint`.
 
         Raises:
-            StoreError: nothing was kept under this fingerprint.
+            StoreError: there is no description of this fingerprint.
         """
         head = self.head()
         try:
             if head is not None and head.fingerprint == fingerprint and head.plan is not None:
                 path = self._description(fingerprint, head.plan)
             else:
-                kept = self.directory.glob(f"{self._prefix}{fingerprint}.*.plan.json")
-                path = max(kept, key=lambda plan: plan.stat().st_mtime_ns, default=self._description(fingerprint, "none"))
+                paths = self.directory.glob(f"{self._prefix}{fingerprint}.*.plan.json")
+                path = max(paths, key=lambda path: path.stat().st_mtime_ns, default=self._description(fingerprint, "none"))
             return json.loads(read_file(path))
         except FileNotFoundError as error:
             raise StoreError(f"the weight store {self.name!r} does not know the plan {fingerprint}") from error
 
     def begin(self, sizes: Sequence[int]) -> Slot:
-        """A slot to fill, for images of `sizes` bytes: the idle one, or a new one where it does not fit or is still read. From
-        here on its label has the new fill's nonce. What dead processes left in the directory goes first.
+        """Returns a slot to fill, for images of `sizes` bytes: the idle one, or a new one if that does not fit or is still
+        read. Its labels have the nonce of the new fill. Files that dead processes left in the directory are removed first.
 
         Raises:
-            ArenaError: there is no room; StoreError: another session writes to this store.
+            ArenaError: there is no room. StoreError: another session writes to this store.
         """
         self.hold()
         remove_stale_stores(self.directory)
@@ -139,12 +140,12 @@ class WeightStore:
         for token in sorted(self._tokens() - {live.token if live else ""}):
             locks = self._locked(token)
             if locks is None:
-                continue  # someone reads it
-            # A rank of a dead trainer may still write to the dead trainer's slot: it is left to it, without its name.
+                continue  # it is being read
+            # A rank of a dead trainer may still write to the dead trainer's slot, so such a slot is only unlinked.
             expected = {path: LABEL_BYTES + size for path, size in zip(self._paths(token, len(sizes)), sizes, strict=True)}
             if (
                 slot is None
-                and token in self._mine
+                and token in self._own_tokens
                 and {path: os.fstat(lock).st_size for path, lock in locks.items()} == expected
             ):
                 slot = self._filled_anew(token, sizes, [locks[path] for path in expected])
@@ -157,13 +158,17 @@ class WeightStore:
     def commit(
         self, slot: Slot, version: int, fingerprint: str, digest: str | None, proofs: Sequence[str] | None = None
     ) -> None:
-        """Makes `slot` the live one, in one step. All its writers are done, and what they wrote was verified.
+        """Makes `slot` the live one, in one step. All its writers must be done, and what they wrote verified.
 
         Args:
-            proofs: what every worker's image holds (`packing.proof_of`).
+            slot: from `begin`.
+            version: the version that it holds.
+            fingerprint: the fingerprint of the route of its images.
+            digest: the digest of all weights together.
+            proofs: the proof of every worker's image (`packing.proof_of`).
 
         Raises:
-            StoreError: somebody removed the store meanwhile, or filled the slot.
+            StoreError: somebody removed the store or filled the slot meanwhile.
         """
         if not self._writer.is_held:
             raise StoreError(
@@ -175,23 +180,24 @@ class WeightStore:
             if self._durable:
                 os.fsync(lock)
         plan = self._plans.get(fingerprint)
-        kept = None if proofs is None else tuple(proofs)
-        self.set_head(Head(version, fingerprint, slot.token, slot.fill, slot.sizes, digest, kept, plan))
+        worker_proofs = None if proofs is None else tuple(proofs)
+        self.set_head(Head(version, fingerprint, slot.token, slot.fill, slot.sizes, digest, worker_proofs, plan))
         self.abandon(slot)
 
     def set_head(self, head: Head) -> None:
         self._replace(self._head, head.to_json())
 
     def abandon(self, slot: Slot) -> None:
-        """Lets go of a slot; what was written stays where no reader looks."""
+        """Releases a slot. Its bytes stay, but no reader finds them."""
         while slot.locks:
             release(slot.locks.pop())
 
     def read(self, worker: int, fill: str | None = None) -> Reading:
-        """The live image of `worker`; zero copy, and nobody writes to it until the reading is closed.
+        """Opens the live image of `worker`, without a copy. Nobody writes to it until the reading is closed.
 
         Args:
-            fill: that has to be live still, so that all workers of an engine read the same.
+            worker: rank of the engine worker.
+            fill: the fill that has to be live, so that all workers of an engine read the same; `None` for any.
 
         Raises:
             StoreError: nothing was committed, the engine of the store has no such worker, another fill is live, or the image is
@@ -229,22 +235,29 @@ class WeightStore:
         raise StoreError(f"the live slot of the weight store {self.name!r} cannot be opened: {complaint}")
 
     def close(self) -> None:
-        """This process writes to the store no longer. A named one stays, an hour at least; an unnamed one ends with it."""
+        """Stops writing to the store. A named store stays for at least an hour; an unnamed one is removed."""
         if self.temporary and self._writer.was_acquired:
             self._unlink_all()
         self._writer.release()
 
     def stop_writing(self) -> None:
-        """Another session may write. Everything stays."""
+        """Lets another session write. Everything stays."""
         self._writer.release()
 
     def part(self, token: str, worker: int, size: int, fill: str) -> StorePart:
-        """One worker's image of the slot `token`, which is not live, for the worker to fill."""
+        """Opens one worker's image of the slot `token`, which is not live, for the worker to fill.
+
+        Args:
+            token: the slot.
+            worker: rank of the engine worker.
+            size: bytes of the image.
+            fill: nonce of the new fill.
+        """
         self.hold()
         self._drop_parts_of_others(token, worker)
         path = self._paths(token, worker + 1)[worker]
         lock = _locked_file(path, LABEL_BYTES + size)
-        if lock is None:  # of another size, or still read: it stays with its readers
+        if lock is None:  # it has another size or is still being read: its readers keep it
             path.unlink(missing_ok=True)
             lock = keep(allocate(path, LABEL_BYTES + size))
         label = Label(fill, worker, size)
@@ -252,18 +265,18 @@ class WeightStore:
         return StorePart(self, token, label, path, lock)
 
     def commit_part(self, head: Head, description: Mapping[str, Any]) -> None:
-        """All workers of an engine have verified their parts: any of them may say so, and each says the same."""
+        """Makes a slot live whose parts all workers of an engine have verified. Each of them calls it, with the same head."""
         self.describe(head.fingerprint, description)
         self.set_head(head.described_by(self._plans[head.fingerprint]))
 
     def remove(self) -> None:
-        """Closes it and unlinks everything, also under a trainer that writes. What is being read stays readable until it is
-        closed."""
+        """Closes the store and unlinks its files, even if a trainer still writes to it. An open reading stays readable until it
+        is closed."""
         self.close()
         self._unlink_all()
 
     def copy_to(self, other: WeightStore) -> None:
-        """The live version into another store (from shared memory to a disk, or back), as a commit of its own."""
+        """Copies the live version into another store (from shared memory to a disk, or back) and commits it there."""
         head = self.head()
         if head is None:
             raise StoreError(f"nothing was committed to the weight store {self.name!r}")
@@ -278,11 +291,11 @@ class WeightStore:
             other.commit(slot, head.version, head.fingerprint, head.digest, head.proofs)
 
     def _drop_parts_of_others(self, token: str, worker: int) -> None:
-        """This worker's images of trainers before this one (`<trainer>x<slot>`), but for the live one."""
+        """Removes this worker's images of earlier trainers (tokens are `<trainer>x<slot>`), except the live one."""
         live = self.head()
         for path in self.directory.glob(f"{self._prefix}*.{worker}.image"):
-            other = path.name[len(self._prefix) :].split(".")[0]
-            if other.split("x")[0] != token.split("x")[0] and (live is None or other != live.token):
+            other_token = path.name[len(self._prefix) :].split(".")[0]
+            if other_token.split("x")[0] != token.split("x")[0] and (live is None or other_token != live.token):
                 path.unlink(missing_ok=True)
 
     def _description(self, fingerprint: str, plan: str) -> Path:
@@ -295,7 +308,7 @@ class WeightStore:
         return {path.name[len(self._prefix) :].split(".")[0] for path in self.directory.glob(f"{self._prefix}*.image")}
 
     def _locked(self, token: str) -> dict[Path, int] | None:
-        """Descriptors of the slot's files, all locked; `None` where another process holds one."""
+        """Descriptors of the slot's files, all locked; `None` if another process holds a lock on one of them."""
         locks: dict[Path, int] = {}
         for path in self.directory.glob(f"{self._prefix}{token}.*.image"):
             try:
@@ -303,14 +316,14 @@ class WeightStore:
             except FileNotFoundError:
                 continue
             if not try_lock(lock):
-                for held in locks.values():
-                    release(held)
+                for opened in locks.values():
+                    release(opened)
                 return None
         return locks
 
     def _new_slot(self, sizes: Sequence[int]) -> Slot:
         token = secrets.token_hex(8)
-        self._mine.add(token)
+        self._own_tokens.add(token)
         locks: list[int] = []
         try:
             for path, size in zip(self._paths(token, len(sizes)), sizes, strict=True):
@@ -347,7 +360,7 @@ class WeightStore:
 
 
 def _locked_file(path: Path, size: int) -> int | None:
-    """A descriptor of the file, locked; `None` if there is none of this size, or another process holds it."""
+    """A descriptor of the file, locked; `None` if there is no file of this size, or another process holds its lock."""
     try:
         lock = keep(open_file(path, os.O_RDWR))
     except FileNotFoundError:

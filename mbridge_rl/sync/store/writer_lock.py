@@ -1,8 +1,9 @@
-"""One writing session at a time has a weight store: a second trainer of its name is refused.
+"""The lock by which only one session at a time writes to a weight store; a second trainer with the same store name is refused.
 
-A session is one trainer or, for a store that an engine's workers fill on their own host, all workers that one trainer told to.
-Its processes share a lock on the store's lock file, which says who they are. A new session needs the lock for itself first,
-so it comes when no process of the one before holds it any more: they ended, were killed, or closed the store.
+A session is one trainer or, for a store that engine workers fill on their own host, all workers that fill it for one trainer.
+Its processes share a lock on the store's lock file, which describes the session. A new session first needs the lock
+exclusively, so it begins when no process of the session before holds the lock any more: they ended, were killed, or closed the
+store.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mbridge_rl.core.errors import StoreError
 from mbridge_rl.distributed.locks import keep, release, try_lock
 from mbridge_rl.distributed.private_files import is_named, open_file
 
-TAKE_OVER_SECONDS = 10.0  # that a session before may take to end
+TAKE_OVER_SECONDS = 10.0  # how long a new session waits for the session before to end
 _IN_ONE_PROCESS_SECONDS = 1.0
 _NAP_SECONDS = 0.05
 _LARGEST = 4096
@@ -34,12 +35,14 @@ Kind = Literal["named", "temporary", "durable"]
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lock file says.
+    """The content of a lock file: the session that writes, or wrote last.
 
     Attributes:
         kind: when the store may be removed: an hour after its last writer (`named`), with it (`temporary`), never (`durable`).
-        session: random, equal in all processes that write together.
-        pid, host, started: of the process that began the session.
+        session: a random name, equal in all processes that write together.
+        pid: the process that began the session.
+        host: the host name of that process.
+        started: when that process was started, in local time.
     """
 
     kind: Kind
@@ -54,7 +57,7 @@ class Holder:
 
     @classmethod
     def read(cls, descriptor: int) -> Holder | None:
-        """`None` where the file says nothing: it was made just now, or by an older library."""
+        """Reads a lock file; `None` if it describes no session: it was made just now, or by an older library."""
         try:
             return cls(**json.loads(os.pread(descriptor, _LARGEST, 0)))
         except (ValueError, TypeError):
@@ -75,12 +78,12 @@ class Holder:
 
 
 class WriterLock:
-    """The lock of one process, or of one object of it.
+    """The lock of one process, or of one object in it.
 
     Args:
-        path: of the lock file.
-        kind: of the store.
-        session: default: one of its own, which no other process shares.
+        path: the lock file.
+        kind: the kind of the store.
+        session: the name of the session; by default a new one, which no other process shares.
     """
 
     def __init__(self, path: Path, kind: Kind, session: str | None = None) -> None:
@@ -91,7 +94,7 @@ class WriterLock:
 
     @property
     def is_held(self) -> bool:
-        """Also that the lock file has its name still: whoever removed the store ended all sessions."""
+        """Whether this object has the lock, and the lock file still has its name: removing the store ends all sessions."""
         return self._descriptor is not None and is_named(self._path, self._descriptor)
 
     @property
@@ -99,12 +102,12 @@ class WriterLock:
         return self._descriptor is not None
 
     def acquire(self, seconds: float) -> None:
-        """Does nothing where it is held already.
+        """Takes the lock; does nothing if this object has it already.
 
         Raises:
             StoreError: another session has had the lock for `seconds`; names its process and says what to do.
         """
-        deadline, looked = time.monotonic() + seconds, False
+        deadline, collected = time.monotonic() + seconds, False
         while not self.is_held:
             self.release()
             descriptor = open_file(self._path, os.O_CREAT | os.O_RDWR)
@@ -114,9 +117,9 @@ class WriterLock:
                 return
             holder = Holder.read(descriptor)
             os.close(descriptor)
-            if not looked and holder is not None and holder.is_this_process:
-                looked = True
-                gc.collect()  # perhaps nobody uses what holds it
+            if not collected and holder is not None and holder.is_this_process:
+                collected = True
+                gc.collect()  # the object that has the lock may be unused
                 deadline = min(deadline, time.monotonic() + _IN_ONE_PROCESS_SECONDS)
             if time.monotonic() >= deadline:
                 raise StoreError(self._refusal(holder))
@@ -128,7 +131,7 @@ class WriterLock:
         self._descriptor = self._finalizer = None
 
     def _lock(self, descriptor: int) -> bool:
-        """Whether this session has the lock now."""
+        """Tries to lock the file for this session; returns whether it has the lock now."""
         before = Holder.read(descriptor)
         if before is not None and before.session == self.session:
             return try_lock(descriptor, shared=True) and self._is_ours(descriptor)
@@ -136,7 +139,7 @@ class WriterLock:
             return False
         kind: Kind = "durable" if before is not None and before.kind == "durable" else self._kind
         Holder.of_this_process(kind, self.session).write(descriptor)
-        return try_lock(descriptor, shared=True) and self._is_ours(descriptor)  # another one may have come in between
+        return try_lock(descriptor, shared=True) and self._is_ours(descriptor)  # another session may have come in between
 
     def _is_ours(self, descriptor: int) -> bool:
         holder = Holder.read(descriptor)

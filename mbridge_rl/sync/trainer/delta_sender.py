@@ -1,8 +1,8 @@
-"""A trainer rank's end of deltas: what its workers hold of it, packed, and what the next version changes."""
+"""The trainer's end of deltas: the packed bytes that a rank sent last, and the changes from them to the next version."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,23 +12,25 @@ from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
 
 
 class DeltaSender:
-    """One trainer rank's end: what its workers hold of it, packed, and what the next version changes.
+    """Keeps the packed parts that one trainer rank sent last, and encodes what the next version changes in them.
 
     Args:
-        route: of the sync.
-        rank: of the trainer.
+        route: the route of the sync.
+        rank: the trainer rank.
+
+    Attributes:
+        base: the version that the next delta starts from, and the proofs of all workers; `None` if there is none.
     """
 
     def __init__(self, route: Route, rank: int) -> None:
         self._route, self._rank = route, rank
         self._held: dict[PartId, Tensor] = {}
         self._encoded: dict[PartId, Tensor] = {}
-        self._sent: Mapping[int, WorkerRoute] = {}
         self.base: tuple[int, list[str]] | None = None
 
     @property
     def parts(self) -> list[tuple[WorkerRoute, int, Part]]:
-        """All parts of all trainer ranks, in the order of their sizes."""
+        """All parts of all trainer ranks, in the order of the sizes that `encode` returns."""
         return [
             (worker, index, part)
             for worker in self._route.workers
@@ -37,14 +39,18 @@ class DeltaSender:
         ]
 
     def encode(self, pack: Pack) -> Tensor:
-        """Finds what changed in every part of this rank; `pack` writes a part as it is now.
+        """Encodes what changed in every part of this rank.
+
+        Args:
+            pack: writes a part as it is now.
 
         Returns:
-            Bytes of every part as it will travel, int64 `[number of parts]`, 0 where other ranks have it: ranks add theirs up.
+            The bytes of every part as it will travel, int64 `[number of parts]`. The parts of other ranks are 0, so the sum
+            over ranks has all sizes.
         """
         self._encoded = {}
-        mine = [part for _, _, part in self._route.parts_of(self._rank)]
-        scratch = torch.empty(max((part.nbytes for part in mine), default=0), dtype=torch.uint8)
+        own_parts = [part for _, _, part in self._route.parts_of(self._rank)]
+        scratch = torch.empty(max((part.nbytes for part in own_parts), default=0), dtype=torch.uint8)
         sizes = []
         for worker, index, part in self.parts:
             sizes.append(part.nbytes if part.source_rank == self._rank else 0)
@@ -58,21 +64,22 @@ class DeltaSender:
         return torch.tensor(sizes, dtype=torch.int64)
 
     def take(self, worker: WorkerRoute, index: int) -> Tensor | None:
-        """The encoded part; `None` where it goes whole."""
+        """The encoded part; `None` if the part travels in full."""
         return self._encoded.get((worker.rank, index))
 
     def hold(self, worker: WorkerRoute, index: int, data: Tensor) -> None:
-        """A part went whole, as `data`. What was held of it is gone: until the commit there is nothing to start from."""
+        """Remembers `data` (uint8 `[part.nbytes]`), a part that travels in full. It replaces the bytes that were sent last, so
+        there is no base for a delta until the commit."""
         self.base = None
         if (worker.rank, index) not in self._held:
             self._held[worker.rank, index] = torch.empty(data.numel(), dtype=torch.uint8)
         self._held[worker.rank, index].copy_(data)
 
     def commit(self, version: int, proofs: Sequence[str]) -> None:
-        """The version exists: the next delta starts from it.
+        """Makes `version` the base of the next delta.
 
         Args:
-            proofs: of every worker.
+            proofs: the proofs of all workers.
         """
         for worker, index, part in self._route.parts_of(self._rank):
             if (data := self._encoded.get((worker.rank, index))) is not None:
@@ -80,11 +87,11 @@ class DeltaSender:
         self._encoded, self.base = {}, (version, list(proofs))
 
     def abort(self) -> None:
-        """Forgets what was encoded last; what is held stays."""
+        """Forgets the changes that were encoded last; the bytes that were sent last stay."""
         self._encoded = {}
 
 
-PartId = tuple[int, int]  # worker, bucket: one trainer rank has one part of it
+PartId = tuple[int, int]  # worker, bucket index: a trainer rank has one part of a bucket
 
 
 Pack = Callable[[WorkerRoute, Part, Tensor], None]

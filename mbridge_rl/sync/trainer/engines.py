@@ -1,4 +1,4 @@
-"""The engines of a sync, as the trainer's first rank drives them: all at once, with a result from each."""
+"""The engines of a sync: the trainer's first rank calls all of them at once and collects a result from each."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from mbridge_rl.sync.transports.waiting import Timeout
 
 _log = logging.getLogger(__name__)
 
-_MOST_AT_ONCE = 256  # engines that are asked at the same time
+_MOST_AT_ONCE = 256  # engines that are called at the same time
 
 
 class Engine(Protocol):
-    """What a sync asks of an engine; every kind in `sync.vllm` has it. One that is dead raises `EngineProcessError`.
+    """The methods that a sync calls on an engine; every engine class in `sync.vllm` has them. A dead engine raises
+    `EngineProcessError`.
 
     All arguments and results are plain JSON types, so that they cross processes, Ray or HTTP alike.
     """
@@ -45,8 +46,8 @@ class Member:
     """An engine that takes part.
 
     Attributes:
-        number: its own for as long as it does, whoever joins and leaves.
-        hosts: of its workers.
+        number: identifies the engine for as long as it takes part, whatever other engines join and leave.
+        hosts: machine ids of its workers.
     """
 
     number: int
@@ -58,8 +59,8 @@ class Engines:
     """One engine, or several replicas of equal layout, which may join and leave between syncs.
 
     Attributes:
-        generation: changes with every one that joins or leaves.
-        turn: held by a sync while it runs, and by whoever changes the members.
+        generation: a counter that grows when an engine joins or leaves.
+        turn: the lock that a sync holds while it runs, and that a caller holds who adds or removes an engine.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -67,7 +68,7 @@ class Engines:
         self._numbers = itertools.count(len(self._members))
         self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="mbridge-engine")
         self.generation, self.turn = 0, threading.Lock()
-        self._fill = ""  # of the update that began last
+        self._fill = ""  # the fill of the update that began last
 
     @property
     def all(self) -> tuple[Engine, ...]:
@@ -82,9 +83,10 @@ class Engines:
         self.generation += 1
 
     def dismiss(self, engine: Engine) -> None:
-        """
+        """Removes an engine.
+
         Raises:
-            SyncError: it takes no part.
+            SyncError: the engine takes no part.
         """
         if not any(member.engine is engine for member in self._members):
             raise SyncError("this engine takes no part in the sync: it has left, was lost, or never joined")
@@ -92,19 +94,19 @@ class Engines:
         self.generation += 1
 
     def dismiss_lost(self) -> int:
-        """How many engines were found dead and take part no longer. Where all are, none is dismissed."""
+        """Removes the engines that are dead, and returns how many. If all engines are dead, none is removed."""
 
-        def ask(_: int, engine: Engine) -> EngineProcessError | None:
+        def death_of(_: int, engine: Engine) -> EngineProcessError | None:
             try:
                 engine.update_status()
             except EngineProcessError as error:
                 return error
             except BridgeError:
-                pass  # it lives, and has its own trouble
+                pass  # the engine is alive and failed for another reason
             return None
 
-        found = self.each(ask)
-        lost = [(member, error) for member, error in zip(self._members, found, strict=True) if error is not None]
+        deaths = self.each(death_of)
+        lost = [(member, error) for member, error in zip(self._members, deaths, strict=True) if error is not None]
         if len(lost) == len(self._members):
             return 0
         for member, error in lost:
@@ -113,23 +115,23 @@ class Engines:
         return len(lost)
 
     def describe(self, info: dict[str, Any]) -> list[list[dict[str, Any]]]:
-        """The workers of every engine.
+        """The descriptions of the workers of every engine.
 
         Raises:
-            EngineMismatch: the engines are not alike.
+            EngineMismatch: the engines have different layouts.
         """
-        said = self.each(lambda _, engine: engine.describe_workers(info))
-        for index, workers in enumerate(said):
-            if not alike(workers, said[0]):
+        descriptions = self.each(lambda _, engine: engine.describe_workers(info))
+        for index, workers in enumerate(descriptions):
+            if not alike(workers, descriptions[0]):
                 raise EngineMismatch(
                     f"engine {index} keeps its weights in another layout than engine 0: give engines of each layout a "
                     "WeightSync of their own"
                 )
         self._members = [
             replace(member, hosts=frozenset(worker["host"] for worker in workers))
-            for member, workers in zip(self._members, said, strict=True)
+            for member, workers in zip(self._members, descriptions, strict=True)
         ]
-        return said
+        return descriptions
 
     def adopt(self, introduction: dict[str, Any]) -> None:
         self.each(lambda _, engine: engine.adopt_route(introduction))
@@ -139,19 +141,18 @@ class Engines:
 
         def call(index: int, engine: Engine) -> None:
             wire = {**update["wire"], "replica": index}
-            if "store" in wire:  # replicas on one host keep images of their own
+            if "store" in wire:  # every replica on a host keeps its own images
                 wire["store"] = f"{wire['store']}.{self._members[index].number}"
             engine.begin_update({**update, "wire": wire})
 
         self.each(call)
 
     def wait_for_arrival(self, timeout: Timeout) -> None:
-        """Until every worker has everything, verified.
+        """Waits until every worker has received and verified everything.
 
         Raises:
-            SyncError: what went wrong in one of them; TransferTimeout.
+            SyncError: the error of a worker that failed. TransferTimeout: the wait was too long.
         """
-
         timeout.wait_for(
             lambda: all(worker["arrived"] for worker in self.require_healthy()), "not everything arrived at all engines"
         )
@@ -160,18 +161,19 @@ class Engines:
         """The status of every worker of every engine.
 
         Raises:
-            SyncError: what went wrong in one of them; EngineProcessError: an engine died.
+            SyncError: the error of a worker that failed. EngineProcessError: an engine died.
         """
-        said = [worker for workers in self.each(lambda _, engine: engine.update_status()) for worker in workers]
-        failures = [Failure.from_json(worker["error"]) for worker in said if worker["error"]]
+        statuses = [worker for workers in self.each(lambda _, engine: engine.update_status()) for worker in workers]
+        failures = [Failure.from_json(worker["error"]) for worker in statuses if worker["error"]]
         for failure in sorted(failures, key=lambda failure: failure.error_class is PeerFailed):  # causes come first
             error = failure.error()
             raise error if isinstance(error, BridgeError) else SyncError(str(failure))
-        return said
+        return statuses
 
     @contextmanager
     def with_engine_errors(self, group: RankGroup) -> Iterator[None]:
-        """Where ranks fail inside because of an engine, all of them raise what went wrong in there. On all ranks together."""
+        """If the ranks fail inside the block because of an engine, all of them raise the error of that engine. All ranks
+        enter the block together."""
         try:
             yield
         except RanksUnreachable:
@@ -181,15 +183,15 @@ class Engines:
             raise
 
     def _require_own_health(self) -> None:
-        with suppress(PeerFailed):  # it comes of what the ranks know already
+        with suppress(PeerFailed):  # the consequence of an error that the ranks have already
             self.require_healthy()
 
     def proofs(self) -> list[list[str | None]]:
-        """Of the weights that every worker of every engine serves (`packing.proof_of`)."""
+        """The proofs of the weights that every worker of every engine serves (`packing.proof_of`)."""
         return self.each(lambda _, engine: [worker["proof"] for worker in engine.update_status()])
 
     def commit(self, version: int, requests: str, timeout: float) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
-        """See `each_alone`."""
+        """Commits `version` in every engine; results and errors are those of `each_alone`."""
 
         def call(_: int, engine: Engine) -> dict[str, Any]:
             report = engine.commit_update(version, requests, timeout)
@@ -202,13 +204,13 @@ class Engines:
     def each_alone(
         self, version: int, action: Callable[[int, Any], dict[str, Any]]
     ) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
-        """Gives `version` to each engine on its own: what fails in one does not hold the others up.
+        """Calls `action`, which brings `version`, for each engine on its own: a failure of one does not stop the others.
 
         Returns:
-            Every engine's outcome, and the reports of those that committed.
+            The outcomes of all engines, and the reports of the engines that committed.
 
         Raises:
-            BridgeError: none of them committed.
+            BridgeError: no engine committed.
         """
 
         def call(index: int, engine: Engine) -> tuple[EngineOutcome, dict[str, Any] | None]:
@@ -219,18 +221,20 @@ class Engines:
                 return EngineOutcome(index, None, f"{type(error).__name__}: {error}"), None
 
         failures: list[BridgeError] = []
-        found = self.each(call)
+        results = self.each(call)
         if len(failures) == len(self.all):
             raise failures[0]
-        return [outcome for outcome, _ in found], [report for _, report in found if report is not None]
+        return [outcome for outcome, _ in results], [report for _, report in results if report is not None]
 
     def abort(self, reason: str) -> None:
-        """As far as engines can be reached; one that cannot is dead, or aborts by its own time-out."""
+        """Aborts the update in every engine that can be reached. Another engine is dead, or aborts at its own time-out."""
 
         def call(index: int, engine: Engine) -> None:
             try:
                 engine.abort_update(reason)
-            except Exception as error:  # all ranks raise what led here; rank 0 must not raise this instead
+            except (
+                Exception
+            ) as error:  # all ranks raise the error that caused the abort; rank 0 must not raise this one instead
                 _log.warning("engine %d did not drop its update: %s: %s", index, type(error).__name__, error)
 
         self.each(call)
@@ -239,10 +243,12 @@ class Engines:
         self._pool.shutdown(wait=False)
 
     def each(self, call: Callable[[int, Engine], Any]) -> list[Any]:
-        """Every engine's answer. If some fail, the others have been asked as well, and one error tells of all.
+        """Calls `call(index, engine)` for all engines at once and returns the results. A failure does not stop the other
+        calls; one error then reports all failures.
 
         Raises:
-            BridgeError: the only engine's own error, or of the first failed one's type with every engine's message.
+            BridgeError: the error of the only engine; with several engines, an error of the type of the first failure with the
+                messages of all.
         """
         futures = [self._pool.submit(call, index, engine) for index, engine in enumerate(self.all)]
         failures = {index: error for index, future in enumerate(futures) if (error := future.exception()) is not None}
@@ -252,8 +258,8 @@ class Engines:
         if len(self.all) == 1 or not isinstance(first, Exception):
             raise first
         kind = type(first) if isinstance(first, BridgeError) else SyncError
-        said = "; ".join(f"engine {index}: {type(error).__name__}: {error}" for index, error in failures.items())
-        raise kind(f"{len(failures)} of {len(self.all)} engines failed: {said}") from first
+        messages = "; ".join(f"engine {index}: {type(error).__name__}: {error}" for index, error in failures.items())
+        raise kind(f"{len(failures)} of {len(self.all)} engines failed: {messages}") from first
 
 
 def outcomes_of(
@@ -262,11 +268,11 @@ def outcomes_of(
     replicas: int,
     commit: Callable[[], tuple[list[EngineOutcome], list[dict[str, Any]]]],
 ) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
-    """Runs `commit` on rank 0 and tells every rank what became of each of the `replicas` engines; where all committed, which is
-    nearly always, in one number. All ranks together.
+    """Runs `commit` on rank 0 and shares the outcomes of all `replicas` engines with every rank. If all engines committed,
+    which is the usual case, this takes one number. All ranks call it together.
 
     Returns:
-        The outcomes, on every rank; the reports of the engines that committed, on rank 0 alone.
+        The outcomes, on every rank, and the reports of the engines that committed, on rank 0 (an empty list elsewhere).
     """
     outcomes, reports = group.first_rank_does(commit) or ([EngineOutcome(index, version) for index in range(replicas)], [])
     failed = torch.tensor([sum(outcome.error is not None for outcome in outcomes)])

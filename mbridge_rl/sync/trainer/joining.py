@@ -1,4 +1,4 @@
-"""An engine joins a trainer that has been going for a while."""
+"""An engine joins a trainer that has already synced versions to other engines."""
 
 from __future__ import annotations
 
@@ -13,24 +13,31 @@ from mbridge_rl.sync.transports.shared_memory import store_wire
 
 
 def introduce(engine: Engine, introduction: Mapping[str, Any]) -> set[str]:
-    """The newcomer learns what every sync will bring to its workers; returns their hosts.
+    """Gives the engine the introduction of the trainer: what every sync brings to its workers.
+
+    Returns:
+        The machine ids of its workers.
 
     Raises:
-        EngineMismatch: its model or layout is not the others'.
+        EngineMismatch: the engine's model or layout differs from that of the other engines.
     """
-    said = engine.describe_workers(dict(introduction["init_info"]))
-    if not alike(said, introduction["workers"]):
+    descriptions = engine.describe_workers(dict(introduction["init_info"]))
+    if not alike(descriptions, introduction["workers"]):
         raise EngineMismatch(
-            f"the engine that joins keeps its weights on {len(said)} workers in another layout than the "
-            f"{len(introduction['workers'])} of those that are there: give engines of each layout a WeightSync of their own"
+            f"the engine that joins keeps its weights on {len(descriptions)} workers in another layout than the "
+            f"{len(introduction['workers'])} workers of the other engines: give engines of each layout a WeightSync of their "
+            "own"
         )
     engine.adopt_route(dict(introduction))
-    return {worker["host"] for worker in said}
+    return {worker["host"] for worker in descriptions}
 
 
 def bring_up(engine: Engine, store: WeightStore, fingerprint: str, requests: str, timeout: float) -> int | None:
-    """A newcomer on the store's host gets the version that was committed last, as a sync of its own; returns that version, and
-    `None` where the store holds none of this plan."""
+    """Loads the version that was committed last into a new engine on the store's host.
+
+    Returns:
+        That version, or `None` if the store holds no version of this plan.
+    """
     head = store.head()
     if head is None or head.fingerprint != fingerprint:
         return None
@@ -40,18 +47,18 @@ def bring_up(engine: Engine, store: WeightStore, fingerprint: str, requests: str
 
 
 def committed_update(store: WeightStore, head: Head, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
-    """An update to what a store holds, as `Engine.begin_update` takes it: it says which fill all workers have to load. They
-    open and verify it when the update begins, and nobody fills it anew until they have committed it."""
+    """The update to the version that a store holds, as `Engine.begin_update` takes it. It names the fill that all workers have
+    to load. They open and verify it when the update begins, and nobody fills it anew until they have committed it."""
     wire = store_wire(store, head.token, head.fill) | {"committed": True}
-    names = {"version": head.version, "fingerprint": head.fingerprint, "mode": "staged", "wire": wire, "delta": None}
-    return names | {"timeout": timeout, "requests": requests}
+    update = {"version": head.version, "fingerprint": head.fingerprint, "mode": "staged", "wire": wire, "delta": None}
+    return update | {"timeout": timeout, "requests": requests}
 
 
 def live_update(store: WeightStore) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The update to what is live in a store now, and what the trainer said of it when it introduced itself.
+    """The update to the version that is live in a store now, and the introduction of the trainer that wrote it.
 
     Raises:
-        StoreError: nothing was committed there.
+        StoreError: nothing was committed to the store.
     """
     head = store.head()
     if head is None:

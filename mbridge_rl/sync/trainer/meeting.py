@@ -1,7 +1,8 @@
-"""Trainer ranks and engines meet: the workers say what they keep, every rank compiles the same plan, and a transport is chosen.
+"""The meeting of trainer ranks and engines: the workers describe their parameters, every rank compiles the same plan, and a
+transport is chosen.
 
-meet     once per WeightSync   -> Meeting:    what every sync sends, and what the workers are told of it
-connect  when engines change   -> Connection: how it gets to those that are there
+`meet` runs once per WeightSync and returns a `Meeting`: what every sync sends, and the introduction that the workers get.
+`connect` runs whenever the engines change and returns a `Connection`: the transport to the engines that take part now.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from mbridge_rl.sync.transports.waiting import Timeout
 _log = logging.getLogger(__name__)
 
 ON_ONE_HOST = ("shared_memory", "cuda_ipc")
-"""Transports that reach engines on the trainer's host only."""
+"""The transports that reach only engines on the trainer's host."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class Meeting:
     """What trainer ranks and engines agreed on; it holds for every sync.
 
     Attributes:
-        spec: the mapping of what travels: the model's, or that of its quantized checkpoint.
-        layout: of the trainer.
-        hf_dtypes: of the tensors that travel, by `hf_name`.
+        spec: the spec of the tensors that travel: the model's spec, or that of its quantized checkpoint.
+        layout: the parallel layout of the trainer.
+        hf_dtypes: the dtypes of the tensors that travel, by `hf_name`.
         route: what every engine worker receives from which rank.
-        introduction: what the workers learn of all this, in plain JSON types.
-        hosts: of all engines, when they met.
-        replicas: number of engines, when they met.
+        introduction: what `Engine.adopt_route` takes, in plain JSON types.
+        hosts: machine ids of all engine workers at the time of the meeting.
+        replicas: number of engines at the time of the meeting.
     """
 
     spec: ModelSpec
@@ -67,11 +68,11 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Connection:
-    """How weights get to the engines that are there now.
+    """The open transport to the engines that take part now.
 
     Attributes:
-        transport: its name.
-        way: this rank's end of it.
+        transport: the name of the transport.
+        way: this rank's end of the transport.
         replicas: number of engines.
     """
 
@@ -88,10 +89,11 @@ def meet(
     options: SyncOptions,
     dtype: torch.dtype | None,
 ) -> Meeting:
-    """All ranks together. No weight is changed.
+    """Plans what every sync sends and introduces the trainer to the engines. All ranks call it together. No weight is changed.
 
     Raises:
-        SyncError: ranks disagree, or there is no engine. EngineMismatch: an engine's model is not the bridge's. PlanError.
+        SyncError: the ranks disagree, or there is no engine. EngineMismatch: an engine's model is not the bridge's.
+            PlanError: the trainer does not hold something that a worker needs.
     """
     spec = bridge.spec if options.quantization is None else quantized_spec(bridge.spec, options.quantization)
     layout, dtype = layout_of(model, bridge.spec), dtype or model_dtype(model)
@@ -125,10 +127,10 @@ def connect(
     engine_hosts: AbstractSet[str],
     replicas: int,
 ) -> Connection:
-    """Opens the transport that the options choose for engines on these hosts. All ranks together.
+    """Opens the transport that the options choose for engines on `engine_hosts`. All ranks call it together.
 
     Raises:
-        SyncError: it does not reach them.
+        SyncError: the transport does not reach these hosts.
     """
     hosts = set(group.gather_plain(machine_id())) | engine_hosts
     kind = options.transport
@@ -140,15 +142,15 @@ def connect(
     device = next((live.base(name).device for name in live), group.device)
     context = Context(group, meeting.route, replicas, store, Timeout(options.timeout), options.url, device)
     staged_here = kind == "shared_memory" and options.mode == "staged" and not options.delta
-    way = open_way("store" if staged_here else kind, context, one_host=len(hosts) == 1)
-    return Connection(kind, way, replicas)
+    transport = open_way("store" if staged_here else kind, context, one_host=len(hosts) == 1)
+    return Connection(kind, transport, replicas)
 
 
 def held_store(options: SyncOptions, group: RankGroup) -> WeightStore:
-    """The weight store of this host, to which no other trainer writes from here on. All ranks together.
+    """The weight store of this host, locked: from here on no other trainer writes to it. All ranks call it together.
 
     Raises:
-        StoreError: on all ranks: another trainer does.
+        StoreError: on all ranks, if another trainer writes to it.
     """
     name = group.share_plain(options.store or WeightStore.unnamed().name)
     store = WeightStore(name, SHARED_MEMORY, temporary=options.store is None)
@@ -163,7 +165,8 @@ def _described(engines: Engines, information: dict[str, Any]) -> list[list[dict[
 
 
 def _warn_of_tensors_that_go_unsplit(workers: Sequence[WorkerDescription]) -> None:
-    for hf_name, reason in {name: why for worker in workers for name, why in worker.whole.items()}.items():
+    reasons = {hf_name: reason for worker in workers for hf_name, reason in worker.whole.items()}
+    for hf_name, reason in reasons.items():
         _log.warning("%s goes whole to every worker that keeps some of it: %s", hf_name, reason)
 
 
@@ -184,9 +187,10 @@ def _planned(
 
 
 def _require_same(values: tuple[Any, ...], group: RankGroup) -> None:
-    of_ranks = group.gather_plain(tuple(map(str, values)))
-    for rank, theirs in enumerate(of_ranks):
-        if theirs != of_ranks[0]:
+    values_by_rank = group.gather_plain(tuple(map(str, values)))
+    for rank, own_values in enumerate(values_by_rank):
+        if own_values != values_by_rank[0]:
             raise SyncError(
-                f"rank {rank} brings {theirs}, rank 0 {of_ranks[0]}: give every rank the same model, layout, dtype and options"
+                f"rank {rank} brings {own_values}, rank 0 {values_by_rank[0]}: give every rank the same model, layout, dtype "
+                "and options"
             )

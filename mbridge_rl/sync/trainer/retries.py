@@ -1,4 +1,4 @@
-"""A sync that fails for a passing reason is tried again; whatever comes of it, the sinks hear of it once."""
+"""Repeats a sync that failed for a reason that may pass. The sinks get one report, whether the sync succeeds or fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mbridge_rl.sync.record.timeline import Stopwatch
 
 _log = logging.getLogger(__name__)
 
-_TRANSIENT = (TransferTimeout, DigestMismatch, DeltaRefused)  # worth another attempt; whatever else fails would fail again
+_TRANSIENT = (TransferTimeout, DigestMismatch, DeltaRefused)  # worth another attempt; any other error would come again
 
 Done = TypeVar("Done")
 
@@ -28,12 +28,18 @@ def with_retries(
     sinks: Iterable[Sink],
     goes_on: Callable[[Exception], bool] = lambda _: False,
 ) -> SyncReport:
-    """All ranks together: what one of them raises all raise, so all try again or none does.
+    """Calls `attempt` until it succeeds or may not be repeated. All ranks call this together; they all raise what one of them
+    raises, so all try again or none does.
 
     Args:
-        attempt: given its own watch, and whether it is the first.
-        report: the record, of all attempts' watches, what came of the last, and its error.
-        goes_on: whether the cause of a failure is gone; then there is another attempt, whatever `retries` says.
+        version: the version of the sync, for the log.
+        attempt: called with a new stopwatch and with whether this is the first attempt.
+        report: makes the report of the sync from the stopwatches of all attempts, the result of the last one (`None` if it
+            failed), and its error (`""` if it succeeded).
+        lane: the lane of the stopwatches.
+        retries: the number of further attempts after a failure that may pass.
+        sinks: where the report goes.
+        goes_on: whether the cause of a failure is gone; then there is another attempt, whatever `retries` is.
     """
     watches: list[Stopwatch] = []
     while True:
@@ -48,6 +54,6 @@ def with_retries(
                 continue
             tell(sinks, report(watches, None, f"{type(error).__name__}: {error}"))
             raise
-        found = report(watches, done, "")
-        tell(sinks, found)
-        return found
+        sync_report = report(watches, done, "")
+        tell(sinks, sync_report)
+        return sync_report

@@ -1,10 +1,10 @@
-"""How buckets travel: one small file per transport, behind two small interfaces.
+"""Transports carry buckets from trainer ranks to engine workers: one small file per transport, behind two small interfaces.
 
     outlet (a trainer rank):   place(worker, index, part) -> where to pack it;   send(worker, index, part);   finish() | fail()
     inlet (an engine worker):  take(index) -> its parts' bytes;                  give_back(index);            fail()
 
 Packing part n + 1 overlaps with moving part n and loading part n - 1, as far as a transport has room for them. Every wait has a
-time-out. The *wire* is what a worker needs to open its inlet, in plain JSON.
+time-out. The *wire* is plain JSON and holds what a worker needs to open its inlet.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Wire = Mapping[str, Any]
 
 
 class Outlet(Protocol):
-    """A trainer rank's end; parts are placed and sent in the order of `Route.parts_of`."""
+    """A trainer rank's end. Parts are placed and sent in the order of `Route.parts_of`."""
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
-        """Where to pack `part` of bucket `index`, uint8 `[part.nbytes]`; waits until there is room."""
+        """The memory in which to pack `part` of bucket `index`, uint8 `[part.nbytes]`; waits until there is room."""
         ...
 
     def send(self, worker: int, index: int, part: Part) -> None:
-        """The part is packed."""
+        """Sends the part, which has been packed."""
         ...
 
     def finish(self) -> None:
@@ -43,23 +43,23 @@ class Outlet(Protocol):
         ...
 
     def fail(self) -> None:
-        """This rank sends no more; whoever waits for it should not have to find out."""
+        """Ends sending after a failure, and lets the workers know at once if the transport can."""
         ...
 
     def close(self) -> None: ...
 
 
 class Inlet(Protocol):
-    """An engine worker's end; buckets are taken in order."""
+    """An engine worker's end. Buckets are taken in order."""
 
     def take(self, index: int) -> Sequence[Tensor]:
-        """The bytes of each part of bucket `index`, in the route's order; valid until it is given back."""
+        """The bytes (uint8) of each part of bucket `index`, in the route's order; valid until the bucket is given back."""
         ...
 
     def give_back(self, index: int) -> None: ...
 
     def fail(self) -> None:
-        """This worker takes no more; whoever waits for it should not have to find out."""
+        """Ends receiving after a failure, and lets the trainer ranks know at once if the transport can."""
         ...
 
     def close(self) -> None: ...
@@ -67,7 +67,7 @@ class Inlet(Protocol):
 
 @contextmanager
 def fails_with(outlet: Outlet) -> Iterator[None]:
-    """Whoever waits for this rank hears of it when something is raised inside."""
+    """Calls `outlet.fail()` if the block raises, so that nobody waits for this rank."""
     try:
         yield
     except BaseException:
@@ -77,14 +77,16 @@ def fails_with(outlet: Outlet) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Context:
-    """What every way needs to know of a sync, on a trainer rank.
+    """What every transport needs to know of a sync, on a trainer rank.
 
     Attributes:
-        replicas: engines of equal layout that all get the same weights.
+        group: the trainer ranks.
+        route: what every engine worker receives.
+        replicas: number of engines of equal layout that all get the same weights.
         store: the weight store of the trainer's host.
-        timeout: for every wait.
-        url: where files go.
-        device: of the parameters.
+        timeout: the timeout of every wait.
+        url: the directory or object store of the transport `files`.
+        device: the device of the parameters.
     """
 
     group: RankGroup
@@ -96,34 +98,42 @@ class Context:
     device: torch.device
 
     def from_first_rank(self, value: Any) -> Any:
-        """Rank 0's `value` on all ranks: a few paths, once per sync."""
+        """Rank 0's `value` on all ranks. It is small: a few paths, once per sync."""
         return self.group.share_plain(value)
 
 
 class Way(Protocol):
-    """A trainer's end of a transport, on every rank; made once, used for every version."""
+    """A trainer's end of a transport, on every rank. It is made once and used for every version."""
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
-        """`route` is the context's, with parts of their size or smaller ones."""
+        """Opens the transfer of `version`. The parts of `route` are those of the context's route, or smaller."""
         ...
 
-    def verify(self, with_digests: bool) -> None: ...
+    def verify(self, with_digests: bool) -> None:
+        """Verifies what this rank can verify of what was sent."""
+        ...
 
-    def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None: ...
+    def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
+        """Makes `version` the committed one, on rank 0, before the engines commit it."""
+        ...
 
-    def abandon(self) -> None: ...
+    def abandon(self) -> None:
+        """Gives the transfer up that is open."""
+        ...
 
     def close(self) -> None: ...
 
 
 def open_way(kind: str, context: Context, *, one_host: bool = False) -> Way:
-    """The trainer's end of a transport.
+    """Opens the trainer's end of a transport.
 
     Args:
-        one_host: trainer and engines are all on one.
+        kind: the name of the transport.
+        context: what the transport needs to know.
+        one_host: whether trainer and engines are all on one host.
 
     Raises:
-        SyncError: there is no such kind.
+        SyncError: there is no such transport.
     """
     from mbridge_rl.sync.transports import cuda_ipc, files, process_group, shared_memory
 
@@ -140,10 +150,10 @@ def open_way(kind: str, context: Context, *, one_host: bool = False) -> Way:
 
 
 def open_inlet(wire: Wire, route: WorkerRoute, timeout: Timeout) -> Inlet:
-    """The worker's end of whatever the trainer opened.
+    """Opens the worker's end of the transport that the trainer opened.
 
     Raises:
-        SyncError: a kind of wire that this library does not know.
+        SyncError: this library does not know the transport.
     """
     from mbridge_rl.sync.transports import cuda_ipc, files, process_group, shared_memory
 

@@ -1,8 +1,10 @@
-"""CUDA IPC, where a trainer rank and an engine worker share a GPU: the worker reads the trainer's buckets where they lie.
+"""The transport `cuda_ipc`, for a trainer rank and an engine worker that share a GPU: the worker reads the buckets in the
+trainer's GPU memory.
 
-Follows PyTorch's contract for sharing CUDA storage between processes (`torch.multiprocessing.reductions`): a handle is opened
-once and stays valid while its owner keeps the memory. Counters in shared memory say what is full and what is empty, as for
-the ring; both ends synchronize the device before they count. Untested: the machine this was written on has no GPU.
+It follows PyTorch's contract for sharing CUDA storage between processes (`torch.multiprocessing.reductions`): a handle is
+opened once and stays valid while its owner keeps the memory. Counters in shared memory say which buckets are full and which are
+empty, as for the ring; both ends synchronize the device before they count. It is untested: the machine on which it was written
+has no GPU.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from mbridge_rl.sync.transports.waiting import Timeout
 
 
 def handle_of(tensor: Tensor) -> list[Any]:
-    """What another process needs to open the tensor's storage, in JSON types."""
+    """The handle with which another process opens the tensor's storage, in JSON types."""
     fields = tensor.untyped_storage()._share_cuda_()
     return [base64.b64encode(field).decode() if isinstance(field, bytes) else field for field in fields]
 
 
 def opened(handle: Sequence[Any]) -> Tensor:
-    """The tensor (uint8) behind a handle of another process on the same GPU."""
+    """Opens a handle of another process on the same GPU; returns the tensor (uint8) behind it."""
     fields = [base64.b64decode(field) if isinstance(field, str) else field for field in handle]
     torch.cuda._lazy_init()
     storage = torch.UntypedStorage._new_shared_cuda(*fields)
@@ -37,7 +39,7 @@ def opened(handle: Sequence[Any]) -> Tensor:
 
 
 class IpcOutlet(RingOutlet):
-    """Packs on the GPU; `cells[worker]` is `[RING_BUCKETS, largest part]`."""
+    """Packs on the GPU; `cells[worker]` is uint8 `[RING_BUCKETS, largest part]`."""
 
     def __init__(self, rings: Sequence[Ring], cells: dict[int, Tensor], route: Route, timeout: Timeout) -> None:
         super().__init__(rings, route, timeout)
@@ -53,6 +55,8 @@ class IpcOutlet(RingOutlet):
 
 
 class IpcInlet(RingInlet):
+    """Reads the buckets from the trainer ranks' GPU memory."""
+
     def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
         super().__init__(wire, route, timeout)
         self._cells = {int(rank): opened(handle).view(RING_BUCKETS, -1) for rank, handle in wire["handles"][route.rank].items()}
@@ -86,10 +90,10 @@ class IpcWay(RingWay):
             worker: torch.empty(RING_BUCKETS, nbytes, dtype=torch.uint8, device=context.device)
             for worker, nbytes in largest.items()
         }
-        mine = {worker: handle_of(cells) for worker, cells in self._cells.items()}
-        said = context.group.gather_plain(mine)
+        own_handles = {worker: handle_of(cells) for worker, cells in self._cells.items()}
+        handles_by_rank = context.group.gather_plain(own_handles)
         self._handles = [
-            {str(rank): handles[worker.rank] for rank, handles in enumerate(said) if worker.rank in handles}
+            {str(rank): handles[worker.rank] for rank, handles in enumerate(handles_by_rank) if worker.rank in handles}
             for worker in context.route.workers
         ]
 

@@ -1,8 +1,9 @@
-"""Through files, by fsspec: a directory that both ends mount, or an object store. For ends without a common network.
+"""The transport `files` writes parts to a directory that both ends mount, or to an object store, through fsspec. It is for ends
+without a common network.
 
-A part is one file. Readers take a file when it has its full size; what it holds is proven by digest like everything else. The
-folder of an update has a random name, so that no other update's files are ever taken for its own. In a mounted directory both
-are their user's alone.
+A part is one file. A worker reads a file when it has its full size; digests prove its content, as in every transport. The
+folder of an update has a random name, so that files of another update are never taken for its own. In a mounted directory the
+folder and the files are accessible to their user only.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class FilesOutlet:
             self._writing.popleft().result(self._timeout.seconds)
 
     def fail(self) -> None:
-        """Readers notice by the time-out."""
+        """Does nothing: the readers notice at their time-out."""
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -90,7 +91,7 @@ class FilesOutlet:
 
 
 class FilesInlet:
-    """Reads the next bucket while one is used."""
+    """Reads the next bucket while the worker uses the current one."""
 
     def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
         self._files, self._root = _file_system(wire["url"])
@@ -105,25 +106,24 @@ class FilesInlet:
         return reading.result()
 
     def give_back(self, index: int) -> None:
-        """Each bucket has memory of its own."""
+        """Does nothing: each bucket has memory of its own."""
 
     def fail(self) -> None:
-        """Nobody waits: files pile up."""
+        """Does nothing: no writer waits for a reader."""
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, index: int) -> list[Tensor]:
-        found = []
+        parts = []
         for part in self._route.buckets[index].parts:
             path = f"{self._root}/{_name(self._route.rank, index, part)}"
             self._timeout.wait_for(
                 lambda path=path, part=part: self._size(path) == part.nbytes,
                 f"trainer rank {part.source_rank} did not write {path}",
             )
-            data = torch.frombuffer(bytearray(self._files.cat_file(path)), dtype=torch.uint8)
-            found.append(data)
-        return found
+            parts.append(torch.frombuffer(bytearray(self._files.cat_file(path)), dtype=torch.uint8))
+        return parts
 
     def _size(self, path: str) -> int:
         with contextlib.suppress(FileNotFoundError):
@@ -133,14 +133,14 @@ class FilesInlet:
 
 
 class FilesWay:
-    """The trainer's end: a folder per version, removed when the next but one begins."""
+    """The trainer's end: a folder per version, which is removed when the next version but one begins."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._folders: list[str] = []
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
-        """All ranks together."""
+        """Makes the folder of the version. All ranks call it together."""
         context = self._context
         url = context.from_first_rank(f"{context.url}/{version}-{secrets.token_hex(16)}")
         self._folders.append(url)
@@ -157,13 +157,13 @@ class FilesWay:
         return wire, FilesOutlet(wire, largest, context.timeout)
 
     def verify(self, with_digests: bool) -> None:
-        """The workers do."""
+        """Does nothing: the workers verify."""
 
     def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
-        """The workers do."""
+        """Does nothing: the workers commit."""
 
     def abandon(self) -> None:
-        """The next version has another folder."""
+        """Does nothing: the next version gets another folder."""
 
     def close(self) -> None:
         if self._context.group.rank == 0:

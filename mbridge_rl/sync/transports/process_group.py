@@ -1,7 +1,9 @@
-"""Point to point over torch.distributed, gloo or NCCL: a process group of its own spans trainer ranks and engine workers.
+"""The transport `process_group` sends messages from point to point over torch.distributed (gloo or NCCL). A process group of
+its own spans trainer ranks and engine workers.
 
-Ranks of the group: the trainer's, then the workers of the first replica, of the second, ... A trainer rank sends each part
-once, to the first replica; every replica passes on what it gets to the next one while it uses it.
+The first ranks of the group are the trainer's; then come the workers of the first replica, of the second one, and so on. A
+trainer rank sends each part once, to the first replica; every replica forwards what it receives to the next one while it uses
+it.
 """
 
 from __future__ import annotations
@@ -25,23 +27,27 @@ from mbridge_rl.sync.transports.waiting import Timeout
 
 _DEPTH = 3  # messages under way per process
 _MOST_JOINED = 16
-_joined: dict[tuple[str, int], Any] = {}  # this process's process groups, by id and rank; kept between two versions
+_joined: dict[tuple[str, int], Any] = {}  # this process's process groups, by id and rank; they outlive a version
 
 
 def join(wire: Wire, rank: int, seconds: float) -> Any:
-    """The process group of `wire`; all its members come within `seconds`."""
+    """Joins the process group of `wire`.
+
+    Raises:
+        TransferTimeout: not all members came within `seconds`.
+    """
     if (member := (wire["group"], rank)) in _joined:
         return _joined[member]
     with explained("cannot meet the trainer and the other workers"):
         group = make_group(wire, rank, timedelta(seconds=seconds))
     while len(_joined) >= _MOST_JOINED:
-        _joined.pop(next(iter(_joined)))  # its trainer is gone, or has made another one since
+        _joined.pop(next(iter(_joined)))  # its trainer is gone, or has made another group since
     _joined[member] = group
     return group
 
 
 def leave(wire: Wire, rank: int) -> None:
-    """The group failed, or is not needed any more."""
+    """Forgets the process group of `wire`, because it failed or is not needed any more."""
     _joined.pop((wire["group"], rank), None)
 
 
@@ -50,7 +56,7 @@ def device_of(wire: Wire) -> torch.device:
 
 
 class GroupOutlet:
-    """A trainer rank; it joins the group when it sends for the first time, and the workers do meanwhile."""
+    """A trainer rank's end. It joins the group when it sends for the first time; the workers join at the same time."""
 
     def __init__(self, wire: Wire, rank: int, largest: int, timeout: Timeout) -> None:
         self._wire, self._rank, self._timeout = wire, rank, timeout
@@ -75,14 +81,14 @@ class GroupOutlet:
             _wait(self._works.popleft(), self._timeout, "a worker did not take a part")
 
     def fail(self) -> None:
-        """The others notice by the time-out."""
+        """Does nothing: the others notice at their time-out."""
 
     def close(self) -> None:
         self._works.clear()
 
 
 class GroupInlet:
-    """A worker; from trainer ranks, or from the replica before its own."""
+    """A worker's end. It receives from trainer ranks, or from the replica before its own."""
 
     def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
         self._wire, self._route, self._timeout = wire, route, timeout
@@ -98,7 +104,7 @@ class GroupInlet:
         self._next = 0
 
     def take(self, index: int) -> Sequence[Tensor]:
-        if self._group is None:  # the trainer's ranks join when they send
+        if self._group is None:  # the trainer ranks join when they send
             self._group = join(self._wire, self._rank, self._timeout.seconds)
         while self._next < min(index + _DEPTH, len(self._route.buckets)):
             self._posted.append([self._receive(self._next, part, data) for part, data in self._parts(self._next)])
@@ -114,7 +120,7 @@ class GroupInlet:
             _wait(work, self._timeout, f"the next replica did not take bucket {index}")
 
     def fail(self) -> None:
-        """The others notice by the time-out."""
+        """Does nothing: the others notice at their time-out."""
 
     def close(self) -> None:
         self._posted.clear()
@@ -132,7 +138,8 @@ class GroupWay:
     """The trainer's end. A group that failed is replaced by another one at the next version.
 
     Args:
-        one_host: no member is elsewhere, so that nobody else needs to reach the place where they meet.
+        context: what the transport needs to know.
+        one_host: whether all members are on one host, so that the store where they meet need not be reachable from elsewhere.
     """
 
     def __init__(self, context: Context, *, one_host: bool = False) -> None:
@@ -141,7 +148,7 @@ class GroupWay:
         self._wire: dict[str, Any] | None = None
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
-        """All ranks together."""
+        """Describes the process group to the workers. All ranks call it together."""
         context = self._context
         if self._wire is None:
             if context.group.rank == 0 and self._server is None:
@@ -168,10 +175,10 @@ class GroupWay:
         }
 
     def verify(self, with_digests: bool) -> None:
-        """The workers do."""
+        """Does nothing: the workers verify."""
 
     def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
-        """The workers do."""
+        """Does nothing: the workers commit."""
 
     def abandon(self) -> None:
         if self._wire is not None:
@@ -189,7 +196,7 @@ def _wait(work: Any, timeout: Timeout, complaint: str) -> None:
 
 
 class explained:
-    """Turns a backend's error into ours, with who did not come."""
+    """Turns an error of the backend into a `TransferTimeout` with a complaint that names the member which did not come."""
 
     def __init__(self, complaint: str) -> None:
         self._complaint = complaint

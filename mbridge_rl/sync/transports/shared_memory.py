@@ -1,9 +1,11 @@
-"""Through shared memory, on one host: into a slot of the weight store, or through a ring of buckets that needs little memory.
+"""The transport `shared_memory`, on one host: into a slot of the weight store, or through a ring of buckets, which needs little
+memory.
 
-A ring holds a few buckets per worker. Each trainer rank counts what it has filled, the worker counts what it has emptied; each
-number has one writer, so nobody waits for a lock. Its writer does hold one on its place, for as long as it takes part. Whoever
-fails lets go of it, whoever is killed has the kernel let go of it, and whoever waits for them looks, and knows at once. A count
-has the random number of its update in its upper half: what somebody counts late, for another update, counts as nothing.
+A ring holds a few buckets per worker. Each trainer rank counts the buckets that it has filled, and the worker counts those that
+it has emptied. Each counter has one writer, so nobody waits for a lock. The writer holds a file lock on its counter for as long
+as it takes part: it releases the lock when it fails, and the kernel releases it when the process is killed. Whoever waits for
+the counter checks the lock and so learns of the failure at once. A count has the random number of its update in its upper half,
+so a late count for another update counts as nothing.
 """
 
 from __future__ import annotations
@@ -38,15 +40,16 @@ _COUNT_BITS = 32
 
 
 class SlotOutlet:
-    """Packs straight into the idle slot of the node's weight store."""
+    """Packs straight into the idle slot of the host's weight store."""
 
     def __init__(self, slot: Slot) -> None:
         self._arenas = slot.open()
 
     def require_fill(self, fill: str) -> None:
-        """
+        """Checks that the slot has the fill which the first rank began.
+
         Raises:
-            StoreError: the slot is not, or not any more, that of the fill which the first rank began.
+            StoreError: it has another fill.
         """
         for arena in self._arenas:
             if (label := Label.of(arena)).fill != fill:
@@ -56,16 +59,16 @@ class SlotOutlet:
         return self._arenas[worker].view(part.start, (part.nbytes,), torch.uint8)
 
     def send(self, worker: int, index: int, part: Part) -> None:
-        """Nothing moves."""
+        """Does nothing: the part was packed in its place."""
 
     def finish(self) -> None:
-        """It is there."""
+        """Does nothing: the parts are in their places."""
 
     def fail(self) -> None:
-        """Nobody waits."""
+        """Does nothing: nobody waits for this outlet."""
 
     def image(self, worker: int) -> Tensor:
-        """The whole image of `worker`, also of what other ranks wrote."""
+        """The complete image of `worker` (uint8), with the parts that other ranks wrote."""
         return self._arenas[worker].view(0, (self._arenas[worker].nbytes,), torch.uint8)
 
     def close(self) -> None:
@@ -74,21 +77,22 @@ class SlotOutlet:
 
 
 class SlotInlet:
-    """Reads the live slot, which is complete by then. It stays this worker's to read until it is closed."""
+    """Reads the live slot, which is complete. Nobody fills the slot anew until the inlet is closed."""
 
     def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
         self._route = route
         self._reading = WeightStore(wire["name"], wire["directory"]).read(route.rank, wire["fill"])
 
     def require_version(self, version: int, *, verify: bool, again: bool) -> None:
-        """Compares what was opened with what this worker is to load.
+        """Checks that the image which was opened is the version that this worker has to load.
 
         Args:
-            verify: by digest as well: that the image says of itself what the head says of it.
-            again: also that its bytes are what it says; costs one read of all of them.
+            version: the expected version.
+            verify: compare the digests in the image with the proof in the head.
+            again: also compare the bytes of the image with these digests, which reads all of them once.
 
         Raises:
-            StoreError: it is another version; DigestMismatch: it was damaged.
+            StoreError: it is another version. DigestMismatch: it was damaged.
         """
         head, worker = self._reading.head, self._route.rank
         if head.version != version:
@@ -101,7 +105,7 @@ class SlotInlet:
             packing.require_expected(self._route, self._reading.image)
 
     def require_same(self) -> None:
-        """See `Reading.require_same`."""
+        """Calls `Reading.require_same`."""
         self._reading.require_same()
 
     def take(self, index: int) -> Sequence[Tensor]:
@@ -109,35 +113,39 @@ class SlotInlet:
         return [self._reading.image[part.start : part.start + part.nbytes] for part in parts]
 
     def give_back(self, index: int) -> None:
-        """It stays."""
+        """Does nothing: the image stays."""
 
     def fail(self) -> None:
-        """Nobody waits."""
+        """Does nothing: nobody waits for this inlet."""
 
     def close(self) -> None:
         self._reading.close()
 
 
 class Ring:
-    """One worker's ring, as one of those who take part sees it: `[filled by rank 0, ..., emptied by replica 0, ...][buckets]`.
+    """One worker's ring, as one of its participants uses it.
 
-    The locks are those of open file descriptions: they mean the file, whatever the pid namespaces, and also within one process.
+    The arena holds the counters `[filled by rank 0, ..., emptied by replica 0, ...]` and then the buckets. The locks are those
+    of open file descriptions: they belong to the file, whatever the pid namespaces are, and work within one process, too.
 
     Args:
+        arena: the shared memory of the ring.
         sources: number of trainer ranks.
         replicas: number of engines that each read every bucket.
-        mine: the counter that is written here, in the order above.
+        cell_bytes: bytes of the largest bucket.
+        own_counter: index of the counter that this participant writes, in the order above.
         update: random number of the update.
     """
 
-    def __init__(self, arena: Arena, sources: int, replicas: int, cell_bytes: int, mine: int, update: int = 0) -> None:
+    def __init__(self, arena: Arena, sources: int, replicas: int, cell_bytes: int, own_counter: int, update: int = 0) -> None:
         self.path = arena.path
-        self._arena, self._sources, self._cell_bytes, self._mine, self._update = arena, sources, cell_bytes, mine, update
+        self._arena, self._sources, self._cell_bytes = arena, sources, cell_bytes
+        self._own_counter, self._update = own_counter, update
         self._head = arena.view(0, (aligned((sources + replicas) * _LINE),), torch.uint8)
         self._counters = self._head.view(torch.int64).numpy()[:: _LINE // 8][: sources + replicas]
         self._file = keep(open_file(Path(arena.path), error_type=ArenaError))
         self._is_open = True
-        self._lock(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, mine)
+        self._lock(fcntl.F_OFD_SETLK, fcntl.F_RDLCK, own_counter)
 
     @staticmethod
     def nbytes(sources: int, replicas: int, cell_bytes: int) -> int:
@@ -145,14 +153,15 @@ class Ring:
 
     @staticmethod
     def new_update() -> int:
-        """Fits into the upper half of a count."""
+        """A random number that fits into the upper half of a count."""
         return secrets.randbits(63 - _COUNT_BITS)
 
     def turn_to(self, update: int) -> None:
-        """Nothing was counted for this update yet."""
+        """Begins another update, for which nothing was counted yet."""
         self._update = update
 
     def start_anew(self) -> None:
+        """Sets all counters to zero."""
         self._head.zero_()
 
     def cell(self, index: int, start: int, nbytes: int) -> Tensor:
@@ -160,8 +169,8 @@ class Ring:
         return self._arena.view(len(self._head) + index % RING_BUCKETS * self._cell_bytes + start, (nbytes,), torch.uint8)
 
     def count(self, buckets: int) -> None:
-        """So many are filled, or emptied, by this one."""
-        self._counters[self._mine] = self._update << _COUNT_BITS | buckets
+        """Sets how many buckets this participant has filled or emptied."""
+        self._counters[self._own_counter] = self._update << _COUNT_BITS | buckets
 
     def filled(self, source: int) -> int:
         """The last bucket that `source` has filled, plus one."""
@@ -172,17 +181,19 @@ class Ring:
         return min(map(self._counted, range(self._sources, len(self._counters))))
 
     def require_filling(self, source: int, index: int) -> None:
-        """
+        """Checks that trainer rank `source` may still fill bucket `index`.
+
         Raises:
-            PeerFailed: trainer rank `source` will never fill bucket `index`.
+            PeerFailed: it failed or died before.
         """
         if self._left_before(source, index):
             raise PeerFailed(f"trainer rank {source} failed or died: it did not send bucket {index}")
 
     def require_emptying(self, worker: int, index: int) -> None:
-        """
+        """Checks that all replicas of `worker`, whose ring this is, may still empty bucket `index`.
+
         Raises:
-            PeerFailed: one of the replicas of `worker`, whose ring this is, will never empty bucket `index`.
+            PeerFailed: one of them failed or died before.
         """
         for number in range(self._sources, len(self._counters)):
             if self._left_before(number, index):
@@ -191,8 +202,8 @@ class Ring:
                 )
 
     def leave(self) -> None:
-        """Whoever waits for more than was counted hears that it never comes."""
-        self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, self._mine)  # closing would not do where a forked child has the file, too
+        """Releases the lock of this participant: who waits for more than it has counted learns that it never comes."""
+        self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, self._own_counter)  # a forked child may keep the file open after `close`
 
     def close(self) -> None:
         if self._is_open:
@@ -206,17 +217,18 @@ class Ring:
         return buckets if update == self._update else 0
 
     def _left_before(self, number: int, index: int) -> bool:
-        found = self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, number)
-        return found == fcntl.F_UNLCK and self._counted(number) <= index  # in this order: what it counted last is final now
+        """Whether the writer of a counter left before it counted bucket `index`."""
+        held_kind = self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, number)
+        return held_kind == fcntl.F_UNLCK and self._counted(number) <= index  # in this order: the last count is final now
 
     def _lock(self, command: int, kind: int, number: int) -> int:
-        """Returns which lock is in the way, for a command that asks."""
-        said = fcntl.fcntl(self._file, command, _FLOCK.pack(kind, os.SEEK_SET, number * _LINE, 1, 0))
-        return _FLOCK.unpack(said)[0]
+        """Runs a lock command on a counter; a query returns the kind of the lock that is in the way."""
+        flock = fcntl.fcntl(self._file, command, _FLOCK.pack(kind, os.SEEK_SET, number * _LINE, 1, 0))
+        return _FLOCK.unpack(flock)[0]
 
 
 class RingOutlet:
-    """A trainer rank at the rings of all workers."""
+    """A trainer rank's end: the rings of all workers."""
 
     def __init__(self, rings: Sequence[Ring], route: Route, timeout: Timeout) -> None:
         self._rings, self._route, self._timeout = rings, route, timeout
@@ -234,24 +246,24 @@ class RingOutlet:
         self._rings[worker].count(index + 1)
 
     def finish(self) -> None:
-        """The worker empties the rest on its own."""
+        """Does nothing: the workers empty the remaining buckets on their own."""
 
     def fail(self) -> None:
         for ring in self._rings:
             ring.leave()
 
     def close(self) -> None:
-        """The rings are the way's."""
+        """Does nothing: the rings belong to the trainer's end of the transport."""
 
 
 class RingInlet:
-    """A worker at its ring."""
+    """A worker's end: its ring."""
 
     def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
         self._route, self._timeout = route, timeout
         sizes = wire["sources"], wire["replicas"], wire["cell_bytes"][route.rank]
         arena = Arena.attach(wire["paths"][route.rank], Ring.nbytes(*sizes), writable=True)
-        self._ring = Ring(arena, *sizes, mine=wire["sources"] + wire["replica"], update=wire["update"])
+        self._ring = Ring(arena, *sizes, own_counter=wire["sources"] + wire["replica"], update=wire["update"])
 
     def take(self, index: int) -> Sequence[Tensor]:
         bucket = self._route.buckets[index]
@@ -277,12 +289,12 @@ class RingInlet:
 
 
 def store_wire(store: WeightStore, token: str, fill: str) -> dict[str, Any]:
-    """What a worker needs to find a fill of a slot."""
+    """The wire with which a worker finds a fill of a slot."""
     return {"kind": "store", "name": store.name, "directory": str(store.directory), "token": token, "fill": fill}
 
 
 class StoreWay:
-    """The trainer's end of the weight store: every rank packs into the idle slot, and verifies its share of what all packed."""
+    """The trainer's end of the weight store: every rank packs into the idle slot, and verifies its share of the images."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -292,7 +304,7 @@ class StoreWay:
         self._opened: dict[str, SlotOutlet] = {}
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
-        """All ranks together."""
+        """Begins a fill of the idle slot. All ranks call it together."""
         context, sizes = self._context, [worker.nbytes for worker in self._context.route.workers]
         slot = context.group.first_rank_does(lambda: self._store.begin(sizes))
         token, fill, paths = context.from_first_rank(None if slot is None else (slot.token, slot.fill, slot.paths))
@@ -306,10 +318,10 @@ class StoreWay:
         return store_wire(self._store, token, fill), self._outlet
 
     def verify(self, with_digests: bool) -> None:
-        """This rank's share of the images: computed anew, against what the ranks said that they packed.
+        """Compares the bytes of this rank's share of the images with the digests that the ranks wrote into them.
 
         Raises:
-            DigestMismatch: naming the tensors.
+            DigestMismatch: they differ; names the tensors.
         """
         assert self._outlet is not None
         if not with_digests:
@@ -318,7 +330,7 @@ class StoreWay:
             packing.require_expected(worker, self._outlet.image(worker.rank))
 
     def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
-        """The decision: from here on this version is the live one. Rank 0 alone."""
+        """Makes this version the live one of the store. On rank 0 alone."""
         assert self._slot is not None
         self._store.commit(self._slot, version, self._context.route.fingerprint, digest, proofs or None)
 
@@ -344,12 +356,12 @@ class RingWay:
         self._rings: list[Ring] = []
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
-        """All ranks together. Every version gets counters that start at zero."""
+        """Sets the counters of all rings to zero for this version. All ranks call it together."""
         context, rank = self._context, self._context.group.rank
         sizes = [(context.group.size, context.replicas, cell_bytes) for cell_bytes in self._cell_bytes]
         with context.group.fail_together():
             if not self._rings and rank == 0:
-                self._rings = [Ring(Arena.create(Ring.nbytes(*size)), *size, mine=0) for size in sizes]
+                self._rings = [Ring(Arena.create(Ring.nbytes(*size)), *size, own_counter=0) for size in sizes]
             for ring in self._rings if rank == 0 else ():
                 ring.start_anew()
         paths, update = context.from_first_rank(([ring.path for ring in self._rings], Ring.new_update()))
@@ -358,7 +370,7 @@ class RingWay:
                 arenas = [
                     Arena.attach(path, Ring.nbytes(*size), writable=True) for path, size in zip(paths, sizes, strict=True)
                 ]
-                self._rings = [Ring(arena, *size, mine=rank) for arena, size in zip(arenas, sizes, strict=True)]
+                self._rings = [Ring(arena, *size, own_counter=rank) for arena, size in zip(arenas, sizes, strict=True)]
         for ring in self._rings:
             ring.turn_to(update)
         wire = {
@@ -372,13 +384,13 @@ class RingWay:
         return wire, RingOutlet(self._rings, route, context.timeout)
 
     def verify(self, with_digests: bool) -> None:
-        """The workers do, from their live weights."""
+        """Does nothing: the workers verify."""
 
     def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
-        """The workers hold it already."""
+        """Does nothing: the workers hold the version already."""
 
     def abandon(self) -> None:
-        """A straggler may still write to these rings; the next version gets others."""
+        """Closes the rings, because a late rank may still write to them; the next version gets others."""
         self.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Waits that end: when it is done, when the time is over, or when the one who waits is told to stop."""
+"""Waits that end when a condition holds, when the time is over, or when another thread stops them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Timeout:
     """How long to wait for a peer.
 
     Args:
-        seconds: for each single wait.
+        seconds: the limit of each single wait.
         stopping: set by another thread to end a wait early.
     """
 
@@ -24,14 +24,16 @@ class Timeout:
         self.seconds = seconds
         self._stopping = stopping
 
-    def wait_for(self, done: Callable[[], bool], complaint: str, look: Callable[[], None] | None = None) -> None:
-        """Polls, with naps that get longer.
+    def wait_for(self, done: Callable[[], bool], complaint: str, check: Callable[[], None] | None = None) -> None:
+        """Polls `done` until it is true, with naps that get longer.
 
         Args:
-            look: called before every nap; raises where waiting longer is of no use.
+            done: the condition.
+            complaint: the beginning of the message of a timeout.
+            check: called before every nap; raises if waiting longer is of no use.
 
         Raises:
-            TransferTimeout: with the complaint; SyncError: it was told to stop.
+            TransferTimeout: the time is over. SyncError: another thread stopped the wait.
         """
         deadline, nap = time.monotonic() + self.seconds, _NAP_SECONDS
         while not done():
@@ -39,7 +41,7 @@ class Timeout:
                 raise SyncError("the update was given up")
             if time.monotonic() > deadline:
                 raise TransferTimeout(f"{complaint} within {self.seconds:g} s")
-            if look is not None:
-                look()
+            if check is not None:
+                check()
             time.sleep(nap)
             nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)

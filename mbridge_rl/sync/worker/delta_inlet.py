@@ -1,4 +1,4 @@
-"""A worker's end of deltas: parts as the route has them, made of the changes that arrive and of the weights that it serves."""
+"""The worker's end of deltas: restores the full parts of the route from arriving changes and the weights that are served."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mbridge_rl.sync.transports import Inlet
 
 
 class DeltaInlet:
-    """A worker's end: whole parts, made of what arrives and of what the worker holds.
+    """An inlet that hands over full parts, made of the changes that arrive and of the worker's parameters.
 
     Args:
-        inlet: over the shrunk route.
-        route: of the sync.
-        parameters: that the worker serves.
+        inlet: the inlet of the shrunk route (`payload.delta.shrunk`).
+        route: the route of the sync.
+        parameters: the parameters that the worker serves.
     """
 
     def __init__(self, inlet: Inlet, route: WorkerRoute, parameters: Mapping[str, Tensor]) -> None:
         self._inlet, self._route, self._parameters = inlet, route, parameters
-        self._whole = torch.empty(route.bucket_bytes, dtype=torch.uint8)
+        self._bucket = torch.empty(route.bucket_bytes, dtype=torch.uint8)  # the restored parts
 
     def take(self, index: int) -> Sequence[Tensor]:
         bucket = self._route.buckets[index]
         return [
-            data if data.numel() == part.nbytes else self._restored(part, data, self._whole[part.start - bucket.start :])
+            data if data.numel() == part.nbytes else self._restored(part, data, self._bucket[part.start - bucket.start :])
             for part, data in zip(bucket.parts, self._inlet.take(index), strict=True)
         ]
 
@@ -44,10 +44,12 @@ class DeltaInlet:
         self._inlet.close()
 
     def _restored(self, part: Part, data: Tensor, into: Tensor) -> Tensor:
-        def held(piece: Piece) -> Tensor:
+        """The full part, uint8 `[part.nbytes]`, made in `into` from the changes `data`."""
+
+        def live_values(piece: Piece) -> Tensor:
             return packing.placed(piece.target, piece.shape, self._parameters)
 
-        packing.pack(part, into, held)
+        packing.pack(part, into, live_values)
         try:
             apply_changes(part, data.cpu(), into)
         except (ValueError, struct.error) as error:  # the digests refuse it at the end, when no sender waits for this worker

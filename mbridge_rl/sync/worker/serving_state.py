@@ -1,4 +1,4 @@
-"""Which version a worker serves, which one it is being changed to, and which one it lost."""
+"""The serving state of a worker: the version that it serves, the one that an update brings, and the one that it lost."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class Serving:
     """The state of one worker between and during updates, however they arrive.
 
     Attributes:
-        version: the last one committed; `None` for the initial weights.
-        updating: the one whose update is open.
-        written: the open update has changed live weights.
-        fill: which fill of an image, or which update, the live weights came by; `None` for the initial weights, and where they
-            are those of no version. Workers of one engine have to agree on it.
-        proof: what the live weights are (`packing.proof_of`), where they were proven; what deltas may start from.
+        guard: keeps the model from generating.
+        version: the version that was committed last; `None` for the initial weights.
+        updating: the version of the open update; `None` if none is open.
+        written: whether the open update has changed live weights.
+        fill: the fill of an image, or the update, that brought the live weights; `None` for the initial weights, and for
+            weights of no version. The workers of one engine have to agree on it.
+        proof: the proof of the live weights (`packing.proof_of`) if they were proven, else `None`; deltas may start from it.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -36,14 +37,14 @@ class Serving:
         self.fill: str | None = None
         self.proof: str | None = None
         self._lost: str | None = None
-        self._before = self.name  # what was served last before an update
+        self._before = self.name  # the name of what was served before the update
 
     @property
     def name(self) -> str:
         return "the initial weights" if self.version is None else f"version {self.version}"
 
     def begin(self, version: int, *, serves_on: bool = False) -> None:
-        """Opens the update to `version`; until it ends nothing is generated, unless the old version `serves_on`."""
+        """Opens the update to `version`. Until it ends nothing is generated, unless `serves_on` lets the old version serve."""
         self.updating, self.written = version, False
         if self._lost is None:
             self._before = self.name
@@ -51,7 +52,7 @@ class Serving:
             self.block()
 
     def block(self) -> None:
-        """From here on the old version is not served."""
+        """Stops serving the old version."""
         self.guard.block(f"an update from {self.name} to version {self.updating} is under way")
 
     def commit(self, proof: str | None = None, fill: str | None = None) -> None:
@@ -59,7 +60,8 @@ class Serving:
         self.guard.release()
 
     def abort(self, reason: str) -> None:
-        """If nothing was written, the old version serves on; else the worker is unusable, and says what it lost."""
+        """Ends the open update. If nothing was written, the old version serves on; else the worker is unusable, and its guard
+        names the version that it lost."""
         version, self.updating = self.updating, None
         if self.written:
             self._lost = None
@@ -70,17 +72,19 @@ class Serving:
             self.guard.block(self._lost)
 
     def lose(self, version: int | None, reason: str) -> None:
-        """The weights are not to be served, whatever they are, also where `version` was committed. A loss before it stays."""
+        """Blocks the worker: its weights must not be served, even if `version` was committed. The reason of an earlier loss
+        stays."""
         self.proof = self.fill = None
         lost = f"version {version} was lost (before it: {self._before}), and a complete sync has to come: {reason}"
         self._lost = self._lost or lost
         self.guard.block(self._lost)
 
     @contextmanager
-    def failing(self, abort: object, what: str) -> Iterator[None]:
-        """Calls `abort(reason)` on whatever happens inside, also on KeyboardInterrupt: a mixture must never be served."""
+    def failing(self, abort: object, complaint: str) -> Iterator[None]:
+        """Calls `abort(reason)` on any exception inside the block, also on KeyboardInterrupt: a mixture of versions must never
+        be served."""
         try:
             yield
         except BaseException as error:
-            abort(f"{what}: {error}")  # type: ignore[operator]
+            abort(f"{complaint}: {error}")  # type: ignore[operator]
             raise

@@ -1,7 +1,8 @@
-"""One version on its way into an engine worker: received, proven, written into the parameters.
+"""An update of an engine worker to one version, which is received, proven and written into the parameters.
 
-Staged: the image is completed and verified beside the live weights, and `load_staged` copies it over. Streaming: every bucket
-goes straight into the parameters as it arrives. Nothing here knows the engine: it is reached through `Model`.
+In mode `staged` the image is completed and verified beside the live weights, and `load_staged` copies it over. In mode
+`streaming` every bucket goes straight into the parameters as it arrives. This module does not know the engine: it changes the
+engine's model through `Model`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Model(Protocol):
     settles: bool  # whether `settle` may change, or move, what was written before it
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """The live parameters by name, as a loader fills them; between updates they may be read while the engine generates."""
+        """The live parameters by name, as a loader fills them. Between updates they may be read while the engine generates."""
         ...
 
     def plain(self) -> AbstractContextManager[object]:
@@ -45,20 +46,42 @@ class Model(Protocol):
         ...
 
     def open(self) -> None:
-        """Called once before the first write of an update."""
+        """Prepares the parameters for writing; called once, before the first write of an update."""
 
     def load_whole(self, hf_name: str, tensor: Tensor) -> None:
-        """Hands a whole HF tensor to the engine's own loader; the tensor is the loader's to keep."""
+        """Hands a complete HF tensor to the engine's own loader, which may keep it."""
 
     def settle(self) -> None:
-        """Called once after the last write: whatever the engine's own loader deferred is done."""
+        """Finishes what the engine's own loader deferred; called once, after the last write."""
 
     def derive(self) -> None:
-        """Called once after `settle`: the engine computes what it derives from its parameters."""
+        """Lets the engine compute what it derives from its parameters; called once, after `settle`."""
 
 
 class Update:
-    """One version on its way in."""
+    """Receives one version and writes it into the parameters.
+
+    Args:
+        model: the model that is written.
+        serving: the state of the worker.
+        route: the route of the worker.
+        arriving: the route that arrives: `route`, or the shrunk route of a delta.
+        introduction: the trainer's introduction.
+        writes_are_final: whether nothing changes what was written, so that it may be digested as it is written.
+        store: the store that keeps the image, if it comes from another host.
+        mode: how the bytes replace the live weights.
+        wire: what the inlet needs to find the sender.
+        timeout: seconds, for every single wait.
+
+    Attributes:
+        fill: the name of the update; its version may come again.
+        error: what failed while receiving.
+        expected: the trainer's digests, set when the live weights were proven to have them.
+        finished: whether receiving has ended.
+        opened: whether the model was opened for writing.
+        received: bytes that came over the wire, with alignment and digests.
+        watch: the stopwatch of the update.
+    """
 
     def __init__(
         self,
@@ -66,7 +89,7 @@ class Update:
         serving: Serving,
         route: WorkerRoute,
         arriving: WorkerRoute,
-        said: Mapping[str, Any],
+        introduction: Mapping[str, Any],
         writes_are_final: bool,
         store: WeightStore | None,
         mode: Mode,
@@ -74,31 +97,32 @@ class Update:
         timeout: float,
     ) -> None:
         self._model, self._serving, self._route, self._arriving, self.mode = model, serving, route, arriving, mode
-        self._said, self._verify, self._store = said, said["verify"], store
+        self._introduction, self._verify, self._store = introduction, introduction["verify"], store
         self._verify_at_once = self._verify and writes_are_final
         self._wire = wire
-        self.fill: str | None = wire.get("fill")  # names the update; its version may come again
+        self.fill: str | None = wire.get("fill")
         self._slot: SlotInlet | None = None
         self.error: BaseException | None = None
-        self.expected: Digests | None = None  # the trainer's, once live weights were proven to be that
+        self.expected: Digests | None = None
         self.finished = False
         self.opened = False
-        self.received = 0  # bytes that came over the wire: parts as they travel, so with alignment and digests
+        self.received = 0
         self.watch = Stopwatch(f"worker {route.rank}")
         self._stopping = threading.Event()
         self._tables: list[Tensor] = []
-        self._whole: dict[str, tuple[Tensor, int]] = {}
+        self._collected: dict[str, tuple[Tensor, int]] = {}  # tensors for the engine's loader, and the elements they lack
         self._proven_received: Digests = {}
-        self._live: dict[bool, Digests] = {}  # of what was written, by whether this worker counts it
+        self._live: dict[bool, Digests] = {}  # digests of what was written, by whether this worker counts it
         self._part: StorePart | None = None
         self._thread: threading.Thread | None = None
         self._timeout = Timeout(timeout, self._stopping)
 
     def start(self) -> None:
+        """Starts to receive, in a thread of its own; does nothing if the image is in a store of this host."""
         if self.mode == "staged" and self._wire["kind"] == "store":
-            if self._wire.get("committed"):  # perhaps long ago: nobody has verified the image just now
+            if self._wire.get("committed"):  # it may be old: nobody has verified the image just now
                 self._open_slot(again=True)
-            self.finished = True  # else trainer ranks fill and verify the slot, and it is opened at commit
+            self.finished = True  # otherwise trainer ranks fill and verify the slot, and it is opened at commit
             return
         if self.mode == "staged":
             assert self._store is not None
@@ -110,7 +134,7 @@ class Update:
         self._thread.start()
 
     def join(self) -> None:
-        """Waits until everything has arrived; raises what went wrong."""
+        """Waits until everything has arrived; raises the error of receiving."""
         if self._thread is not None:
             self._thread.join(self._timeout.seconds)
             if self._thread.is_alive():
@@ -119,11 +143,10 @@ class Update:
             raise self.error
 
     def load_staged(self) -> None:
-        """From the image into the parameters. The image is the one that was meant: asked before the first write, and after the
-        last.
+        """Copies the image into the parameters. Checks before the first write and after the last that it is the right image.
 
         Raises:
-            StoreError, DigestMismatch: it is not.
+            StoreError, DigestMismatch: it is another image, or was damaged.
         """
         with self.watch("load"):
             if self._part is not None:
@@ -156,48 +179,53 @@ class Update:
         self._model.open()
 
     def prove(self) -> dict[str, Any]:
-        """Live weights against the trainer's digests."""
+        """Compares the live weights with the trainer's digests; returns the part of the worker's report that follows from it.
+
+        Raises:
+            DigestMismatch: they differ.
+        """
         with self.watch("verify"):
             return self._proven()
 
     def _proven(self) -> dict[str, Any]:
         expected = packing.read_digests(self._route, self._tables)
-        whole = {piece.hf_name for piece in self._route.pieces if is_whole(piece)}
+        loader_names = {piece.hf_name for piece in self._route.pieces if is_whole(piece)}
         counted: Digests = {}
         if self._verify:
             self.expected = expected
             if not self._verify_at_once:
                 self._digest_again()
-            counted, rest = self._live[True], self._live[False]
-            found = self._proven_received | {
-                name: add(counted.get(name, 0), rest.get(name, 0)) for name in counted.keys() | rest.keys()
+            counted, uncounted = self._live[True], self._live[False]
+            digests = self._proven_received | {
+                hf_name: add(counted.get(hf_name, 0), uncounted.get(hf_name, 0))
+                for hf_name in counted.keys() | uncounted.keys()
             }
-            wrong = [hf_name for hf_name, value in expected.items() if found.get(hf_name) != value]
-            if wrong:
+            wrong_names = [hf_name for hf_name, value in expected.items() if digests.get(hf_name) != value]
+            if wrong_names:
                 raise DigestMismatch(
-                    f"{len(wrong)} tensors of worker {self._route.rank} are not in the live weights as they were sent: "
-                    f"{listed(f'{name} (in {listed(self._places(name))})' for name in wrong)}"
+                    f"{len(wrong_names)} tensors of worker {self._route.rank} are not in the live weights as they were sent: "
+                    f"{listed(f'{hf_name} (in {listed(self._places(hf_name))})' for hf_name in wrong_names)}"
                 )
-            first = {piece.hf_name for piece in self._route.pieces if is_whole(piece) and piece.counted}
-            counted |= {name: self._proven_received[name] for name in first}
+            counted_by_loader = {piece.hf_name for piece in self._route.pieces if is_whole(piece) and piece.counted}
+            counted |= {hf_name: self._proven_received[hf_name] for hf_name in counted_by_loader}
         return {
             "tensors": len(self._route.hf_names),
             "bytes": self.received,
             "digests": {hf_name: f"{value:016x}" for hf_name, value in counted.items()},
-            "whole": sorted(whole),
+            "whole": sorted(loader_names),
         }
 
     def _digest_again(self) -> None:
-        """Where a loader had its own way with the parameters after they were written."""
+        """Computes the digests from the parameters, because a loader may have changed them after they were written."""
         parameters = self._model.parameters()
         traced = [piece for piece in self._route.pieces if not is_whole(piece)]
         for counts in (True, False):
             self._live[counts] = packing.live_digests((piece for piece in traced if piece.counted == counts), parameters)
 
     def keep(self) -> None:
-        """The image of this host's weight store becomes live, if this update brought one."""
+        """Makes the image live in this host's weight store, if this update brought one."""
         if self._part is not None:
-            self._part.commit(self._wire["version"], self._said, self._wire["sizes"])
+            self._part.commit(self._wire["version"], self._introduction, self._wire["sizes"])
 
     def stop(self) -> None:
         self._stopping.set()
@@ -215,7 +243,7 @@ class Update:
             try:
                 with torch.no_grad():
                     action(inlet)
-            except BaseException as error:  # it is raised where the update is joined, and told to whoever asks
+            except BaseException as error:  # `join` raises it, and the worker's status reports it
                 self.error = error
                 inlet.fail()
             finally:
@@ -233,9 +261,9 @@ class Update:
         assert self._part is not None
         image = self._part.image
         for index, bucket in enumerate(self._route.buckets):
-            taken = self._taken(inlet, index)
+            part_data = self._take(inlet, index)
             with self.watch("stage"):
-                for part, data in zip(bucket.parts, taken, strict=True):
+                for part, data in zip(bucket.parts, part_data, strict=True):
                     image[part.start : part.start + part.nbytes].copy_(data)
             inlet.give_back(index)
         if self._verify:
@@ -244,26 +272,26 @@ class Update:
 
     def _write_all(self, inlet: Inlet) -> None:
         parameters = self._model.parameters()
-        self._tables, self._whole, self._live = [], {}, {True: {}, False: {}}
+        self._tables, self._collected, self._live = [], {}, {True: {}, False: {}}
         for index, bucket in enumerate(self._route.buckets):
-            data = self._taken(inlet, index)
+            part_data = self._take(inlet, index)
             self._serving.written = True
             with self.watch("write"):
-                self._write(bucket, data, parameters)
+                self._write(bucket, part_data, parameters)
             inlet.give_back(index)
 
-    def _taken(self, inlet: Inlet, index: int) -> Sequence[Tensor]:
+    def _take(self, inlet: Inlet, index: int) -> Sequence[Tensor]:
         if self._stopping.is_set():
             raise SyncError("the update was given up")
         with self.watch("wire"):
             return inlet.take(index)
 
-    def _write(self, bucket: Bucket, data: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
-        for part, of_part in zip(bucket.parts, data, strict=True):
+    def _write(self, bucket: Bucket, part_data: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> None:
+        for part, data in zip(bucket.parts, part_data, strict=True):
             if not part.pieces:
-                self._tables.append(of_part.cpu().clone())
+                self._tables.append(data.cpu().clone())
             for piece in part.pieces:
-                values = packing.rectangle(piece, of_part, part.start)
+                values = packing.rectangle(piece, data, part.start)
                 if is_whole(piece):
                     self._collect(piece, values)
                 else:
@@ -273,16 +301,16 @@ class Update:
                     live[piece.hf_name] = add(live.get(piece.hf_name, 0), share)
 
     def _collect(self, piece: Piece, values: Tensor) -> None:
-        """Part of a tensor that the engine's loader takes whole; the last part hands it over."""
+        """Adds a piece of a tensor that only the engine's loader can place; the last piece hands the tensor over."""
         hf_name = piece.hf_name
-        if hf_name not in self._whole:
+        if hf_name not in self._collected:
             total = sum(prod(other.shape) for other in self._route.pieces if other.target.name == piece.target.name)
-            self._whole[hf_name] = torch.empty(total, dtype=piece.dtype), total
-        tensor, missing = self._whole[hf_name]
+            self._collected[hf_name] = torch.empty(total, dtype=piece.dtype), total
+        tensor, missing = self._collected[hf_name]
         piece.target.of(tensor, piece.shape).copy_(values)
-        self._whole[hf_name] = tensor, missing - prod(piece.shape)
+        self._collected[hf_name] = tensor, missing - prod(piece.shape)
         if missing == prod(piece.shape):
-            del self._whole[hf_name]
+            del self._collected[hf_name]
             shape = (tensor.numel() // piece.columns, piece.columns)
             self._proven_received[hf_name] = digest(tensor.view(shape))
             self._model.load_whole(hf_name, tensor)
@@ -292,7 +320,7 @@ class Update:
 
 
 class _CountingInlet:
-    """Tells what another inlet really hands over."""
+    """Counts the bytes that another inlet hands over."""
 
     def __init__(self, inlet: Inlet, count: Callable[[int], None]) -> None:
         self._inlet, self._count = inlet, count
@@ -305,7 +333,7 @@ class _CountingInlet:
 
 
 class _ImageInlet:
-    """What has arrived already."""
+    """An inlet that hands over an image which has arrived already."""
 
     def __init__(self, image: Tensor, route: WorkerRoute) -> None:
         self._image, self._route = image, route
@@ -314,10 +342,10 @@ class _ImageInlet:
         return [self._image[part.start : part.start + part.nbytes] for part in self._route.buckets[index].parts]
 
     def give_back(self, index: int) -> None:
-        """It stays."""
+        """Does nothing: the image stays."""
 
     def fail(self) -> None:
-        """Nobody waits."""
+        """Does nothing: nobody waits for this inlet."""
 
     def close(self) -> None:
-        """The image is the update's."""
+        """Does nothing: the update owns the image."""

@@ -1,4 +1,4 @@
-"""An engine that holds its requests for an update must not hold them for a trainer that died."""
+"""Ends a streaming update whose trainer died, so that the engine does not hold its requests for ever."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class UpdateWatch:
     """Aborts a streaming update whose workers failed, or that nobody commits.
 
     Args:
-        status: of every worker (`PayloadReceiver.status`).
+        status: returns the status of every worker (`PayloadReceiver.status`).
         abort: called once, with the reason.
-        timeout: seconds between the arrival of everything and its commit.
+        timeout: seconds between the arrival of everything and the commit.
     """
 
     def __init__(self, status: Callable[[], Sequence[dict[str, Any]]], abort: Callable[[str], object], timeout: float) -> None:
@@ -27,7 +27,7 @@ class UpdateWatch:
         threading.Thread(target=self._watch, name="mbridge-watch", daemon=True).start()
 
     def end(self) -> None:
-        """The update was committed or aborted."""
+        """Stops watching, because the update was committed or aborted."""
         self._over.set()
 
     def _watch(self) -> None:
