@@ -1,4 +1,3 @@
-"""The vLLM end of a weight sync: the kinds of engines (`engines`), what runs in their workers (`worker`) and their LoRA slots
-(`lora`). `extension` and `plugin` are the names that users give to vLLM. Importing this package imports no vLLM; its modules
-do.
+"""The vLLM end of a weight sync: the kinds of engines (`engines`), the code in their workers (`worker`) and their LoRA slots
+(`lora`). Users name `extension` and `plugin` to vLLM. Importing this package does not import vLLM; its modules do.
 """

@@ -1,2 +1,2 @@
-"""Adapters in vLLM's LoRA slots: which slot holds which adapter of which version, and the calls of an engine that takes
-them."""
+"""Adapters in vLLM's LoRA slots: which slot holds which version of which adapter, and the methods of an engine that takes
+adapters."""
