@@ -1,4 +1,4 @@
-"""The adapters of a live Megatron model, moved as any weights are: exported, saved as PEFT files, and loaded from them."""
+"""Exports the adapters of a live Megatron model, saves them as PEFT files, and loads them from such files."""
 
 from __future__ import annotations
 
@@ -34,12 +34,18 @@ Source = str | Path | Mapping[str, Tensor]
 class LiveAdapterBridge:
     """The adapters of one live model, as they are now. All ranks make and use it together.
 
+    Args:
+        base: the spec of the model without adapters.
+        model: this rank's model chunks.
+        group: the ranks; by default all ranks.
+
     Attributes:
-        config: what was attached.
-        spec: the adapters as a model (`core.adapters.adapter_spec`).
+        config: the config of the attached adapters.
+        layout: the layout of the model.
+        spec: the spec of the adapters (`core.adapters.adapter_spec`).
 
     Raises:
-        StateMismatchError: on all ranks: the model has no adapters, or other ones than its config says.
+        StateMismatchError: on all ranks: the model has no adapters, or others than its config describes.
     """
 
     def __init__(self, base: ModelSpec, model: Sequence[nn.Module], group: RankGroup | None = None) -> None:
@@ -92,16 +98,16 @@ class LiveAdapterBridge:
             if isinstance(tensors, Checkpoint):
                 tensors.load(plan, targets)
             else:
-                whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-                virtual.run(plan, {0: whole}, {self._group.rank: targets})
+                factors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+                virtual.run(plan, {0: factors}, {self._group.rank: targets})
 
-    def _require_same_scale(self, found: LoRAConfig, where: str) -> None:
-        ours = adapted_linears(self._base, self.config)
-        for name, theirs in adapted_linears(self._base, found).items():
-            own = ours.get(name, theirs)
-            if (theirs.rank, theirs.scale) != (own.peft_rank, own.scale):
+    def _require_same_scale(self, source_config: LoRAConfig, where: str) -> None:
+        own_linears = adapted_linears(self._base, self.config)
+        for name, source in adapted_linears(self._base, source_config).items():
+            own = own_linears.get(name, source)
+            if (source.rank, source.scale) != (own.peft_rank, own.scale):
                 raise StateMismatchError(
-                    f"{where} has rank {theirs.rank} and scale {theirs.scale:g}, the model's adapters {own.peft_rank} and "
+                    f"{where} has rank {source.rank} and scale {source.scale:g}, the model's adapters {own.peft_rank} and "
                     f"{own.scale:g}: attach them with AutoBridge.adapter_config({where!r}). Found at {name}; "
                     f"nothing was changed"
                 )

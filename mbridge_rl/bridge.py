@@ -1,4 +1,4 @@
-"""AutoBridge: one object that knows a model on both sides and moves its weights between them."""
+"""AutoBridge: one object that knows a model in Hugging Face and in Megatron form and moves its weights between the two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mbridge_rl.core.quantize import Fp8
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.importing import import_stream
-from mbridge_rl.distributed.rank_files import Weights, held
+from mbridge_rl.distributed.rank_files import Weights, weights_of_source
 from mbridge_rl.distributed.saving import save_together
 from mbridge_rl.distributed.stream import DEFAULT_BUCKET_BYTES, TensorStream, Transport
 from mbridge_rl.distributed.verify import Digests, differing, digests_of_model, digests_of_side
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_PREPARED_STREAMS = 4  # kept for the next export of the same kind; each may hold shared memory
+_PREPARED_STREAMS = 4  # how many are cached for the next export with the same arguments; each may hold shared memory
 
 Shards = Mapping[int, Mapping[str, Tensor]]
 
@@ -54,10 +54,10 @@ class AutoBridge:
     """The bridge of one model: its Hugging Face config, and the mapping that follows from it.
 
     Attributes:
-        hf_config: the Transformers config.
-        spec: what both ends know of the model (`core.model.ModelSpec`). Of a checkpoint whose config says that it is tied, and
-            whose output layer is another tensor than its embedding, both are those of an untied model.
-        directory: the checkpoint that it came from, `None` for a bare config.
+        hf_config: the Transformers config. If the config of a checkpoint says that the model is tied, but its output layer is
+            another tensor than its embedding, `hf_config` and `spec` are those of an untied model.
+        spec: the spec of the model, from which both ends are planned (`core.model.ModelSpec`).
+        directory: the checkpoint of the bridge; `None` if it was made from a config alone.
     """
 
     def __init__(
@@ -84,19 +84,20 @@ class AutoBridge:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, mtp: bool = False, numerics: Numerics = "transformers") -> AutoBridge:
-        """From a checkpoint directory, or the name of one on the Hugging Face hub.
+        """Makes the bridge of a checkpoint directory, or of a checkpoint on the Hugging Face hub.
 
         Args:
-            mtp: carry multi-token-prediction layers (DeepSeek-V3, GLM-4.5): built frozen, imported, exported and saved. RL's
-                forward passes, which give no labels, skip them. Without it they are neither built nor read, and what is
-                saved lacks them: a checkpoint that serves, but not with speculative decoding by its own layers.
-            numerics: whose arithmetic the model follows where Transformers' class and vLLM's differ (docs/models.md lists
-                where): `"vllm"` makes log-probabilities those of a vLLM engine with these weights. The log warns of a model
-                for which they do differ. Weights are the same either way.
+            path: the directory, or the name on the hub.
+            mtp: carry multi-token-prediction layers (DeepSeek-V3, GLM-4.5): they are built frozen, imported, exported and
+                saved. RL's forward passes, which give no labels, skip them. Without `mtp` they are neither built nor read, and
+                a saved checkpoint lacks them: it can be served, but not with speculative decoding by its own layers.
+            numerics: the arithmetic that the model follows where Transformers' class and vLLM's differ (docs/models.md lists
+                the cases): `"vllm"` makes log-probabilities equal to those of a vLLM engine with these weights. The log warns
+                of a model for which the two differ. Weights are the same in both cases.
 
         Raises:
-            UnsupportedModelError: no bridge for the architecture, or for a feature that the config asks for; or `mtp`, and the
-                model has no such layers.
+            UnsupportedModelError: there is no bridge for the architecture, or for a feature that the config asks for; or `mtp`
+                is set and the model has no such layers.
             CheckpointError: the directory holds no readable config.
         """
         directory = local_directory(path)
@@ -104,7 +105,8 @@ class AutoBridge:
 
     @classmethod
     def from_config(cls, hf_config: Any, *, mtp: bool = False, numerics: Numerics = "transformers") -> AutoBridge:
-        """From a Transformers config alone; weights are then given to `load_weights`. Arguments as `from_pretrained`'s."""
+        """Makes the bridge of a Transformers config; weights are then given to `load_weights`. The arguments are those of
+        `from_pretrained`."""
         return cls(hf_config, mtp=mtp, numerics=numerics)
 
     def _warn_of_vllm(self) -> None:
@@ -117,16 +119,16 @@ class AutoBridge:
             )
 
     def metadata(self, dtype: torch.dtype = torch.bfloat16) -> list[HFTensor]:
-        """Name, dtype and shape of every HF tensor that an export in `dtype` yields, in its order; no weight is touched."""
+        """The name, dtype and shape of every HF tensor that an export in `dtype` yields, in its order. No weight is read."""
         return self.spec.hf_tensors(dtype)
 
     # Without processes: virtual ranks.
 
     def shard(self, hf_state: HfState | nn.Module, layout: ParallelLayout) -> dict[int, dict[str, Tensor]]:
-        """What every Megatron rank of `layout` holds: `{rank: {megatron_name: tensor}}`, in one process.
+        """The tensors of every Megatron rank of `layout`, `{rank: {megatron_name: tensor}}`, made in one process.
 
-        Megatron names are global: layer and expert indices count over the whole model. Dtypes are those of `hf_state`, a state
-        dict or a live Transformers module.
+        Megatron names are global: layer and expert indices count over the complete model. The dtypes are those of `hf_state`,
+        which is a state dict or a live Transformers module.
 
         Raises:
             StateMismatchError, LayoutError: the state or the layout does not fit the model.
@@ -147,7 +149,7 @@ class AutoBridge:
         """The inverse of `shard`: the HF state dict that the ranks hold together.
 
         Raises:
-            StateMismatchError: a rank or tensor that is missing, left over, or of another shape.
+            StateMismatchError: a rank or tensor is missing, unknown, or of another shape.
         """
         side = megatron_side(self.spec, layout)
         virtual.check(shards, {rank: side.on(rank) for rank in range(layout.world_size)})
@@ -160,11 +162,11 @@ class AutoBridge:
     # With a live Megatron model.
 
     def build_model(self, layout: ParallelLayout | None = None, **options: Any) -> list[nn.Module]:
-        """This rank's Megatron `GPTModel` chunks for the parallel state that is running, with uninitialised HF weights.
+        """Builds this rank's Megatron `GPTModel` chunks for the parallel state that is running, with uninitialised weights.
 
         Args:
-            layout: `None` asks Megatron's parallel state.
-            options: see `megatron.model.build_model` (dtype, sequence_parallel, grouped_experts, overrides, ddp).
+            layout: the layout; `None` takes it from Megatron's parallel state.
+            options: options of `megatron.model.build_model` (dtype, sequence_parallel, grouped_experts, overrides, ddp).
         """
         from mbridge_rl.megatron.model import build_model
 
@@ -178,18 +180,21 @@ class AutoBridge:
         *,
         layout: ParallelLayout | None = None,
     ) -> None:
-        """Fills this rank's parameters. Every rank reads only the bytes that it keeps, and no payload is communicated; all
+        """Fills this rank's parameters. Every rank reads only the bytes that it holds, and no payload is communicated. All
         ranks call it together, and fail together.
 
         With an optimizer that keeps fp32 masters, call its `reload_model_params()` afterwards.
 
         Args:
+            model: this rank's model chunks.
             source: a checkpoint directory, an HF state dict, a live Transformers module, or a stream of `(hf_name, tensor)`
-                (see `import_weights`); `None` means the checkpoint that the bridge came from.
+                (see `import_weights`); `None` means the checkpoint of the bridge.
+            layout: the layout; `None` takes it from the model.
 
         Raises:
-            CheckpointError, StateMismatchError: on all ranks: the source or the model does not match; checked before anything
-                is written. A file that becomes unreadable while it is read leaves an incomplete model; the error says so.
+            CheckpointError, StateMismatchError: on all ranks: the source or the model does not match, which is checked before
+                anything is written. A file that becomes unreadable while it is read leaves an incomplete model; the error says
+                so.
         """
         from mbridge_rl.megatron.lora.adapter_side import require_replaceable_base
         from mbridge_rl.megatron.parameters import layout_of
@@ -223,18 +228,20 @@ class AutoBridge:
         in_place: bool = False,
         layout: ParallelLayout | None = None,
     ) -> None:
-        """Fills this rank's parameters from a stream of whole HF tensors in any order, one at a time: the inverse of
-        `export_weights`. Every rank feeds its own stream of the same tensors; all ranks call it together, and fail together.
+        """Fills this rank's parameters from a stream of complete HF tensors in any order, one at a time: the inverse of
+        `export_weights`. Every rank feeds its own stream of the same tensors. All ranks call it together, and fail together.
 
         Args:
-            stream: `(hf_name, tensor)`; names, shapes and dtypes are checked as they come.
-            in_place: `False` collects what arrives in host memory, as many bytes as this rank's parameters, and moves it into
-                the model when every rank has all of it: a stream that fails leaves the model untouched. `True` needs no
-                memory, and a stream that fails leaves a mixture of old and new tensors; the error says how many.
+            model: this rank's model chunks.
+            stream: `(hf_name, tensor)`; names, shapes and dtypes are checked as they arrive.
+            in_place: `False` collects the tensors in host memory, as many bytes as this rank's parameters, and moves them into
+                the model when every rank has all of them, so that a stream that fails does not change the model. `True` needs
+                no such memory, and a stream that fails leaves a mixture of old and new tensors; the error says how many.
+            layout: the layout; `None` takes it from the model.
 
         Raises:
-            StateMismatchError: on all ranks: an unknown or repeated tensor, one of another shape or not floating point, or an
-                end before all have arrived. Whatever the stream itself raises comes out, too.
+            StateMismatchError: on all ranks: a tensor is unknown, repeated, of another shape or not floating point, or the
+                stream ended before all tensors arrived. Errors of the stream itself are raised, too.
         """
         from mbridge_rl.megatron.lora.adapter_side import require_replaceable_base
         from mbridge_rl.megatron.parameters import layout_of
@@ -258,24 +265,27 @@ class AutoBridge:
         merge_adapters: bool = True,
         layout: ParallelLayout | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Streams `(hf_name, tensor)`, whole tensors in checkpoint order. Each tensor is the consumer's to
-        keep: on the CPU, or on the GPU where NCCL carries it.
+        """Streams `(hf_name, tensor)`, complete tensors in checkpoint order. The consumer may keep each tensor; it is on the
+        CPU, or on the GPU if NCCL carries it.
 
-        All ranks must iterate to the end, in lockstep; a rank that stops earlier makes the others raise. The first export of
-        its kind plans and compares notes with the other ranks; later ones only move bytes.
+        All ranks must iterate to the end, in lockstep; a rank that stops earlier makes the others raise. The first export with
+        given arguments plans the transfer and compares the plan with the other ranks; later ones only move bytes.
 
         Args:
-            dtype: of the yielded tensors; `None` means the model's.
-            bucket_bytes: extra memory is at most two buckets beside the tensor that is yielded, whatever the size of the model
-                and of its tensors. Shared memory uses less: two slots for all ranks of the machine together.
-            ranks: that receive; `None` means all. Others contribute, receive nothing and yield nothing.
-            transport: `"shared_memory"`, `"collective"` (torch.distributed), or `"auto"`: shared memory where all ranks share
-                a machine and hold their parameters on the CPU.
-            merge_adapters: `False` gives the base weights beside adapters.
+            model: this rank's model chunks.
+            dtype: the dtype of the yielded tensors; `None` means the model's.
+            bucket_bytes: bytes of a bucket. The extra memory is at most two buckets beside the tensor that is yielded, whatever
+                the size of the model and of its tensors. Shared memory uses less: two slots for all ranks of the machine
+                together.
+            ranks: the ranks that receive; `None` means all. The others only contribute, and yield nothing.
+            transport: `"shared_memory"`, `"collective"` (torch.distributed), or `"auto"`: shared memory if all ranks share a
+                machine and hold their parameters on the CPU.
+            merge_adapters: `False` yields the base weights without the adapters.
+            layout: the layout; `None` takes it from the model.
 
         Raises:
             StateMismatchError, SyncError: on all ranks, before anything travels: the model is not the one of the mapping, or
-                ranks disagree about the plan or the arguments; SyncError: a rank failed, left, or is missing.
+                ranks disagree about the plan or the arguments. SyncError: a rank failed, left, or is missing.
         """
         from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
@@ -291,22 +301,22 @@ class AutoBridge:
     def _stream(
         self, layout: ParallelLayout, plan: Plan, group: RankGroup, live: LiveParameters, arguments: tuple[Any, ...]
     ) -> TensorStream:
-        """The prepared export of these arguments; another one for another process group."""
+        """The prepared export with these arguments; each process group has its own."""
         dtype, bucket_bytes, ranks, transport = arguments
         device = next((live.base(name).device for name in live), group.device)
-        kind = (layout, group.identity, device, *arguments)
-        # Ranks that ask for different things, or of which some are prepared and some are not, compare notes again.
-        asked = 1 + zlib.crc32(repr((layout, arguments)).encode()) % (1 << 20)
-        if not group.all_same(asked if kind in self._streams else 0) and kind in self._streams:
-            self._streams.pop(kind).close()
-        if kind not in self._streams:
+        key = (layout, group.identity, device, *arguments)
+        # If ranks have different arguments, or only some of them have prepared the export, all prepare it again.
+        checksum = 1 + zlib.crc32(repr((layout, arguments)).encode()) % (1 << 20)
+        if not group.all_same(checksum if key in self._streams else 0) and key in self._streams:
+            self._streams.pop(key).close()
+        if key not in self._streams:
             if len(self._streams) >= _PREPARED_STREAMS:
                 self._streams.pop(next(iter(self._streams))).close()
             dtypes = self.spec.hf_dtypes(dtype)
-            self._streams[kind] = TensorStream(
+            self._streams[key] = TensorStream(
                 plan, dtypes, group, device=device, bucket_bytes=bucket_bytes, ranks=ranks, transport=transport
             )
-        return self._streams[kind]
+        return self._streams[key]
 
     @torch.no_grad()
     def export_to_module(
@@ -320,18 +330,23 @@ class AutoBridge:
         transport: Transport = "auto",
         layout: ParallelLayout | None = None,
     ) -> None:
-        """Fills a live Transformers module: the inverse of `load_weights(model, hf_module)`; adapters are merged. All ranks
+        """Fills a live Transformers module: the inverse of `load_weights(model, hf_module)`. Adapters are merged. All ranks
         call it together, and fail together. Tensors stream as in `export_weights` and are cast to the module's dtypes.
 
         Args:
-            hf_module: this rank's own; `None` on ranks that receive nothing.
-            ranks: whose modules are filled; `None` means every rank's. The others contribute.
-            in_place: see `import_weights`: `False` needs the module's size once more in host memory and changes it only when
-                all of it has arrived on all ranks.
+            model: this rank's model chunks.
+            hf_module: this rank's module; `None` on ranks that receive nothing.
+            ranks: the ranks whose modules are filled; `None` means every rank. The others only contribute.
+            in_place: as in `import_weights`: `False` needs the module's size once more in host memory and changes the module
+                only when all tensors have arrived on all ranks.
+            bucket_bytes: as in `export_weights`.
+            transport: as in `export_weights`.
+            layout: the layout; `None` takes it from the model.
 
         Raises:
-            StateMismatchError: on all ranks, before anything travels: a module of another model, or none where one is needed;
-                StateMismatchError, SyncError: see `export_weights`.
+            StateMismatchError: on all ranks, before anything travels: a module belongs to another model, or a rank that
+                receives has none.
+            StateMismatchError, SyncError: as `export_weights`.
         """
         group = RankGroup()
         receives = ranks is None or group.rank in ranks
@@ -360,13 +375,17 @@ class AutoBridge:
         dtype: torch.dtype | None = None,
         layout: ParallelLayout | None = None,
     ) -> list[str]:
-        """Names of the HF tensors that are not the same on both sides, bit for bit, by digest; `[]` proves them equal. Each
-        side is read where it lies, of replicas the one that an export reads; a few bytes per tensor travel between ranks.
+        """The names of the HF tensors that differ between two sides, bit for bit, by digest; `[]` proves the sides equal. Each
+        side is read in its place; of replicas, the one that an export reads. A few bytes per tensor travel between ranks.
 
         Args:
-            first, second: a Megatron model (its chunks; all ranks call then, together, and read files by turns), the directory
-                of a checkpoint or of Megatron ranks (`mbridge-rl convert`), a state dict, or a live Transformers module.
-            dtype: that both are cast to first; `None` means a Megatron model's own, and no cast where there is none.
+            first: a Megatron model (its chunks; then all ranks call this together, and share the reading of files), the
+                directory of a checkpoint or of Megatron ranks (`mbridge-rl convert`), a state dict, or a live Transformers
+                module.
+            second: the other side.
+            dtype: the dtype to which both are cast first; `None` means that of the Megatron model, and no cast if there is
+                none.
+            layout: the layout; `None` takes it from the Megatron model.
         """
         from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
@@ -376,7 +395,9 @@ class AutoBridge:
         with group.fail_together() if group is not None else contextlib.nullcontext():
             if group is not None:
                 layout = _checked_layout(layout or layout_of(models[0], self.spec), group)
-            opened = [side if _is_megatron(side) else held(self.spec, self.hf_config, side) for side in (first, second)]
+            opened = [
+                side if _is_megatron(side) else weights_of_source(self.spec, self.hf_config, side) for side in (first, second)
+            ]
         digests: list[Digests] = []
         for given, side in zip((first, second), opened, strict=True):
             if isinstance(side, Weights):
@@ -399,19 +420,23 @@ class AutoBridge:
         durable: bool = True,
         layout: ParallelLayout | None = None,
     ) -> None:
-        """Writes a Hugging Face checkpoint (weights, config, tokenizer files). Every rank writes its own bytes into the files;
-        nothing is gathered. Needs one file system for all ranks; all ranks call it together, and fail together.
+        """Writes a Hugging Face checkpoint (weights, config, tokenizer files). Every rank writes its own bytes into the files,
+        and nothing is gathered. All ranks need the same file system. They call this together, and fail together.
 
-        The checkpoint is built in a hidden directory beside `directory`, which takes its place when it is complete: an
-        interrupted save leaves what was there before.
+        The checkpoint is built in a hidden directory beside `directory`, which replaces `directory` when it is complete; an
+        interrupted save leaves an older checkpoint as it was.
 
         Args:
-            dtype: of the saved weights; `None` means the model's.
-            shard_bytes: size of one file.
-            durable: return when the bytes are on the disk, so that a power failure does not undo the save.
+            model: this rank's model chunks.
+            directory: the directory of the checkpoint.
+            dtype: the dtype of the saved weights; `None` means the model's.
+            shard_bytes: bytes of one file.
+            durable: return only when the bytes are on the disk, so that a power failure does not undo the save.
+            layout: the layout; `None` takes it from the model.
 
         Raises:
-            CheckpointError: on all ranks: the disk is full, or the place cannot be written. An older checkpoint is untouched.
+            CheckpointError: on all ranks: the disk is full, or the directory cannot be written. An older checkpoint does not
+                change.
         """
         from mbridge_rl.megatron.parameters import layout_of, model_dtype
 
@@ -436,11 +461,15 @@ class AutoBridge:
         ranks: Sequence[int] | None = None,
         transport: Transport = "auto",
     ) -> Iterator[tuple[str, Tensor]]:
-        """As `export_weights`, with linears' weights in fp8, each followed by its scales. Every rank quantizes what it holds,
-        so half the bytes travel; the result is bit for bit that of one process.
+        """As `export_weights`, with the weights of linears in fp8, each followed by its scales. Every rank quantizes the
+        tensors that it holds, so half the bytes travel. The result is bit for bit that of a single process.
 
         Args:
-            dtype: of what is not quantized; `None` means the model's.
+            model: this rank's model chunks.
+            scheme: the quantization.
+            dtype: the dtype of the tensors that are not quantized; `None` means the model's.
+            ranks: as in `export_weights`.
+            transport: as in `export_weights`.
         """
         yield from LiveQuantizedBridge(self.spec, model, scheme, dtype).export(ranks, transport)
 
@@ -454,7 +483,7 @@ class AutoBridge:
         dtype: torch.dtype | None = None,
         durable: bool = True,
     ) -> None:
-        """As `save_pretrained`, in fp8: a checkpoint that says so in its config.json."""
+        """As `save_pretrained`, in fp8; the checkpoint's config.json has the quantization."""
         LiveQuantizedBridge(self.spec, model, scheme, dtype).save(directory, self._write_companions, durable=durable)
 
     @torch.no_grad()
@@ -466,51 +495,52 @@ class AutoBridge:
         ranks: Sequence[int] | None = None,
         transport: Transport = "auto",
     ) -> Iterator[tuple[str, Tensor]]:
-        """Streams the adapters alone, `(PEFT name, tensor)`: whole factors, `B` without the scale. As `export_weights` else."""
+        """As `export_weights`, for the adapters alone: streams `(PEFT name, tensor)`, full factors, `B` without the scale."""
         yield from LiveAdapterBridge(self.spec, model).export(dtype, ranks, transport)
 
     @torch.no_grad()
     def save_adapter(
         self, model: Sequence[nn.Module], directory: str | Path, *, dtype: torch.dtype | None = None, durable: bool = True
     ) -> None:
-        """Writes the adapters as PEFT does, every rank its own bytes; all ranks call it together, and fail together.
+        """Writes the adapters in PEFT's format; every rank writes its own bytes. All ranks call it together, and fail together.
 
         Raises:
-            StateMismatchError: the model has no adapters; CheckpointError: the disk is full, or the place cannot be written.
-                What was there before is untouched.
+            StateMismatchError: the model has no adapters. CheckpointError: the disk is full, or the directory cannot be
+                written; an older adapter does not change.
         """
         base = None if self.directory is None else str(self.directory)
         LiveAdapterBridge(self.spec, model).save(directory, base, dtype=dtype, durable=durable)
 
     def adapter_config(self, directory: str | Path) -> LoRAConfig:
-        """What `megatron.lora.attach.add_lora` needs to attach the PEFT adapter of `directory` before `load_adapter`.
+        """The config with which `megatron.lora.attach.add_lora` attaches the PEFT adapter of `directory` for `load_adapter`.
 
         Raises:
-            CheckpointError, UnsupportedModelError, StateMismatchError: see `hf.peft.read_lora_config`.
+            CheckpointError, UnsupportedModelError, StateMismatchError: as `hf.peft.read_lora_config`.
         """
         return read_lora_config(self.spec, directory)
 
     @torch.no_grad()
     def load_adapter(self, model: Sequence[nn.Module], source: str | Path | HfState) -> None:
         """Fills the adapters of `model` from a PEFT adapter (a directory, or its tensors by PEFT name). Every rank reads only
-        what it keeps; all ranks call it together, and fail together.
+        the bytes that it holds. All ranks call it together, and fail together.
 
         With an optimizer that keeps fp32 masters, call its `reload_model_params()` afterwards.
 
         Raises:
-            StateMismatchError: on all ranks, before anything is written: no adapters, or others (linears, rank, scale), or
-                separate `A`s for parts that share one here; CheckpointError, UnsupportedModelError: see `adapter_config`.
+            StateMismatchError: on all ranks, before anything is written: the model has no adapters, or others (linears, rank,
+                scale), or the source has separate `A`s for parts that share one in the model. CheckpointError,
+                UnsupportedModelError: as `adapter_config`.
         """
         LiveAdapterBridge(self.spec, model).load(source)
 
     def export_plan(self, layout: ParallelLayout) -> Plan:
-        """From the Megatron ranks of `layout` to whole HF tensors, the work shared between replicas."""
+        """The plan from the Megatron ranks of `layout` to HF tensors; replicas share the work."""
         if layout not in self._export_plans:
             self._export_plans[layout] = compile_plan(self.spec, megatron_side(self.spec, layout), hf_side(self.spec))
         return self._export_plans[layout]
 
     def _live(self, model: Sequence[nn.Module], layout: ParallelLayout, rank: int) -> tuple[LiveParameters, Side]:
-        """This rank's live parameters, checked against what the mapping says; that is worked out once."""
+        """This rank's live parameters, checked against its side, which is computed once, and that side."""
         from mbridge_rl.megatron.parameters import live_side
 
         if (layout, rank) not in self._sides:
@@ -518,7 +548,7 @@ class AutoBridge:
         return live_side(model, self.spec, layout, rank, self._sides[layout, rank])
 
     def _import_plan(self, layout: ParallelLayout, rank: int, side: Side) -> Plan:
-        """From whole HF tensors to what this rank holds."""
+        """The plan from HF tensors to this rank's tensors."""
         if (layout, rank) not in self._import_plans:
             self._import_plans[layout, rank] = compile_plan(self.spec, hf_side(self.spec), side)
         return self._import_plans[layout, rank]
@@ -540,7 +570,11 @@ def _is_megatron(side: HfSource | Sequence[nn.Module]) -> TypeGuard[Sequence[nn.
 
 
 def _checked_layout(layout: ParallelLayout, group: RankGroup) -> ParallelLayout:
-    """A layout of other ranks than those that run would leave out what the missing ones hold."""
+    """Returns `layout` if it has as many ranks as `group`; the tensors of missing ranks would be left out.
+
+    Raises:
+        LayoutError: it has another number of ranks.
+    """
     if layout.world_size != group.size:
         raise LayoutError(f"{layout} has {layout.world_size} ranks, {group.size} are running: give the layout that is running")
     return layout

@@ -1,4 +1,4 @@
-"""A live Megatron model exported and saved in fp8: quantized on the ranks that hold it, before anything travels."""
+"""Exports and saves a live Megatron model in fp8. Every rank quantizes the tensors that it holds, before anything travels."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ class LiveQuantizedBridge:
     """One live model in fp8, as it is now. All ranks make and use it together.
 
     Args:
-        dtype: of what is not quantized; `None` means the model's.
+        base: the spec of the model.
+        model: this rank's model chunks.
+        scheme: the quantization.
+        dtype: the dtype of the tensors that are not quantized; `None` means the model's.
 
     Attributes:
-        spec: the quantized one.
+        spec: the quantized spec.
+        dtype: the dtype of the tensors that are not quantized.
     """
 
     def __init__(self, base: ModelSpec, model: Sequence[nn.Module], scheme: Fp8, dtype: torch.dtype | None = None) -> None:

@@ -1,11 +1,11 @@
-"""Bytes in shared memory: how weights cross from a trainer to an engine on one machine without being copied twice.
+"""Shared memory through which weights cross from a trainer to an engine on one machine without being copied twice.
 
-An arena is alive while its owner holds its lock, and while nothing else says so: containers share `/dev/shm`, but not their
-numbers of processes. The pid in its name is for people who look.
+An arena is alive while its owner holds its lock. The pid in its name does not matter, because containers may share `/dev/shm`
+but not their process numbers; it is there for people who look at the file.
 
 A writer maps the file shared. A reader maps it privately (copy on write), because some engines' weight loaders change the
-tensors they are given: such a write stays in that reader and never reaches the other workers. Both touch every page once,
-up front: first-touch page faults would cost several times the copy itself.
+tensors that they are given: such a write stays in that reader and never reaches the other workers. Both touch every page once,
+up front, because first-touch page faults would cost several times the copy itself.
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ _PAGE = 4096
 
 
 class Arena:
-    """`nbytes` of shared memory behind a path. Make one with `Arena.create` (writer) or `Arena.attach` (reader).
+    """`nbytes` of shared memory behind a path. It is made by `Arena.create` (writer) or `Arena.attach` (reader).
 
     Args:
-        start: first byte of the file that belongs to the arena; what is before it is `front`.
-        lock: that the arena's owner holds, and that ends with it.
-        descriptor: of the file where it is open already, which it stays; it was examined then.
+        path: the file.
+        nbytes: bytes of the arena.
+        writable: map the file shared, so that writes reach the other processes.
+        lock: the descriptor of the lock that the owner holds as long as the arena lives; `None` in a process that does not own
+            the arena.
+        start: the first byte of the file that belongs to the arena; the bytes before it are `front`.
+        descriptor: a descriptor of the file, if it is open already and was checked then; it stays open.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Arena:
         self.writable = writable
         self._start = start
         opened = open_file(path, os.O_RDWR if writable else os.O_RDONLY, ArenaError) if descriptor is None else descriptor
-        try:  # by its descriptor: what was examined is what is mapped
+        try:  # mapped by its descriptor, so that the file that was checked is the file that is mapped
             storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{opened}", writable, start + nbytes)
         finally:
             if descriptor is None:
@@ -70,9 +74,9 @@ class Arena:
 
     @classmethod
     def create(cls, nbytes: int, directory: Path = SHARED_MEMORY) -> Arena:
-        """A new arena that this process owns: it is unlinked at `close`, when dropped, and at exit.
+        """Makes a new arena that this process owns: it is unlinked at `close`, when it is garbage-collected, and at exit.
 
-        Arenas that killed processes left behind in `directory` are removed first.
+        Arenas that killed processes left in `directory` are removed first.
 
         Raises:
             ArenaError: `nbytes` is not positive, or the directory has no room for them.
@@ -86,24 +90,24 @@ class Arena:
 
     @classmethod
     def attach(cls, path: str | Path, nbytes: int, *, writable: bool = False) -> Arena:
-        """Map an arena that another process (or this one) created; writes stay private unless `writable` (a fellow writer).
+        """Maps an arena that another process (or this one) created. Writes stay private unless `writable`.
 
         Raises:
             ArenaError: there is no such file, or it is smaller than `nbytes`.
         """
         path = Path(path)
         try:
-            found = path.stat().st_size
+            file_nbytes = path.stat().st_size
         except FileNotFoundError as error:
             raise ArenaError(
                 f"no arena at {path}: its writer closed it or died, or it runs on another machine or in another container"
             ) from error
-        if found < nbytes:
-            raise ArenaError(f"the arena at {path} holds {found} bytes, expected {nbytes}")
+        if file_nbytes < nbytes:
+            raise ArenaError(f"the arena at {path} holds {file_nbytes} bytes, expected {nbytes}")
         return cls(path, nbytes, writable=writable)
 
     def view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Zero-copy tensor of `shape` and `dtype` that starts `offset` bytes into the arena.
+        """A tensor of `shape` and `dtype` that starts `offset` bytes into the arena, without a copy.
 
         Raises:
             ArenaError: the arena is closed, or the tensor is misaligned or reaches past the end.
@@ -119,13 +123,13 @@ class Arena:
         return self._mapped[first : first + nbytes].view(dtype).view(tuple(shape))
 
     def front(self) -> bytes:
-        """What lies before the arena in its file, as it is now."""
+        """The bytes before the arena in its file, as they are now."""
         if self._mapped is None:
             raise ArenaError(f"the arena at {self.path} is closed")
         return self._mapped[: self._start].numpy().tobytes()
 
     def close(self) -> None:
-        """Forget the mapping and, where this process created the arena, unlink it. Views handed out stay readable."""
+        """Drops the mapping and, if this process created the arena, unlinks the file. Views of it stay readable."""
         self._mapped = None
         self._finalizer()
 
@@ -144,7 +148,7 @@ def allocate(path: Path, nbytes: int) -> int:
     """
     lock = _locked_file(path)
     try:
-        os.posix_fallocate(lock, 0, nbytes)  # fails here and now; a write to a full /dev/shm would be a bus error
+        os.posix_fallocate(lock, 0, nbytes)  # fails here; a later write to a full /dev/shm would be a bus error
     except OSError as error:
         path.unlink(missing_ok=True)
         os.close(lock)
@@ -159,7 +163,8 @@ def allocate(path: Path, nbytes: int) -> int:
 
 
 def _locked_file(path: Path) -> int:
-    """A new file, locked from the moment when it has its name: `remove_stale` takes what is not locked for a dead owner's."""
+    """Makes a file that is locked from the moment when it has its name: `remove_stale` takes an unlocked file for that of a
+    dead owner."""
     while True:
         partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         lock = create_file(partial)
@@ -171,13 +176,12 @@ def _locked_file(path: Path) -> int:
 
 
 def remove_stale(directory: Path = SHARED_MEMORY) -> list[Path]:
-    """Unlinks this user's arenas in `directory` whose owner is gone, which is when nobody holds their lock; returns their
-    paths."""
+    """Unlinks this user's arenas in `directory` whose owner is gone, so that nobody holds their lock; returns their paths."""
     removed = []
     for path in directory.glob("mbridge_rl-*.arena*"):
         if _NAME.fullmatch(path.name) is None:
             continue
-        with contextlib.suppress(OSError, ArenaError):  # gone by now, or another user's
+        with contextlib.suppress(OSError, ArenaError):  # it was removed meanwhile, or belongs to another user
             descriptor = open_file(path, os.O_RDWR, ArenaError)
             try:
                 if try_lock(descriptor):
@@ -191,8 +195,8 @@ def remove_stale(directory: Path = SHARED_MEMORY) -> list[Path]:
 
 
 def _touch(data: Tensor) -> None:
-    """Reads a byte of every page: the pages exist (`allocate`), and a shared mapping's may be written once they are mapped.
-    Not even the same byte may be written back: what a fellow writer wrote in between would be undone."""
+    """Maps every page by reading a byte of it. The pages exist already (`allocate`), and mapped pages of a shared mapping may
+    be written. The byte is not written back, because that could undo a write of another process."""
     data[::_PAGE].sum()
 
 

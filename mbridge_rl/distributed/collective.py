@@ -1,8 +1,9 @@
-"""Streaming through torch.distributed: one packed payload per contributing rank and bucket, some buckets ahead.
+"""Streams tensors through torch.distributed: one packed payload per contributing rank and bucket, some buckets ahead.
 
 While a bucket is consumed the next ones are under way, so that packing, sending and consuming overlap. The number of messages
-grows with bytes, not with parameters. Besides the payload there is one flag per bucket: a rank that fails, or stops reading,
-goes on taking part until all have heard of it, so that all of them raise and the process group stays usable.
+grows with the bytes, not with the number of parameters. Besides the payload there is one flag per bucket: a rank that fails, or
+stops reading, goes on taking part until all ranks have received its flag, so that all of them raise and the process group stays
+usable.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from mbridge_rl.distributed.schedule import Bucket, Piece, Span
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A bucket whose payloads were started: what each contributing rank packed, and what to wait for."""
+    """A bucket whose transfer was started.
+
+    Attributes:
+        payloads: the packed bytes (uint8) of each contributing rank.
+        works: the communication to wait for.
+        agreement: the failure flag of the bucket.
+    """
 
     payloads: Mapping[int, Tensor]
     works: Sequence[dist.Work | None]
@@ -33,11 +40,13 @@ class _UnderWay:
 
 
 class CollectiveExchange:
-    """Runs one schedule through the collectives of `group`, as often as wanted, on all its ranks together.
+    """Runs one schedule through the collectives of `group`, any number of times, on all its ranks together.
 
     Args:
-        receivers: the ranks that want the tensors; broadcasts serve all of them, messages between pairs only some.
-        depth: buckets that are staged at once: one that is consumed, the others under way.
+        group: the ranks.
+        buckets: the schedule.
+        receivers: the ranks that get the tensors: by broadcasts if these are all ranks, else by messages between pairs.
+        depth: number of buckets that are staged at once: one that is consumed, the others under way.
     """
 
     def __init__(self, group: RankGroup, buckets: Sequence[Bucket], receivers: Sequence[int], depth: int) -> None:
@@ -47,7 +56,7 @@ class CollectiveExchange:
         self._slot_nbytes = max((sum(self._staged(bucket).values()) for bucket in buckets), default=0)
 
     def run(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields `(hf_name, tensor)` on the ranks that receive, nothing on the others."""
+        """Yields `(hf_name, tensor)` on the ranks that receive, and nothing on the others."""
         under_way = _Pipeline(self, self._group, live)
         assembly = Assembly(self._group.device)
         for bucket in self._buckets:
@@ -61,17 +70,17 @@ class CollectiveExchange:
                 raise
 
     def close(self) -> None:
-        """Nothing outlives a run."""
+        """Does nothing: nothing outlives a run."""
 
     def staging(self) -> list[Tensor]:
-        """One slot for every bucket that is staged at once."""
+        """The staging memory: one slot (uint8) for every bucket that is staged at once."""
         staging = torch.empty(self._depth * self._slot_nbytes, dtype=torch.uint8, device=self._group.device)
         if staging.is_cpu:
             use_huge_pages(staging)
         return list(staging.split(self._slot_nbytes)) if self._slot_nbytes else [staging] * self._depth
 
     def start(self, index: int, slot: Tensor, live: Mapping[str, Tensor], failure: Exception | None) -> _UnderWay:
-        """Packs and starts bucket `index`; a rank that fails at it sends what it has, and the flag."""
+        """Packs and starts bucket `index`. A rank that fails to pack sends the bytes that the slot holds, and its flag."""
         bucket = self._buckets[index]
         payloads, end = {}, 0
         for rank, nbytes in self._staged(bucket).items():
@@ -80,13 +89,13 @@ class CollectiveExchange:
         if failure is None and self._group.rank in payloads:
             try:
                 _pack(bucket, self._group.rank, payloads[self._group.rank], live)
-            except Exception as error:  # told to all ranks by the flag
+            except Exception as error:  # the flag reports it to all ranks
                 failure = error
         agreement = self._group.start_agreement(failure)
         return _UnderWay(payloads, self._send(bucket, payloads), agreement)
 
     def _staged(self, bucket: Bucket) -> dict[int, int]:
-        """Bytes of each payload that this rank holds: everybody's where it receives, else its own."""
+        """The bytes of each payload that this rank holds, by rank: all payloads if it receives, else only its own."""
         return {rank: nbytes for rank, nbytes in bucket.packed_nbytes.items() if self._receives or rank == self._group.rank}
 
     def _send(self, bucket: Bucket, payloads: Mapping[int, Tensor]) -> list[dist.Work | None]:
@@ -102,7 +111,7 @@ class CollectiveExchange:
 
 
 class _Pipeline:
-    """The buckets of one run that are staged: as many as there are slots, the first of them being consumed."""
+    """The staged buckets of one run: as many as there are slots; the first of them is being consumed."""
 
     def __init__(self, exchange: CollectiveExchange, group: RankGroup, live: Mapping[str, Tensor]) -> None:
         self._exchange, self._group, self._live = exchange, group, live
@@ -112,11 +121,11 @@ class _Pipeline:
         self._failure: Exception | None = None
 
     def next_payloads(self) -> Mapping[int, Tensor]:
-        """Those of the next bucket; the one before has been consumed, and its slot is filled again.
+        """The payloads of the next bucket. The bucket before has been consumed, so its slot is filled again.
 
         Raises:
-            BridgeError: on all ranks, if any failed at this bucket. All have started the same buckets by then; they wait for
-                them first, so that the process group stays usable.
+            BridgeError: on all ranks, if any rank failed at this bucket. All ranks have started the same buckets by then, and
+                wait for them first, so that the process group stays usable.
         """
         while self._started < len(self._exchange) and len(self._pending) < len(self._slots):
             slot = self._slots[self._started % len(self._slots)]
@@ -134,7 +143,7 @@ class _Pipeline:
         return current.payloads
 
     def leave(self) -> None:
-        """Takes part until all other ranks have heard that this one stopped reading."""
+        """Takes part until all other ranks have received the flag that this rank stopped reading."""
         self._failure = PeerFailed("it stopped reading before the end of the stream")
         with contextlib.suppress(BridgeError):
             while self._pending or self._started < len(self._exchange):
@@ -154,6 +163,6 @@ def _unpack(payloads: Mapping[int, Tensor], span: Span, tensor: Tensor) -> None:
 
 
 def _packed(payload: Tensor, piece: Piece, span: Span) -> Tensor:
-    """Where `piece` lies in what its rank packed, `[*shape]`."""
+    """The values of `piece`, `[*shape]`, as a view of the payload of its rank."""
     dtype = span.tensor.dtype
     return payload[piece.start : piece.start + piece.numel * dtype.itemsize].view(dtype).view(piece.shape)

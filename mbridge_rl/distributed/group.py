@@ -1,7 +1,7 @@
-"""The trainer ranks of one transfer: the few collectives that a transfer needs, also where there is but one process.
+"""The trainer ranks of a transfer, with the few collectives that a transfer needs; they also work in a single process.
 
-Ranks fail together: what one of them raises all of them raise, in the same call, as the same type, with the message of the rank
-that knows why. So callers may decide by the type (to try again, to go on without an engine): all of them decide alike.
+Ranks fail together: if one of them raises, all of them raise in the same call, an error of the same type, with the message of
+the rank that failed. So callers may decide by the type (to try again, to go on without an engine), and all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from mbridge_rl.distributed.plain import Types, dumped, loaded
 
 T = TypeVar("T")
 _SIZE_BYTES = 8
-_TELL_SECONDS = 3.0  # for ranks that time out a little later
+_TELL_SECONDS = 3.0  # the time in which ranks that time out a little later report it
 _ON_ONE_MACHINE: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
 
 
 class RankGroup:
-    """All trainer ranks, or this process alone where torch.distributed is not initialised.
+    """All trainer ranks, or only this process if torch.distributed is not initialised.
 
-    Every wait ends when the process group's own time-out does (`init_process_group(timeout=...)`).
+    Every wait ends at the process group's own time-out (`init_process_group(timeout=...)`).
+
+    Attributes:
+        device: the device of the tensors that collectives take.
+        rank: this process's rank.
+        size: the number of ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -43,12 +48,12 @@ class RankGroup:
 
     @property
     def identity(self) -> weakref.ref[dist.ProcessGroup] | None:
-        """Equal for the same process group only, so that nothing prepared for one is used with the next."""
+        """A value that is equal only for the same process group: nothing prepared for one group is used with another."""
         return None if self._alone else weakref.ref(self._group or dist.group.WORLD)
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether all ranks can share memory. They are asked once per process group, all together."""
+        """Whether all ranks can share memory. The first access per process group is collective."""
         if self.size == 1:
             return True
         group = self._group or dist.group.WORLD
@@ -57,7 +62,7 @@ class RankGroup:
         return _ON_ONE_MACHINE[group]
 
     def broadcast(self, payload: Tensor, source_rank: int) -> dist.Work | None:
-        """Starts sending `payload` (uint8, the same size everywhere) from `source_rank` to all; `wait` on the result."""
+        """Starts sending `payload` (uint8, of the same size on all ranks) from `source_rank` to all; `wait` on the result."""
         if self.size == 1:
             return None
         return dist.broadcast(payload, group_src=source_rank, group=self._group, async_op=True)
@@ -72,7 +77,7 @@ class RankGroup:
         """Waits for started communication.
 
         Raises:
-            RanksUnreachable: a rank is missing, died, or did not come within the process group's time-out.
+            RanksUnreachable: a rank is missing, died, or did not take part within the process group's time-out.
         """
         with self._explained():
             for work in works:
@@ -108,42 +113,42 @@ class RankGroup:
     def all_same(self, number: int) -> bool:
         """Whether all ranks brought the same `number`, below 2^21; also a barrier."""
         total, squares = self.sum(torch.tensor([number, number * number])).tolist()
-        return self.size * squares == total * total  # Cauchy and Schwarz: equal for equal numbers only
+        return self.size * squares == total * total  # by Cauchy and Schwarz this holds only for equal numbers
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1, dtype=torch.int64))
 
     def start_agreement(self, failure: Exception | None = None) -> Agreement:
-        """Starts telling all ranks whether this one failed; `wait` on the result, on all ranks."""
+        """Starts sending to all ranks whether this one failed; `wait` on the result, on all ranks."""
         failed = torch.tensor([int(failure is not None)], device=self.device)
         work = None if self.size == 1 else dist.all_reduce(failed, group=self._group, async_op=True)
         return Agreement(self, failure, failed, work)
 
     def agree(self, failure: Exception | None = None) -> None:
-        """Returns on all ranks when all have come, or raises on all ranks if any brought a `failure`. Also a barrier.
+        """Returns on all ranks when all have called it, or raises on all ranks if any brought a `failure`. Also a barrier.
 
         Raises:
-            BridgeError: on all ranks of the type of one failure (SyncError for one that is none of ours): where several failed,
-                one that does not come of another's, of the lowest such rank. That rank raises its own; the others name it and
-                what it raised. RanksUnreachable: as `wait`.
+            BridgeError: on all ranks, of the type of one failure (SyncError if that is not a BridgeError). If several ranks
+                failed, it is the failure of the lowest rank whose failure is not a consequence of another's. That rank raises
+                its own error; the errors of the others name the rank and its error. RanksUnreachable: as `wait`.
         """
         self.start_agreement(failure).wait()
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        """What any rank raises inside the block, all ranks raise at its end; also a barrier."""
+        """If any rank raises inside the block, all ranks raise at its end (see `agree`); also a barrier."""
         failure: Exception | None = None
         try:
             yield
-        except Exception as error:  # told to the other ranks before it goes on, so that none of them waits for a time-out
+        except Exception as error:  # reported to the other ranks before it is raised, so that none of them waits
             failure = error
         self.agree(failure)
 
     def first_rank_does(self, function: Callable[[], T]) -> T | None:
-        """Calls `function` on rank 0. Every rank returns when that is done, or raises what it raised (see `agree`).
+        """Calls `function` on rank 0. Every rank returns when that is done, or raises its error (see `agree`).
 
         Returns:
-            What `function` returned, on rank 0; `None` on the other ranks.
+            The result of `function` on rank 0, `None` on the other ranks.
         """
         result: T | None = None
         with self.fail_together():
@@ -152,19 +157,21 @@ class RankGroup:
         return result
 
     def on_first_rank(self, function: Callable[[], T], types: Types = ()) -> T:
-        """Calls `function` on rank 0, and returns its result on every rank. It is plain data (see `gather_plain`).
+        """Calls `function` on rank 0, and returns its result, which must be plain data (see `gather_plain`), on every rank.
 
         Args:
+            function: called on rank 0 only.
             types: the dataclasses that may be in the result.
         """
         return cast("T", self.share_plain(self.first_rank_does(function), types))
 
     def gather_plain(self, value: Any, types: Types = ()) -> list[Any]:
-        """Every rank's `value`, which is plain data (`distributed.plain`): nothing that arrives is unpickled.
+        """The values of all ranks, by rank. They must be plain data (`distributed.plain`); nothing that arrives is unpickled.
 
-        For the one-time handshake and for failures only, never for payload.
+        This is for the one-time handshake and for failures, never for payload.
 
         Args:
+            value: this rank's value.
             types: the dataclasses that may be in it.
         """
         if self.size == 1:
@@ -174,14 +181,14 @@ class RankGroup:
         padded = torch.zeros(_SIZE_BYTES + longest, dtype=torch.uint8)
         padded[:_SIZE_BYTES] = torch.tensor([len(message)]).view(torch.uint8)
         padded[_SIZE_BYTES : _SIZE_BYTES + len(message)] = message
-        mine = padded.to(self.device)
-        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        own_message = padded.to(self.device)
+        gathered = [torch.empty_like(own_message) for _ in range(self.size)]
         with self._explained():
-            dist.all_gather(gathered, mine, group=self._group)
-        return [_value_of(one.cpu(), types) for one in gathered]
+            dist.all_gather(gathered, own_message, group=self._group)
+        return [_value_of(message.cpu(), types) for message in gathered]
 
     def share_plain(self, value: Any, types: Types = ()) -> Any:
-        """Rank 0's `value` on every rank, in two messages. As `gather_plain` else; it may be large."""
+        """Rank 0's `value` on every rank, in two messages. It must be plain data (see `gather_plain`) and may be large."""
         if self.size == 1:
             return value
         message = torch.frombuffer(bytearray(dumped(value, types)), dtype=torch.uint8) if self.rank == 0 else torch.zeros(0)
@@ -197,12 +204,13 @@ class RankGroup:
             yield
         except RuntimeError as error:
             silent = self._silent_ranks() if "timed out" in str(error).lower() else []
-            who = f"ranks {silent} did not come" if silent else "one of them died, or failed outside of this call"
-            message = f"rank {self.rank} of {self.size} cannot reach all others: {who} (the backend: {error})"
+            cause = f"ranks {silent} did not come" if silent else "one of them died, or failed outside of this call"
+            message = f"rank {self.rank} of {self.size} cannot reach all others: {cause} (the backend: {error})"
             raise RanksUnreachable(message) from error
 
     def _silent_ranks(self) -> list[int]:
-        """After a time-out: those who did not run into it as well. Whoever did says so in the store of all processes."""
+        """The ranks that did not report a time-out, after this rank timed out. Every rank that times out reports it in the
+        store of all processes."""
         if self._group is not None:
             return []
         keys = [f"mbridge_rl/timed_out/{rank}" for rank in range(self.size)]
@@ -213,12 +221,12 @@ class RankGroup:
             while time.monotonic() < deadline and not store.check(keys):
                 time.sleep(0.1)
             return [rank for rank, name in enumerate(keys) if not store.check([name])]
-        except RuntimeError:  # the store went with the rank that served it
+        except RuntimeError:  # the rank that served the store is gone
             return []
 
 
 class Agreement:
-    """A failure flag under way to all ranks (`RankGroup.start_agreement`)."""
+    """A failure flag that is under way to all ranks (`RankGroup.start_agreement`)."""
 
     def __init__(self, group: RankGroup, failure: Exception | None, failed: Tensor, work: dist.Work | None) -> None:
         self._group, self._failure, self._failed, self.work = group, failure, failed, work
@@ -244,6 +252,7 @@ def _value_of(message: Tensor, types: Types) -> Any:
 
 
 def _cause(failures: Sequence[Failure | None]) -> tuple[int, Failure]:
-    """What all ranks raise, and whose it is. A time-out may come of another's failure, a `PeerFailed` always does."""
+    """The failure that all ranks raise, and the rank that it happened on. A time-out may be the consequence of another rank's
+    failure, and a `PeerFailed` always is."""
     failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
-    return min(failed, key=lambda one: (one[1].error_class is PeerFailed, one[1].error_class is TransferTimeout))
+    return min(failed, key=lambda item: (item[1].error_class is PeerFailed, item[1].error_class is TransferTimeout))

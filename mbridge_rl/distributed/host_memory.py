@@ -1,9 +1,9 @@
-"""Streaming between ranks of one machine: everybody writes its rectangles straight into shared memory, in HF layout, and
-whoever receives copies whole tensors out. No collective carries weights.
+"""Streams tensors between ranks of one machine: every rank writes its rectangles straight into shared memory, in HF layout, and
+the ranks that receive copy full tensors out of it. No collective carries weights.
 
-Two slots alternate. The one small all-reduce per bucket says that a slot is full, and also that the other one has been read.
-The one before the first bucket of a run says that every rank has read the last bucket of the run before: it may lie in the slot
-that the first bucket is written to.
+Two slots alternate. The one small all-reduce per bucket shows that a slot is full, and also that the other slot has been read.
+The one before the first bucket of a run shows that every rank has read the last bucket of the run before, which may lie in the
+slot that the first bucket is written to.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from mbridge_rl.distributed.schedule import Bucket, Piece, Span
 
 
 class HostMemoryExchange:
-    """Runs one schedule through shared memory, as often as wanted. Made and run by all ranks of `group` together.
+    """Runs one schedule through shared memory, any number of times. All ranks of `group` make it and run it together.
 
     Args:
-        receives: this rank wants the tensors; the others only contribute.
+        group: the ranks.
+        buckets: the schedule.
+        receives: whether this rank gets the tensors; otherwise it only contributes.
 
     Raises:
-        ArenaError: on all ranks, where shared memory is too small or is not shared by all.
+        ArenaError: on all ranks, if shared memory is too small or is not shared by all ranks.
     """
 
     def __init__(self, group: RankGroup, buckets: Sequence[Bucket], receives: bool) -> None:
@@ -40,7 +42,7 @@ class HostMemoryExchange:
         self._bytes = self._arena.view(0, (self._arena.nbytes,), torch.uint8)
 
     def run(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields `(hf_name, tensor)` on the ranks that receive, nothing on the others."""
+        """Yields `(hf_name, tensor)` on the ranks that receive, and nothing on the others."""
         assembly = Assembly(torch.device("cpu"))
         self._group.barrier()
         for index, bucket in enumerate(self._buckets):
@@ -52,7 +54,7 @@ class HostMemoryExchange:
                 yield from assembly.completed(bucket, partial(self._read, self._slot(index)))
             except GeneratorExit:
                 if index + 1 < len(self._buckets):
-                    with contextlib.suppress(BridgeError):  # of another rank that left or failed, too
+                    with contextlib.suppress(BridgeError):  # another rank may have left or failed as well
                         self._group.agree(PeerFailed("it stopped reading before the end of the stream"))
                 raise
 
@@ -77,7 +79,7 @@ class HostMemoryExchange:
 
 
 def shared_arena(group: RankGroup, nbytes: int) -> Arena:
-    """Shared memory that rank 0 owns and all ranks of `group` write.
+    """An arena that rank 0 owns and to which all ranks of `group` write.
 
     Raises:
         ArenaError: on all ranks, if any of them could not create or map it.

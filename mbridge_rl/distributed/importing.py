@@ -1,4 +1,4 @@
-"""Taking a model in from a stream of HF tensors, whatever their order."""
+"""Imports a model from a stream of HF tensors in any order."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ def import_stream(
 ) -> None:
     """Fills `targets` from `stream`, on all ranks of `group` or on none.
 
-    What arrives goes into a second copy of `targets` in host memory, and from there into `targets` when every rank has all of
-    it: until then nothing is changed. With `in_place` there is no second copy, and a failure leaves a mixture.
+    The tensors that arrive go into a second copy of `targets` in host memory, and from there into `targets` when every rank has
+    all of them; until then nothing is changed. With `in_place` there is no second copy, and a failure leaves a mixture.
 
     Args:
-        plan: from whole HF tensors to this rank's tensors.
+        spec: the spec of the model.
+        plan: the copies from HF tensors to this rank's tensors.
         targets: this rank's tensors.
+        stream: `(hf_name, tensor)`, in any order.
+        group: the ranks; all call this together.
+        in_place: write to `targets` as tensors arrive.
 
     Raises:
-        StateMismatchError: on all ranks: see `_Receiver.take`.
+        StateMismatchError: on all ranks, for the reasons of `_Receiver.take`.
     """
     arriving = targets if in_place else {name: torch.empty_like(tensor, device="cpu") for name, tensor in targets.items()}
     receiver = _Receiver(spec, plan, arriving)
@@ -48,23 +52,23 @@ def import_stream(
 
 
 class _Receiver:
-    """Checks tensors as they come and copies what this rank keeps of them."""
+    """Checks tensors as they arrive, and copies the parts of them that this rank holds."""
 
     def __init__(self, spec: ModelSpec, plan: Plan, targets: Mapping[str, Tensor]) -> None:
         self._spec, self._plan, self._targets = spec, plan, targets
         self._padded = {name for names in plan.padded_names.values() for name in names}
         self._pieces: Pieces | None = None
         self._tied = frozenset(spec.aliases.values())
-        self._names: set[str] = set()  # as the stream says them
-        self._first: dict[str, tuple[str, torch.dtype, int]] = {}  # of tied tensors: name, dtype and digest of what came first
+        self._names: set[str] = set()  # names as they are in the stream
+        self._first: dict[str, tuple[str, torch.dtype, int]] = {}  # name, dtype and digest of the first of two tied tensors
         self.arrived: set[str] = set()
 
     def take(self, stream: Stream) -> None:
         """Consumes the stream.
 
         Raises:
-            StateMismatchError: an unknown, repeated, missing or wrongly shaped tensor. The stream is closed, so that ranks who
-                feed it together hear of it.
+            StateMismatchError: a tensor is unknown, repeated, missing or of the wrong shape. The stream is closed, so that
+                other ranks that feed it fail as well.
         """
         iterator = iter(stream)
         try:
@@ -75,19 +79,21 @@ class _Receiver:
             if hasattr(iterator, "close"):
                 iterator.close()
             raise
-        if missing := self._spec.hf_shapes.keys() - self.arrived - self._spec.repeated_hf_names:
+        if missing_names := self._spec.hf_shapes.keys() - self.arrived - self._spec.repeated_hf_names:
             raise StateMismatchError(
-                f"the stream ended after {len(self.arrived)} of {len(self._spec.hf_shapes)} tensors: missing {listed(missing)}"
+                f"the stream ended after {len(self.arrived)} of {len(self._spec.hf_shapes)} tensors: "
+                f"missing {listed(missing_names)}"
             )
 
     def state(self) -> str:
+        """Describes, for an error message, what the model holds after a failed import in place."""
         return (
             f"{len(self.arrived)} of {len(self._spec.hf_shapes)} tensors are the stream's, the others are what they were; "
             f"load the model again before you use it"
         )
 
     def _split(self, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
-        """What the tensor is by the names of the mapping: a stack of experts is the tensors of each."""
+        """The tensor under the names of the spec: a stack of experts is split into the tensors of each expert."""
         if name in self._spec.hf_shapes or name in self._spec.aliases:
             return [(name, tensor)]
         if self._pieces is None:
@@ -95,8 +101,8 @@ class _Receiver:
         if name not in self._pieces.of_stored:
             return [(name, tensor)]
         self._pieces.check(name, tuple(tensor.shape), "the stream")
-        whole = tensor.detach().contiguous()
-        return [(piece.hf_name, piece.of(whole)) for piece in self._pieces.of_stored[name]]
+        stored = tensor.detach().contiguous()
+        return [(piece.hf_name, piece.of(stored)) for piece in self._pieces.of_stored[name]]
 
     def _take_one(self, name: str, tensor: Tensor) -> None:
         if name in self._names:
@@ -108,24 +114,24 @@ class _Receiver:
         if hf_name not in self._spec.hf_shapes:
             raise StateMismatchError(f"the stream holds {name}, which {self._spec.architecture} does not have")
         check_hf_tensor(self._spec, hf_name, tensor, "the stream")
-        whole = tensor.detach().contiguous()
-        if hf_name in self._tied and self._is_repeated(name, hf_name, whole):
+        hf_tensor = tensor.detach().contiguous()
+        if hf_name in self._tied and self._is_repeated(name, hf_name, hf_tensor):
             return
         for copy in self._plan.by_hf_name.get(hf_name, ()):
             target = self._targets[copy.target.name]
             if copy.target.name in self._padded:
                 target.zero_()
                 self._padded.discard(copy.target.name)
-            copy.target.of(target, copy.shape).copy_(copy.source.of(whole, copy.shape))
+            copy.target.of(target, copy.shape).copy_(copy.source.of(hf_tensor, copy.shape))
         self.arrived.add(hf_name)
 
-    def _is_repeated(self, name: str, hf_name: str, whole: Tensor) -> bool:
+    def _is_repeated(self, name: str, hf_name: str, hf_tensor: Tensor) -> bool:
         """Whether a tied tensor came before, under its other name.
 
         Raises:
-            StateMismatchError: what came then was not the same.
+            StateMismatchError: the tensor that came before was not the same.
         """
-        content = (whole.dtype, digest(whole))
+        content = (hf_tensor.dtype, digest(hf_tensor))
         if hf_name not in self._first:
             self._first[hf_name] = (name, *content)
             return False

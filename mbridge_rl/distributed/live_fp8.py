@@ -1,4 +1,4 @@
-"""A live Megatron model as its quantized self: what a plan of the quantized spec reads, on every rank."""
+"""The tensors of a live Megatron model in quantized form, which a plan of the quantized spec reads on every rank."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from mbridge_rl.distributed.group import RankGroup
 
 
 class QuantizedLive(Mapping[str, Tensor]):
-    """This rank's tensors under the names of `side`: weights in fp8, their scales, and the others as they are. Made anew for
-    every transfer, by all ranks together; the one collective is a maximum over 4 bytes per block.
+    """This rank's tensors under the names of `side`: weights in fp8, their scales, and the other tensors as they are. All ranks
+    make it together, anew for every transfer; the one collective is a maximum over 4 bytes per block.
 
-    A weight is quantized when it is asked for (`TensorCache`: the parts of a fused tensor, and what several workers are sent of
-    it, are read shortly after each other), so that no second copy of the model exists.
+    A weight is quantized when it is read, so that no second copy of the model exists. The last results are cached
+    (`TensorCache`), because the parts of a fused tensor, and the parts for several workers, are read shortly after each other.
 
     Args:
-        spec: quantized (`core.quantize.quantized_spec`).
-        side: of this rank, of that spec.
+        spec: the quantized spec (`core.quantize.quantized_spec`).
+        scheme: the quantization.
+        side: this rank's side of that spec.
         live: this rank's tensors as trained, merged if they have adapters.
+        group: the ranks.
     """
 
     def __init__(self, spec: ModelSpec, scheme: Fp8, side: Side, live: Mapping[str, Tensor], group: RankGroup) -> None:
@@ -41,7 +43,7 @@ class QuantizedLive(Mapping[str, Tensor]):
         for segment in side.segments:
             if segment.hf_name in fp8:
                 self._weights[segment.local_name].append(segment)
-        weights, scales_of = self._weights, self._scales  # what refers to itself would be freed late
+        weights, scales_of = self._weights, self._scales  # without a reference to self, which would delay freeing it
         self._fp8 = TensorCache(lambda name: quantized(spec, scheme, weights[name], live[name], scales_of))
 
     def __getitem__(self, megatron_name: str) -> Tensor:
@@ -59,18 +61,20 @@ class QuantizedLive(Mapping[str, Tensor]):
 
 
 def quantization_config(spec: ModelSpec, scheme: Fp8, dtypes: Mapping[str, torch.dtype]) -> dict[str, object]:
-    """What a checkpoint's config.json says of it (Transformers' `FineGrainedFP8Config`, vLLM's `fp8`).
+    """The `quantization_config` of a checkpoint's config.json (Transformers' `FineGrainedFP8Config`, vLLM's `fp8`).
 
     Args:
-        dtypes: of every HF tensor (`spec.hf_dtypes`).
+        spec: the quantized spec.
+        scheme: the quantization.
+        dtypes: the dtype of every HF tensor (`spec.hf_dtypes`).
     """
-    names = {name.rpartition(".")[0]: dtype for name, dtype in dtypes.items() if name.endswith(".weight")}
+    module_dtypes = {name.rpartition(".")[0]: dtype for name, dtype in dtypes.items() if name.endswith(".weight")}
     matrices = {name.rpartition(".")[0] for name, shape in spec.hf_shapes.items() if len(shape) == 2}
-    kept = sorted(module for module, dtype in names.items() if dtype != FP8 and module in matrices)
+    unquantized = sorted(module for module, dtype in module_dtypes.items() if dtype != FP8 and module in matrices)
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         **({"weight_block_size": list(scheme.block)} if scheme.block else {}),
-        "modules_to_not_convert": kept,
+        "modules_to_not_convert": unquantized,
     }

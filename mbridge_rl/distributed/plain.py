@@ -1,9 +1,9 @@
-"""Plain data as bytes, for messages between processes: whoever reads them runs no code, whatever they hold.
+"""Plain data as bytes, for messages between processes. Reading a message runs no code, whatever it holds.
 
-    eight bytes: the length of what follows | JSON | the bytes of all tensors, one after the other
+    eight bytes: the length of the JSON | JSON | the bytes of all tensors, one after another
 
 JSON carries `None`, booleans, numbers and texts as they are. Everything else is a list of its kind and its content: bytes,
-dtypes, lists, tuples, sets, dictionaries, tensors, and those dataclasses that the reader names.
+dtypes, lists, tuples, sets, dictionaries, tensors, and the dataclasses that the reader names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ _LENGTH = 8
 
 
 def dumped(value: Any, types: Types = ()) -> bytes:
-    """Raises SyncError for what is not plain, naming its type."""
+    """`value` as a message.
+
+    Raises:
+        SyncError: something in it is not plain data; names its type.
+    """
     tensors: list[Tensor] = []
     text = json.dumps(_described(value, types, tensors)).encode()
     contents = (tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
@@ -34,13 +38,17 @@ def dumped(value: Any, types: Types = ()) -> bytes:
 
 
 def loaded(message: bytes, types: Types = ()) -> Any:
-    """What was dumped. Raises SyncError for a message that is none, or of which anything is not as it says."""
+    """The value from which `dumped` made a message.
+
+    Raises:
+        SyncError: it is not such a message, or its content does not match its description.
+    """
     try:
         end = _LENGTH + int.from_bytes(message[:_LENGTH], "little")
         reader = _Reader(memoryview(message)[end:], {kind.__name__: kind for kind in types})
         value = reader.read(json.loads(message[_LENGTH:end]))
-        if reader.rest:
-            raise ValueError(f"{len(reader.rest)} bytes too many")
+        if reader.unread:
+            raise ValueError(f"{len(reader.unread)} bytes too many")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise SyncError(f"a message of {len(message)} bytes is not what this version reads: {error!r}") from error
     return value
@@ -48,7 +56,7 @@ def loaded(message: bytes, types: Types = ()) -> Any:
 
 def _described(value: Any, types: Types, tensors: list[Tensor]) -> Any:
     def all_of(values: Any) -> list[Any]:
-        return [_described(one, types, tensors) for one in values]
+        return [_described(item, types, tensors) for item in values]
 
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -73,12 +81,14 @@ def _described(value: Any, types: Types, tensors: list[Tensor]) -> Any:
 
 
 class _Reader:
-    """Attributes:
-    rest: bytes of the tensors that were not read yet.
+    """Reads values from their JSON description and the bytes of their tensors.
+
+    Attributes:
+        unread: the bytes of the tensors that were not read yet.
     """
 
-    def __init__(self, rest: memoryview, types: Mapping[str, type]) -> None:
-        self.rest, self._types = rest, types
+    def __init__(self, tensor_bytes: memoryview, types: Mapping[str, type]) -> None:
+        self.unread, self._types = tensor_bytes, types
         self._kinds: Mapping[str, Callable[..., Any]] = {
             "bytes": lambda text: base64.b64decode(text, validate=True),
             "dtype": lambda name: _DTYPES[name],
@@ -106,8 +116,8 @@ class _Reader:
     def _tensor(self, dtype_name: str, shape: list[int]) -> Tensor:
         dtype = _DTYPES[dtype_name]
         nbytes = prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or nbytes > len(self.rest):
-            raise ValueError(f"{len(self.rest)} bytes for a tensor {dtype_name}{shape}")
-        content, self.rest = bytearray(self.rest[:nbytes]), self.rest[nbytes:]
+        if min(shape, default=0) < 0 or nbytes > len(self.unread):
+            raise ValueError(f"{len(self.unread)} bytes for a tensor {dtype_name}{shape}")
+        content, self.unread = bytearray(self.unread[:nbytes]), self.unread[nbytes:]
         flat = torch.frombuffer(content, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
         return flat.view(dtype).view(shape)

@@ -1,7 +1,7 @@
-"""Files that processes of one user share: made for that user alone, and opened only if they are that user's.
+"""Files that processes of one user share: they are made for that user alone, and opened only if they belong to that user.
 
-Shared memory is one directory for all users of a host, and names of stores are known. Whoever makes a file of such a name first
-would otherwise be believed.
+Shared memory is one directory for all users of a host, and the names of stores are known. Without these checks, processes would
+trust the file of another user who made it first.
 """
 
 from __future__ import annotations
@@ -13,24 +13,30 @@ from pathlib import Path
 from mbridge_rl.core.errors import StoreError, SyncError
 
 _MODE = 0o600
-_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: a stranger's FIFO must not stop whoever opens it
+_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO of another user must not block
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def create_file(path: Path) -> int:
-    """A descriptor of a new file that only this user may open. Raises FileExistsError, also where a link lies at `path`."""
+    """Makes a file that only this user may open; returns its descriptor.
+
+    Raises:
+        FileExistsError: there is a file, or a link, at `path`.
+    """
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _FLAGS, _MODE)
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, error_type: type[SyncError] = StoreError) -> int:
-    """A descriptor of a file that is this user's (or root's), and that nobody else may write.
+    """Opens a file that belongs to this user (or root) and to which nobody else may write; returns its descriptor.
 
     Args:
-        flags: of `os.open`; with `O_CREAT` the file is made if there is none.
+        path: the file.
+        flags: the flags of `os.open`; with `O_CREAT` the file is made if there is none.
+        error_type: the type of the error.
 
     Raises:
-        FileNotFoundError: there is none.
-        SyncError: of `error_type`: it is another user's, others may write to it, or it is no plain file.
+        FileNotFoundError: there is no such file.
+        SyncError: (of `error_type`) it belongs to another user, others may write to it, or it is not a plain file.
     """
     try:
         descriptor = os.open(path, flags | _FLAGS, _MODE)
@@ -47,7 +53,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY, error_type: type[SyncError] 
 
 
 def write_new_file(path: Path, content: bytes | memoryview) -> None:
-    """A new file that only this user may open, with `content`."""
+    """Makes a file with `content` that only this user may open."""
     descriptor = create_file(path)
     try:
         remaining = memoryview(content)
@@ -58,13 +64,13 @@ def write_new_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """All of a file that `open_file` opens."""
+    """The content of a file, which `open_file` opens."""
     with os.fdopen(open_file(path), "rb") as file:
         return file.read()
 
 
 def is_named(path: Path, descriptor: int) -> bool:
-    """Whether `path` is the name of the open file still: nobody unlinked or replaced it."""
+    """Whether `path` is still the name of the open file, so that nobody has unlinked or replaced it."""
     try:
         named = os.stat(path, follow_symlinks=False)
     except OSError:

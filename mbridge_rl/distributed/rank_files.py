@@ -1,7 +1,7 @@
-"""Megatron's shards as files: one safetensors file for each rank, and `layout.json`, which says what they are.
+"""Megatron's shards as files: one safetensors file for each rank, and `layout.json`, which describes them.
 
 A conversion goes from any such directory, or a Hugging Face checkpoint, to another, by one plan for each file that is written.
-Sources are mapped and read where they are needed; of the target no more than one rank's tensors are in memory.
+Sources are mapped and read when they are needed; no more than one rank's tensors of the target are in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FORMAT = "mbridge_rl Megatron ranks 1"
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a conversion reads: a side, the tensors of its ranks, and the dtype of each HF tensor."""
+    """The source of a conversion: a side, the tensors of its ranks, and the dtype of each HF tensor."""
 
     side: Side
     tensors: Mapping[int, Mapping[str, Tensor]]
@@ -44,7 +44,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Written:
-    """One file of a conversion."""
+    """One file that a conversion has written, with the number of its tensors and their bytes."""
 
     name: str
     tensors: int
@@ -58,33 +58,33 @@ def is_rank_files(directory: Path) -> bool:
     return (directory / LAYOUT_FILE).is_file()
 
 
-def held(spec: ModelSpec, hf_config: Any, source: HfSource) -> Weights:
-    """What is not a live Megatron model, as a side and its tensors.
+def weights_of_source(spec: ModelSpec, hf_config: Any, source: HfSource) -> Weights:
+    """The weights of a source that is not a live Megatron model, as a side and its tensors.
 
     Raises:
-        CheckpointError, StateMismatchError: see `open_rank_files` and `hf.source.open_source`.
+        CheckpointError, StateMismatchError: as `open_rank_files` and `hf.source.open_source`.
     """
     if isinstance(source, str | Path) and is_rank_files(Path(source)):
         return open_rank_files(Path(source), spec)[0]
     opened = open_source(spec, hf_config, source)
     if isinstance(opened, HFModule):
         return Weights(opened.side, {0: opened}, opened.hf_dtypes())
-    whole = hf_side(spec)
-    segments = tuple(segment for segment in whole.segments if segment.hf_name in opened)
-    return Weights(replace(whole, segments=segments), {0: opened}, {})
+    side = hf_side(spec)
+    segments = tuple(segment for segment in side.segments if segment.hf_name in opened)
+    return Weights(replace(side, segments=segments), {0: opened}, {})
 
 
 def of_hf_state(spec: ModelSpec, hf_state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Weights:
-    """A Hugging Face checkpoint or state dict; whoever calls has checked that it is the model's."""
-    return Weights(hf_side(spec), {0: _LastKept(hf_state)}, dtypes)
+    """The weights of a Hugging Face checkpoint or state dict. The caller has checked that they are those of the model."""
+    return Weights(hf_side(spec), {0: _LastCached(hf_state)}, dtypes)
 
 
 def open_rank_files(directory: Path, spec: ModelSpec) -> tuple[Weights, ParallelLayout]:
-    """What `write_rank_files` wrote; headers are read and compared with the model.
+    """Opens the files that `write_rank_files` wrote; reads their headers and compares them with the model.
 
     Raises:
-        CheckpointError: a file that is missing or broken, or `layout.json` is none of ours; StateMismatchError: the files are
-            another model's, or a rank's tensors are not those of the layout.
+        CheckpointError: a file is missing or broken, or `layout.json` is not one that this library wrote. StateMismatchError:
+            the files belong to another model, or a rank's tensors are not those of the layout.
     """
     layout = _read_layout(directory, spec)
     side = megatron_side(spec, layout)
@@ -98,14 +98,19 @@ def open_rank_files(directory: Path, spec: ModelSpec) -> tuple[Weights, Parallel
 def write_rank_files(
     spec: ModelSpec, source: Weights, directory: Path, layout: ParallelLayout, write_companions: WriteCompanions
 ) -> Iterator[Written]:
-    """Writes every rank of `layout`, one after the other; yields each when it is written. The directory appears under its name
-    when all are there.
+    """Writes every rank of `layout`, one after another; yields each file when it is written. The directory gets its name when
+    all files are there.
 
     Args:
-        write_companions: puts what else belongs into a directory (config, tokenizer), so that the way back needs nothing.
+        spec: the spec of the model.
+        source: the weights.
+        directory: the new directory.
+        layout: the layout of the ranks.
+        write_companions: writes the other files of a checkpoint (config, tokenizer) into a directory, so that converting back
+            needs no other source.
 
     Raises:
-        LayoutError: the model cannot be cut this way; CheckpointError: the directory is there already, or cannot be written.
+        LayoutError: the model cannot be cut this way. CheckpointError: the directory exists already, or cannot be written.
     """
     spec.validate(layout)
     replacement = Replacement(directory, only_new=True)
@@ -118,13 +123,13 @@ def write_rank_files(
             save_file(tensors, staged / _file_name(rank), metadata={"format": "pt", "rank": str(rank)})
             _require_written(staged / _file_name(rank), tensors)
             yield Written(_file_name(rank), len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
-        said = {
+        description = {
             "format": _FORMAT,
             "architecture": spec.architecture,
             "fingerprint": spec.fingerprint,
             "layout": asdict(layout),
         }
-        (staged / LAYOUT_FILE).write_text(json.dumps(said, indent=2) + "\n")
+        (staged / LAYOUT_FILE).write_text(json.dumps(description, indent=2) + "\n")
         write_companions(staged)
         replacement.publish(durable=True)
     except (OSError, SafetensorError) as error:
@@ -143,17 +148,17 @@ def write_checkpoint(
     """Writes a Hugging Face checkpoint, file by file and rectangle by rectangle; yields each file when it is written.
 
     Raises:
-        CheckpointError: the directory is there already, or cannot be written.
+        CheckpointError: the directory exists already, or cannot be written.
     """
     files = plan_files(
         [HFTensor(hf_name, source.dtypes[hf_name], shape) for hf_name, shape in spec.hf_shapes.items()], shard_bytes
     )
     staging = StagingDirectory(directory, files, only_new=True)
-    whole = hf_side(spec)
+    side = hf_side(spec)
     try:
         mapped = staging.create(mapped=True).mapped
         for file in files:
-            plan = compile_plan(spec, source.side, _only(whole, file.tensors))
+            plan = compile_plan(spec, source.side, _only(side, file.tensors))
             for copy in plan.copies:
                 tensor = source.tensors[copy.source_rank][copy.source.name]
                 staging.write(copy.target, copy.shape, copy.source.of(tensor, copy.shape), mapped=mapped)
@@ -173,18 +178,22 @@ def _shard(spec: ModelSpec, source: Weights, layout: ParallelLayout, rank: int) 
 
 
 def _only(side: Side, names: Mapping[str, object]) -> Side:
-    """The part of a side of whole tensors."""
+    """The part of the Hugging Face side that has the tensors `names`."""
     segments = tuple(segment for segment in side.segments if segment.hf_name in names)
     shapes = {name: shape for name, shape in side.shapes.items() if name in names}
     return Side(segments, shapes, {name: side.holders[name] for name in shapes})
 
 
 def _require_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Reads a file back. Raises CheckpointError where it does not hold `tensors`, bit for bit."""
+    """Reads a file back.
+
+    Raises:
+        CheckpointError: it does not hold `tensors`, bit for bit.
+    """
     file = _RankFile(path)
     for name, tensor in tensors.items():
-        found = file.get(name)
-        if found is None or not same_bits(found, tensor):
+        written = file.get(name)
+        if written is None or not same_bits(written, tensor):
             raise CheckpointError(f"{path}: {name} reads back as something else than was written: {READ_BACK_ADVICE}")
 
 
@@ -195,22 +204,22 @@ def _file_name(rank: int) -> str:
 def _read_layout(directory: Path, spec: ModelSpec) -> ParallelLayout:
     path = directory / LAYOUT_FILE
     try:
-        said: dict[str, Any] = json.loads(path.read_text())
-        layout = ParallelLayout(**said["layout"]) if said["format"] == _FORMAT else None
+        description: dict[str, Any] = json.loads(path.read_text())
+        layout = ParallelLayout(**description["layout"]) if description["format"] == _FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no layout of Megatron ranks: {error!r}; convert the checkpoint again") from error
     if layout is None:
-        raise CheckpointError(f"{path} has format {said['format']!r}, this version reads {_FORMAT!r}")
-    if said["fingerprint"] != spec.fingerprint:
+        raise CheckpointError(f"{path} has format {description['format']!r}, this version reads {_FORMAT!r}")
+    if description["fingerprint"] != spec.fingerprint:
         raise StateMismatchError(
-            f"{directory}: its files are another model's than its config.json describes (mapping {said['fingerprint']} of "
-            f"{said['architecture']}, found {spec.fingerprint} of {spec.architecture}); was the config changed?"
+            f"{directory}: its files are another model's than its config.json describes (mapping {description['fingerprint']} "
+            f"of {description['architecture']}, found {spec.fingerprint} of {spec.architecture}); was the config changed?"
         )
     return layout
 
 
 class _RankFile(Mapping[str, Tensor]):
-    """One rank's tensors by `megatron_name`, mapped."""
+    """One rank's tensors by `megatron_name`, mapped from its file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -235,20 +244,25 @@ class _RankFile(Mapping[str, Tensor]):
         return self[megatron_name].dtype
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises StateMismatchError where names or shapes are others than the layout says."""
+        """Compares the names and shapes of the tensors with `shapes`, those of the layout.
+
+        Raises:
+            StateMismatchError: they differ.
+        """
         if self._names != shapes.keys():
             missing, extra = listed(shapes.keys() - self._names), listed(self._names - shapes.keys())
             raise StateMismatchError(
                 f"{self._path} is not the one of this layout: it lacks [{missing}], it has besides [{extra}]"
             )
         for name, shape in shapes.items():
-            found = tuple(self._file.get_slice(name).get_shape())
-            if found != shape:
-                raise StateMismatchError(f"{self._path}: {name} has shape {list(found)}, the layout says {list(shape)}")
+            file_shape = tuple(self._file.get_slice(name).get_shape())
+            if file_shape != shape:
+                raise StateMismatchError(f"{self._path}: {name} has shape {list(file_shape)}, the layout says {list(shape)}")
 
 
-class _LastKept(Mapping[str, Tensor]):
-    """Tensors that are costly to get (dequantized ones); the last is kept: its rectangles are read one after the other."""
+class _LastCached(Mapping[str, Tensor]):
+    """Tensors that are costly to get (dequantized ones). The last one is cached, because its rectangles are read one after
+    another."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors

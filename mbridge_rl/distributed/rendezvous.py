@@ -1,9 +1,10 @@
-"""Where the members of a process group meet, and how they know each other.
+"""The store in which the members of a process group meet, and the secret by which they recognise each other.
 
-Neither torch's store nor gloo or NCCL ask who connects. So the store listens on the one address that the members are told, and
-each group has a secret, which its members get over the channel that introduces them (the engine client, the framework's own).
-What gloo's members say of themselves in the store is signed with it, and when a group stands every member proves to all others
-that it has the secret, before any of them sends or believes anything else.
+Neither torch's store nor gloo or NCCL check who connects. So the store listens only on the one address that the members get,
+and each group has a secret, which its members get over the channel that introduces them (the engine client, the framework's
+own).
+Everything that gloo's members write into the store is signed with the secret. When a group is complete, every member proves to
+all others that it has the secret, before any of them sends or trusts anything else.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ import torch.distributed as dist
 from mbridge_rl.core.errors import SyncError
 
 LOOPBACK = "127.0.0.1"
-_SIOCGIFADDR = 0x8915  # asks for the address of an interface
+_SIOCGIFADDR = 0x8915  # the request for the address of an interface
 _BACKLOG = 4096
 _NONCE_BYTES, _SEAL_BYTES = 16, 32
 
 
 def new_secret() -> str:
-    """For one group, known to its members only; text, so that it travels as plain JSON."""
+    """A secret for one group, which only its members get; it is text, so that it travels as plain JSON."""
     return secrets.token_hex(32)
 
 
 def serve_store(address: str) -> dist.TCPStore:
-    """A store that listens on this address alone, at a port of its own."""
+    """A store that listens only on this address, at a port of its own."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listening:
         listening.bind((address, 0))
         listening.listen(_BACKLOG)
@@ -44,13 +45,17 @@ def serve_store(address: str) -> dist.TCPStore:
 
 
 def own_address() -> str:
-    """This host's address, as other hosts reach it: that of the interface `GLOO_SOCKET_IFNAME` if it is set, else what the
-    host's name stands for; the loopback where it has no other."""
+    """The address at which other hosts reach this one: that of the interface `GLOO_SOCKET_IFNAME` if it is set, else the
+    address of the host's name, else the loopback.
+
+    Raises:
+        SyncError: there is no such interface.
+    """
     if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
         try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-                found = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-            return socket.inet_ntoa(found[20:24])
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+                answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+            return socket.inet_ntoa(answer[20:24])
         except OSError as error:
             raise SyncError(f"GLOO_SOCKET_IFNAME={interface}: there is no such interface with an address: {error}") from error
     try:
@@ -60,11 +65,15 @@ def own_address() -> str:
 
 
 def make_group(wire: Mapping[str, Any], rank: int, timeout: timedelta) -> Any:
-    """The process group of `wire`, as its member `rank`: `host` and `port` of the store, `group` (a name that is used once),
-    `secret`, `backend` (gloo or nccl), `size`. All members make it together.
+    """Makes the process group of `wire`. All members call it together.
+
+    Args:
+        wire: `host` and `port` of the store, `group` (a name that is used once), `secret`, `backend` (gloo or nccl), `size`.
+        rank: this member's rank in the group.
+        timeout: how long to wait for the other members.
 
     Raises:
-        SyncError: a member does not have the secret, or somebody else wrote into the store; RuntimeError: a member did not
+        SyncError: a member does not have the secret, or somebody else wrote into the store. RuntimeError: a member did not
             come.
     """
     if not wire.get("secret"):
@@ -81,19 +90,22 @@ def make_group(wire: Mapping[str, Any], rank: int, timeout: timedelta) -> Any:
         finally:
             sealed.raise_if_tampered()
         device = torch.device("cpu")
-    require_members(lambda mine: _gathered(group, mine, wire["size"], device), rank, wire["secret"], wire["group"])
+    require_members(lambda own: _gathered(group, own, wire["size"], device), rank, wire["secret"], wire["group"])
     return group
 
 
 def require_members(gather: Callable[[bytes], Sequence[bytes]], rank: int, secret: str, name: str) -> None:
-    """Every member proves that it has the group's secret: it signs what all others have just drawn, under its own rank.
+    """Lets every member prove that it has the group's secret: it signs the nonces that all members have just drawn, with its
+    own rank.
 
     Args:
-        gather: every member's bytes, of one length, by rank.
-        name: of the group.
+        gather: collective; takes this member's bytes and returns those of all members, all of one length, by rank.
+        rank: this member's rank.
+        secret: the group's secret.
+        name: the name of the group.
 
     Raises:
-        SyncError: on every member: one of them could not.
+        SyncError: on every member, if one of them could not.
     """
     nonces = gather(secrets.token_bytes(_NONCE_BYTES))
     challenge = f"{name}|{len(nonces)}|".encode() + b"".join(nonces)
@@ -106,9 +118,9 @@ def require_members(gather: Callable[[bytes], Sequence[bytes]], rank: int, secre
 
 
 class SealedStore(dist.Store):
-    """A store in which only those who have the secret can say something; what others write is refused.
+    """A store to which only processes with the secret can write; values that others write are refused when they are read.
 
-    Gloo calls it from its own threads, where an exception would be lost: `raise_if_tampered` repeats it.
+    Gloo calls it from its own threads, where an exception is lost, so `raise_if_tampered` raises it again.
     """
 
     def __init__(self, store: dist.Store, secret: str) -> None:
@@ -135,7 +147,11 @@ class SealedStore(dist.Store):
         return False
 
     def raise_if_tampered(self) -> None:
-        """Raises SyncError if anything was read that is not of a member."""
+        """Raises the error of an earlier read again.
+
+        Raises:
+            SyncError: a value was read that no member wrote.
+        """
         if self._tampered:
             raise SyncError(f"{self._tampered}; nothing was sent. See that only trainer and engines reach that network")
 
@@ -144,15 +160,16 @@ def _seal(secret: str, content: bytes) -> bytes:
     return hmac.digest(secret.encode(), content, "sha256")
 
 
-def _gathered(group: Any, mine: bytes, size: int, device: torch.device) -> list[bytes]:
-    own = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device)
-    found = [torch.zeros_like(own) for _ in range(size)]
-    group.allgather([found], [own]).wait()
-    return [bytes(one.cpu().numpy()) for one in found]
+def _gathered(group: Any, own: bytes, size: int, device: torch.device) -> list[bytes]:
+    message = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
+    messages = [torch.zeros_like(message) for _ in range(size)]
+    group.allgather([messages], [message]).wait()
+    return [bytes(received.cpu().numpy()) for received in messages]
 
 
 def _gloo_options(host: str, timeout: timedelta) -> Any:
-    """On one host the members listen on the loopback only; else on the interface that gloo chooses (`GLOO_SOCKET_IFNAME`)."""
+    """Gloo's options: on one host the members listen only on the loopback, else on the interface that gloo chooses
+    (`GLOO_SOCKET_IFNAME`)."""
     options = dist.ProcessGroupGloo._Options()
     gloo = dist.ProcessGroupGloo
     options._devices = [gloo.create_device(hostname=host) if host == LOOPBACK else gloo.create_default_device()]

@@ -1,6 +1,6 @@
-"""Resharding: the same weights under another layout, moved between the ranks that hold them: no files, no gathering.
+"""Resharding moves the weights of a model between ranks to another layout, without files and without gathering them.
 
-Ranks take what they have from themselves and send each other the rest, packed, in rounds of bounded size.
+Ranks copy what they hold already and send each other the rest, packed, in rounds of bounded size.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ def reshard(
     The group needs as many ranks as the larger of the two layouts; ranks beyond a layout hold nothing under it.
 
     Args:
-        tensors: `{megatron_name: tensor}` with global names (`LiveParameters`, `AutoBridge.shard`); dtypes are kept.
-        round_bytes: how much all ranks together send before they unpack; bounds the extra memory.
+        spec: the spec of the model.
+        tensors: `{megatron_name: tensor}` with global names (`LiveParameters`, `AutoBridge.shard`); dtypes do not change.
+        source: the layout of `tensors`.
+        target: the new layout.
+        group: the ranks; by default all ranks.
+        round_bytes: bytes that all ranks together send before they unpack; bounds the extra memory.
 
     Raises:
-        StateMismatchError: on all ranks, where one does not hold what `source` says; SyncError: the group is too small.
+        StateMismatchError: on all ranks, if one does not hold the tensors of `source`. SyncError: the group is too small.
     """
     group = group or RankGroup()
     before, after = megatron_side(spec, source), megatron_side(spec, target)
@@ -61,8 +65,8 @@ def reshard(
 
 
 def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], rank: int) -> None:
-    if missing := shapes.keys() - tensors.keys():
-        raise StateMismatchError(f"rank {rank} lacks {listed(missing)}, which the source layout says it holds")
+    if missing_names := shapes.keys() - tensors.keys():
+        raise StateMismatchError(f"rank {rank} lacks {listed(missing_names)}, which the source layout says it holds")
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise StateMismatchError(
@@ -71,13 +75,13 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
 
 
 def _hf_dtypes(copies: Sequence[Copy], tensors: Mapping[str, Tensor], group: RankGroup) -> dict[str, torch.dtype]:
-    """Dtypes of all HF tensors, from the ranks that hold them: the one handshake."""
-    mine = {copy.hf_name: tensors[copy.source.name].dtype for copy in copies}
-    return {hf_name: dtype for dtypes in group.gather_plain(mine) for hf_name, dtype in dtypes.items()}
+    """The dtypes of all HF tensors, gathered from the ranks that hold them; this is the only handshake."""
+    own_dtypes = {copy.hf_name: tensors[copy.source.name].dtype for copy in copies}
+    return {hf_name: dtype for dtypes in group.gather_plain(own_dtypes) for hf_name, dtype in dtypes.items()}
 
 
 def _rounds(copies: Sequence[Copy], dtypes: Mapping[str, torch.dtype], round_bytes: int) -> Iterator[list[Copy]]:
-    """Runs of copies of about `round_bytes`: the same on every rank."""
+    """Cuts the copies into rounds of about `round_bytes`, which are the same on every rank."""
     current: list[Copy] = []
     nbytes = 0
     for copy in copies:

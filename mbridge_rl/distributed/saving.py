@@ -1,4 +1,4 @@
-"""All ranks write one checkpoint together: each its own bytes, and none of them alone in success or failure."""
+"""All ranks write one checkpoint together. Each writes its own bytes, and all of them succeed or fail together."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from mbridge_rl.hf.writer import StagingDirectory
 def save_together(
     staging: StagingDirectory, plan: Plan, live: Mapping[str, Tensor], group: RankGroup, write_companions: Callable[[], None]
 ) -> None:
-    """Writes, proves and publishes `staging`; what is there already stays until that moment.
+    """Writes, proves and publishes `staging`. An older checkpoint stays in its place until the new one is published.
 
     Args:
-        plan: from the ranks of `group` to whole HF tensors.
+        staging: the new checkpoint.
+        plan: the copies from the ranks of `group` to HF tensors.
         live: this rank's tensors, by the plan's source names.
-        write_companions: puts what belongs beside the weights into `staging.path`; called on rank 0.
+        group: the ranks; all call this together.
+        write_companions: writes the other files of the checkpoint into `staging.path`; called on rank 0.
 
     Raises:
         CheckpointError: on all ranks; what was staged is removed.
     """
-    one_machine, told = group.on_one_machine, torch.zeros(2, dtype=torch.int64)
+    one_machine, attempt_and_mapped = group.on_one_machine, torch.zeros(2, dtype=torch.int64)
 
     def create() -> None:
         created = staging.create(mapped=one_machine)
-        told[:] = torch.tensor([created.attempt, int(created.mapped)])
+        attempt_and_mapped[:] = torch.tensor([created.attempt, int(created.mapped)])
 
     try:
         group.first_rank_does(create)
-        attempt, mapped = group.sum(told).tolist()
+        attempt, mapped = group.sum(attempt_and_mapped).tolist()  # zero on the other ranks
         staging.join(attempt)
         with group.fail_together():
             for copy in plan.from_rank(group.rank):

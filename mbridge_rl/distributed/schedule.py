@@ -1,7 +1,8 @@
-"""Which bytes travel in which bucket: a plan towards whole HF tensors, cut into buckets of bounded size.
+"""The schedule of an export: a plan whose targets are HF tensors, cut into buckets of bounded size.
 
-Tensors lie in a bucket as they do in a checkpoint, one after the other; one that is larger than a bucket travels in chunks, so
-that staging memory depends on neither the model nor its largest tensor. Pure arithmetic, done once per export.
+Tensors lie in a bucket as they do in a checkpoint, one after another; a tensor that is larger than a bucket travels in chunks,
+so that staging memory depends on neither the model nor its largest tensor. A schedule is computed once per export and touches
+no tensor.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ class Piece:
     """A rectangle `[*shape]` that one rank contributes.
 
     Attributes:
-        source: in the rank's own tensor.
-        target: in the HF tensor.
-        start: bytes into what `source_rank` packs for this bucket.
+        source_rank: the rank that contributes it.
+        shape: the shape of the rectangle.
+        source: where it lies in the rank's own tensor.
+        target: where it lies in the HF tensor.
+        start: its first byte in the payload that `source_rank` packs for this bucket.
     """
 
     source_rank: int
@@ -39,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Elements `[first, last)` of an HF tensor, `offset` bytes into their bucket."""
+    """Elements `[first, last)` of an HF tensor, which lie `offset` bytes into their bucket."""
 
     tensor: HFTensor
     first: int
@@ -62,7 +65,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Spans in checkpoint order. `nbytes` in HF layout; `packed_nbytes` of each contributing rank's packed pieces."""
+    """Spans in checkpoint order.
+
+    Attributes:
+        spans: the spans.
+        nbytes: bytes of the bucket in HF layout.
+        packed_nbytes: bytes of the packed pieces of each contributing rank.
+    """
 
     spans: tuple[Span, ...]
     nbytes: int
@@ -92,10 +101,12 @@ class _Filling:
 
 
 def schedule(tensors: Sequence[HFTensor], copies: Mapping[str, Sequence[Copy]], bucket_bytes: int) -> list[Bucket]:
-    """Deals `tensors`, in order, to buckets of `bucket_bytes` (and at most 64 bytes of alignment per rectangle).
+    """Distributes `tensors`, in order, over buckets.
 
     Args:
-        copies: `{hf_name: copies}` of a plan whose targets are whole HF tensors.
+        tensors: the HF tensors of the export.
+        copies: `{hf_name: copies}` of a plan whose targets are HF tensors.
+        bucket_bytes: bytes of a bucket, without alignment (at most 64 bytes per rectangle).
     """
     buckets: list[Bucket] = []
     filling = _Filling()
@@ -110,7 +121,7 @@ def schedule(tensors: Sequence[HFTensor], copies: Mapping[str, Sequence[Copy]], 
 
 
 def _cuts(tensor: HFTensor, bucket_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of elements that fit into a bucket: all of it, or as many whole rows as fit, or parts of one."""
+    """Ranges of elements that fit into a bucket: the full tensor, or as many complete rows as fit, or parts of a row."""
     numel = prod(tensor.shape)
     limit = max(1, bucket_bytes // tensor.dtype.itemsize)
     unit, dim = numel, 0
@@ -123,7 +134,7 @@ def _cuts(tensor: HFTensor, bucket_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def clipped(shape: Shape, source: View, target: View, first: int, last: int) -> Iterator[tuple[Shape, View, View]]:
-    """The rectangles of a copy whose targets are elements `[first, last)` of their tensor; `target` overlaps itself nowhere."""
+    """The rectangles of a copy that lie in elements `[first, last)` of the target tensor. `target` must not overlap itself."""
     extent = sum((size - 1) * stride for size, stride in zip(shape, target.strides, strict=True))
     low, high = target.offset, target.offset + extent
     if low >= last or high < first:
@@ -134,15 +145,15 @@ def clipped(shape: Shape, source: View, target: View, first: int, last: int) -> 
     dim = max((dim for dim, size in enumerate(shape) if size > 1), key=lambda dim: target.strides[dim])
     step, size = target.strides[dim], shape[dim]
     inner = extent - (size - 1) * step
-    whole_from = _between(-(-(first - low) // step), size)
-    whole_to = max(whole_from, _between((last - 1 - inner - low) // step + 1, size))
+    inside_from = _between(-(-(first - low) // step), size)
+    inside_to = max(inside_from, _between((last - 1 - inner - low) // step + 1, size))
     touched_from = _between(-(-(first - inner - low) // step), size)
     touched_to = _between((last - 1 - low) // step + 1, size)
-    for index in range(touched_from, min(whole_from, touched_to)):
+    for index in range(touched_from, min(inside_from, touched_to)):
         yield from clipped(*_narrowed(shape, source, target, dim, index, 1), first, last)
-    if whole_to > whole_from:
-        yield _narrowed(shape, source, target, dim, whole_from, whole_to - whole_from)
-    for index in range(max(whole_to, touched_from), touched_to):
+    if inside_to > inside_from:
+        yield _narrowed(shape, source, target, dim, inside_from, inside_to - inside_from)
+    for index in range(max(inside_to, touched_from), touched_to):
         yield from clipped(*_narrowed(shape, source, target, dim, index, 1), first, last)
 
 

@@ -1,7 +1,7 @@
-"""Streaming HF tensors from a sharded model to some or all of its ranks, in checkpoint order and bounded memory.
+"""Streams HF tensors from a sharded model to some or all of its ranks, in checkpoint order and bounded memory.
 
-What travels is decided once (`schedule`); how, by where the ranks are: on one machine through shared memory (`host_memory`),
-otherwise through torch.distributed (`collective`), and not at all where there is but one rank.
+The schedule is made once (`schedule`). The tensors travel through shared memory if all ranks are on one machine
+(`host_memory`), otherwise through torch.distributed (`collective`), and not at all if there is only one rank.
 """
 
 from __future__ import annotations
@@ -28,34 +28,36 @@ _log = logging.getLogger(__name__)
 DEFAULT_BUCKET_BYTES = 32 << 20
 Transport = Literal["auto", "shared_memory", "collective"]
 
-# Slots that stay in the processor's cache are read back faster than larger ones; two of them fit a container's 64 MiB.
+# Slots that stay in the processor's cache are read faster than larger ones; two of them fit into a container's 64 MiB.
 _SLOT_BYTES = 24 << 20
 
-# Two buckets' worth of staging, in so many parts: the finer they are, the better receiving, sending on and consuming overlap.
+# The staging memory, of the size of two buckets, has so many parts. Small parts let receiving, sending and consuming overlap.
 _DEPTH = 4
 
 
 class Exchange(Protocol):
-    """Runs a schedule; all ranks together, as often as wanted."""
+    """Runs a schedule any number of times, on all ranks together."""
 
     def run(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]: ...
     def close(self) -> None: ...
 
 
 class TensorStream:
-    """One export, prepared: made once by all ranks of `group` together, then run at every sync.
+    """A prepared export. All ranks of `group` make it together, once, and run it any number of times.
 
     Args:
-        plan: from the ranks of `group` to whole HF tensors.
-        dtypes: of the yielded tensors, by `hf_name`; parameters of another dtype are cast as they are packed.
-        device: where this rank's parameters live.
-        bucket_bytes: at most two buckets are staged beside the tensor that is yielded; larger tensors travel in chunks.
-        ranks: that receive; `None` means all. The others contribute.
-        transport: `"auto"` is shared memory where all ranks share a machine and hold their parameters on the CPU.
+        plan: the copies from the ranks of `group` to HF tensors.
+        dtypes: the dtypes of the yielded tensors, by `hf_name`; parameters of another dtype are cast when they are packed.
+        group: the ranks.
+        device: the device of this rank's parameters.
+        bucket_bytes: bytes of a bucket; at most two buckets are staged beside the tensor that is yielded, and larger tensors
+            travel in chunks.
+        ranks: the ranks that receive; `None` means all. The others only contribute.
+        transport: `"auto"` is shared memory if all ranks share a machine and hold their parameters on the CPU.
 
     Raises:
-        SyncError: on all ranks, where they disagree about the plan or the arguments, or `ranks` are none of the group's.
-        ArenaError: on all ranks, where shared memory was asked for and cannot be had.
+        SyncError: on all ranks, if they disagree about the plan or the arguments, or `ranks` are not ranks of the group.
+        ArenaError: on all ranks, if `transport` is shared memory and there is none, or too little.
     """
 
     def __init__(
@@ -79,9 +81,9 @@ class TensorStream:
         _log.debug("rank %d of %d streams %d tensors by %s", group.rank, group.size, len(self._tensors), self.transport)
 
     def run(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields `(hf_name, tensor)` in checkpoint order on the ranks that receive; each is the consumer's to keep.
+        """Yields `(hf_name, tensor)` in checkpoint order on the ranks that receive; the consumer may keep each tensor.
 
-        All ranks iterate to the end, those that receive nothing too. A rank that stops earlier makes the others raise.
+        All ranks iterate to the end, also those that receive nothing. A rank that stops earlier makes the others raise.
 
         Args:
             live: this rank's tensors, by the plan's source names.
@@ -102,17 +104,17 @@ class TensorStream:
         self._exchange.close()
 
     def _handshake(self, arguments: tuple[object, ...], device: torch.device) -> bool:
-        """Once: all ranks have the same plan and arguments. Returns whether shared memory suits them."""
+        """Checks, once, that all ranks have the same plan and arguments. Returns whether they can use shared memory."""
         dtypes = hashlib.blake2b(repr(self._tensors).encode(), digest_size=8).hexdigest()
-        said = self._group.gather_plain(((self._plan.fingerprint, dtypes), arguments, device.type))
-        for rank, (fingerprints, others, _) in enumerate(said):
-            if (fingerprints, others) != said[0][:2]:
+        by_rank = self._group.gather_plain(((self._plan.fingerprint, dtypes), arguments, device.type))
+        for rank, (fingerprints, rank_arguments, _) in enumerate(by_rank):
+            if (fingerprints, rank_arguments) != by_rank[0][:2]:
                 raise SyncError(
                     f"ranks disagree about the export: rank {rank} has plan and dtypes {fingerprints}, (bucket_bytes, ranks, "
-                    f"transport) = {others}; rank 0 has {said[0][0]}, {said[0][1]}. Give every rank the same model, layout and "
-                    f"arguments"
+                    f"transport) = {rank_arguments}; rank 0 has {by_rank[0][0]}, {by_rank[0][1]}. Give every rank the same "
+                    f"model, layout and arguments"
                 )
-        return self._group.on_one_machine and all(kind == "cpu" for *_, kind in said)
+        return self._group.on_one_machine and all(device_type == "cpu" for *_, device_type in by_rank)
 
     def _choose(
         self, transport: Transport, on_one_machine: bool, bucket_bytes: int, receivers: Sequence[int]
@@ -135,7 +137,7 @@ class TensorStream:
 
 
 class _LocalCopies:
-    """One rank holds everything: nothing is staged."""
+    """The exchange of a single rank, which holds everything and stages nothing."""
 
     def __init__(self, buckets: Sequence[Bucket], device: torch.device) -> None:
         self._buckets, self._device = buckets, device
@@ -149,7 +151,7 @@ class _LocalCopies:
             yield from Assembly(self._device).completed(bucket, fill)
 
     def close(self) -> None:
-        """Nothing outlives a run."""
+        """Does nothing: nothing outlives a run."""
 
 
 def _check(bucket_bytes: int, receivers: Sequence[int], size: int, transport: str) -> None:

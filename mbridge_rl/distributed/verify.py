@@ -1,4 +1,4 @@
-"""Do two sides hold the same weights, bit for bit? Asked by digest: a few bytes per tensor, nothing gathered."""
+"""Compares the weights of two sides, bit for bit, by digest: a few bytes per tensor travel, and nothing is gathered."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ def digests_of_side(
     dtypes: Mapping[str, torch.dtype] | None = None,
     group: RankGroup | None = None,
 ) -> Digests:
-    """Digest of every HF tensor that a side holds, read where it lies: a state dict, files, a live module, virtual ranks.
+    """The digest of every HF tensor that a side holds: a state dict, files, a live module, virtual ranks.
 
     Args:
-        tensors: `{rank: {local name: tensor}}`, all of it readable here.
-        dtypes: that the HF tensors are cast to first; `None` leaves them as they are.
-        group: ranks that all can read the side share the work.
+        spec: the spec of the model.
+        side: the side.
+        tensors: `{rank: {local name: tensor}}`; all of them are readable in this process.
+        dtypes: the dtypes to which the HF tensors are cast first; `None` leaves them as they are.
+        group: the ranks that share the work; all of them must be able to read the side.
     """
-    held = {segment.hf_name for segment in side.segments}
-    whole = hf_side(spec)
-    plan = compile_plan(spec, side, replace(whole, segments=tuple(seg for seg in whole.segments if seg.hf_name in held)))
+    held_names = {segment.hf_name for segment in side.segments}
+    target = hf_side(spec)
+    target = replace(target, segments=tuple(segment for segment in target.segments if segment.hf_name in held_names))
+    plan = compile_plan(spec, side, target)
     if group is None:
         return _digested(spec, plan.copies, plan.hf_shapes, tensors, dtypes)
     names = list(plan.hf_shapes)[group.rank :: group.size]
@@ -54,12 +57,16 @@ def digests_of_model(
     dtype: torch.dtype,
     group: RankGroup | None = None,
 ) -> Digests:
-    """Digest of every HF tensor that the live ranks hold together, the same on every rank: each rank digests its own
-    rectangles in place, and one all-reduce of 8 bytes per tensor adds them up.
+    """The digest of every HF tensor that the live ranks hold together, the same on every rank. Each rank digests its own
+    rectangles in place, and one all-reduce of 8 bytes per tensor sums them.
 
     Args:
-        plan: from the ranks of `layout` to whole HF tensors (`AutoBridge.export_plan`).
-        dtype: that the tensors are cast to before they are digested.
+        spec: the spec of the model.
+        model: this rank's model chunks.
+        plan: the copies from the ranks of `layout` to HF tensors (`AutoBridge.export_plan`).
+        layout: the layout of the model.
+        dtype: the dtype to which the tensors are cast before they are digested.
+        group: the ranks; by default all ranks.
     """
     group = group or RankGroup()
     live, _ = live_side(model, spec, layout, group.rank)
@@ -74,7 +81,7 @@ def _digested(
     tensors: Mapping[int, Mapping[str, Tensor]],
     dtypes: Mapping[str, torch.dtype] | None,
 ) -> Digests:
-    """What `copies` contribute to the digest of each of `hf_names`."""
+    """The share of `copies` in the digest of each of `hf_names`."""
     digests = dict.fromkeys(hf_names, 0)
     for copy in copies:
         part = copy.source.of(tensors[copy.source_rank][copy.source.name], copy.shape)
@@ -90,5 +97,5 @@ def _summed(shares: Digests, group: RankGroup) -> Digests:
 
 
 def differing(first: Mapping[str, int], second: Mapping[str, int]) -> list[str]:
-    """Names of the tensors that are not the same on both sides, or on one side only."""
+    """The names of the tensors that differ between the sides or are on one side only."""
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))

@@ -1,4 +1,4 @@
-"""What a vLLM that somebody else started needs, so that a trainer can reach its workers: two of vLLM's own settings."""
+"""The two settings of vLLM with which a trainer can reach the workers of an engine that somebody else started."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _CALLS = {
 
 
 class WorkerExtension:
-    """vLLM mixes it into its worker (`worker_extension_cls`)."""
+    """A class that vLLM mixes into its worker (`worker_extension_cls`)."""
 
     def mbridge_rl_call(self, call: str, *args: Any) -> list[Any]:
-        """One of these calls by its name; arguments and the answer are plain JSON types."""
+        """Runs one of the calls of this module by its name; arguments and the answer are plain JSON types."""
         return list(worker_calls.answering(self, _CALLS[call], *args))
 
 
@@ -49,5 +49,5 @@ def engine_args() -> dict[str, Any]:
     return {
         "weight_transfer_config": WeightTransferConfig(backend="mbridge"),
         "worker_extension_cls": EXTENSION,
-        "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are sampled from
+        "logprobs_mode": "processed_logprobs",  # the log-probabilities of the distribution that tokens are sampled from
     }

@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes (entry point group `vllm.general_plugins`)."""
+"""The function that vLLM calls in each of its processes (entry point group `vllm.general_plugins`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from mbridge_rl.sync.vllm.worker import cpu_routing, cpu_weights
 
 
 def register() -> None:
-    """Make the weight-transfer backend "mbridge" known to vLLM; on a CPU, weights refittable and routing right. Idempotent."""
+    """Registers the weight-transfer backend "mbridge" with vLLM; on a CPU it also keeps weights refittable and corrects the
+    routing. Idempotent."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 

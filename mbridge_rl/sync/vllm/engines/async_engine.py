@@ -1,4 +1,4 @@
-"""A vLLM `AsyncLLM` of the user's own, in this process, as an engine that a trainer syncs."""
+"""An engine for a trainer around a vLLM `AsyncLLM` that the user runs in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mbridge_rl.sync.vllm.engines.attached import AttachedEngine
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion_of
 from mbridge_rl.sync.vllm.lora.adaptable_engine import Served
 
-_LOOP_SECONDS = 10.0  # until an event loop that runs has come to a new callback
+_LOOP_SECONDS = 10.0  # a running event loop calls a new callback within this time
 
 
 class AsyncEngine(AttachedEngine):
@@ -24,15 +24,15 @@ class AsyncEngine(AttachedEngine):
 
     Args:
         llm: the engine; the user's own requests may go on meanwhile.
-        loop: that `llm` lives in; default: the one that runs here.
-        weight_version: of the weights it was started with.
+        loop: the event loop of `llm`; by default the one that runs here.
+        weight_version: the version of the weights that it was started with.
         call_timeout: seconds until a call must be answered.
 
     Raises:
         SyncError: the engine was started without those arguments, or is data parallel.
     """
 
-    _first_slot_id = 1 << 20  # adapters of the owner's own have smaller numbers
+    _first_slot_id = 1 << 20  # the owner's adapters have smaller numbers
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class AsyncEngine(AttachedEngine):
 
     @classmethod
     async def connect(cls, llm: Any, *, weight_version: int = 0, call_timeout: float = 600.0) -> AsyncEngine:
-        """From a coroutine on the engine's own event loop."""
+        """Connects from a coroutine on the engine's own event loop."""
         loop = asyncio.get_running_loop()
         return await asyncio.to_thread(cls, llm, loop, weight_version=weight_version, call_timeout=call_timeout)
 
@@ -57,29 +57,29 @@ class AsyncEngine(AttachedEngine):
         return "the AsyncLLM"
 
     def _completions(
-        self, prompts: list[list[int]], fields: list[dict[str, Any]], asked_of: Sequence[Served | None]
+        self, prompts: list[list[int]], fields: list[dict[str, Any]], adapters: Sequence[Served | None]
     ) -> list[Completion]:
-        async def all_of_them() -> list[Any]:
-            return await asyncio.gather(*map(self._answer, prompts, fields, asked_of))
+        async def all_outputs() -> list[Any]:
+            return await asyncio.gather(*map(self._answer, prompts, fields, adapters))
 
         version = self.weight_version
         return [
             completion_of(index, sample, version)
-            for index, output in enumerate(self._run(all_of_them(), None))
+            for index, output in enumerate(self._run(all_outputs(), None))
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
 
-    async def _answer(self, prompt: list[int], fields: dict[str, Any], asked_of: Served | None) -> Any:
+    async def _answer(self, prompt: list[int], fields: dict[str, Any], adapter: Served | None) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
         name = f"mbridge-{id(self):x}-{next(self._numbers)}"
-        output = None
-        adapter = asked_of and asked_of.request
-        async for found in self._llm.generate({"prompt_token_ids": prompt}, parameters, name, lora_request=adapter):
-            output = found
-        return output
+        last_output = None
+        lora_request = adapter and adapter.request
+        async for output in self._llm.generate({"prompt_token_ids": prompt}, parameters, name, lora_request=lora_request):
+            last_output = output
+        return last_output
 
     def _sizes(self) -> tuple[int, int]:
         parallel = self._llm.vllm_config.parallel_config
@@ -113,10 +113,10 @@ class AsyncEngine(AttachedEngine):
         return self._run(self._llm.reset_prefix_cache(reset_running_requests=True), self._call_timeout)
 
     def _run(self, call: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
-        """On the engine's event loop.
+        """Runs a coroutine on the engine's event loop.
 
         Raises:
-            EngineProcessError: the engine's process died, or did not answer in time; SyncError: its event loop does not run.
+            EngineProcessError: the engine's process died, or did not answer in time. SyncError: its event loop does not run.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -135,10 +135,10 @@ class AsyncEngine(AttachedEngine):
             raise EngineProcessError(f"{self} did not answer within {timeout:g} s") from error
 
     def _require_loop(self) -> None:
-        came = threading.Event()
+        called = threading.Event()
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(came.set)
-        if not came.wait(0.0 if self._loop.is_closed() else _LOOP_SECONDS):
+            self._loop.call_soon_threadsafe(called.set)
+        if not called.wait(0.0 if self._loop.is_closed() else _LOOP_SECONDS):
             raise SyncError(
                 f"the event loop of {self} is closed or blocked. A sync must not run on it: call `await "
                 "asyncio.to_thread(sync.sync, version)`, or run the loop in a thread of its own"

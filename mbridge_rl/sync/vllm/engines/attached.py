@@ -1,4 +1,4 @@
-"""Engines that somebody else started and goes on owning: they are reached through the interface that vLLM gives to clients."""
+"""Engines that somebody else started and owns. They are reached through the interface that vLLM offers to its clients."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _UNLABELLED = "default"  # vLLM's label of weights that nobody gave a version
 
 
 class AttachedEngine(TransactionalEngine):
-    """The part that is the same in this process and over HTTP.
+    """What engines in this process and engines behind HTTP have in common.
 
-    vLLM's engine core would die of a model that refuses to run. So where an update lost the version that was served, the
-    engine stays paused instead: requests wait for the next complete sync, and `generate` says which version was lost.
+    vLLM's engine core would die if a model refused to run. So if an update lost the version that was served, the engine stays
+    paused instead: requests wait for the next complete sync, and `generate` raises an error that names the lost version.
     """
 
     def _attach(self, weight_version: int) -> None:
-        """
+        """Connects to the engine.
+
         Raises:
-            SyncError: its workers cannot be reached, or there are several engines behind it.
+            SyncError: its workers cannot be reached, or there are several engines behind the same front.
         """
         super().__init__()
         workers, all_workers = self._sizes()
@@ -43,25 +44,27 @@ class AttachedEngine(TransactionalEngine):
 
     @property
     def weight_version(self) -> int:
-        """The version that is being served, or was last."""
+        """The version that is served now, or was served last."""
         return as_version(self._label())
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, adapter: str | Sequence[str | None] | None = None, **options: Any
     ) -> list[Completion]:
-        """See `InProcessEngine.generate`.
+        """As `InProcessEngine.generate`.
 
         Raises:
             EngineUnusable: a sync failed half-way; the message names the version that was lost.
         """
         self.require_usable()
-        asked_of = self._adapters.asked(adapter, len(prompts))
+        adapters = self._adapters.for_prompts(adapter, len(prompts))
         fields = sampling(len(prompts), **options)
-        found = self._completions([list(prompt) for prompt in prompts], fields, asked_of or [None] * len(prompts))
-        return [replace(one, adapter=asked_of[one.prompt_index].label) for one in found] if asked_of else found
+        completions = self._completions([list(prompt) for prompt in prompts], fields, adapters or [None] * len(prompts))
+        if not adapters:
+            return completions
+        return [replace(completion, adapter=adapters[completion.prompt_index].label) for completion in completions]
 
     def close(self) -> None:
-        """Lets go of the engine, which its owner keeps."""
+        """Disconnects from the engine, which goes on running."""
 
     def _call_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
         return worker_calls.results_of(self._rpc(METHOD, [call.__name__, *args]))
@@ -77,11 +80,11 @@ class AttachedEngine(TransactionalEngine):
             ) from error
 
     def _forget(self) -> None:
-        """It did at the pause."""
+        """Does nothing: the engine dropped keys and values when it paused."""
 
     def _hold(self, requests: InFlight, timeout: float) -> None:
         lost = requests == "wait" and self._refusal() is not None
-        self._halt("keep" if lost else requests, timeout)  # what waits for weights cannot be waited for
+        self._halt("keep" if lost else requests, timeout)  # after a loss requests wait for new weights and cannot finish
 
     def _resume(self) -> None:
         if self._refusal() is None:
@@ -94,15 +97,16 @@ class AttachedEngine(TransactionalEngine):
 
     @abstractmethod
     def _sizes(self) -> tuple[int, int]:
-        """Workers of one engine, and of all engines behind the same front."""
+        """The number of workers of one engine, and of all engines behind the same front."""
 
     @abstractmethod
     def _rpc(self, method: str, args: list[Any]) -> list[Any]:
-        """vLLM's `collective_rpc`."""
+        """Calls vLLM's `collective_rpc`."""
 
     @abstractmethod
     def _halt(self, requests: InFlight, timeout: float) -> None:
-        """
+        """Pauses generation.
+
         Raises:
             TransferTimeout: requests did not finish in time; generation goes on.
         """
@@ -118,9 +122,9 @@ class AttachedEngine(TransactionalEngine):
 
     @abstractmethod
     def _reset_caches(self) -> bool:
-        """Also of requests in flight, which compute their keys and values anew."""
+        """Drops cached keys and values, also of requests in flight, which compute them anew; returns whether it succeeded."""
 
     @abstractmethod
     def _completions(
-        self, prompts: list[list[int]], fields: list[dict[str, Any]], asked_of: Sequence[Served | None]
+        self, prompts: list[list[int]], fields: list[dict[str, Any]], adapters: Sequence[Served | None]
     ) -> list[Completion]: ...

@@ -1,4 +1,4 @@
-"""What is asked of an engine for a prompt, and what it answers: the same for every kind of engine."""
+"""The sampling parameters of a prompt, and the completions of an engine; both are the same for every kind of engine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ class Completion:
     """One sampled answer.
 
     Attributes:
-        prompt_index: which of the prompts it answers.
+        prompt_index: the index of the prompt that it answers.
         tokens: the generated token ids, with the stop token if one ended it.
-        logprobs: of each token, under the distribution it was sampled from (after temperature); empty if not asked for.
-        finish_reason: "stop", "length", or "abort" where a commit ended it.
-        weight_version: the version of the weights that generated it; of its last token, if a commit came in between.
-        token_versions: of each token.
-        adapter: name and version of the adapter that it was asked of, such as "policy@7"; `None` in an engine without adapters.
+        logprobs: the log-probability of each token, under the distribution it was sampled from (after temperature); empty if
+            none were requested.
+        finish_reason: "stop", "length", or "abort" if a commit ended it.
+        weight_version: the version of the weights that generated it; if a commit came in between, that of its last token.
+        token_versions: the version of the weights that generated each token.
+        adapter: name and version of the adapter that answered, such as "policy@7"; `None` in an engine without adapters.
     """
 
     prompt_index: int
@@ -49,7 +50,7 @@ def sampling(
             "max_tokens": max_tokens if isinstance(max_tokens, int) else max_tokens[index],
             "seed": _stream(seed, index, n),
             "stop_token_ids": list(stop_token_ids),
-            "logprobs": 0 if logprobs else None,  # 0: of the sampled token alone
+            "logprobs": 0 if logprobs else None,  # 0 means only that of the sampled token
             "ignore_eos": ignore_eos,
             "detokenize": False,
         }
@@ -58,7 +59,7 @@ def sampling(
 
 
 def completion_of(prompt_index: int, sample: Any, version: int) -> Completion:
-    """From vLLM's `CompletionOutput`."""
+    """Makes a completion from vLLM's `CompletionOutput`."""
     logprobs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs or [], strict=False)]
     spans = [(span.version, span.start, span.end) for span in sample.weight_versions or []]
     return completion(prompt_index, list(sample.token_ids), logprobs, str(sample.finish_reason), spans, version)
@@ -72,13 +73,13 @@ def completion(
     spans: Sequence[tuple[str, int, int]],
     version: int,
 ) -> Completion:
-    """A completion whose tokens `[start, end)` were sampled at `spans`' versions; at `version` where there are none."""
+    """A completion whose tokens `[start, end)` were sampled by the versions of `spans`; by `version` if there are no spans."""
     versions = tuple(as_version(label) for label, start, end in spans for _ in range(start, end))
     return Completion(prompt_index, tokens, logprobs, finish_reason, versions[-1] if versions else version, versions)
 
 
 def as_version(label: str) -> int:
-    """vLLM's label of the served weights as a version; -1 where nobody gave them a number."""
+    """vLLM's label of the served weights as a version; -1 if it is not a number."""
     return int(label) if label.lstrip("-").isdigit() else -1
 
 

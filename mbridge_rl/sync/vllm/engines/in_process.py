@@ -1,4 +1,4 @@
-"""A vLLM engine for rollouts that takes weights from a trainer: in this process. `process.py` puts it into another one."""
+"""A vLLM engine for rollouts that takes weights from a trainer, in this process. `process.py` runs it in a child process."""
 
 from __future__ import annotations
 
@@ -24,29 +24,32 @@ from mbridge_rl.sync.worker.update_watch import UpdateWatch
 if TYPE_CHECKING:
     from mbridge_rl.sync.vllm.worker.receiver import Receiver
 
-# Read by vLLM while an engine is built. Set for that long only, and only where the user set nothing.
+# Variables that vLLM reads while an engine is built. They are set for that time, and only if the user has not set them.
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine core in this process: starts in a quarter of the time
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process and starts in a quarter of the time
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_CI_ENV": "1",  # no compilation, no warm-up
     "HF_HUB_OFFLINE": "1",
 }
-_SEVERAL_WORKERS_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # binding fails where there are fewer cores than workers
+_SEVERAL_WORKERS_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # binding fails if there are fewer cores than workers
 
 
 class InProcessEngine(TransactionalEngine):
     """A vLLM `LLM` whose weights a trainer replaces, version by version.
 
-    It has the methods that `sync.weight_sync.WeightSync` asks of an engine. Several threads may call it: requests of all of
-    them share the engine's steps, and an update comes between two steps.
+    It has the methods that `sync.weight_sync.WeightSync` calls on an engine. Several threads may call it: their requests share
+    the engine's steps, and an update comes between two steps.
 
     Args:
         model_dir: a Hugging Face checkpoint; its weights are version `weight_version`.
-        dtype: "float32", "bfloat16", ... of weights and activations.
+        dtype: the dtype of weights and activations: "float32", "bfloat16", ...
+        seed: the seed of vLLM.
         max_model_len: longest prompt plus completion, in tokens.
-        max_num_seqs: completions generated at the same time.
-        tensor_parallel_size, pipeline_parallel_size: together the workers; more than one are processes of their own.
+        max_num_seqs: number of completions that are generated at the same time.
+        tensor_parallel_size: workers that share each layer.
+        pipeline_parallel_size: pipeline stages; if there is more than one worker in total, each is a process of its own.
         kv_cache_bytes: memory for the KV cache, per worker.
+        weight_version: the version of the checkpoint's weights.
         engine_args: more keyword arguments for `vllm.LLM`.
 
     Raises:
@@ -74,10 +77,10 @@ class InProcessEngine(TransactionalEngine):
             register()
             arguments: dict[str, Any] = {
                 "skip_tokenizer_init": True,
-                "trust_remote_code": False,  # who needs the code of a checkpoint says so in engine_args
+                "trust_remote_code": False,  # engine_args can allow the code of a checkpoint
                 "enforce_eager": True,
                 "max_num_batched_tokens": max(max_model_len, 2048),
-                # vLLM takes back what a seeded request drew where a prompt was cut, which CPU generators cannot do.
+                # If a prompt is cut, vLLM rewinds the generator of a seeded request, which CPU generators cannot do.
                 "enable_chunked_prefill": torch.cuda.is_available(),
                 "logprobs_mode": "processed_logprobs",
                 "disable_log_stats": True,
@@ -99,8 +102,8 @@ class InProcessEngine(TransactionalEngine):
                 **arguments | engine_args,
             )
         client = self.llm.llm_engine.engine_core
-        # vLLM's own shutdown, which also runs when the engine is garbage, destroys every process group of this process:
-        # the trainer's, and those of other engines. `close` does the rest of it.
+        # vLLM's own shutdown, which also runs when the engine is garbage-collected, destroys every process group of this
+        # process: the trainer's, and those of other engines. `close` does what else it does.
         client._finalizer.detach()
         self._core = client.engine_core
         self._requests = RequestRunner(self.llm.llm_engine)
@@ -112,7 +115,7 @@ class InProcessEngine(TransactionalEngine):
 
     @property
     def weight_version(self) -> int:
-        """The version that is being served, or was last."""
+        """The version that is served now, or was served last."""
         return int(self.llm.get_weight_version())
 
     @property
@@ -120,7 +123,7 @@ class InProcessEngine(TransactionalEngine):
         """The only worker's receiver.
 
         Raises:
-            SyncError: several workers are other processes.
+            SyncError: there are several workers, in other processes.
         """
         if self._workers > 1:
             raise SyncError("the receivers of an engine of several workers are in their processes: sync with WeightSync")
@@ -142,9 +145,15 @@ class InProcessEngine(TransactionalEngine):
         """`n` completions of each prompt (token ids), in the prompts' order.
 
         Args:
-            max_tokens: of every completion, or one number per prompt.
+            prompts: token ids.
+            n: completions per prompt.
+            temperature: sampling temperature; 0 is greedy.
+            max_tokens: most tokens of every completion, or one number per prompt.
             seed: makes sampling reproducible whatever else is in the batch; each prompt and sample gets its own stream. One
-                number per prompt makes a prompt's stream independent of where it stands in the batch.
+                number per prompt makes a prompt's stream independent of its position in the batch.
+            stop_token_ids: tokens that end a completion.
+            logprobs: return the log-probability of each token.
+            ignore_eos: go on after the end-of-sequence token.
             adapter: name of the adapter (`put_adapter`) that answers, or one per prompt; `None` is the base model.
 
         Raises:
@@ -154,7 +163,7 @@ class InProcessEngine(TransactionalEngine):
         from vllm.sampling_params import RequestOutputKind
 
         self.require_usable()
-        asked = sampling(
+        fields_by_prompt = sampling(
             len(prompts),
             n=n,
             temperature=temperature,
@@ -164,21 +173,21 @@ class InProcessEngine(TransactionalEngine):
             logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
-        asked_of = self._adapters.asked(adapter, len(prompts))
+        adapters = self._adapters.for_prompts(adapter, len(prompts))
         outputs = self._requests.run(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            [SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY) for fields in asked],
-            asked_of and [adapter.request for adapter in asked_of],
+            [SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY) for fields in fields_by_prompt],
+            adapters and [served.request for served in adapters],
         )
         version = self.weight_version
         return [
-            replace(completion_of(index, sample, version), adapter=asked_of and asked_of[index].label)
+            replace(completion_of(index, sample, version), adapter=adapters and adapters[index].label)
             for index, output in enumerate(outputs)
             for sample in sorted(output.outputs, key=lambda sample: sample.index)
         ]
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached keys and values, also of requests in flight, which compute them anew; a commit does it by itself."""
+        """Drops cached keys and values, also of requests in flight, which compute them anew. A commit does this by itself."""
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise SyncError("the prefix cache could not be dropped")
 
@@ -220,19 +229,19 @@ class InProcessEngine(TransactionalEngine):
             self.reset_prefix_cache()
 
     def shared_memory_files(self) -> list[str]:
-        """Through which this process and the workers talk: killed together, they leave these behind."""
-        named = worker_calls.in_workers(self.llm, worker_calls.shared_memory_files)
-        return sorted({path for paths in [worker_calls.shared_memory_files(None), *named] for path in paths})
+        """The shared-memory files through which this process and the workers communicate, which stay if all are killed."""
+        by_worker = worker_calls.in_workers(self.llm, worker_calls.shared_memory_files)
+        return sorted({path for paths in [worker_calls.shared_memory_files(None), *by_worker] for path in paths})
 
     def close(self) -> None:
-        """Free the engine. Idempotent."""
+        """Frees the engine. Idempotent."""
         if not hasattr(self, "llm"):
             return
         self._end_watch()
         self._core.model_executor.shutdown()
         self._core.scheduler.shutdown()
         del self.llm, self._core
-        gc.unfreeze()  # vLLM froze what lived when the engine started
+        gc.unfreeze()  # vLLM froze the objects that existed when the engine started
         gc.collect()
 
     def __enter__(self) -> InProcessEngine:
@@ -242,7 +251,7 @@ class InProcessEngine(TransactionalEngine):
         self.close()
 
     def _unlink_shared_memory(self) -> None:
-        """vLLM's CPU workers never unlink what they reduce through. All have mapped it by now, so its name can go."""
+        """Unlinks the shared memory of the CPU workers' reductions, which vLLM never does. All workers have mapped it now."""
         for ident in worker_calls.in_workers(self.llm, worker_calls.shared_memory_ident):
             for path in Path("/dev/shm").glob(f"{ident}-*") if ident else ():
                 path.unlink(missing_ok=True)
@@ -260,9 +269,10 @@ def import_vllm() -> tuple[Any, Any]:
 
 
 def _drop_groups_without_experts() -> None:
-    """Let vLLM make its process-global groups anew if they come from a dense model, and so have none for experts.
+    """Lets vLLM make its process-global groups anew if they come from a dense model, and so have none for experts.
 
-    Otherwise no MoE engine could follow a dense one in this process. Groups of one rank: the dense engine uses the new ones.
+    Otherwise no MoE engine could follow a dense one in this process. The groups have one rank, so the dense engine can use the
+    new ones.
     """
     from vllm.distributed import parallel_state
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _READY = -1  # the reply id under which a child reports that its engine is up
 _LOG_LINES = 30
-PROOF_OF_LIFE = 5.0  # seconds that a call gets while an earlier one is unanswered: a hung engine costs one call_timeout
+PROOF_OF_LIFE = 5.0  # seconds for a call while an earlier one is unanswered, so that a hung engine costs one call_timeout
 _CALLS_AT_ONCE = 8
 _IN_ORDER = frozenset(
     (
@@ -46,7 +46,7 @@ _IN_ORDER = frozenset(
         "catch_up",
         "put_adapter",
     )
-)  # calls that change what is served: one that was given up must not run after those that came later
+)  # calls that change what is served; they run in the order in which they were made, even if the caller gave one up
 
 
 class EngineProcess:
@@ -55,11 +55,12 @@ class EngineProcess:
     `start` returns at once, so that the trainer can be built meanwhile; the first call waits for the engine.
 
     Args:
-        model_dir: see `InProcessEngine`, which gets `engine_args` too.
+        model_dir: the checkpoint of `InProcessEngine`, which gets `engine_args` as well.
         start_timeout: seconds until the engine must be up.
-        call_timeout: seconds until a call must be answered; five at most after one that was not, until any answer comes.
-        environment: variables for the child on top of this process's.
-        log_path: the child's output; default: a temporary file, shown when the child fails.
+        call_timeout: seconds until a call must be answered; after a call that was not, at most five until any answer comes.
+        environment: environment variables of the child, beside those of this process.
+        log_path: the file of the child's output; by default a temporary file, whose end is shown when the child fails.
+        engine_args: the other arguments of `InProcessEngine`.
     """
 
     _program = "mbridge_rl.sync.vllm.engines.process"  # the module that the child runs
@@ -82,7 +83,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._ready = False
-        self._segments: list[str] = []  # shared memory among the engine's workers, which a kill would leave behind
+        self._segments: list[str] = []  # shared-memory files of the engine's workers, which stay if they are killed
         self._calls = 0
         self._replies: dict[int, tuple[bool, Any]] = {}
         self._awaited: set[int] = set()
@@ -91,42 +92,42 @@ class EngineProcess:
         self._lock = threading.Condition()
 
     def start(self) -> EngineProcess:
-        """Launch the child and return at once."""
+        """Starts the child and returns at once."""
         if self._process is not None:
             return self
-        mine, theirs = socket.socketpair()
-        arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(self._settings)]
+        own_end, child_end = socket.socketpair()
+        arguments = [str(child_end.fileno()), str(os.getpid()), json.dumps(self._settings)]
         command = [sys.executable, "-m", self._program, *arguments]
-        with theirs, self._log.open("wb") as log:
+        with child_end, self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(child_end.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | self._environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 start_new_session=True,  # so that its own workers can be ended with it
             )
-        self._connection = Connection(mine.detach())
+        self._connection = Connection(own_end.detach())
         return self
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Wait until the engine is up.
+        """Waits until the engine is up.
 
         Raises:
-            EngineProcessError: it died, or is not up in time; with the end of its log.
+            EngineProcessError: it died, or is not up in time; the message has the end of its log.
         """
         self.start()
         with self._lock:
             self._wait_ready(timeout)
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
-        """See `InProcessEngine.generate`."""
+        """As `InProcessEngine.generate`."""
         return self._call("generate", [list(prompt) for prompt in prompts], **options)
 
     @property
     def weight_version(self) -> int:
-        """The version that is being served, or was last."""
+        """The version that is served now, or was served last."""
         return self._call("weight_version")
 
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
@@ -172,7 +173,7 @@ class EngineProcess:
         return self._call("adapter_digests", adapter)
 
     def close(self, timeout: float = 20.0) -> None:
-        """End the child, by force if it does not go within `timeout` seconds. Idempotent."""
+        """Ends the child, by force if it does not end within `timeout` seconds. Idempotent."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -194,7 +195,7 @@ class EngineProcess:
         self.close()
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """From any thread; calls of several threads run side by side in the child."""
+        """Calls a method of the child's engine. Calls of several threads run side by side in the child."""
         self.start()
         with self._lock:
             self._wait_ready(None)
@@ -216,7 +217,11 @@ class EngineProcess:
             self._ready = True
 
     def _reply(self, call: int, timeout: float, complaint: str) -> Any:
-        """The answer to `call`. One of the waiting threads reads for all; late answers to calls that timed out are dropped."""
+        """The answer to `call`. One of the waiting threads reads for all; late answers to calls that timed out are dropped.
+
+        Raises:
+            EngineProcessError: there is no answer in time, or the child died; otherwise what the engine raised.
+        """
         deadline = time.monotonic() + timeout
         try:
             while call not in self._replies:
@@ -236,7 +241,7 @@ class EngineProcess:
         return result
 
     def _read(self, seconds: float) -> None:
-        """Reads one answer, without the lock meanwhile."""
+        """Reads one answer, and releases the lock meanwhile."""
         assert self._connection is not None
         self._reading = True
         self._lock.release()
@@ -254,11 +259,11 @@ class EngineProcess:
                 self._replies[answer[0]] = answer[1:]
             self._lock.notify_all()
 
-    def _failed(self, what: str) -> EngineProcessError:
+    def _failed(self, complaint: str) -> EngineProcessError:
         code = None if self._process is None else self._process.poll()
         ended = "" if code is None else f" (exit status {code})"
         lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self._log.exists() else []
-        return EngineProcessError(f"the engine process {what}{ended}. The end of its log:\n" + "\n".join(lines))
+        return EngineProcessError(f"the engine process {complaint}{ended}. The end of its log:\n" + "\n".join(lines))
 
 
 def _unlink(segments: Sequence[str]) -> None:
@@ -267,7 +272,8 @@ def _unlink(segments: Sequence[str]) -> None:
 
 
 def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]) -> None:
-    """The child: build the engine, note its shared memory in `segments`, then answer calls until the connection ends."""
+    """Runs in the child: builds the engine, adds its shared-memory files to `segments`, then answers calls until the connection
+    ends."""
     from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine, import_vllm
 
     try:
@@ -302,7 +308,7 @@ def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]
 
 
 def _end_with(parent: int, segments: Sequence[str]) -> None:
-    """Watch for the parent's death from a thread: the main thread may be deep inside of a generation."""
+    """Ends this process when its parent dies. A thread watches for that, because the main thread may be generating."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -314,7 +320,8 @@ def _end_with(parent: int, segments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the child process: file descriptor of its socket, the parent's pid, the engine's settings as JSON."""
+    """Entry point of the child process. Its arguments are the file descriptor of its socket, the parent's pid, and the engine's
+    settings as JSON."""
     descriptor, parent, settings = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING)
     segments: list[str] = []

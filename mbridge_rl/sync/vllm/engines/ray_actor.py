@@ -1,4 +1,4 @@
-"""Engines in Ray actors, addressed by handle: on whatever node Ray put them."""
+"""Engines in Ray actors, on any node; they are addressed by the handles of their actors."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
 from mbridge_rl.sync.vllm.engines.process import PROOF_OF_LIFE
 from mbridge_rl.sync.vllm.worker.calls import shared_memory_files
 
-CALLS_AT_ONCE = 8  # a commit comes while requests are in flight
+CALLS_AT_ONCE = 8  # more than one, because a commit comes while requests are in flight
 
 
 class EngineActor:
-    """What runs in the actor: an in-process engine, which is the way to run vLLM on Ray that works without a GPU, too.
+    """Runs an in-process engine in an actor, which works on Ray without a GPU, too.
 
-    An actor class of one's own derives from it: `ray.remote(max_concurrency=CALLS_AT_ONCE)(MyActor)`.
+    A user's own actor class derives from it: `ray.remote(max_concurrency=CALLS_AT_ONCE)(MyActor)`.
     """
 
     def __init__(self, model_dir: str, threads: int | None = None, settings: Mapping[str, Any] | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        others = set(shared_memory_files(None))  # Ray may have run tasks in this process before
+        earlier_files = set(shared_memory_files(None))  # Ray may have run tasks in this process before
         self.engine = InProcessEngine(model_dir, **(settings or {}))
-        # Ray ends actors by SIGKILL, and nobody could clean up on another node. All workers have mapped what they talk through
-        # by now, so that its names can go; what has none is freed when the last of them ends, however it ends.
-        for path in set(self.engine.shared_memory_files()) - others:
+        # Ray ends actors by SIGKILL, and nobody could clean up on another node. All workers have mapped their shared memory by
+        # now, so its files can be unlinked; memory without a file is freed when the last process ends, however it ends.
+        for path in set(self.engine.shared_memory_files()) - earlier_files:
             Path(path).unlink(missing_ok=True)
 
     def pid(self) -> int:
@@ -44,12 +44,12 @@ class EngineActor:
 
 
 class RayEngine:
-    """An engine actor with the interface of an engine; what `EngineProcess` is without Ray.
+    """An engine in a Ray actor, with the interface of an engine, as `EngineProcess` is one in a child process.
 
     Args:
         actor: handle of an `EngineActor`, such as `ray.get_actor(name)`; its owner keeps it until `close`.
         start_timeout: seconds until the engine must be up.
-        call_timeout: seconds until a call must be answered; five at most after one that was not, until one is.
+        call_timeout: seconds until a call must be answered; after a call that was not, at most five until one is.
 
     Raises (every method):
         EngineProcessError: the actor died, cannot be reached, or did not answer in time; otherwise what the engine raised.
@@ -73,8 +73,12 @@ class RayEngine:
         """Starts an actor, and returns before its engine is up.
 
         Args:
-            ray_options: what Ray's `options` takes: `num_cpus`, `num_gpus`, `name`, `scheduling_strategy`, ...
-            engine_args: for `InProcessEngine`.
+            model_dir: the checkpoint.
+            threads: torch threads of the actor; `None` leaves the default.
+            ray_options: arguments of Ray's `options`: `num_cpus`, `num_gpus`, `name`, `scheduling_strategy`, ...
+            start_timeout: seconds until the engine must be up.
+            call_timeout: seconds until a call must be answered.
+            engine_args: arguments of `InProcessEngine`.
         """
         options = {"max_concurrency": CALLS_AT_ONCE, **(ray_options or {})}
         actor = (
@@ -88,7 +92,7 @@ class RayEngine:
 
     @property
     def pid(self) -> int:
-        """Of the actor's process."""
+        """The pid of the actor's process."""
         return import_ray().get(self._actor.pid.remote(), timeout=self._first_timeout)
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
@@ -107,7 +111,7 @@ class RayEngine:
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
         ray, timeout = import_ray(), min(PROOF_OF_LIFE, self._first_timeout) if self._silent else self._first_timeout
         try:
-            found = ray.get(self._actor.call.remote(method, args, options), timeout=timeout)
+            result = ray.get(self._actor.call.remote(method, args, options), timeout=timeout)
         except ray.exceptions.GetTimeoutError as error:
             self._silent = True
             raise EngineProcessError(f"the engine actor did not answer {method} within {timeout:g} s") from error
@@ -116,13 +120,14 @@ class RayEngine:
         except ray.exceptions.RayError as error:  # the actor died, or cannot be reached
             raise EngineProcessError(f"the engine actor was lost during {method}: {error}") from error
         self._first_timeout, self._silent = self._call_timeout, False
-        return found
+        return result
 
 
 def import_ray() -> Any:
-    """
+    """Imports Ray.
+
     Raises:
-        ImportError: Ray is missing; names the extra.
+        ImportError: Ray is not installed; the message names the extra.
     """
     try:
         import ray

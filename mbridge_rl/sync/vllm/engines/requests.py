@@ -16,16 +16,16 @@ _TURN_SECONDS = 1e-4
 
 
 class RequestRunner:
-    """Runs `generate` calls step by step; whoever calls does the stepping, for all.
+    """Runs `generate` calls step by step. Every thread that calls steps the engine, for the requests of all threads.
 
     Args:
-        llm_engine: vLLM's `LLMEngine`; nobody else may step it.
+        llm_engine: vLLM's `LLMEngine`; only this object may step it.
     """
 
     def __init__(self, llm_engine: Any) -> None:
         self._engine = llm_engine
         self._core = llm_engine.engine_core.engine_core
-        self._batches = getattr(self._core, "batch_queue", None)  # of a pipeline
+        self._batches = getattr(self._core, "batch_queue", None)  # the batches of a pipeline
         self._lock = threading.Condition()
         self._numbers = itertools.count()
         self._open: set[str] = set()
@@ -35,8 +35,8 @@ class RequestRunner:
         self._visitors = 0  # threads that want to come between two steps
 
     def run(self, prompts: Sequence[Any], parameters: Sequence[Any], adapters: Sequence[Any] | None = None) -> list[Any]:
-        """The `RequestOutput` of every prompt, in order; `adapters` are vLLM's `LoRARequest` of each. If a step fails, its
-        requests leave the engine: the next call must not meet them again."""
+        """The `RequestOutput` of every prompt, in order; `adapters` are vLLM's `LoRARequest` of each. If a step fails, the
+        requests are removed from the engine, so that the next call does not run them."""
         with self._lock:
             self._lock.wait_for(lambda: not self._closed)
             names = [f"mbridge-{next(self._numbers)}" for _ in prompts]
@@ -58,19 +58,19 @@ class RequestRunner:
                 self._lock.notify_all()
 
     def hold(self, requests: InFlight, timeout: float = 600.0) -> None:
-        """From here on nothing is generated until `resume`.
+        """Stops generating until `resume`.
 
         Args:
-            requests: what happens to those in flight: `keep` freezes them (their keys and values are computed anew afterwards),
-                `wait` lets them finish first, `abort` ends them with what they have.
+            requests: what happens to requests in flight: `keep` freezes them (their keys and values are computed anew
+                afterwards), `wait` lets them finish first, `abort` ends them with the tokens that they have.
             timeout: seconds to wait for them.
 
         Raises:
-            TransferTimeout: they did not finish in time; generation goes on.
+            TransferTimeout: the requests did not finish in time; generation goes on.
         """
         self._closed = True
         if requests != "wait":
-            self._held = True  # seen before the next step, so that this does not queue behind many of them
+            self._held = True  # set without the lock, so that no further step begins before this thread gets the lock
         with self._lock:
             if requests == "wait" and not self._lock.wait_for(lambda: not self._open, timeout):
                 self._closed = False
@@ -90,7 +90,7 @@ class RequestRunner:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """No step runs inside. Threads that step would otherwise take the lock again before anyone else gets it."""
+        """A block in which no step runs. Threads that step let this thread have the lock first."""
         self._visitors += 1
         try:
             with self._lock:
@@ -116,7 +116,7 @@ class RequestRunner:
                 self._finish(output)
 
     def _drain(self) -> None:
-        """A pipeline has batches under way between two steps: their tokens are the old weights'."""
+        """Finishes the batches of a pipeline that are under way between two steps; their tokens are of the old weights."""
         if self._batches is None:
             return
         self._core.pause_scheduler("keep", clear_cache=False)
@@ -131,7 +131,7 @@ class RequestRunner:
             self._lock.notify_all()
 
     def _abort(self) -> None:
-        """vLLM hands the outputs of aborted requests to their queues only: they get one."""
+        """Aborts all requests. vLLM puts the outputs of aborted requests only into their queues, so each request gets one."""
         states = self._engine.output_processor.request_states
         for state in states.values():
             state.queue = _Collector(self._finish)

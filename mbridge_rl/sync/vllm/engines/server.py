@@ -1,12 +1,12 @@
-"""A `vllm serve` that somebody started, on this or another host, as an engine that a trainer syncs over HTTP.
+"""An engine for a trainer around a `vllm serve` that somebody started, on this or another host, over HTTP.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "mbridge"}' \\
         --worker-extension-cls mbridge_rl.sync.vllm.extension.WorkerExtension \\
         --enable-scale-out --logprobs-mode processed_logprobs
 
-The control plane is vLLM's own routes for RL (`vllm/entrypoints/rl/online/api_router.py`) and its `/collective_rpc`, all of
-which it serves in its developer mode only. `generate` takes its route for tokens in and out, which it calls scale-out. The
-weights themselves take whatever transport both ends share.
+The control plane is vLLM's own routes for RL (`vllm/entrypoints/rl/online/api_router.py`) and its `/collective_rpc`, which it
+serves only in its developer mode. `generate` uses its route for tokens in and out, which vLLM calls scale-out. The weights
+themselves travel by any transport that both ends share.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _NEEDED = {
     "/inference/v1/generate": "--enable-scale-out",
     "/v1/load_lora_adapter": "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
 }
-_MOST_BYTES = 1 << 30  # of an answer: workers describe every tensor of theirs
+_MOST_BYTES = 1 << 30  # of an answer, in which workers may describe all their tensors
 
 
 class ServerEngine(AttachedEngine):
     """Connects to a server by its URL.
 
     Args:
-        url: such as "http://10.0.0.7:8000".
-        weight_version: of the weights it was started with.
+        url: the URL, such as "http://10.0.0.7:8000".
+        weight_version: the version of the weights that it was started with.
         call_timeout: seconds until a call must be answered.
-        api_key: what the server was started with (`--api-key`).
-        connections: requests for completions that are open at once.
+        api_key: the key that the server was started with (`--api-key`).
+        connections: number of requests for completions that are open at once.
 
     Raises:
-        EngineProcessError: nobody answers there; SyncError: the server was started without the settings above.
+        EngineProcessError: there is no answer at the URL. SyncError: the server was started without the settings above.
     """
 
     def __init__(
@@ -75,22 +75,22 @@ class ServerEngine(AttachedEngine):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _completions(
-        self, prompts: list[list[int]], fields: list[dict[str, Any]], asked_of: Sequence[Served | None]
+        self, prompts: list[list[int]], fields: list[dict[str, Any]], adapters: Sequence[Served | None]
     ) -> list[Completion]:
         version = self.weight_version
 
         def answer(index: int) -> list[Completion]:
-            adapter = asked_of[index]
+            adapter = adapters[index]
             body = {"token_ids": prompts[index], "sampling_params": fields[index], "model": adapter and adapter.name}
             choices = self._post("/inference/v1/generate", body, Choices).choices
             return [_completion(index, choice, version) for choice in sorted(choices, key=lambda choice: choice.index)]
 
-        return [found for several in self._pool.map(answer, range(len(prompts))) for found in several]
+        return [sample for samples in self._pool.map(answer, range(len(prompts))) for sample in samples]
 
     def _sizes(self) -> tuple[int, int]:
         paths = ("/get_world_size?include_dp=false", "/get_world_size")
-        one, all_of_them = (self._get(path, WorldSize).world_size for path in paths)
-        return one, all_of_them
+        of_one_engine, of_all_engines = (self._get(path, WorldSize).world_size for path in paths)
+        return of_one_engine, of_all_engines
 
     def _rpc(self, method: str, args: list[Any]) -> list[Any]:
         return self._post("/collective_rpc", {"method": method, "args": args}, Results).results
@@ -115,18 +115,19 @@ class ServerEngine(AttachedEngine):
         return self._post("/reset_prefix_cache?reset_running_requests=true", {}, Success).success
 
     def _claim_slot(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served]) -> int:
-        """vLLM's server knows adapters that it loaded from files: it gets one that changes nothing, and numbers it.
+        """Lets the server load an adapter that changes nothing, because it only knows adapters from files; the server chooses
+        its number.
 
         Raises:
-            SyncError: the name is that of an adapter of the owner's, or he loads one at this moment.
+            SyncError: the owner has an adapter of this name, or loads one at this moment.
         """
         known = {model.id: str(model.root) for model in self._get("/v1/models", Models).data}
         if name in known and PLACEHOLDER not in known[name]:
             raise SyncError(f"{self} has loaded an adapter {name!r} from {known[name]}: give this one another name")
-        if name in known:  # a trainer died just here
-            left = self._load(name, update, load_inplace=True)[-1]
+        if name in known:  # an earlier trainer died after it had loaded the adapter
+            slot_id = self._load(name, update, load_inplace=True)[-1]
             self._release_slot(name)
-            self._call_workers(in_slots, "remove", left)
+            self._call_workers(in_slots, "remove", slot_id)
         before = self._slot_ids()
         *others, newest = self._load(name, update)
         if newest in before or not set(others) <= set(before):
@@ -134,11 +135,11 @@ class ServerEngine(AttachedEngine):
             raise SyncError(f"{self} loaded other adapters while {name!r} was loaded: try again")
         return newest
 
-    def _load(self, name: str, update: Mapping[str, Any], **how: bool) -> list[int]:
-        """Returns all slot ids; the one that was loaded comes last."""
-        paths = self._call_workers(in_slots, "write_without_effect", _first_module(update))  # theirs may be another host
+    def _load(self, name: str, update: Mapping[str, Any], **options: bool) -> list[int]:
+        """Loads an adapter without effect. Returns all slot ids; that of the loaded adapter comes last."""
+        paths = self._call_workers(in_slots, "write_without_effect", _first_module(update))  # on the host of the workers
         try:
-            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": paths[0], **how})
+            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": paths[0], **options})
         finally:
             self._call_workers(in_slots, "discard_files")
         return self._slot_ids()
@@ -161,22 +162,22 @@ class ServerEngine(AttachedEngine):
         return None if cls is None else self._read(path, answer, cls)
 
     def _read(self, path: str, answer: Answer, cls: type[T]) -> T:
-        """What the server answered, as `cls`; it may say more.
+        """The server's answer, read as `cls`; other fields are ignored.
 
         Raises:
-            SyncError: it is nothing like that; every wrong field is named.
+            SyncError: the answer is not like that; names every wrong field.
         """
         problems: list[str] = []
         try:
             result = read_fields(cls, parse_json(answer.body, most_bytes=_MOST_BYTES), problems, others="ignore")
         except JSONTextError as error:
-            raise SyncError(f"{self} answered {path} with what cannot be read: {error}") from error
+            raise SyncError(f"{self} answered {path}, but the answer cannot be read: {error}") from error
         if result is None:
-            raise SyncError(f"{self} answered {path} with what is not expected of vLLM: {listed(problems)}")
+            raise SyncError(f"{self} answered {path}, but not as vLLM does: {listed(problems)}")
         return result
 
     def _ask(self, path: str, body: bytes | None, timeout: float) -> Answer:
-        try:  # a trainer's proxies are not for its engines
+        try:  # without proxies, which are not meant for engines
             answer = request(self._url + path, body, self._headers, seconds=timeout, most_bytes=_MOST_BYTES, use_proxies=False)
         except TimeoutError as error:
             raise TransferTimeout(f"{self} did not answer {path} within {timeout:g} s") from error
@@ -187,13 +188,13 @@ class ServerEngine(AttachedEngine):
         return answer
 
     def _refused(self, path: str, answer: Answer) -> Exception:
-        said = answer.body.decode(errors="replace")[:_SHOWN]
-        if answer.status == 404 and '"error"' not in said:  # vLLM's own refusals say what is wrong
+        body = answer.body.decode(errors="replace")[:_SHOWN]
+        if answer.status == 404 and '"error"' not in body:  # vLLM's own refusals have an "error"
             needed = _NEEDED.get(path, "VLLM_SERVER_DEV_MODE=1")
             return SyncError(f"{self} has no {path}: start it with {needed}, or vLLM does not serve this route")
-        if "EngineDead" in said:
-            return EngineProcessError(f"the engine of {self} died: {said}")
-        return SyncError(f"{self} answered {path} with status {answer.status}: {said}")
+        if "EngineDead" in body:
+            return EngineProcessError(f"the engine of {self} died: {body}")
+        return SyncError(f"{self} answered {path} with status {answer.status}: {body}")
 
 
 def _completion(prompt_index: int, choice: Choice, version: int) -> Completion:
@@ -203,7 +204,7 @@ def _completion(prompt_index: int, choice: Choice, version: int) -> Completion:
 
 
 def _first_module(update: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Names, dtypes and shapes of its two factors."""
+    """The names, dtypes and shapes of the two factors of an update's first module."""
     module = update["names"][0].rpartition(".lora_")[0]
     chosen = [index for index, name in enumerate(update["names"]) if name.startswith(f"{module}.lora_")]
     return {key: [update[key][index] for index in chosen] for key in ("names", "dtypes", "shapes")}

@@ -1,4 +1,4 @@
-"""What a `vllm serve` answers on the routes that `server.ServerEngine` asks: the fields that are read."""
+"""The answers of `vllm serve` on the routes that `server.ServerEngine` calls: the fields that are read."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class Success:
 
 @dataclass(frozen=True)
 class Results:
-    """Attributes:
-    results: of the workers, one for each; what our own code in them returned.
+    """The answer of `/collective_rpc`.
+
+    Attributes:
+        results: what our own code returned in the workers, one result for each.
     """
 
     results: list  # type: ignore[type-arg]
@@ -54,7 +56,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class VersionSpan:
-    """Tokens `[start, end)` that weights of this version sampled."""
+    """Tokens `[start, end)`, which weights of this version sampled."""
 
     version: str
     start: AtLeastZero

@@ -1,4 +1,4 @@
-"""One sync on the engine's side, whatever kind of engine it is: in terms of its workers, and of holding what it generates."""
+"""The engine's side of a sync, for every kind of engine: calls of its workers, while generation is held."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from mbridge_rl.sync.worker.payload_receiver import merged_report
 
 
 class TransactionalEngine(AdaptableEngine):
-    """What `sync.weight_sync.WeightSync` asks of an engine (`sync.trainer.engines.Engine`); arguments and results are plain
-    JSON types."""
+    """The methods that `sync.weight_sync.WeightSync` calls on an engine (`sync.trainer.engines.Engine`); arguments and results
+    are plain JSON types."""
 
     def __init__(self) -> None:
-        self._streaming_pause: Stopwatch | None = None  # of a streaming update that is under way
-        self._turn = threading.RLock()  # one transaction at a time, from whatever threads its calls come
-        self._open: tuple[int, str | None] | None = None  # version and fill of the update that its workers were told to bring
-        self._disagreement: str | None = None  # why the workers perhaps do not all hold the same
+        self._streaming_pause: Stopwatch | None = None  # measures the pause of the streaming update under way
+        self._turn = threading.RLock()  # one transaction at a time, from any thread
+        self._open: tuple[int, str | None] | None = None  # version and fill of the update that the workers receive
+        self._disagreement: str | None = None  # why the workers may hold different weights
 
     def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        """Learn where the announced tensors (`init_info`) land in each worker; see `Receiver.prepare` for what is raised."""
+        """Learns where the announced tensors (`init_info`) land in each worker; returns the workers' descriptions. Raises what
+        `Receiver.prepare` raises."""
         self._in_workers(worker_calls.initialize, info)
         return self._in_workers(worker_calls.describe)
 
     def adopt_route(self, introduction: dict[str, Any]) -> None:
-        """What every later update brings to each worker; see `PayloadReceiver.adopt`."""
+        """Tells each worker what every later update brings; see `PayloadReceiver.adopt`."""
         self._in_workers(worker_calls.adopt, introduction)
 
     def begin_update(self, update: dict[str, Any]) -> None:
-        """Start to receive; a staged update leaves the engine generating, a streaming one holds it until it ends.
+        """Starts to receive. The engine goes on generating during a staged update, and is held during a streaming one.
 
         Args:
-            update: `version`, `fingerprint`, `mode`, `wire`, `timeout` (seconds).
+            update: `version`, `fingerprint`, `mode`, `wire`, `timeout` (seconds), `requests`, `delta`.
         """
         with self._turn:
             self._open = None
@@ -57,20 +58,22 @@ class TransactionalEngine(AdaptableEngine):
             self._open = update["version"], update["wire"].get("fill")
 
     def update_status(self) -> list[dict[str, Any]]:
-        """See `PayloadReceiver.status`, of every worker."""
+        """The status of every worker; see `PayloadReceiver.status`."""
         return self._in_workers(worker_calls.status)
 
     def commit_update(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> dict[str, Any]:
-        """Serve what arrived, as `version`; generation pauses for it. Caches are dropped afterwards.
+        """Serves the weights that arrived, as `version`. Generation pauses meanwhile, and caches are dropped afterwards.
 
         Args:
-            requests: see `RequestRunner.hold`.
+            version: the version of the open update.
+            requests: what happens to requests in flight; see `RequestRunner.hold`.
+            timeout: seconds to wait for them.
 
         Returns:
-            `sync.worker.payload_receiver.merged_report`, with `seconds["pause"]`: in which the engine did not generate.
+            `sync.worker.payload_receiver.merged_report`, with `seconds["pause"]`, in which the engine did not generate.
 
         Raises:
-            SyncError: no update to this version is open; or what failed in a worker, and then all refuse to generate.
+            SyncError: no update to this version is open; or the commit failed in a worker, and then all refuse to generate.
         """
         with self._turn:
             return self._commit(version, self._opened(version), requests, timeout)
@@ -93,7 +96,7 @@ class TransactionalEngine(AdaptableEngine):
         return report
 
     def _opened(self, version: int) -> str | None:
-        """The fill of the update that a commit ends."""
+        """The fill of the open update, which a commit of `version` closes."""
         if self._open is None or self._open[0] != version:
             begun = "none is open" if self._open is None else f"the open update is to version {self._open[0]}"
             raise SyncError(f"version {version} cannot be committed: {begun}; begin_update has to come before commit_update")
@@ -101,58 +104,64 @@ class TransactionalEngine(AdaptableEngine):
         return fill
 
     def _commit_in_workers(self, version: int, fill: str | None) -> dict[str, Any]:
-        """All workers serve the fill, or none serves anything: some may have it then, and others not."""
+        """Commits in all workers. If one fails, none of them serves, because they may hold different weights then."""
         self._disagreement = f"not all workers of the engine have committed version {version}, and a complete sync has to come"
         try:
             report = merged_report(self._call_workers(worker_calls.commit_shards, version, fill))
         except BaseException as error:
             self._disagreement = f"version {version} was lost, and a complete sync has to come: {error}"
-            with suppress(Exception):  # a worker that cannot be asked; the engine itself refuses anyway
+            with suppress(Exception):  # a worker may be out of reach; the engine itself refuses anyway
                 self._call_workers(worker_calls.lose, version, str(error), fill)
             raise
         self._disagreement = None
         return report
 
     def abort_update(self, reason: str) -> None:
-        """Drop an open update. If live weights were written, the engine refuses to generate until the next one."""
+        """Drops an open update. If live weights were written, the engine refuses to generate until the next update."""
         with self._turn:
             self._open = self._streaming_pause = None
             self._call_workers(worker_calls.abandon, reason)
             self._resume()
 
     def publish_weights(self, paths: Sequence[str]) -> list[str]:
-        """Every worker writes its image, with digests, to its own of `paths`; returns the workers' route fingerprints."""
+        """Lets every worker write its image, with digests, to its own path of `paths`; returns the fingerprints of their
+        routes."""
         self._require_agreement()
         return self._in_workers(worker_calls.publish, list(paths))
 
     def catch_up(self, name: str, directory: str | None = None) -> dict[str, Any]:
-        """Serve the live version of a weight store, without the trainer. The engine decides for all its workers which fill that
-        is; each opens and verifies its image of it before any of them writes.
+        """Serves the live version of a weight store, without the trainer. The engine decides for all its workers which fill
+        that is; each worker opens and verifies its image of that fill before any of them writes.
+
+        Args:
+            name: the name of the store.
+            directory: its directory; by default shared memory.
 
         Raises:
-            SyncError: nothing was committed there, or another version since; the old version serves on. EngineMismatch: it is
-                the store of another engine layout or model.
+            SyncError: nothing was committed to the store, or another version was committed since; the old version serves on.
+                EngineMismatch: the store belongs to another engine layout or model.
         """
         store = WeightStore(name, directory or SHARED_MEMORY)
         with self._turn:
-            update, kept = live_update(store)
-            mine = self.describe_workers(kept["init_info"])
-            if not alike(mine, kept["workers"]):
+            update, introduction = live_update(store)
+            own_workers = self.describe_workers(introduction["init_info"])
+            if not alike(own_workers, introduction["workers"]):
                 raise EngineMismatch(
-                    f"the weight store {name!r} is of an engine whose {len(kept['workers'])} workers keep other weights than "
-                    f"these {len(mine)}: start the engine with the same parallel sizes and dtype"
+                    f"the weight store {name!r} is of an engine whose {len(introduction['workers'])} workers keep other "
+                    f"weights than these {len(own_workers)}: start the engine with the same parallel sizes and dtype"
                 )
-            self.adopt_route(kept)
+            self.adopt_route(introduction)
             self._in_workers(worker_calls.catch_up, update)
             try:
                 return self._commit(update["version"], update["wire"]["fill"], "keep", update["timeout"])
-            except BaseException as error:  # also of the pause: nobody else would drop the update
+            except BaseException as error:  # also an error of the pause, after which nobody else would drop the update
                 with suppress(Exception):
                     self._call_workers(worker_calls.abandon, str(error))
                 raise
 
     def require_usable(self) -> None:
-        """
+        """Checks that the engine may generate.
+
         Raises:
             EngineUnusable: a sync failed half-way; the message names the version that was lost.
         """
@@ -172,7 +181,7 @@ class TransactionalEngine(AdaptableEngine):
             raise EngineUnusable(reason)
 
     def _in_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
-        """As `_call_workers`; if one worker fails, the others drop the update too, so that none serves it alone."""
+        """As `_call_workers`, but if a worker fails, the others drop the update as well, so that none of them serves it."""
         try:
             return self._call_workers(call, *args)
         except Exception as error:

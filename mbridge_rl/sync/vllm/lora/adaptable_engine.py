@@ -13,7 +13,7 @@ from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError, li
 from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.lora.adapter_slots import BASE, in_slots, served_adapters
 
-_STILL_SECONDS = 600.0  # until an engine must stand still
+_HOLD_SECONDS = 600.0  # until an engine must have stopped generating
 
 
 class Served(NamedTuple):
@@ -25,8 +25,8 @@ class Served(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What vLLM calls it in a request: with its version, so that the prefix cache never gives one version's keys and
-        values to another."""
+        """The name of the adapter in a request to vLLM. It has the version, so that the prefix cache never gives the keys and
+        values of one version to another."""
         return BASE if self.name == BASE else f"{self.name}@{self.version}"
 
     @property
@@ -38,12 +38,12 @@ class Served(NamedTuple):
 
 
 class AdapterSlots:
-    """The named, versioned adapters of an engine, on all its workers alike. The workers know them: whoever comes later, or from
-    elsewhere, finds them.
+    """The named, versioned adapters of an engine, which are the same on all its workers. The workers hold the list of them, so
+    another client that connects later finds them.
 
     Args:
         in_workers: runs `call(worker, *args)` in all workers and returns their results, or raises the first error.
-        claim: the slot id of a new adapter, from its name, its first update, and those that are served.
+        claim: returns the slot id of a new adapter, from its name, its first update, and the adapters that are served.
         release: undoes `claim`, by the adapter's name.
     """
 
@@ -57,7 +57,7 @@ class AdapterSlots:
         self._without_lora = False
 
     def info(self) -> dict[str, Any]:
-        """See `WorkerAdapters.info`."""
+        """The result of `WorkerAdapters.info` in the first worker."""
         return self._call("info")[0]
 
     def put(self, update: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class AdapterSlots:
         return {"adapter": name, "version": version, **reports[0]}
 
     def withdraw(self, name: str) -> Served:
-        """Nobody can ask for the adapter any more; its slot is still to be freed."""
+        """Stops serving the adapter; its slot has to be freed afterwards (`free`)."""
         adapter = self._known(name)
         self._release(name)
         return adapter
@@ -94,40 +94,44 @@ class AdapterSlots:
         self._call("remove", adapter.slot_id)
 
     def digests(self, name: str) -> dict[str, str]:
-        """Digest of every factor as the slots hold it now.
+        """The digest of every factor as the slots hold it now, 16 hex digits.
 
         Raises:
             DigestMismatch: workers hold different adapters.
         """
-        found = self._call("digests", self._known(name).slot_id)
-        if any(other != found[0] for other in found):
+        by_worker = self._call("digests", self._known(name).slot_id)
+        if any(digests != by_worker[0] for digests in by_worker):
             raise DigestMismatch(f"the workers' slots of adapter {name} hold different adapters")
-        return found[0]
+        return by_worker[0]
 
     def versions(self) -> dict[str, int]:
         return {name: adapter.version for name, adapter in self._served().items() if name != BASE}
 
-    def asked(self, names: str | Sequence[str | None] | None, count: int) -> list[Served] | None:
-        """Who answers each of `count` prompts; `None` if there are no adapters.
+    def for_prompts(self, names: str | Sequence[str | None] | None, count: int) -> list[Served] | None:
+        """The adapter that answers each of `count` prompts; `None` if there are no adapters.
 
         Base rows get a zero adapter: on CPUs vLLM would apply the last adapter of a mixed batch to rows that have none.
+
+        Args:
+            names: the name of the adapter of all prompts, or one per prompt; `None` is the base model.
+            count: the number of prompts.
         """
         served = self._served()
-        asked = [names] * count if names is None or isinstance(names, str) else names
-        if BASE not in served and not any(asked):
+        by_prompt = [names] * count if names is None or isinstance(names, str) else names
+        if BASE not in served and not any(by_prompt):
             return None
-        return [self._known(name or BASE, served) for name in asked]
+        return [self._known(name or BASE, served) for name in by_prompt]
 
     def _served(self) -> dict[str, Served]:
-        found = None if self._without_lora else self._in_workers(served_adapters)[0]
-        self._without_lora = found is None
-        return {name: Served(name, *where) for name, where in (found or {}).items()}
+        slots = None if self._without_lora else self._in_workers(served_adapters)[0]
+        self._without_lora = slots is None
+        return {name: Served(name, slot_id, version) for name, (slot_id, version) in (slots or {}).items()}
 
     def _call(self, call: str, *args: Any) -> list[Any]:
         return self._in_workers(in_slots, call, *args)
 
     def _install(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served], stage: str, *args: Any) -> list[Any]:
-        """Into a slot of its own."""
+        """Installs an adapter in a slot of its own."""
         slot_id = self._claim(name, update, served)
         try:
             return self._replace(slot_id, stage, *args)
@@ -161,7 +165,7 @@ class AdapterSlots:
 
 
 class AdaptableEngine(ABC):
-    """The adapters of an engine, whatever its kind (`sync.adapter_sync.AdapterSync` asks for them)."""
+    """The adapter methods of an engine of any kind, which `sync.adapter_sync.AdapterSync` calls."""
 
     _first_slot_id = 1
 
@@ -170,13 +174,13 @@ class AdaptableEngine(ABC):
         return AdapterSlots(self._call_workers, self._claim_slot, self._release_slot)
 
     def adapter_info(self) -> dict[str, Any]:
-        """Dtype and number of the LoRA slots, and the largest rank; see `adapter_slots.WorkerAdapters.info`."""
+        """The dtype and number of the LoRA slots, and the largest rank; see `adapter_slots.WorkerAdapters.info`."""
         return self._adapters.info()
 
     def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
-        """Install an adapter, or replace one in place; see `AdapterSlots.put`, and `sync.adapter_sync` for `update`. Requests
-        in flight that are kept (`RequestRunner.hold`) go on with it, and compute their keys and values anew."""
-        with self._still(update.get("requests", "keep"), update.get("timeout", _STILL_SECONDS)):
+        """Installs an adapter, or replaces one in place; see `AdapterSlots.put`, and `sync.adapter_sync` for `update`. Requests
+        in flight that are kept (`RequestRunner.hold`) go on with the new adapter and compute their keys and values anew."""
+        with self._holding(update.get("requests", "keep"), update.get("timeout", _HOLD_SECONDS)):
             report = self._adapters.put(update)
             if update.get("is_policy"):
                 self._serve(int(update["version"]))
@@ -185,9 +189,9 @@ class AdaptableEngine(ABC):
         return report
 
     def remove_adapter(self, adapter: str) -> None:
-        """Free an adapter's slot, when the requests in flight are answered."""
+        """Frees an adapter's slot after the requests in flight are answered."""
         withdrawn = self._adapters.withdraw(adapter)
-        with self._still("wait", _STILL_SECONDS):
+        with self._holding("wait", _HOLD_SECONDS):
             self._adapters.free(withdrawn)
 
     def adapter_versions(self) -> dict[str, int]:
@@ -195,7 +199,7 @@ class AdaptableEngine(ABC):
         return self._adapters.versions()
 
     def adapter_digests(self, adapter: str) -> dict[str, str]:
-        """Digest of every factor of an adapter as its slot holds it now."""
+        """The digest of every factor of an adapter as its slot holds it now."""
         return self._adapters.digests(adapter)
 
     def _claim_slot(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served]) -> int:
@@ -203,15 +207,15 @@ class AdaptableEngine(ABC):
         return next(number for number in count(self._first_slot_id) if number not in taken)
 
     def _release_slot(self, name: str) -> None:  # noqa: B027  most kinds keep no list of their own
-        """The adapter leaves, or did not come."""
+        """Undoes `_claim_slot`, because the adapter is removed or could not be installed."""
 
     @abstractmethod
     def _call_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
-        """The results of `call(worker, *args)`, a function that `extension` lists, in all workers; or the first error is
-        raised."""
+        """Runs `call(worker, *args)`, where `extension` lists the function `call`, in all workers; returns their results or
+        raises the first error."""
 
     @contextmanager
-    def _still(self, requests: InFlight, timeout: float) -> Iterator[None]:
+    def _holding(self, requests: InFlight, timeout: float) -> Iterator[None]:
         self._hold(requests, timeout)
         try:
             yield
@@ -220,16 +224,16 @@ class AdaptableEngine(ABC):
 
     @abstractmethod
     def _hold(self, requests: InFlight, timeout: float) -> None:
-        """From here on nothing is generated until `_resume`; see `RequestRunner.hold`."""
+        """Stops generating until `_resume`; see `RequestRunner.hold`."""
 
     @abstractmethod
     def _resume(self) -> None:
-        """Generation goes on, unless the engine is unusable."""
+        """Goes on generating, unless the engine is unusable."""
 
     @abstractmethod
     def _serve(self, version: int) -> None:
-        """The policy is of `version` now: the engine says so, and forgets keys and values of another."""
+        """Labels the policy with `version`, and drops the keys and values of other versions."""
 
     @abstractmethod
     def _forget(self) -> None:
-        """Requests that are held use keys and values from before no more."""
+        """Drops the keys and values of requests that are held."""

@@ -1,8 +1,9 @@
 """Adapters in a vLLM worker's LoRA slots: checked, staged, swapped and proven, without files and without patching vLLM.
 
-Where every element of an adapter lands is learned by sending vLLM's own code numbers instead of weights: each element of every
-factor gets its own, goes the way of a real adapter (renaming, packing into fused layers, slicing for tensor parallelism), and
-is read back from a scratch slot. So the slots can be read in PEFT's coordinates, and their digests are the trainer's.
+To learn where every element of an adapter lands, vLLM's own code is given numbers instead of weights: each element of every
+factor gets its own number, is processed like a real adapter (renaming, packing into fused layers, slicing for tensor
+parallelism), and is read back from a scratch slot. So the slots can be read in PEFT's coordinates, and their digests are the
+trainer's.
 
 `B` comes multiplied by the adapter's scale, which makes vLLM's own scaling a no-op: it would change a tensor in place.
 """
@@ -41,11 +42,12 @@ class _Adapter:
     """An adapter that was checked on arrival.
 
     Attributes:
-        name: `BASE` of the one that base rows have.
-        model: vLLM's `LoRAModel`; a base row's is zero.
-        tensors: what it is made of.
-        arrived: all elements in the order of `tensors`, flat.
-        digests: of each tensor, as the trainer has it.
+        name: the name of the adapter; `BASE` for the adapter of base rows.
+        version: the version of the adapter.
+        model: vLLM's `LoRAModel`; that of base rows is zero.
+        tensors: the factors of the adapter.
+        arrived: all elements of the factors as they arrived, flat, in the order of `tensors`.
+        digests: the trainer's digest of each factor.
     """
 
     name: str
@@ -68,7 +70,7 @@ class WorkerAdapters:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What a trainer must fit: dtype of the slots, their number, the largest rank; and on which machine they are.
+        """The dtype and number of the slots and the largest rank, which an adapter must fit, and the machine id.
 
         Raises:
             EngineMismatch: this engine cannot compute with adapters at all.
@@ -88,25 +90,26 @@ class WorkerAdapters:
 
     @property
     def served(self) -> dict[str, list[int]]:
-        """Slot id and version of every adapter."""
+        """The slot id and version of every adapter, by name."""
         return {adapter.name: [slot_id, adapter.version] for slot_id, adapter in self._live.items()}
 
     @property
     def slot_ids(self) -> list[int]:
-        """Of all adapters, also of those that vLLM loaded for its owner; the one that was used or loaded last comes last."""
+        """The slot ids of all adapters, also of those that vLLM loaded for its owner. The adapter that was used or loaded last
+        comes last."""
         return list(self._manager.list_adapters())
 
-    def write_without_effect(self, said: Mapping[str, Any]) -> str:
-        """PEFT's files of an adapter of one module, all zeros; returns their folder.
+    def write_without_effect(self, factors: Mapping[str, Any]) -> str:
+        """Writes PEFT's files of an adapter of one module, all zeros; returns their folder.
 
         Args:
-            said: `names`, `dtypes` and `shapes` of the module's factors.
+            factors: `names`, `dtypes` and `shapes` of the module's factors.
         """
         self._folder = TemporaryDirectory(prefix=PLACEHOLDER)
-        kinds = zip(said["names"], said["dtypes"], said["shapes"], strict=True)
-        tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in kinds}
+        rows = zip(factors["names"], factors["dtypes"], factors["shapes"], strict=True)
+        tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in rows}
         save_file(tensors, Path(self._folder.name) / "adapter_model.safetensors")
-        module = said["names"][0].rpartition(".lora_")[0]
+        module = factors["names"][0].rpartition(".lora_")[0]
         rank = tensors[f"{module}.lora_A.weight"].shape[0]
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [module.rpartition(".")[2]]}
         (Path(self._folder.name) / "adapter_config.json").write_text(json.dumps(config))
@@ -117,10 +120,10 @@ class WorkerAdapters:
             self._folder.cleanup()
 
     def stage(self, slot_id: int, update: Mapping[str, Any]) -> None:
-        """Reads what was sent of an adapter and checks all of it; no slot changes.
+        """Reads an adapter that was sent and checks all of it; no slot changes.
 
         Raises:
-            DigestMismatch: bytes are not the trainer's; EngineMismatch: the engine has no place for them.
+            DigestMismatch: bytes are not the trainer's. EngineMismatch: the engine has no place for the adapter.
         """
         tensors = tuple(
             HFTensor(name, getattr(torch, dtype), tuple(shape))
@@ -131,33 +134,34 @@ class WorkerAdapters:
         with _bytes_of(update) as sent:
             starts = zip(tensors, update["offsets"], strict=True)
             views = [sent[at : at + tensor.nbytes].view(tensor.dtype) for tensor, at in starts]
-            arrived = torch.cat(views)  # an arena is the trainer's: it is filled again
+            arrived = torch.cat(views)  # a copy, because the trainer will fill its arena again
         _require_digests(_by_name(tensors, arrived), tensors, digests, "arrived with other bytes")
         self._require_homes(tensors, update["rank"])
         model = self._lora_model(slot_id, _by_name(tensors, arrived.clone()), update["rank"])
         self._staged[slot_id] = _Adapter(update["adapter"], int(update["version"]), model, tensors, arrived, digests)
 
     def stage_zero(self, slot_id: int) -> None:
-        """An adapter that changes nothing, for rows that are to see the base model alone."""
+        """Stages an adapter that changes nothing, for rows that use only the base model."""
         zero = self._manager.create_dummy_lora(slot_id, 1, self._worker_manager.embedding_modules)
         self._staged[slot_id] = _Adapter(BASE, 0, zero, digests={})
 
     def commit(self, slot_id: int) -> dict[str, Any]:
-        """Puts the staged adapter into its slot, in place of what was there, and proves it.
+        """Puts the staged adapter into its slot, in place of the adapter before, and proves it.
 
         Raises:
-            DigestMismatch: the slot does not hold what was staged; `revert` brings the one before back.
+            DigestMismatch: the slot does not hold what was staged; `revert` brings back the adapter before.
         """
         adapter = self._staged.pop(slot_id)
         self._before[slot_id] = self._live.get(slot_id)
         self._install(slot_id, adapter)
-        found = self._read(slot_id, adapter)
-        _require_digests(found, adapter.tensors, adapter.digests or {}, "are not in their slot")
+        factors = self._read(slot_id, adapter)
+        _require_digests(factors, adapter.tensors, adapter.digests or {}, "are not in their slot")
         nbytes = sum(tensor.nbytes for tensor in adapter.tensors)
-        return {"tensors": len(found), "bytes": nbytes, "digest": combine(adapter.digests or {}), "proven": len(found)}
+        digest_of_all = combine(adapter.digests or {})
+        return {"tensors": len(factors), "bytes": nbytes, "digest": digest_of_all, "proven": len(factors)}
 
     def revert(self, slot_id: int) -> None:
-        """Undoes `stage` and, if it came that far, `commit`: the adapter before serves again."""
+        """Undoes `stage` and, if it was called, `commit`: the adapter before serves again."""
         self._staged.pop(slot_id, None)
         if slot_id not in self._before:
             return
@@ -168,7 +172,7 @@ class WorkerAdapters:
             self._install(slot_id, before)
 
     def settle(self, slot_id: int) -> None:
-        """The commit stands on all workers: what was there before is forgotten."""
+        """Forgets the adapter before, because all workers have committed."""
         self._before.pop(slot_id, None)
 
     def remove(self, slot_id: int) -> None:
@@ -177,8 +181,8 @@ class WorkerAdapters:
         self._live.pop(slot_id, None)
 
     def digests(self, slot_id: int) -> dict[str, str]:
-        """Digest of every tensor as the slot holds it now, 16 hex digits. With tensor parallelism a worker holds a part; the
-        rest counts as it arrived.
+        """The digest of every tensor as the slot holds it now, 16 hex digits. With tensor parallelism a worker holds a part of
+        a tensor; the remaining elements count as they arrived.
 
         Raises:
             SyncError: there is no such adapter, or vLLM dropped it from its slots.
@@ -186,8 +190,8 @@ class WorkerAdapters:
         if slot_id not in self._live:
             raise SyncError(f"no adapter has slot id {slot_id}; found {listed(self._live)}")
         adapter = self._live[slot_id]
-        found = self._read(slot_id, adapter)
-        return {tensor.hf_name: f"{digest(found[tensor.hf_name]):016x}" for tensor in adapter.tensors}
+        factors = self._read(slot_id, adapter)
+        return {tensor.hf_name: f"{digest(factors[tensor.hf_name]):016x}" for tensor in adapter.tensors}
 
     def _install(self, slot_id: int, adapter: _Adapter) -> None:
         self._manager.remove_adapter(slot_id)
@@ -198,22 +202,26 @@ class WorkerAdapters:
 
     def _require_fitting(self, tensors: tuple[HFTensor, ...], rank: int) -> None:
         info = self.info
-        others = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors} - {info["dtype"]}
-        if others:
-            raise EngineMismatch(f"the engine's LoRA slots are {info['dtype']}, the adapter is {listed(others)}")
+        other_dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors} - {info["dtype"]}
+        if other_dtypes:
+            raise EngineMismatch(f"the engine's LoRA slots are {info['dtype']}, the adapter is {listed(other_dtypes)}")
         if rank > info["max_rank"]:
             raise EngineMismatch(
                 f"the adapter has rank {rank}, the engine takes {info['max_rank']}: start it with max_lora_rank"
             )
 
     def _require_homes(self, tensors: tuple[HFTensor, ...], rank: int) -> None:
-        """Raises EngineMismatch for a factor that lands in no layer or, where no other worker could have the rest, in part."""
-        landed, whole = torch.zeros(1 + _elements(tensors), dtype=torch.bool), True
+        """Checks that every factor lands in a layer, and in full if no other worker could hold the remaining elements.
+
+        Raises:
+            EngineMismatch: a factor does not.
+        """
+        landed, holds_all = torch.zeros(1 + _elements(tensors), dtype=torch.bool), True
         for layer, _, _, positions in self._landings(tensors, rank):
             landed[positions.flatten()] = True
-            whole = whole and layer.tp_size == 1
-        of_name = _by_name(tensors, landed[1:]).items()
-        if homeless := [name for name, found in of_name if not (found.all() if whole else found.any())]:
+            holds_all = holds_all and layer.tp_size == 1
+        landed_by_name = _by_name(tensors, landed[1:]).items()
+        if homeless := [name for name, landed in landed_by_name if not (landed.all() if holds_all else landed.any())]:
             raise EngineMismatch(f"the engine has no LoRA layer for {listed(homeless)}")
 
     def _lora_model(self, slot_id: int, tensors: dict[str, Tensor], rank: int) -> Any:
@@ -233,11 +241,14 @@ class WorkerAdapters:
         return model
 
     def _landings(self, tensors: tuple[HFTensor, ...], rank: int) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
-        """`(LoRA layer, stack, which of the stack, positions + 1)`, 0 where nothing lands: every element's own number, sent
-        through vLLM's packing and slicing. One layer at a time, since numbers are as large as the adapter.
+        """Where the elements land, learned by sending their numbers through vLLM's packing and slicing. One layer comes at a
+        time, because the numbers are as large as the adapter.
+
+        Yields:
+            `(LoRA layer, stack, index in the stack, positions + 1)`, with 0 where no element lands.
 
         Raises:
-            EngineMismatch: a layer of a kind that can't be read back.
+            EngineMismatch: a layer is of a kind that can't be read back.
         """
         numbers = torch.arange(1, 1 + _elements(tensors), dtype=_number_type(tensors))
         numbered = self._lora_model(_UNUSED, _by_name(tensors, numbers), rank)
@@ -251,30 +262,31 @@ class WorkerAdapters:
                         yield layer, stack, index, positions[0]
 
     def _read(self, slot_id: int, adapter: _Adapter) -> dict[str, Tensor]:
-        """The adapter's tensors out of the live slot; elements that this worker does not keep are as they arrived.
+        """The adapter's tensors, read from the live slot; elements that this worker does not hold are as they arrived.
 
         Raises:
-            SyncError: vLLM dropped the adapter; DigestMismatch: the slot holds something beside it.
+            SyncError: vLLM dropped the adapter. DigestMismatch: the slot holds other values beside the adapter.
         """
         if slot_id not in self._manager.lora_index_to_id:
             raise SyncError(f"adapter {slot_id} is in no slot: more adapters were used than the engine has slots")
         slot = self._manager.lora_index_to_id.index(slot_id)
         if adapter.arrived is None:
             return {}
-        whole = torch.cat([adapter.arrived.new_zeros(1), adapter.arrived])
+        elements = torch.cat([adapter.arrived.new_zeros(1), adapter.arrived])
         for layer, stack, index, positions in self._landings(adapter.tensors, adapter.model.rank):
-            held = getattr(layer, stack)[index][slot].to("cpu")
-            if held[positions == 0].count_nonzero():
+            values = getattr(layer, stack)[index][slot].to("cpu")
+            if values[positions == 0].count_nonzero():
                 raise DigestMismatch(
                     f"the slot of adapter {slot_id} holds something beside it in {type(layer).__name__}.{stack}"
                 )
-            whole[positions] = held
-        return _by_name(adapter.tensors, whole[1:])
+            elements[positions] = values
+        return _by_name(adapter.tensors, elements[1:])
 
 
 @contextmanager
 def _bytes_of(update: Mapping[str, Any]) -> Iterator[Tensor]:
-    """From the trainer's shared memory or, sent to another machine, in the update itself."""
+    """The bytes of an adapter (uint8), from the trainer's shared memory or, if it was sent to another machine, from the
+    update."""
     if "payload" in update:
         yield torch.frombuffer(bytearray(base64.b64decode(update["payload"])), dtype=torch.uint8)
         return
@@ -283,7 +295,11 @@ def _bytes_of(update: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def _scratch(name: str, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A LoRA layer with one slot of integers, everything else shared."""
+    """A copy of a LoRA layer that has one slot of integers and shares everything else.
+
+    Raises:
+        EngineMismatch: the layer is of a kind that can't be read back.
+    """
     if any(attribute.endswith("_stacked") and attribute not in _STACKS for attribute in vars(layer)):
         raise EngineMismatch(
             f"adapters of {name} ({type(layer).__name__}) can't be read back: leave experts out of the targets"
@@ -295,7 +311,7 @@ def _scratch(name: str, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
         )
     scratch = copy.copy(layer)
     for stack in _STACKS:
-        slots = tuple(torch.zeros(1, *whole.shape[1:], dtype=dtype) for whole in getattr(layer, stack))
+        slots = tuple(torch.zeros(1, *slots.shape[1:], dtype=dtype) for slots in getattr(layer, stack))
         setattr(scratch, stack, slots)
     return scratch
 
@@ -314,20 +330,20 @@ def _by_name(tensors: tuple[HFTensor, ...], flat: Tensor) -> dict[str, Tensor]:
 
 
 def _require_digests(
-    found: Mapping[str, Tensor], tensors: tuple[HFTensor, ...], expected: Mapping[str, int], complaint: str
+    factors: Mapping[str, Tensor], tensors: tuple[HFTensor, ...], expected: Mapping[str, int], complaint: str
 ) -> None:
-    wrong = [tensor.hf_name for tensor in tensors if digest(found[tensor.hf_name]) != expected[tensor.hf_name]]
-    if wrong:
-        raise DigestMismatch(f"{len(wrong)} of {len(tensors)} factors {complaint}: {listed(wrong)}")
+    wrong_names = [tensor.hf_name for tensor in tensors if digest(factors[tensor.hf_name]) != expected[tensor.hf_name]]
+    if wrong_names:
+        raise DigestMismatch(f"{len(wrong_names)} of {len(tensors)} factors {complaint}: {listed(wrong_names)}")
 
 
-# What `AdapterSlots` calls in every worker.
+# The functions that `AdapterSlots` calls in every worker.
 
 _OF_MANAGER: weakref.WeakKeyDictionary[Any, WorkerAdapters] = weakref.WeakKeyDictionary()
 
 
 def in_slots(worker: Any, call: str, *args: Any) -> Any:
-    """Calls a method of this worker's `WorkerAdapters`, or reads its property."""
+    """Calls a method of this worker's `WorkerAdapters`, or reads a property of it."""
     manager = _manager_of(worker)
     if manager is None:
         raise EngineMismatch("the engine was started without LoRA: give it enable_lora=True, max_loras and max_lora_rank")
@@ -338,7 +354,7 @@ def in_slots(worker: Any, call: str, *args: Any) -> Any:
 
 
 def served_adapters(worker: Any) -> dict[str, list[int]] | None:
-    """`WorkerAdapters.served`; `None` where the engine was started without LoRA."""
+    """`WorkerAdapters.served`; `None` if the engine was started without LoRA."""
     return None if _manager_of(worker) is None else in_slots(worker, "served")
 
 

@@ -1,7 +1,7 @@
-"""The weight-transfer backend "mbridge": what vLLM makes in each worker, with our receiver in it.
+"""The weight-transfer backend "mbridge": the engine that vLLM makes in each worker, which holds our receiver.
 
-Weights reach it by planned syncs alone (`worker_calls`, `sync.worker.payload_receiver`); vLLM's own three calls of an update
-are refused.
+Weights reach it only by planned syncs (`worker.calls`, `sync.worker.payload_receiver`); it refuses vLLM's own three calls of an
+update.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ _PLANNED_ONLY = "the backend 'mbridge' takes weights by planned syncs (mbridge_r
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Sent once.
+    """The announcement that a trainer sends once.
 
     Attributes:
-        names, dtypes, shapes: every HF tensor that each sync brings; dtypes as "bfloat16", shapes as lists.
+        names: the HF names of all tensors that each sync brings.
+        dtypes: their dtypes, such as "bfloat16".
+        shapes: their shapes, as lists.
         fingerprint: `metadata_fingerprint` of the trainer's metadata.
-        config: the trainer's `config_summary`; empty skips the comparison.
-        optional: names of tensors that the engine may have no place for.
+        config: the trainer's `config_summary`; if it is empty, configs are not compared.
+        optional: names of tensors for which the engine may have no place.
     """
 
     names: list[str]
@@ -42,11 +44,11 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Nothing: this backend takes no weights by vLLM's `update_weights`."""
+    """An empty message, because this backend takes no weights by vLLM's `update_weights`."""
 
 
 class PlannedSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """One worker's engine; the work is its `receiver`'s."""
+    """One worker's weight-transfer engine; its `receiver` does the work."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -78,7 +80,7 @@ def parse_metadata(init_info: InitInfo) -> list[HFTensor]:
     """The announced tensors.
 
     Raises:
-        EngineMismatch: the lists do not go together, a dtype is unknown, or the fingerprint is not of these tensors.
+        EngineMismatch: the lists differ in length, a dtype is unknown, or the tensors have another fingerprint.
     """
     lengths = {
         "names": len(init_info.names),
@@ -93,7 +95,7 @@ def parse_metadata(init_info: InitInfo) -> list[HFTensor]:
         if not isinstance(dtype, torch.dtype):
             raise EngineMismatch(f"{name}: {dtype_name!r} is no dtype of torch")
         metadata.append(HFTensor(name, dtype, tuple(shape)))
-    found = metadata_fingerprint(metadata)
-    if found != init_info.fingerprint:
-        raise EngineMismatch(f"the announced tensors have fingerprint {found}, expected {init_info.fingerprint}")
+    fingerprint = metadata_fingerprint(metadata)
+    if fingerprint != init_info.fingerprint:
+        raise EngineMismatch(f"the announced tensors have fingerprint {fingerprint}, expected {init_info.fingerprint}")
     return metadata

@@ -1,8 +1,8 @@
-"""Functions that run in each vLLM worker on behalf of `engines.in_process`, by `LLM.collective_rpc`.
+"""Functions that an engine (`vllm.engines`) runs in each vLLM worker, by `LLM.collective_rpc`.
 
 They return errors instead of raising them. vLLM's multi-process executor stops reading at the first worker's failure and
 leaves the other workers' answers in their queues, where the next call would take them for its own; and an error that crosses
-to it arrives as bare text.
+processes arrives there as bare text.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Answer = tuple[bool, Any]  # (True, result) or (False, failure)
 
 
 def answering(worker: Any, call: Callable[..., Any], *args: Any) -> Answer:
-    """Run `call(worker, *args)` in a worker."""
+    """Runs `call(worker, *args)` in a worker, and returns its result or its error."""
     try:
         return True, call(worker, *args)
-    except Exception as error:  # every error has to cross as a value; see above
+    except Exception as error:  # every error has to be returned as a value; see above
         return False, Failure.of(error).to_json()
 
 
 def results_of(answers: Iterable[Answer]) -> list[Any]:
-    """All workers' results.
+    """The results of all workers.
 
     Raises:
-        Exception: the first worker's error, as it was raised there.
+        Exception: the error of the first worker that failed, as it was raised there.
     """
     answers = list(answers)
     for succeeded, result in answers:
@@ -44,7 +44,11 @@ def results_of(answers: Iterable[Answer]) -> list[Any]:
 
 
 def backend_of(worker: Any) -> PlannedSyncEngine:
-    """The worker's weight-transfer engine, if it is ours."""
+    """The worker's weight-transfer engine.
+
+    Raises:
+        SyncError: it is not of the backend "mbridge".
+    """
     from mbridge_rl.sync.vllm.worker.backend import PlannedSyncEngine
 
     engine = worker.weight_transfer_engine
@@ -58,7 +62,7 @@ def initialize(worker: Any, init_info: dict[str, Any]) -> None:
 
 
 def abandon(worker: Any, reason: str) -> None:
-    """Drop an open update, because another worker or its sender failed."""
+    """Drops an open update, because another worker or its sender failed."""
     backend_of(worker).receiver.abort(reason)
 
 
@@ -67,14 +71,15 @@ def unusable(worker: Any) -> str | None:
 
 
 def shared_memory_ident(_: Any) -> str | None:
-    """The part of their names that tells this engine's shared-memory files from others'; None in a single worker."""
+    """The part of their names by which this engine's shared-memory files differ from others'; `None` in a single worker."""
     return os.environ.get("VLLM_DIST_IDENT")
 
 
 def shared_memory_files(_: Any) -> list[str]:
-    """Of Python's multiprocessing, that this process has mapped and that have names; whoever kills it has to unlink them.
+    """The shared-memory files of Python's multiprocessing that this process has mapped. After killing it, somebody has to
+    unlink them.
 
-    By inode: who makes a semaphore has mapped it under another name.
+    They are compared by inode, because the process that makes a semaphore has mapped it under another name.
     """
     lines = Path("/proc/self/maps").read_text().splitlines()
     mapped = {int(line.split(maxsplit=5)[4]) for line in lines if "/dev/shm/" in line}
@@ -84,7 +89,8 @@ def shared_memory_files(_: Any) -> list[str]:
 
 
 def make_stage_buffers(worker: Any) -> None:
-    """What a later pipeline stage receives into. vLLM makes it when it warms up, which its CPU runner does only to compile."""
+    """Makes the buffers of a later pipeline stage's inputs. vLLM makes them at warm-up, which its CPU runner skips unless it
+    compiles."""
     runner = _inner(worker).model_runner
     if worker.parallel_config.pipeline_parallel_size > 1 and getattr(runner, "intermediate_tensors", True) is None:
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
@@ -106,8 +112,8 @@ def adopt(worker: Any, introduction: Mapping[str, Any]) -> None:
 def receive_shards(worker: Any, update: Mapping[str, Any]) -> None:
     receiver = backend_of(worker).receiver
     receiver.abort("another update started")
-    told = (update[name] for name in ("version", "fingerprint", "mode", "wire", "timeout", "delta"))
-    receiver.shards.receive(*told)
+    arguments = (update[name] for name in ("version", "fingerprint", "mode", "wire", "timeout", "delta"))
+    receiver.shards.receive(*arguments)
 
 
 def status(worker: Any) -> dict[str, Any]:
@@ -119,12 +125,12 @@ def commit_shards(worker: Any, version: int, fill: str | None = None) -> dict[st
 
 
 def lose(worker: Any, version: int, reason: str, fill: str | None) -> None:
-    """The commit failed in some worker: none of them serves."""
+    """Blocks this worker, because the commit failed in some worker: then none of them serves."""
     backend_of(worker).receiver.shards.lose(version, reason, fill)
 
 
 def identity(worker: Any) -> dict[str, str | None]:
-    """Why this worker refuses to generate, if it does, and which fill its weights came by."""
+    """`refuses`: why this worker refuses to generate, or `None`; `fill`: the fill that brought its weights."""
     receiver = backend_of(worker).receiver
     return {"refuses": receiver.unusable, "fill": receiver.serving.fill}
 
@@ -136,16 +142,16 @@ def publish(worker: Any, paths: Sequence[str]) -> str:
 
 
 def catch_up(worker: Any, update: Mapping[str, Any]) -> None:
-    """Opens and verifies the image of a fill that was committed, of which the engine decided for all its workers."""
+    """Opens and verifies the image of a committed fill, which the engine chose for all its workers."""
     receive_shards(worker, update)
 
 
 def _inner(worker: Any) -> Any:
-    return getattr(worker, "worker", worker)  # vLLM's wrapper forwards reads only
+    return getattr(worker, "worker", worker)  # vLLM's wrapper forwards only reads of attributes
 
 
 def in_workers(llm: Any, call: Callable[..., Any], *args: Any) -> list[Any]:
-    """Run `call(worker, *args)` in all workers of an `LLM` and return their results, or raise the first error."""
+    """Runs `call(worker, *args)` in all workers of an `LLM`; returns their results, or raises the first error."""
     if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
-        return llm.collective_rpc(call, args=args)  # nothing to cross: errors keep their traceback
+        return llm.collective_rpc(call, args=args)  # within this process, so errors keep their traceback
     return results_of(llm.collective_rpc(answering, args=(call, *args)))

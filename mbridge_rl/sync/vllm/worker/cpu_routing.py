@@ -1,8 +1,9 @@
-"""Routing that vLLM computes on a CPU as it does on a GPU.
+"""Makes vLLM's routing of experts on a CPU equal to its routing on a GPU.
 
-vLLM's router for CPUs, where experts are not grouped, passes over the bias that only choosing sees (ERNIE 4.5) and fails at
-sigmoid scores (MiniMax-M2). Its function for groups knows both: one group of all experts, of which one is chosen, is the same.
-For engines whose weight-transfer backend is "mbridge", and for no other engine in the process.
+If experts are not grouped, vLLM's router for CPUs ignores the bias that only affects the choice of experts (ERNIE 4.5) and
+fails at sigmoid scores (MiniMax-M2). Its function for grouped experts handles both, and one group of all experts, of which one
+group is chosen, gives the same routing. This changes engines whose weight-transfer backend is "mbridge", and no other engine in
+the process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mbridge_rl.sync.vllm.worker.cpu_weights import is_refittable
 
 
 def install() -> None:
-    """Put the cure into the router's constructor; idempotent."""
+    """Replaces the constructor of the router. Idempotent."""
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
     construct = CPURouter.__init__

@@ -2,15 +2,16 @@
 
 vLLM's CPU backend packs weights after loading: linears into oneDNN or AMX layouts (`weight` becomes empty, or, for a tied
 lm_head, the packed copy goes stale), experts into a grouped-GEMM layout, causal convolutions into a VNNI one. None of these
-can be loaded into again, and vLLM's layerwise reload silently computes with stale copies for experts and tied embeddings.
+can be loaded into again, and vLLM's layerwise reload silently computes with stale copies of experts and tied embeddings.
 
-For engines whose `weight_transfer_config.backend` is "mbridge", and for no other engine in the process:
+This module changes engines whose `weight_transfer_config.backend` is "mbridge", and no other engine in the process:
 
 * linears and embeddings stay plain and use `torch.nn.functional.linear`;
-* experts keep their plain parameters, and the packed copy lives beside them;
-* what is computed from weights (packed experts and convolutions, MLA's absorbed projections) is computed again after a load.
+* experts keep their plain parameters, and the packed copy is kept beside them;
+* everything that is computed from weights (packed experts and convolutions, MLA's absorbed projections) is computed again after
+  a load.
 
-Decoding costs about 30% on a 0.4 B model for it, nothing on tiny ones.
+Decoding a 0.4 B model takes about 30% longer with this; tiny models take no longer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _PACKED_EXPERTS = "_mbridge_packed"
 
 
 def install() -> None:
-    """Put the cure into vLLM's two packing functions; idempotent. Other engines keep vLLM's own behaviour."""
+    """Replaces vLLM's two packing functions. Other engines keep vLLM's own behaviour. Idempotent."""
     from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
@@ -56,7 +57,7 @@ def install() -> None:
 
 
 def is_refittable() -> bool:
-    """Whether the engine that is being built gets its weights from us."""
+    """Whether the engine that is being built uses the backend "mbridge"."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
@@ -72,12 +73,12 @@ def _pack_convolution(layer: nn.Module, pack_linear: Any) -> None:
 
 
 def _pack_experts_aside(experts: Any, layer: nn.Module, pack_experts: Any) -> None:
-    """Let vLLM pack a stand-in that holds copies, and make the kernel use the stand-in's tensors."""
+    """Lets vLLM pack a stand-in that holds copies, and makes the kernel use the stand-in's tensors."""
     stand_in = nn.Module()
     for name in ("w13_weight", "w2_weight"):
         copy = getattr(layer, name).data.clone()
         stand_in.register_parameter(name, nn.Parameter(copy, requires_grad=False))
-    for name in ("moe_config", "activation"):  # what vLLM asks of a layer to choose a kernel
+    for name in ("moe_config", "activation"):  # the attributes by which vLLM chooses a kernel
         if hasattr(layer, name):
             setattr(stand_in, name, getattr(layer, name))
     pack_experts(experts, stand_in)
@@ -99,21 +100,22 @@ def _pack_experts_aside(experts: Any, layer: nn.Module, pack_experts: Any) -> No
 
 
 def restore_plain(model: nn.Module) -> None:
-    """Before a load: bring back the plain weights that a kernel needs packed in their place (causal convolutions)."""
+    """Puts back, before a load, the plain weights that packed weights have replaced (causal convolutions)."""
     for module in model.modules():
         if hasattr(module, _PLAIN_CONVOLUTION):
             module.weight.data = module.__dict__.pop(_PLAIN_CONVOLUTION)
 
 
 def plain_convolutions(model: nn.Module) -> dict[str, Tensor]:
-    """The plain weights that stand aside now, by parameter name."""
-    aside = {name: vars(module).get(_PLAIN_CONVOLUTION) for name, module in model.named_modules()}
-    return {f"{name}.weight": tensor for name, tensor in aside.items() if tensor is not None}
+    """The plain weights that packed weights replace now, by parameter name."""
+    plain = {name: vars(module).get(_PLAIN_CONVOLUTION) for name, module in model.named_modules()}
+    return {f"{name}.weight": tensor for name, tensor in plain.items() if tensor is not None}
 
 
 @torch.no_grad()
 def derive(model: nn.Module, dtype: torch.dtype) -> None:
-    """After a load: compute again whatever the engine computes from its weights. Needs the current vLLM config set."""
+    """Computes again, after a load, everything that the engine computes from its weights. The current vLLM config must be
+    set."""
     from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
 

@@ -1,8 +1,8 @@
-"""The model of a running engine, as it was given: its config.json with the engine's own overrides, and whether it is tied.
+"""The model from which a running engine was started: its config.json with the engine's own overrides, and whether it is tied.
 
-vLLM changes its config while it loads a model: it clears `tie_word_embeddings` where the checkpoint holds an output layer (and
-ties again what turns out to be equal), renames rotary scalings and takes away windows. So that config does not say what
-the engine was started from.
+vLLM changes its config while it loads a model: it clears `tie_word_embeddings` if the checkpoint holds an output layer (and
+ties the layers again if they turn out to be equal), renames rotary scalings and removes windows. So that config does not
+describe the model from which the engine was started.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def config_as_given(model_config: ModelConfig) -> Any:
-    """The Transformers config that an engine was started with; vLLM's own, changed as it is, where no config.json is found."""
+    """The Transformers config with which an engine was started; vLLM's own, changed config if there is no config.json."""
     directory = _directory(model_config)
     if directory is None:
         return model_config.hf_config
@@ -37,7 +37,7 @@ def config_as_given(model_config: ModelConfig) -> Any:
 
 
 def is_tied(model: nn.Module) -> bool | None:
-    """Whether the output layer of a worker's model is its embedding; `None` where the worker has no output layer by name."""
+    """Whether the output layer of a worker's model is its embedding; `None` if the worker has no output layer by name."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     layers = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
@@ -50,7 +50,7 @@ def is_tied(model: nn.Module) -> bool | None:
 
 
 def _directory(model_config: ModelConfig) -> Path | None:
-    """Where the engine's config.json lies; of a model of the hub, in the hub's cache."""
+    """The directory of the engine's config.json; for a model of the hub it is in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     name = str(model_config.hf_config_path or model_config.model)
@@ -63,7 +63,7 @@ def _directory(model_config: ModelConfig) -> Path | None:
 
 
 def _override(config: Any, overrides: Mapping[str, Any]) -> None:
-    """As vLLM applies `hf_overrides`."""
+    """Applies overrides in the way in which vLLM applies `hf_overrides`."""
     from transformers import PreTrainedConfig
 
     for name, value in overrides.items():

@@ -1,4 +1,4 @@
-"""Keep an engine from generating with weights of no version."""
+"""Keeps an engine from generating with weights that belong to no version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from mbridge_rl.core.errors import EngineUnusable
 
-_ENTRIES = ("forward", "compute_logits")  # the second is called in Python even where CUDA graphs replay the first
+_ENTRIES = ("forward", "compute_logits")  # the second is called in Python even if CUDA graphs replay the first
 
 
 class Guard:
@@ -20,7 +20,7 @@ class Guard:
         self.reason: str | None = None
 
     def block(self, reason: str) -> None:
-        """Refuse every further step; the newest reason is the one that is reported."""
+        """Refuses every further step; the error reports the newest reason."""
         if self.reason is None:
             self._saved = {name: self._model.__dict__[name] for name in _ENTRIES if name in self._model.__dict__}
             for name in _ENTRIES:

@@ -1,4 +1,4 @@
-"""Two ways into a running vLLM model: plain parameters on a CPU, vLLM's layerwise reload on an accelerator."""
+"""Two loaders of a running vLLM model: plain parameters on a CPU, vLLM's layerwise reload on an accelerator."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Loader(Protocol):
-    """Called with gradients off and the engine's vLLM config set."""
+    """A loader is called with gradients off and the engine's vLLM config set."""
 
-    keeps_references: bool  # whether `load` may hold on to the tensors after it returned
+    keeps_references: bool  # whether `load` may keep references to the tensors after it returned
 
     def begin(self) -> dict[str, Tensor]:
         """Opens the model for writing. Returns the tensors that the kernels read, by parameter name, to be written directly."""
@@ -28,14 +28,14 @@ class Loader(Protocol):
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None: ...
 
     def settle(self) -> None:
-        """After the last load: the parameters now hold the values that arrived."""
+        """Finishes loading, after the last load: the parameters then hold the values that arrived."""
 
     def derive(self) -> None:
-        """Compute what the kernels need from the parameters."""
+        """Computes what the kernels need from the parameters."""
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """Scope in which the model's own `load_weights` fits its parameters; nothing may be loaded in it."""
+        """A scope in which the model's own `load_weights` fits its parameters; nothing may be loaded in it."""
         yield
 
 
@@ -43,7 +43,7 @@ def loader_for(model: nn.Module, vllm_config: VllmConfig, device: torch.device) 
     """The loader for the model's device.
 
     Raises:
-        EngineMismatch: a CPU engine that was not started with backend "mbridge", whose weights are packed for good.
+        EngineMismatch: a CPU engine was not started with the backend "mbridge", so that its weights are packed for good.
     """
     if device.type != "cpu":
         return _LayerwiseLoader(model, vllm_config)
@@ -71,7 +71,7 @@ class _PlainLoader:
         self._model.load_weights(tensors)
 
     def settle(self) -> None:
-        """Nothing is deferred."""
+        """Does nothing: loading defers nothing."""
 
     def derive(self) -> None:
         cpu_weights.derive(self._model, self._dtype)
@@ -86,7 +86,7 @@ class _PlainLoader:
 
 
 class _LayerwiseLoader:
-    """Buffers a layer's tensors until it is whole, so they must be copies; kernel layouts are rebuilt by vLLM."""
+    """Buffers the tensors of a layer until it is complete, so they must be copies; vLLM rebuilds the layouts of its kernels."""
 
     keeps_references = True
 
@@ -95,7 +95,7 @@ class _LayerwiseLoader:
         self._model_config = vllm_config.model_config
 
     def begin(self) -> dict[str, Tensor]:
-        """vLLM puts the tensors that it had before back into every layer that nothing was loaded into."""
+        """Begins a layerwise reload. vLLM puts its own tensors back into every layer into which nothing is loaded."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         live = {name: tensor.data for name, tensor in parameters_and_buffers(self._model).items()}
@@ -113,7 +113,7 @@ class _LayerwiseLoader:
             torch.accelerator.synchronize()
 
     def derive(self) -> None:
-        """`settle` has done it."""
+        """Does nothing: `settle` has computed it."""
 
     @contextmanager
     def plain(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """A vLLM worker's model as a sync changes it: where each announced tensor lands, and how parameters are opened and written.
 
-The transaction itself, from the arrival of the bytes to the commit, is `sync.worker.payload_receiver.PayloadReceiver`'s, which
-knows nothing of vLLM. This file gives it the model.
+`sync.worker.payload_receiver.PayloadReceiver` runs the transaction itself, from the arrival of the bytes to the commit, and
+does not know vLLM. This file gives it the model.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Receiver:
 
     Args:
         model: the worker's model (`model_runner.get_model()`).
-        vllm_config: the engine's config; its `weight_transfer_config.backend` must be "mbridge" on a CPU, so that the
-            weights were kept refittable from the start.
+        vllm_config: the engine's config. On a CPU its `weight_transfer_config.backend` must be "mbridge", so that the weights
+            are refittable from the start.
     """
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
@@ -52,22 +52,23 @@ class Receiver:
 
     @property
     def unusable(self) -> str | None:
-        """Why the engine refuses to generate; None if it does not."""
+        """The reason why the engine refuses to generate; `None` if it does not."""
         return self._guard.reason
 
     def prepare(
         self, metadata: Iterable[HFTensor], config: Mapping[str, Any] | None = None, optional: Iterable[str] = ()
     ) -> None:
-        """Learn where every announced HF tensor lands; no weight is changed. An open update is dropped: its trainer is gone.
+        """Learns where every announced HF tensor lands. No weight is changed. An open update is dropped, because its trainer is
+        gone.
 
         Args:
-            metadata: name, dtype and shape of every HF tensor that each sync will bring.
-            config: the trainer's `config_summary`, compared with the engine's config.
-            optional: names of tensors that the engine may have no place for; they are then not sent.
+            metadata: name, dtype and shape of every HF tensor that each sync brings.
+            config: the trainer's `config_summary`, which is compared with the engine's config.
+            optional: names of tensors for which the engine may have no place; then they are not sent.
 
         Raises:
             EngineMismatch: the configs differ; the engine does not know a tensor, or has it in another shape or in a dtype
-                that cannot hold it; or one of the engine's parameters is filled by none of the tensors.
+                that cannot hold it; or no tensor fills one of the engine's parameters.
         """
         self.abort("another trainer introduced itself")
         if config is not None:
@@ -77,14 +78,19 @@ class Receiver:
             self._landings = LandingMap.learn(self.model, tensors, frozenset(optional), self._device, self.vllm_config)
 
     def abort(self, reason: str) -> None:
-        """Drop an open update. If nothing was written, the old version serves on; else the engine is unusable."""
+        """Drops an open update. If nothing was written, the old version serves on; else the engine is unusable."""
         self.shards.abort(reason)
 
     def describe(self, rank: int, size: int, host: str) -> WorkerDescription:
-        """This worker as a part of an engine's side, from the last `prepare`.
+        """The description of this worker, from the last `prepare`.
+
+        Args:
+            rank: rank of the worker in its engine.
+            size: number of workers of the engine.
+            host: the machine id.
 
         Raises:
-            SyncError: there was none.
+            SyncError: `prepare` was not called before.
         """
         if self._landings is None:
             raise SyncError("prepare(metadata) has to come before describe")
@@ -92,7 +98,7 @@ class Receiver:
             parameters = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.parameters().items()}
         return self._landings.description(rank, size, host, parameters)
 
-    # What `sync.worker.payload_receiver.PayloadReceiver` asks of an engine's model.
+    # The methods of `sync.worker.update.Model`, which `PayloadReceiver` calls.
 
     @property
     def settles(self) -> bool:
@@ -116,8 +122,8 @@ class Receiver:
     def load_whole(self, hf_name: str, tensor: Tensor) -> None:
         assert self._landings is not None
         with self._scope():
-            whole = tensor.view(self._landings.tensors[hf_name].shape).to(self._device)
-            self._loader.load(iter([(hf_name, whole)]))
+            hf_tensor = tensor.view(self._landings.tensors[hf_name].shape).to(self._device)
+            self._loader.load(iter([(hf_name, hf_tensor)]))
 
     def settle(self) -> None:
         with self._scope():

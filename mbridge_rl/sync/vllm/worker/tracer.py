@@ -1,9 +1,9 @@
-"""Learn where every element of every HF tensor lands, by running the model's own `load_weights` on tensors without data.
+"""Learns where every element of every HF tensor lands, by running the model's own `load_weights` on tensors without data.
 
 A `TracedTensor` looks like the HF tensor to the loader. Underneath it is a meta tensor of the same shape, on which the
-loader's view operations (narrow, chunk, transpose, ...) really run: its offset and strides then say which elements of the HF
-tensor are meant. A dispatch mode sees every operation: a copy into a parameter is recorded and *not* carried out, and so is
-every other write to one (zero-filled padding), so that a running engine's weights stay as they are.
+loader's view operations (narrow, chunk, transpose, ...) really run; its offset and strides then say which elements of the HF
+tensor the view has. A dispatch mode sees every operation. A copy into a parameter is recorded but *not* carried out, and so is
+every other write to a parameter (zero-filled padding), so that a running engine's weights do not change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mbridge_rl.sync.payload.landing import Landing, View
 
 logger = logging.getLogger(__name__)
 
-_MAX_REJECTED = 16  # each one costs another run over the names; more than a few mean the wrong model
+_MAX_REJECTED = 16  # each rejection costs another run over the names; more than a few mean the wrong model
 
 _ELEMENTWISE = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
@@ -32,20 +32,22 @@ _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.at
 
 @dataclass
 class Trace:
-    """What one worker's loader does with the announced tensors."""
+    """A record of what one worker's loader does with the announced tensors."""
 
     landings: dict[str, list[Landing]] = field(default_factory=dict)
-    filled: dict[str, list[View]] = field(default_factory=dict)  # parameter name -> regions set to a constant (padding)
-    untraceable: dict[str, str] = field(default_factory=dict)  # hf_name -> what the loader does beyond copying views
+    filled: dict[str, list[View]] = field(
+        default_factory=dict
+    )  # parameter name -> regions that are set to a constant (padding)
+    untraceable: dict[str, str] = field(default_factory=dict)  # hf_name -> what the loader does other than copying views
     rejected: dict[str, str] = field(default_factory=dict)  # hf_name -> the loader's own error
-    complete: bool = True  # False: given up after too many rejections
+    complete: bool = True  # False if the trace was given up after too many rejections
 
 
 class TracedTensor(Tensor):
     """An HF tensor, or a view of one, without data."""
 
     hf_name: str
-    source: Tensor  # meta, one byte an element: strides and offset count elements whatever the dtype
+    source: Tensor  # a meta tensor of one byte per element; its strides and offset count elements, whatever the dtype is
 
     @staticmethod
     def __new__(cls, hf_name: str, source: Tensor, dtype: torch.dtype, device: torch.device) -> TracedTensor:
@@ -69,9 +71,10 @@ class TracedTensor(Tensor):
 
 
 class _Recorder(TorchDispatchMode):
-    """Carries out views on the tensors without data, records writes to parameters, leaves everything else alone.
+    """Carries out views on the tensors without data, records writes to parameters, and runs everything else as it is.
 
-    What is not a copy of a view is noted as untraceable, and the trace goes on with a stand-in of the right shape.
+    A tensor that is used otherwise than by copying a view is noted as untraceable, and the trace goes on with a stand-in of the
+    right shape.
     """
 
     def __init__(self, tensors: dict[str, Tensor], trace: Trace) -> None:
@@ -141,7 +144,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _place(self, target: Tensor) -> tuple[str, View] | None:
-        """Which parameter `target` is a view of, and its place relative to that parameter's first element."""
+        """The parameter of which `target` is a view, and its place relative to that parameter's first element."""
         for name, tensor in self._by_storage.get(_storage_key(target), ()):
             offset = target.storage_offset() - tensor.storage_offset()
             extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -151,8 +154,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def is_narrower(held: torch.dtype, sent: torch.dtype) -> bool:
-    """Whether parameters of dtype `held` cannot hold all values of dtype `sent`. fp8 fits itself alone: elsewhere its scales
-    would be missing."""
+    """Whether parameters of dtype `held` cannot hold all values of dtype `sent`. fp8 fits only itself, because another dtype
+    would lack its scales."""
     is_fp8 = any(dtype.is_floating_point and dtype.itemsize == 1 for dtype in (sent, held))
     return sent != held and (is_fp8 or torch.promote_types(sent, held) != held)
 
@@ -166,26 +169,26 @@ def _view_of(tensor: Tensor) -> View:
 
 
 def parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Everything a loader may write to, by name; a tensor with several names appears once, parameters first."""
+    """All tensors that a loader may write to, by name. A tensor with several names appears once; parameters come first."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def trace_load_weights(model: nn.Module, metadata: Sequence[HFTensor], device: torch.device) -> Trace:
-    """Run `model.load_weights` on all of `metadata` without data and without changing the model.
+    """Runs `model.load_weights` on all of `metadata`, without data and without changing the model.
 
-    Tensors that the loader refuses, or that it does more to than copy views of, are reported in the trace, not raised.
+    Tensors that the loader refuses, or uses otherwise than by copying views, are reported in the trace; they raise nothing.
 
     Raises:
         EngineMismatch: the loader replaces parameters instead of writing into them.
     """
     tensors = parameters_and_buffers(model)
     before = {name: tensor.data for name, tensor in tensors.items()}
-    trace, left = Trace(), list(metadata)
-    while (rejected := _run(model, left, device, tensors, trace)) is not None:
+    trace, remaining = Trace(), list(metadata)
+    while (rejected := _run(model, remaining, device, tensors, trace)) is not None:
         if len(trace.rejected) >= _MAX_REJECTED:
             trace.complete = False
             break
-        left = [tensor for tensor in left if tensor.hf_name != rejected]
+        remaining = [tensor for tensor in remaining if tensor.hf_name != rejected]
         trace.landings.clear()
         trace.filled.clear()
     for hf_name in trace.untraceable.keys() | trace.rejected.keys():
@@ -197,7 +200,7 @@ def trace_load_weights(model: nn.Module, metadata: Sequence[HFTensor], device: t
 def _run(
     model: nn.Module, metadata: list[HFTensor], device: torch.device, tensors: dict[str, Tensor], trace: Trace
 ) -> str | None:
-    """One run; returns the name of the tensor that the loader refused, with its error noted in `trace`."""
+    """Runs the loader once. If it refuses a tensor, notes its error in `trace` and returns the name of the tensor."""
     recorder = _Recorder(tensors, trace)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
@@ -210,7 +213,7 @@ def _run(
     try:
         with torch.no_grad(), recorder:
             load_weights(stream())
-    except Exception as error:  # a loader is foreign code: whatever it raises is its answer to this tensor
+    except Exception as error:  # a loader is foreign code: any error means that it refuses this tensor
         if not recorder.current:
             raise
         trace.rejected[recorder.current] = f"{type(error).__name__}: {error}"
