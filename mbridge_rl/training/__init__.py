@@ -1,7 +1,8 @@
 """The Megatron loop: GRPO on a Megatron-core trainer and vLLM engines, part by part or as a whole.
 
-`loop.GRPO` is the loop. `rollout` brings episodes to it, `trainer` makes updates of them, `objectives` says which loss,
-`checkpoint` saves, and `run` does all of it from a recipe. Imports `sync` and what is below it.
+`loop` has the loop, with a drawing of it. `rollout` samples and rewards episodes, `objectives` defines the loss, `trainer`
+updates the weights, `checkpoint` saves and loads them, and `run` does all of it from a recipe. This package imports `sync` and
+the packages below it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a policy-gradient step is made of, one idea a file, as pure functions of tensors: no model, no process group.
+"""The components of a policy-gradient step, one per file, as pure functions of tensors without a model or a process group.
 
-Per-token tensors are `[batch, seq]` fp32; `mask [batch, seq]` bool marks the tokens that count.
+Per-token tensors are `[batch, seq]` fp32; `mask [batch, seq]` bool marks the tokens that are trained on.
 """

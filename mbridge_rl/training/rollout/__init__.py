@@ -1,3 +1,3 @@
-"""From prompts to rewarded episodes: episodes and environments, the generator that keeps engines busy, problems, rewards, and
-the batches that the trainer takes.
+"""Sampling of rewarded episodes: problems, episodes and environments, the generator that keeps engines busy, rewards, and the
+batches that the trainer takes.
 """

@@ -1,3 +1,3 @@
-"""A run from its configuration: the recipe, its checks, how ranks and engines are started and started again, and what a run
-folder receives. Everything else in `training` works without it.
+"""A whole run from its configuration: the recipe, its checks, the start and restart of ranks and engines, and the files of a
+run folder. Everything else in `training` works without it.
 """
