@@ -17,8 +17,8 @@ class Sequences:
 
     Attributes:
         ids: `[rows, seq]` int64 in `0..count`.
-        count: of the sequences, the same on all ranks of `group`.
-        group: of the ranks among which the sequences' positions are spread; `None` where this one has them all.
+        count: the number of sequences, the same on all ranks of `group`.
+        group: the ranks among which the sequences' positions are spread; `None` where this rank has all positions.
     """
 
     ids: Tensor
@@ -26,7 +26,8 @@ class Sequences:
     group: dist.ProcessGroup | None = None
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums over sequences, at every position of theirs, `[rows, seq]` float64; all ranks of the group call it together."""
+        """At every position, the sum of `values [rows, seq]` over its sequence, `[rows, seq]` float64. All ranks of the group
+        call it together."""
         sums = values.new_zeros(self.count, dtype=torch.float64).index_add_(0, self.ids.flatten(), values.double().flatten())
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
@@ -44,11 +45,11 @@ class Batch:
         tokens: int64.
         mask: bool, the predictions that are trained on (those of the completion's tokens).
         position_ids: int64; `None` means 0, 1, 2, ... in every row.
-        targets: int64, what is predicted; `None` means the tokens shifted by one.
+        targets: int64, the predicted tokens; `None` means the tokens shifted by one.
         advantages, old_log_probs, rollout_log_probs, reference_log_probs: fp32, zero outside of the mask.
         importance_weights: fp32, factors of the tokens' policy loss (`objectives.correction`).
-        loss_weights: fp32, how the tokens' losses are added up; the trainer sets them.
-        sequences: of a part of a batch; `None` means that every row is one.
+        loss_weights: fp32, the weights with which the tokens' losses are summed; the trainer sets them.
+        sequences: the sequence of each position, for a part of a batch; `None` means that every row is one sequence.
     """
 
     tokens: Tensor
@@ -91,8 +92,8 @@ class Batch:
 
         Args:
             prompts, completions: token ids, one pair per row.
-            length: of the padded rows; `None` means the longest.
-            log_probs: of the completions' tokens as the engine sampled them; they become `rollout_log_probs`.
+            length: the length of the padded rows; `None` means the longest row.
+            log_probs: the engine's log-probabilities of the completions' tokens; they become `rollout_log_probs`.
 
         Raises:
             ValueError: a prompt is empty, rows are longer than `length`, or numbers of rows or tokens differ.
@@ -124,7 +125,7 @@ class Batch:
         return int(self.mask.sum())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """The tensors that this batch has, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
@@ -144,7 +145,7 @@ class Batch:
         return replace(self, **tensors)
 
     def spread(self, per_row: Tensor) -> Tensor:
-        """`per_row [batch]` fp32 at every token of its row that counts, zero elsewhere: `[batch, seq]`."""
+        """Repeats `per_row [batch]` at every token of its row that is in the mask: `[batch, seq]` fp32, zero elsewhere."""
         return torch.where(self.mask, per_row.float()[:, None], 0.0)
 
     def rows(self, rows: slice | Tensor) -> Batch:
@@ -152,24 +153,26 @@ class Batch:
         return Batch(**{name: tensor[rows] for name, tensor in self.tensors().items()})
 
     def without_rows(self, rows: Tensor) -> Batch:
-        """The same batch, where no token of the rows in `rows [batch]` (bool) counts any more."""
+        """The same batch with an empty mask in the rows that `rows [batch]` (bool) marks."""
         return self.with_tensors(mask=self.mask & ~rows[:, None])
 
     def lengths(self) -> Tensor:
-        """`[batch]` int64: how many tokens of each row have to be read to predict all that count; 0 where none does."""
+        """`[batch]` int64: how many tokens of each row have to be read to predict all tokens in its mask; 0 for an empty
+        mask."""
         positions = torch.arange(1, self.tokens.shape[1] + 1, device=self.mask.device)
         return (self.mask * positions).amax(dim=1) if len(self) else self.mask.new_zeros(0, dtype=torch.int64)
 
     def take(self, source: Tensor, sequences: Sequences) -> Batch:
-        """The positions `source [rows, seq]`, which count through the flattened batch; -1 is padding, which has no mask."""
+        """The part of the batch at positions `source [rows, seq]`, indices into the flattened batch; -1 is padding outside of
+        the mask."""
         real, index = source >= 0, source.clamp(min=0)
         taken = {name: torch.where(real, tensor.flatten()[index], 0) for name, tensor in self.tensors().items()}
         taken["mask"] = taken["mask"].bool()
         return Batch(**taken, sequences=sequences)
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """At every token, the sum of `values [rows, seq]` over all tokens of its sequence that count, whichever ranks hold
-        them; float64."""
+        """At every token, the sum of `values [rows, seq]` over the tokens of its sequence that are in the mask, on whichever
+        ranks they are; float64."""
         values = torch.where(self.mask, values, 0.0)
         if self.sequences is not None:
             return self.sequences.sum(values)
@@ -178,8 +181,8 @@ class Batch:
     def check_finite(self) -> None:
         """
         Raises:
-            ValueError: a token that counts has a number that is none (NaN) or infinite; names the tensor, how many, and the
-                first row.
+            ValueError: a token in the mask has a NaN or an infinite number; the message names the tensor, the number of such
+                tokens, and the first row.
         """
         for name, tensor in self.tensors().items():
             if tensor.is_floating_point():
@@ -199,11 +202,11 @@ class Batch:
 
 
 class TokenStatistics(NamedTuple):
-    """What the policy says of given tokens; every field has the shape of the tokens.
+    """The policy's predictions for given tokens; every field has the shape of the tokens.
 
     Attributes:
-        log_probs: fp32, of the given token.
-        entropy: fp32, of the whole distribution, in nats.
+        log_probs: fp32, the log-probability of the given token.
+        entropy: fp32, the entropy of the whole distribution, in nats.
         greedy: bool, whether the given token is the most probable one.
     """
 

@@ -1,7 +1,27 @@
-"""The training loop, top to bottom: rollouts, log-probabilities, advantages, optimizer steps, sync; evaluation, checkpoint.
+"""The training loop.
 
-The loop is the same in every mode. Whether the next batch is sampled before, while or after this one is trained on is between
-the rollout source and the engines; what a step may rely on is that every token says which weights sampled it.
+    train() in this file; the weights before step s are version s
+      |
+      +-> sample   rollout/sampler.py           chooses the problems
+      |     |      rollout/generator.py         a thread on rank 0 asks the engines (fleet.py) for episodes (rollout/episodes.py)
+      |     v
+      |   reward   rollout/rewards.py           a judge gives every episode a verdict
+      |     |      rollout/batches.py           brings the batch to every rank
+      |     v
+      |   prepare  objectives/prepare.py        leaves rows out, shapes rewards (shaping.py), computes advantages (advantages.py)
+      |     |                                   and importance weights (correction.py)
+      |     |      trainer/megatron_trainer.py  computes old and reference log-probabilities
+      |     v
+      |   update   objectives/mini_batches.py   divides the batch: one optimizer step for each mini-batch
+      |     |      trainer/megatron_trainer.py  forward, loss (objectives/loss.py), backward, optimizer step
+      |     v
+      |   sync     fleet.py                     sends the weights to all engines as version s + 1
+      |     |
+      +-----+      then the hooks (made in run/rank.py): evaluation and checkpoint (checkpoint/saved_state.py), where due
+
+`GRPO.update` is prepare and update. The loop is the same in every mode: the rollout source decides whether the next batch is
+sampled before, while or after this one is trained on. A step relies on one thing only: every token names the version of the
+weights that sampled it.
 """
 
 from __future__ import annotations
@@ -27,12 +47,12 @@ from mbridge_rl.training.trainer.step_report import StepReport
 
 
 class GRPO:
-    """The policy's update. Made and called by all trainer ranks together.
+    """Updates the policy by one batch of rollouts at a time. All trainer ranks make it and call it together.
 
     Args:
-        trainer: of the policy; its present weights become the reference where the config wants one.
-        config: of the objective.
-        seed: of the order in which groups come to mini-batches.
+        trainer: the policy's trainer; its present weights become the reference policy where the config needs one.
+        config: the objective.
+        seed: decides, together with the step, which groups form a mini-batch.
     """
 
     def __init__(self, trainer: MegatronTrainer, config: GRPOConfig, *, seed: int = 0) -> None:
@@ -42,59 +62,61 @@ class GRPO:
             trainer.snapshot_reference()
 
     def update(self, rollouts: RolloutBatch, step: int) -> Metrics:
-        """The optimizer steps on `rollouts`: one for each mini-batch of each epoch that there is something to learn from.
+        """Makes the optimizer steps on `rollouts`: one for each mini-batch of each epoch, except mini-batches without a
+        gradient.
 
         Args:
-            step: of the loop; with the seed it decides which groups come together.
+            step: the number of the loop's step; with the seed it decides which groups form a mini-batch.
 
         Returns:
             Metrics, the same on every rank; `skipped` says why there was no optimizer step, and is `None` if there was.
 
         Raises:
-            ValueError: no reward is known; the message has the first reasons.
+            ValueError: no reward is finite; the message has the first reasons.
         """
         trainer, config = self.trainer, self.config
         if not rollouts.rewards.isfinite().any():
             raise ValueError(f"none of the {len(rollouts.rewards)} rewards is known: {'; '.join(rollouts.errors)}")
 
-        # Rows that count, and rewards as the objective shapes them.
+        # Leave out rows that cannot be trained on, and shape the rewards.
         selection = select_rows(config, rollouts.batch, rollouts.rewards, truncated=rollouts.truncated)
         batch = selection.batch
         if reason := self._nothing_to_learn(rollouts, batch.num_tokens, selection.metrics):
             return {**selection.metrics, "updates": 0, "skipped": reason}
 
-        # What the ratio divides by in all updates: the trainer's own log-probabilities, or the engine's.
+        # The denominator of the ratio in all updates: the trainer's own log-probabilities, or the engine's.
         recompute = config.old_log_probs == "recompute"
         old = trainer.compute_log_probs(batch).log_probs if recompute else batch.need("rollout_log_probs")
         batch = batch.with_tensors(old_log_probs=old)
         if config.kl_coefficient:
             batch = batch.with_tensors(reference_log_probs=trainer.reference_log_probs(batch))
 
-        # Advantages and importance weights, on the whole batch.
+        # Advantages and importance weights are computed on the whole batch.
         prepared = prepare_batch(config, batch, selection.rewards)
         batch = prepared.batch
 
-        # Optimizer steps. The first meets the old policy; the ratio of those that follow is what the objective bounds.
+        # The first optimizer step sees the old policy, with a ratio of 1; the objective bounds the ratio of the later ones.
         updates = [(part, trainer.step(part, self._loss)) for part in self._mini_batches(batch, step)]
         if not updates:
             return {**selection.metrics, **prepared.metrics, "updates": 0, "skipped": "every advantage is zero"}
 
-        # The trainer against the engine: before the first update, and so of the whole batch only where that was computed.
+        # Compare the trainer with the engine before the first update: on the whole batch where its log-probabilities were
+        # computed, otherwise on the first mini-batch.
         first, report = updates[0]
-        before, seen = (old, batch) if recompute else (report.statistics.log_probs, first)
+        log_probs_before, compared = (old, batch) if recompute else (report.statistics.log_probs, first)
         return {
             "updates": sum(report.updated for _, report in updates),
             "updated": all(report.updated for _, report in updates),
             "tokens": batch.num_tokens,
             **selection.metrics,
             **prepared.metrics,
-            **over_updates([self._measured(part, report) for part, report in updates]),
-            **mismatch_metrics(before, seen.need("rollout_log_probs"), seen.mask),
+            **over_updates([self._step_metrics(part, report) for part, report in updates]),
+            **mismatch_metrics(log_probs_before, compared.need("rollout_log_probs"), compared.mask),
             "skipped": None,
         }
 
-    def _measured(self, part: Batch, report: StepReport) -> dict[str, float]:
-        """Of one optimizer step."""
+    def _step_metrics(self, part: Batch, report: StepReport) -> dict[str, float]:
+        """The metrics of one optimizer step on the mini-batch `part`."""
         policy, config = report.statistics, self.config
         metrics = {
             "loss": report.loss,
@@ -108,37 +130,38 @@ class GRPO:
         return metrics
 
     def _mini_batches(self, batch: Batch, step: int) -> Iterator[Batch]:
-        """Those with a gradient: a step without any would still move weights by the optimizer's momentum."""
+        """The mini-batches that have a gradient. A step without one would still move weights by the optimizer's momentum."""
         config = self.config
-        others = config.kl_coefficient or config.entropy_coefficient
+        has_other_terms = config.kl_coefficient or config.entropy_coefficient
         for rows in mini_batch_rows(
             len(batch), config.group_size, config.mini_batches, config.epochs, seed=self._seed, step=step
         ):
             part = batch.rows(rows)
-            if part.num_tokens and (others or part.need("advantages").any()):
+            if part.num_tokens and (has_other_terms or part.need("advantages").any()):
                 yield part
 
     def _nothing_to_learn(self, rollouts: RolloutBatch, tokens: int, counts: dict[str, float]) -> str | None:
-        """Why there will be no optimizer step, known before anything is computed."""
+        """The reason why there will be no optimizer step, `None` if there may be one; known before anything is computed."""
         if tokens == 0:
             return f"no token of the {len(rollouts.batch)} completions counts"
         groups = len(rollouts.batch) // self.config.group_size
-        others = self.config.kl_coefficient or self.config.entropy_coefficient
-        compared = self.config.baseline != "none"
-        if compared and counts["constant_groups"] == groups and not others:
+        has_other_terms = self.config.kl_coefficient or self.config.entropy_coefficient
+        has_baseline = self.config.baseline != "none"
+        if has_baseline and counts["constant_groups"] == groups and not has_other_terms:
             return f"all {groups} groups have constant rewards, so that every advantage is zero"
         return None
 
 
 @dataclass(frozen=True)
 class LoopHooks:
-    """What happens around the steps; all ranks call all of them.
+    """Functions that the loop calls around its steps; all ranks call all of them.
 
     Attributes:
-        evaluate: greedy accuracy of the engines as they are, after a step (0: before the first); `None` where it is not due.
-        save: a checkpoint after a step, if it is due.
-        log: metrics of a step, with its rollouts.
-        enough: whether the run has reached what it was for, by its last evaluation.
+        evaluate: takes the number of the last step (0 before the first one) and returns the greedy accuracy of the engines with
+            their present weights, or `None` where no evaluation is due.
+        save: takes the number of the last step and saves a checkpoint, if one is due.
+        log: takes the metrics of a step and its rollouts.
+        enough: takes the accuracy of the last evaluation and returns whether the run may end.
     """
 
     evaluate: Callable[[int], float | None]
@@ -148,7 +171,7 @@ class LoopHooks:
 
 
 class Trained(NamedTuple):
-    """The last step that was made, and the accuracy before the first, if it was evaluated."""
+    """The number of the last step, and the accuracy before the first step, `None` if it was not evaluated."""
 
     last_step: int
     accuracy_before: float | None
@@ -157,8 +180,8 @@ class Trained(NamedTuple):
 def train(
     grpo: GRPO, source: RolloutSource, fleet: EngineFleet, hooks: LoopHooks, *, first_step: int, last_step: int
 ) -> Trained:
-    """Steps `first_step..last_step`, counted from 1: of each a batch, and one version more. The weights before step `s` are
-    version `s`."""
+    """Runs steps `first_step..last_step`, counted from 1. Each step trains on one batch and publishes the next version: the
+    weights before step `s` are version `s`."""
     source.publish(first_step)
     accuracy = before = hooks.evaluate(first_step - 1)
     source.resume(first_step - 1)

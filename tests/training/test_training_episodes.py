@@ -14,7 +14,7 @@ from scripted_engine import WritingEngine, hashed, scripted
 from mbridge_rl.training.rollout import toy
 from mbridge_rl.training.rollout.collect import RewardFailed, assemble
 from mbridge_rl.training.rollout.episodes import NOT_SAMPLED, Episode, EpisodeRunner, SamplingConfig
-from mbridge_rl.training.rollout.generator import Generator, GeneratorConfig, Group
+from mbridge_rl.training.rollout.generator import EpisodeGroup, Generator, GeneratorConfig
 from mbridge_rl.training.rollout.guessing import DIGITS, GuessingGame, hidden_digits
 from mbridge_rl.training.rollout.rewards import InProcessJudge, Problem, Verdict
 from mbridge_rl.training.rollout.sampler import EpochSampler, UnsolvedFirstSampler
@@ -181,7 +181,7 @@ class Play:
         judge = InProcessJudge(reward or (lambda problem, completion: float(len(completion))))
         settings = GeneratorConfig(EACH, SIZE, steps, **config)
         self.generator, self.step, self.steps = Generator(runner, self.sampler, judge, settings), 0, steps
-        self.batches: list[list[Group]] = []
+        self.batches: list[list[EpisodeGroup]] = []
         self.rejected: list[int] = []
 
     def start(self) -> Play:

@@ -14,11 +14,12 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.lora.dropout import seed_dropout
 from mbridge_rl.megatron.parallel import seed_random_states
 
-_LARGEST_SEED = 1 << 31  # of those that NumPy takes, with room for Megatron's own sums
+_LARGEST_SEED = 1 << 31  # NumPy takes seeds up to 2^32; Megatron adds its own offsets to this one
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy, torch on the CPU and the GPU, and Megatron's named states (dropout inside tensor parallelism)."""
+    """The random states of Python, NumPy, torch on the CPU and the GPU, and Megatron's named states (dropout inside tensor
+    parallelism)."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     kind, words, position, has_gauss, gauss = np.random.get_state()
@@ -32,7 +33,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """The inverse."""
+    """Sets all random states to what `random_state` returned."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     version, words, gauss = state["python"]
@@ -45,8 +46,10 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def derive_random_state(seed: int, step: int, layout: ParallelLayout) -> None:
-    """For ranks that cannot go on with the saved states, since those belong to ranks of another layout: states that follow from
-    the saved run's `seed` and `step` alone. So a run that is continued twice draws the same, and nothing that it drew before.
+    """Sets random states that follow from the saved run's `seed` and `step` alone.
+
+    Ranks need them when they cannot use the saved states, since those belong to ranks of another layout. A run that is
+    continued twice then draws the same numbers both times, and none that it drew before.
     """
     key = f"mbridge_rl:{seed}:{step}".encode()
     number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % _LARGEST_SEED

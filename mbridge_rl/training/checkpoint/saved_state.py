@@ -1,13 +1,13 @@
 """Training checkpoints: weights, Adam's state, schedule, random states and the caller's own state, by Megatron's distributed
-checkpointing. Every rank writes its own part, and any other layout can load it (`checkpoint_tensors`).
+checkpointing. Every rank writes its own part, and any other layout can load it (`checkpoint.tensors`).
 
-    checkpoints/step_00000012/           complete, or it would not have this name
-    checkpoints/.step_00000013.ATTEMPT.incomplete/
-    checkpoints/.saving.lock             held by the one run that is saving
+    checkpoints/step_00000012/                      a complete checkpoint: only complete ones get such a name
+    checkpoints/.step_00000013.ATTEMPT.incomplete/  a checkpoint that is being written
+    checkpoints/.saving.lock                        held by the one run that is saving
 
-A checkpoint is written beside its place, read back and compared with what every rank meant, and renamed only then: an
-interrupted or damaged save never looks like a checkpoint, and older ones stay until a new one is proven. With adapters they
-alone are saved: the frozen base comes from where it came from.
+A checkpoint is written under a temporary name, read back and compared with what every rank wanted to write, and only then
+renamed. An interrupted or damaged save never looks like a checkpoint, and older checkpoints stay until the new one is verified.
+With adapters only the adapters are saved: the frozen base model is loaded from its own checkpoint.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from mbridge_rl.training.trainer.optimizer_state import set_step_count
 _log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8})")
-_LEFT = re.compile(r"\.step_\d{8}\.([0-9a-f]{16}\.incomplete|partial)")  # by a save or a removal that was killed
+_LEFTOVER_NAME = re.compile(r"\.step_\d{8}\.([0-9a-f]{16}\.incomplete|partial)")  # a killed save or removal leaves such folders
 _LOCK = ".saving.lock"
-_ROOM = "room"  # for what the first rank writes at the end
-_METADATA_BYTES = 512  # of one shard, at most
+_RESERVED_SPACE = "room"  # a file that reserves disk space for what the first rank writes at the end
+_METADATA_BYTES = 512  # largest size of one shard's metadata
 _DESCRIPTION = "trainer.json"
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
     """Attributes:
-    step: that it was saved after.
-    state: what the caller had saved with it.
-    same_layout: whether random states were restored, too: they belong to ranks. Otherwise new ones follow from the run's seed
-        and this step (`random_state.derive_random_state`).
+    step: the last training step before the save.
+    state: the caller's own state that was saved with the trainer.
+    same_layout: whether the layout is the saved one, so that the ranks' random states were restored, too. With another layout
+        new random states follow from the run's seed and this step (`random_state.derive_random_state`).
     """
 
     step: int
@@ -73,10 +73,10 @@ def save_checkpoint(
     """Saves the trainer; all ranks call it together, and fail together. Needs one file system for all ranks.
 
     Args:
-        directory: of the run's checkpoints.
-        step: that was made last.
-        state: the caller's own, the same on all ranks (a data loader's position, a sampler's weights): tensors, numbers, texts,
-            and lists and dictionaries of them.
+        directory: the folder of the run's checkpoints.
+        step: the number of the last training step.
+        state: the caller's own state, the same on all ranks (a data loader's position, a sampler's weights): tensors, numbers,
+            texts, and lists and dictionaries of them.
         keep: how many of the newest checkpoints stay; `None` keeps all.
 
     Returns:
@@ -97,15 +97,15 @@ def save_checkpoint(
                 attempt.fill_(_begin(replacement, final))
         replacement.join(int(group.sum(attempt).item()))
         partial = replacement.path
-        with group.fail_together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+        with group.fail_together(), megatron_runtime(), _FailuresAsCheckpointError(f"cannot save {final}"):
             content = _content(trainer, dict(state or {}))
             if group.rank == 0:
-                _take_room(content, partial, group.size)
-        with group.fail_together(), megatron_runtime(), _Tried(f"cannot save {final}"):
+                _reserve_space(content, partial, group.size)
+        with group.fail_together(), megatron_runtime(), _FailuresAsCheckpointError(f"cannot save {final}"):
             _save(content, partial)
         with megatron_runtime():
             _require_saved(content, partial, group)
-        with group.fail_together(), _Tried(f"cannot save {final}"):
+        with group.fail_together(), _FailuresAsCheckpointError(f"cannot save {final}"):
             if group.rank == 0:
                 _write_description(partial / _DESCRIPTION, trainer, step)
                 replacement.publish(durable=True)
@@ -121,14 +121,15 @@ def load_checkpoint(trainer: MegatronTrainer, checkpoint: str | Path) -> LoadedC
     """Puts a checkpoint into the trainer, which may have another layout, optimizer sharding or dtype than the one that saved
     it; all ranks call it together, and fail together.
 
-    A reference policy that is a copy of weights is not in it: load the initial weights, `snapshot_reference`, then this.
+    The checkpoint does not hold a reference policy that is a copy of weights: load the initial weights, call
+    `snapshot_reference`, then load the checkpoint.
 
     Args:
-        checkpoint: its own directory, or the directory of a run's checkpoints, of which the newest is taken.
+        checkpoint: the checkpoint's own directory, or the directory of a run's checkpoints, of which the newest is loaded.
 
     Raises:
-        CheckpointError: on all ranks: there is none, or it is of another model or of other adapters (nothing was changed); or
-            a file cannot be read (then weights and optimizer are incomplete).
+        CheckpointError: on all ranks: there is no checkpoint, or it belongs to another model or to other adapters (nothing was
+            changed); or a file cannot be read (then weights and optimizer are incomplete).
     """
     trainer.require_loaded()
     group = RankGroup()
@@ -138,7 +139,7 @@ def load_checkpoint(trainer: MegatronTrainer, checkpoint: str | Path) -> LoadedC
         tensors = TrainerTensors(trainer)
         _check_same_model(description, tensors, path)
     same_layout = description["layout"] == str(trainer.layout)
-    with group.fail_together(), megatron_runtime(), _Tried(f"cannot load {path}"):
+    with group.fail_together(), megatron_runtime(), _FailuresAsCheckpointError(f"cannot load {path}"):
         common = _load(trainer, tensors, path, same_layout)
     steps, saved, config = common["optimizer_steps"], common["learning_rate"], trainer.config
     set_step_count(trainer.optimizer, steps)
@@ -146,8 +147,8 @@ def load_checkpoint(trainer: MegatronTrainer, checkpoint: str | Path) -> LoadedC
     trainer.set_learning_rate(saved["highest"] if saved["configured"] == config.learning_rate else config.learning_rate)
     if not same_layout:
         derive_random_state(common["seed"], description["step"], trainer.layout)
-        how = "%s was saved by %s, this is %s: random states are derived from its seed and step"
-        _log.info(how, path, description["layout"], trainer.layout)
+        message = "%s was saved by %s, this is %s: random states are derived from its seed and step"
+        _log.info(message, path, description["layout"], trainer.layout)
     return LoadedCheckpoint(description["step"], common["state"], same_layout)
 
 
@@ -157,7 +158,7 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
 
 
 def _content(trainer: MegatronTrainer, state: dict[str, Any]) -> dict[str, Any]:
-    """What this rank writes, and what the first rank writes for all."""
+    """The content that this rank writes, and the common content that the first rank writes for all."""
     return {
         "tensors": TrainerTensors(trainer).shards(),
         "random_state": _random_state_shard(random_state()),
@@ -169,11 +170,12 @@ def _content(trainer: MegatronTrainer, state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _take_room(content: dict[str, Any], partial: Path, world_size: int) -> None:
-    """Writes as much as Megatron's first rank will write alone: if it failed there, the others would wait for it in vain."""
+def _reserve_space(content: dict[str, Any], partial: Path, world_size: int) -> None:
+    """Writes as many bytes as Megatron's first rank will write alone later. If the disk were full only then, the other ranks
+    would wait for the first one in vain."""
     common = {name: value for name, value in content.items() if name not in ("tensors", "random_state")}
     shards = sum(map(len, content["tensors"].values())) + 1
-    (partial / _ROOM).write_bytes(bytes((1 << 16) + _METADATA_BYTES * shards * world_size))
+    (partial / _RESERVED_SPACE).write_bytes(bytes((1 << 16) + _METADATA_BYTES * shards * world_size))
     torch.save(common, partial / "common.pt")
 
 
@@ -182,62 +184,69 @@ def _save(content: dict[str, Any], partial: Path) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    # Megatron would start a process to hold the queue of results, which outlives a rank that is killed. Nobody else needs it.
+    # Megatron would start a process that holds the queue of results, and that process outlives a killed rank. No other process
+    # needs the queue, so an ordinary one takes its place.
     filesystem_async._results_queue = queue.Queue()
     # One writer per rank: there are as many ranks as a machine has devices.
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     request = dist_checkpointing.save(content, str(partial), strategy, async_sharded_save=True)
-    request.finalize_fns.insert(0, lambda: (partial / _ROOM).unlink(missing_ok=True))
+    request.finalize_fns.insert(0, lambda: (partial / _RESERVED_SPACE).unlink(missing_ok=True))
     request.execute_sync()
 
 
 def _require_saved(content: dict[str, Any], partial: Path, group: RankGroup) -> None:
-    """Reads back what this rank has written, one kind of tensor after the other; the first rank also what it wrote for all.
+    """Reads back what this rank has written, one kind of tensor after the other. The first rank also reads back the common
+    part.
 
     Raises:
-        CheckpointError: on all ranks: it is not what was meant, bit for bit, or cannot be read.
+        CheckpointError: on all ranks: the files do not hold the content bit for bit, or cannot be read.
     """
     from megatron.core import dist_checkpointing
 
     common: dict[str, Any] = {}
     for kind in KINDS:
-        with (
-            group.fail_together(),
-            _Tried(f"{partial} cannot be read back"),
-        ):  # or a rank that failed is missing at the next load
-            own = {name: shards for name, shards in content["tensors"].items() if name.startswith(f"{kind}.")}
-            wanted = {name: [replace(one, data=torch.empty_like(one.data)) for one in shards] for name, shards in own.items()}
-            common = dist_checkpointing.load({"tensors": wanted}, str(partial))
-            found = common.pop("tensors", {})
-            _require_same({name: [shard.data for shard in shards] for name, shards in own.items()}, found, partial)
-    with group.fail_together(), _Tried(f"{partial} cannot be read back"):
-        found = dist_checkpointing.load({"random_state": _random_state_shard(None)}, str(partial))
-        _require_same({"random_state": content["random_state"].data}, found, partial)
+        # Together for every kind: a rank that failed alone would be missing in the next collective load.
+        with group.fail_together(), _FailuresAsCheckpointError(f"{partial} cannot be read back"):
+            written = {name: shards for name, shards in content["tensors"].items() if name.startswith(f"{kind}.")}
+            requests = {
+                name: [replace(shard, data=torch.empty_like(shard.data)) for shard in shards]
+                for name, shards in written.items()
+            }
+            common = dist_checkpointing.load({"tensors": requests}, str(partial))
+            loaded = common.pop("tensors", {})
+            _require_same({name: [shard.data for shard in shards] for name, shards in written.items()}, loaded, partial)
+    with group.fail_together(), _FailuresAsCheckpointError(f"{partial} cannot be read back"):
+        loaded = dist_checkpointing.load({"random_state": _random_state_shard(None)}, str(partial))
+        _require_same({"random_state": content["random_state"].data}, loaded, partial)
         if group.rank == 0:
             _require_same({name: content[name] for name in common}, common, partial)
 
 
-def _require_same(expected: dict[str, Any], found: dict[str, Any], partial: Path) -> None:
+def _require_same(expected: dict[str, Any], loaded: dict[str, Any], partial: Path) -> None:
     for name, value in expected.items():
-        if not _same(value, found[name]):
+        if not _same(value, loaded[name]):
             raise CheckpointError(f"{partial}: {name} reads back as something else than was written: {READ_BACK_ADVICE}")
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Of what a caller may save, and of random states: tensors, arrays, numbers, texts, lists and dictionaries of them."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return same_bits(one, other)
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other or (one != one and other != other))  # NaN
+def _same(left: Any, right: Any) -> bool:
+    """Whether two values are equal, tensors and arrays bit for bit.
+
+    The values may be what a caller may save, and random states: tensors, arrays, numbers, texts, lists and dictionaries of
+    them.
+    """
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return same_bits(left, right)
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        return (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_same(value, right[name]) for name, value in left.items())
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return bool(left == right or (left != left and right != right))  # NaN equals NaN here
 
 
 def _load(trainer: MegatronTrainer, tensors: TrainerTensors, path: Path, same_layout: bool) -> dict[str, Any]:
-    """One kind after the other, so that no more than the weights' size is needed beside the trainer."""
+    """Loads one kind of tensor after the other, so that no more memory than the weights' size is needed beside the trainer."""
     from megatron.core import dist_checkpointing
 
     common: dict[str, Any] = {}
@@ -245,8 +254,8 @@ def _load(trainer: MegatronTrainer, tensors: TrainerTensors, path: Path, same_la
         common = dist_checkpointing.load({"tensors": tensors.requests(kind)}, str(path))
         tensors.write(kind, common.pop("tensors", {}))
     if same_layout:
-        wanted = {"random_state": _random_state_shard(None)}
-        restore_random_state(dist_checkpointing.load(wanted, str(path))["random_state"])
+        requests = {"random_state": _random_state_shard(None)}
+        restore_random_state(dist_checkpointing.load(requests, str(path))["random_state"])
     for part in trainer.optimizer.chained_optimizers:
         if getattr(part, "grad_scaler", None) and common["grad_scaler"]:
             part.grad_scaler.load_state_dict(common["grad_scaler"])
@@ -264,18 +273,19 @@ def _grad_scaler_state(trainer: MegatronTrainer) -> dict[str, Any]:
     return scalers[0].state_dict() if scalers and scalers[0] else {}
 
 
-class _Tried:
-    """Turns what torch and Megatron raise into a CheckpointError that says what was tried."""
+class _FailuresAsCheckpointError:
+    """Turns whatever torch and Megatron raise inside of the block into a CheckpointError that begins with `message`."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, message: str) -> None:
+        self._message = message
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, failure: BaseException | None, _: Any) -> None:
-        # torch's own is no Exception: it would pass by whoever tells the other ranks.
+        # torch's CheckpointException is no Exception: `fail_together` would not catch it and the other ranks would not learn of
+        # it.
         if isinstance(failure, Exception | CheckpointException) and not isinstance(failure, CheckpointError):
-            raise CheckpointError(f"{self._what}: {type(failure).__name__}: {failure}") from failure
+            raise CheckpointError(f"{self._message}: {type(failure).__name__}: {failure}") from failure
 
 
 def _begin(replacement: Replacement, final: Path) -> int:
@@ -283,8 +293,8 @@ def _begin(replacement: Replacement, final: Path) -> int:
         raise CheckpointError(f"{final} exists already: resume from it, or choose another directory for this run")
     try:
         attempt = replacement.begin()
-        for path in final.parent.iterdir():  # of whatever step: whoever made it is dead, or would hold the lock
-            if _LEFT.fullmatch(path.name) and path != replacement.path:
+        for path in final.parent.iterdir():  # leftovers of any step: their writers are dead, since this process holds the lock
+            if _LEFTOVER_NAME.fullmatch(path.name) and path != replacement.path:
                 shutil.rmtree(path, ignore_errors=True)
     except OSError as failure:
         raise CheckpointError(f"cannot write {final}: {failure}") from failure
@@ -304,7 +314,7 @@ def _write_description(path: Path, trainer: MegatronTrainer, step: int) -> None:
 def _remove_old(directory: Path, keep: int | None) -> None:
     complete = sorted(_complete(directory))
     for path in complete[:-keep] if keep else []:
-        # Renamed first: a removal that is interrupted leaves no half of a checkpoint.
+        # The folder is renamed first, so that an interrupted removal leaves nothing that looks like a checkpoint.
         doomed = path.with_name(f".{path.name}.{secrets.token_hex(8)}.incomplete")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -315,18 +325,18 @@ def _complete(directory: Path) -> list[Path]:
 
 
 def _resolve(path: Path) -> Path:
-    found = path if _NAME.fullmatch(path.name) else latest_checkpoint(path)
-    if found is None or not (found / _DESCRIPTION).is_file():
+    checkpoint = path if _NAME.fullmatch(path.name) else latest_checkpoint(path)
+    if checkpoint is None or not (checkpoint / _DESCRIPTION).is_file():
         raise CheckpointError(
             f"{path} is no training checkpoint and holds none: give a folder step_ with eight digits, or one of such folders"
         )
-    return found
+    return checkpoint
 
 
 def _check_same_model(description: dict[str, Any], tensors: TrainerTensors, path: Path) -> None:
     if description["tensors"] != tensors.fingerprint:
-        what = "adapters" if description["adapters"] else "weights"
+        content = "adapters" if description["adapters"] else "weights"
         raise CheckpointError(
-            f"{path} holds the {what} of another model, or of other adapters, than the trainer's "
+            f"{path} holds the {content} of another model, or of other adapters, than the trainer's "
             f"({listed(tensors.hf_names, 3)}): build the model and add adapters as for the run that saved it"
         )

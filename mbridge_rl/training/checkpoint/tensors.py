@@ -1,4 +1,4 @@
-"""A trainer's tensors as shards of Hugging Face tensors: the segments of a plan, in Megatron's words for them.
+"""A trainer's tensors as shards of Hugging Face tensors: the segments of a plan as Megatron's `ShardedTensor`s.
 
 Weights and Adam's moments are stored under HF names and in HF coordinates, adapters under PEFT's. So nothing in a checkpoint
 depends on the layout, the optimizer or the padding that wrote it, and every family that has a mapping has checkpoints.
@@ -28,10 +28,10 @@ KINDS = ("master", *MOMENTS)
 
 
 class TrainerTensors:
-    """This rank's part of what a checkpoint holds: all weights or, with adapters, these alone.
+    """This rank's part of a checkpoint: all weights or, with adapters, the adapters alone.
 
     Raises:
-        StateMismatchError: the model does not hold what its mapping says.
+        StateMismatchError: the model does not hold the tensors that its mapping describes.
     """
 
     def __init__(self, trainer: MegatronTrainer) -> None:
@@ -43,18 +43,21 @@ class TrainerTensors:
 
     @property
     def hf_names(self) -> list[str]:
-        """What a checkpoint of this model holds."""
+        """The names of the tensors in a checkpoint of this model."""
         return list(self._spec.hf_shapes)
 
     @property
     def fingerprint(self) -> str:
-        """Of names and shapes: equal for the same model and adapters, whatever the layout."""
+        """A fingerprint of names and shapes: equal for the same model and adapters, whatever the layout."""
         return self._spec.fingerprint
 
     def shards(self) -> dict[str, list[Any]]:
-        """Megatron's `ShardedTensor`s by key, to be saved: of what several ranks hold, the first's; of what the distributed
-        optimizer deals to the first and its data-parallel replicas, every one's own part. No communication."""
-        states, found = parameter_states(self._trainer.optimizer), defaultdict(list)
+        """Megatron's `ShardedTensor`s that this rank saves, by key. Without communication.
+
+        Where several ranks hold the same box, the first one saves it. Where the distributed optimizer deals its state to the
+        first rank and its data-parallel replicas, each of them saves its own part.
+        """
+        states, shards_by_key = parameter_states(self._trainer.optimizer), defaultdict(list)
         for segment, replica, first in self._segments:
             parameter = self._live.parameter(segment.local_name)
             state = states.get(parameter)
@@ -62,53 +65,59 @@ class TrainerTensors:
             if replica if dealt is None else first not in dealt:
                 continue
             if state is None and dealt is None:
-                pieces = {kind: [(segment, self._view(segment, whole))] for kind, whole in self._untrained(parameter).items()}
+                pieces = {kind: [(segment, self._view(segment, full))] for kind, full in self._untrained(parameter).items()}
             else:
                 pieces = {kind: list(self._pieces(segment, state, kind)) for kind in KINDS if state is not None}
-            for kind, of_kind in pieces.items():
-                shards = (self._sharded(kind, piece, 0, view.float().contiguous()) for piece, view in of_kind)
-                found[f"{kind}.{segment.hf_name}"] += shards
-        return {key: shards for key, shards in found.items() if shards}
+            for kind, pieces_of_kind in pieces.items():
+                shards = (self._sharded(kind, piece, 0, view.float().contiguous()) for piece, view in pieces_of_kind)
+                shards_by_key[f"{kind}.{segment.hf_name}"] += shards
+        return {key: shards for key, shards in shards_by_key.items() if shards}
 
     def _untrained(self, parameter: Tensor) -> dict[str, Tensor]:
-        """What is saved of a parameter without optimizer state. A frozen factor of an adapter is a part of a PEFT tensor whose
-        rest is trained, and a checkpoint's tensors have no holes."""
+        """The tensors that are saved for a parameter without optimizer state, by kind.
+
+        They include zero moments for the frozen factor of an adapter: it is a part of a PEFT tensor whose other parts are
+        trained, and a checkpoint's tensors must not have holes.
+        """
         moments = MOMENTS if self._trainer.has_adapters else ()
         return {"master": parameter.detach(), **{kind: torch.zeros_like(parameter) for kind in moments}}
 
     def requests(self, kind: str) -> dict[str, list[Any]]:
-        """What this rank wants of `kind`, with memory to load it into."""
-        wanted: dict[str, list[Any]] = defaultdict(list)
-        for segment, replica, piece in self._wanted(kind):
+        """The shards of `kind` that this rank loads, with memory to load them into."""
+        requests: dict[str, list[Any]] = defaultdict(list)
+        for segment, replica, piece in self._requested(kind):
             shard = torch.empty(piece.box.size)
-            wanted[f"{kind}.{segment.hf_name}"].append(self._sharded(kind, piece, replica, shard))
-        return dict(wanted)
+            requests[f"{kind}.{segment.hf_name}"].append(self._sharded(kind, piece, replica, shard))
+        return dict(requests)
 
     def write(self, kind: str, loaded: dict[str, list[Tensor]]) -> None:
-        """Puts what `requests(kind)` got into the model and the optimizer. No communication."""
+        """Copies the shards that `requests(kind)` loaded into the model and the optimizer. Without communication."""
         states = parameter_states(self._trainer.optimizer)
-        wholes: dict[str, Tensor] = {}
+        full_tensors: dict[str, Tensor] = {}
         taken: dict[str, int] = defaultdict(int)
-        for segment, _, piece in self._wanted(kind):
+        for segment, _, piece in self._requested(kind):
             key = f"{kind}.{segment.hf_name}"
             if key not in loaded:
                 continue
             shard, name = loaded[key][taken[key]], segment.local_name
             taken[key] += 1
             if kind == "master":
-                whole = wholes.setdefault(name, torch.zeros(self._shapes[name]))
-                self._view(piece, whole).copy_(shard)
+                full = full_tensors.setdefault(name, torch.zeros(self._shapes[name]))
+                self._view(piece, full).copy_(shard)
             else:
                 states[self._live.parameter(name)].view(kind, piece).copy_(shard)
-        for name, whole in wholes.items():
+        for name, full in full_tensors.items():
             parameter = self._live.parameter(name)
-            parameter.detach().copy_(whole)
+            parameter.detach().copy_(full)
             if parameter in states:
-                states[parameter].write_master(whole)
+                states[parameter].write_master(full)
 
-    def _wanted(self, kind: str) -> Iterator[tuple[Segment, int, Segment]]:
-        """`(segment, replica, piece of it)`: whole weights, and of moments what is trained here, of which the distributed
-        optimizer leaves each rank a part."""
+    def _requested(self, kind: str) -> Iterator[tuple[Segment, int, Segment]]:
+        """Yields `(segment, replica, piece of the segment)` for everything that this rank loads.
+
+        Weights are loaded in full. Moments are loaded only where this rank trains them; the distributed optimizer leaves each
+        rank a part of them.
+        """
         states = parameter_states(self._trainer.optimizer) if kind != "master" else {}
         for segment, replica, _ in self._segments:
             if kind == "master":
@@ -143,7 +152,8 @@ class TrainerTensors:
 
 
 def _live_side(trainer: MegatronTrainer) -> tuple[LiveParameters | LiveAdapters, ModelSpec, Side]:
-    """The live tensors that a checkpoint holds, compared with the mapping, and where all ranks hold what."""
+    """The live tensors that a checkpoint holds, checked against the mapping; the mapping; and the place of every tensor on all
+    ranks."""
     spec, rank, layout = unwrap(trainer.model)[0].model_spec, dist.get_rank(), trainer.layout
     if trainer.has_adapters:
         live, _, _ = live_adapter_side(trainer.model, spec, layout, rank)
@@ -154,7 +164,7 @@ def _live_side(trainer: MegatronTrainer) -> tuple[LiveParameters | LiveAdapters,
 
 
 def _with_replicas(side: Side, rank: int) -> Iterator[tuple[Segment, int, int]]:
-    """This rank's segments, each with how many others hold the same box before it, and which rank is the first of them."""
+    """Yields this rank's segments, each with the number of ranks before it that hold the same box, and the first such rank."""
     seen: dict[tuple[str, Any], int] = defaultdict(int)
     first: dict[tuple[str, Any], int] = {}
     for segment in side.segments:

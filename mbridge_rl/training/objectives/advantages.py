@@ -27,16 +27,17 @@ def group_advantages(
     nearly always or never solved (Dr. GRPO, Liu et al., arXiv:2503.20783).
 
     Args:
-        rewards: `[groups * group_size]`, a group's rewards side by side. One that is not finite is unknown: its advantage is 0
-            and the others are compared without it.
-        normalize_std: of the sample deviation (n - 1). `"batch"` counts every completion once, however long.
+        rewards: `[groups * group_size]`, a group's rewards side by side. A reward that is not finite is unknown: its advantage
+            is 0 and the others are compared without it.
+        normalize_std: over which completions the sample deviation (n - 1) is taken. `"batch"` counts every completion once,
+            however long it is.
         epsilon: added to the deviation.
 
     Returns:
         `[groups * group_size]` fp32.
 
     Raises:
-        ValueError: the rewards are not whole groups.
+        ValueError: the number of rewards is not a multiple of `group_size`.
     """
     groups = _groups(rewards, group_size)
     known = groups.isfinite()
@@ -52,18 +53,18 @@ def group_advantages(
         centred = centred / ((squares / (count - 1).clamp(min=1)).sqrt() + epsilon)
     elif normalize_std == "batch" and known.any():
         centred = torch.where(counts, centred, 0.0)
-        kept = centred[known]
-        deviation = kept.std() if len(kept) > 1 else kept.new_zeros(())
-        centred = (centred - kept.mean()) / (deviation + epsilon)
+        known_values = centred[known]
+        deviation = known_values.std() if len(known_values) > 1 else known_values.new_zeros(())
+        centred = (centred - known_values.mean()) / (deviation + epsilon)
     return torch.where(counts, centred, 0.0).view(-1).float()
 
 
 def informative_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """`[groups]` bool: whose rewards differ. The others give no gradient; DAPO's dynamic sampling (Yu et al., arXiv:2503.14476)
-    leaves them out and samples others in their place.
+    """`[groups]` bool: the groups whose rewards differ. The others give no gradient; DAPO's dynamic sampling (Yu et al.,
+    arXiv:2503.14476) leaves them out and samples others in their place.
 
     Args:
-        rewards: `[groups * group_size]`; unknown ones (not finite) differ from nothing.
+        rewards: `[groups * group_size]`; unknown rewards (not finite) are not compared.
     """
     return _varies(_groups(rewards, group_size))[:, 0]
 
@@ -75,7 +76,8 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def _varies(groups: Tensor) -> Tensor:
-    """`[groups, 1]`: compared, not computed, since the mean of equal numbers need not be one of them."""
+    """`[groups, 1]` bool: whether the known rewards of a group differ. They are compared with each other and not with their
+    mean, since the rounded mean of equal numbers need not equal them."""
     known = groups.isfinite()
     highest = torch.where(known, groups, -torch.inf).amax(dim=1, keepdim=True)
     return highest > torch.where(known, groups, torch.inf).amin(dim=1, keepdim=True)

@@ -1,5 +1,7 @@
-"""From losses of tokens to the loss of a batch. Every aggregation is a weight per token, known before the step: so the loss is
-a sum, and how the batch is split over micro-batches and ranks can not change it.
+"""Aggregation of the losses of tokens into the loss of a batch.
+
+Every aggregation is a weight per token that is known before the step. The loss is then a weighted sum, and the split of the
+batch over micro-batches and ranks cannot change it.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mea
 
 
 def token_weights(mask: Tensor, aggregation: Aggregation = "token-mean", *, length: int | None = None) -> Tensor:
-    """What each token's loss is multiplied by, before all are added up.
+    """The weight that each token's loss is multiplied by before all are summed.
 
-    With `N` tokens in the mask, `n` of them in the token's sequence, and `S` sequences that have any:
+    With `N` tokens in the mask, `n` of them in the token's sequence, and `S` sequences that have tokens in the mask:
 
     - `token-mean`: `1 / N` (DAPO, arXiv:2503.14476);
     - `token-sum`: 1;
@@ -25,13 +27,14 @@ def token_weights(mask: Tensor, aggregation: Aggregation = "token-mean", *, leng
 
     Args:
         mask: `[batch, seq]` of the whole batch, over all micro-batches and ranks; a row is a sequence.
-        length: of the last one, for example the longest completion allowed.
+        length: the divisor of `seq-mean-token-sum-norm`, for example the longest completion allowed.
 
     Returns:
         `[batch, seq]` float64, zero outside of the mask.
 
     Raises:
-        ValueError: an unknown aggregation, or a `length` that is missing, not positive, or of no use.
+        ValueError: the aggregation is unknown, or `length` is missing, not positive, or given for an aggregation without a
+            length.
     """
     if (length is not None) != (aggregation == "seq-mean-token-sum-norm"):
         raise ValueError(
@@ -54,5 +57,5 @@ def token_weights(mask: Tensor, aggregation: Aggregation = "token-mean", *, leng
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> float:
-    """Mean of `values` where `mask` is set: every token of the batch weighs the same."""
+    """Mean of `values` where `mask` is set, with the same weight for every token of the batch."""
     return (torch.where(mask, values.double(), 0.0).sum() / mask.sum().clamp(min=1)).item()

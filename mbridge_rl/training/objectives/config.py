@@ -29,42 +29,47 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "reinforce++": {"baseline": "group_mean", "normalize_std": "batch", "clip_high": 0.2, "aggregation": "token-mean"},
     }
 )
-"""What the published objectives say of `GRPOConfig`; `docs/training.md` has formulas and sources."""
+"""The fields of `GRPOConfig` that each published objective sets; `docs/training.md` has formulas and sources."""
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """What a policy-gradient step is made of; `objective` has the published combinations.
+    """The components of a policy-gradient step; `objective` returns the published combinations.
 
     Attributes:
         group_size: completions per prompt; advantages compare them with each other.
-        baseline, normalize_std: of the advantages (`objectives.advantages`).
+        baseline, normalize_std: how advantages are computed (`objectives.advantages`).
         surrogate: `"clip"` (PPO's), `"cispo"`, or `"policy_gradient"`, `-A log p` without a ratio (REINFORCE, RLOO).
-        ratio: of each token, or GSPO's of the sequence.
+        ratio: `"token"`, a ratio for each token, or `"sequence"`, GSPO's ratio for each sequence.
         clip_low, clip_high: the ratio is clipped to `[1 - clip_low, 1 + clip_high]`.
-        dual_clip: bounds the loss of bad tokens by so many times their advantage; `None` does not.
-        aggregation, aggregation_length: from tokens to the batch (`objectives.aggregation`).
-        kl_coefficient: weight of the KL to the reference policy; 0 needs none.
-        kl_estimator, kl_straight_through: of that KL (`objectives.kl`).
-        kl_in: the loss, or the rewards before they are compared.
+        dual_clip: bounds the loss of tokens with a negative advantage to so many times `|advantage|`; `None` sets no such
+            bound.
+        aggregation, aggregation_length: how losses of tokens become the loss of the batch (`objectives.aggregation`).
+        kl_coefficient: weight of the KL to the reference policy; with 0 there is no reference policy.
+        kl_estimator, kl_straight_through: how that KL is estimated (`objectives.kl`).
+        kl_in: where the KL is added: `"loss"`, or `"reward"`, to the rewards before they are compared.
         entropy_coefficient: weight of an entropy bonus, which keeps the policy trying other answers.
-        old_log_probs: the denominator of the ratio: `"rollout"` takes the engine's, `"recompute"` the trainer's own before
-            the step (exactly 1 on the first step, whatever the engine's arithmetic).
-        mini_batches: optimizer steps in one pass over a batch, whose groups are dealt to them evenly. With recomputed
-            log-probabilities the ratio is 1 at the first of them: clipping acts from the second on.
-        epochs: passes over a batch; old log-probabilities, advantages and importance weights are those from before the first.
-        correction: for the difference between engine and trainer; needs recomputed log-probabilities. `None` corrects nothing.
+        old_log_probs: the log-probabilities in the denominator of the ratio: `"rollout"` takes the engine's, `"recompute"` the
+            trainer's own before the step (the ratio is then exactly 1 on the first step, whatever the engine's arithmetic).
+        mini_batches: optimizer steps in one pass over a batch, whose groups are divided evenly among them. With recomputed
+            log-probabilities the ratio is 1 at the first of them, so that clipping acts from the second on.
+        epochs: passes over a batch; old log-probabilities, advantages and importance weights are computed once, before the
+            first.
+        correction: importance correction for the difference between engine and trainer; needs recomputed log-probabilities.
+            `None` corrects nothing.
         dynamic_sampling: leave out groups whose rewards are all equal (DAPO).
-        overlong_length, overlong_buffer: longest completion, and the tokens before it in which DAPO's soft penalty grows; a
-            buffer of 0 punishes nothing.
+        overlong_length, overlong_buffer: longest completion, and the number of tokens before it over which DAPO's soft penalty
+            grows; with a buffer of 0 there is no penalty.
         overlong_penalty: factor of that penalty.
-        mask_truncated: no gradient from completions that were cut off (DAPO's overlong filtering); their rewards count.
-        ignore_truncated: neither their gradients nor their rewards count: their groups are compared without them.
-        truncated_reward: their reward, whatever the reward function said; `None` keeps that.
-        truncation_penalty: taken off their reward.
+        mask_truncated: completions that were cut off give no gradient (DAPO's overlong filtering); their rewards count.
+        ignore_truncated: neither gradients nor rewards of completions that were cut off count: groups are compared without
+            them.
+        truncated_reward: the reward of completions that were cut off, in the place of the reward function's; `None` keeps the
+            reward function's.
+        truncation_penalty: subtracted from the reward of completions that were cut off.
 
     Raises:
-        ValueError: values that contradict each other, naming both.
+        ValueError: values contradict each other; the message names both.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {"objective": OBJECTIVES}
@@ -99,7 +104,7 @@ class GRPOConfig:
 
     @property
     def knows_truncation(self) -> bool:
-        """Whether completions that were cut off are treated in a way of their own."""
+        """Whether completions that were cut off are treated differently from the others."""
         return self.mask_truncated or self.ignore_truncated or self.truncated_reward is not None or self.truncation_penalty > 0
 
     def __post_init__(self) -> None:
@@ -108,9 +113,9 @@ class GRPOConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, choices))}")
-        for contradiction, says in _contradictions(self):
-            if contradiction:
-                raise ValueError(f"contradictory objective: {says}")
+        for is_contradiction, description in _contradictions(self):
+            if is_contradiction:
+                raise ValueError(f"contradictory objective: {description}")
 
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {

@@ -17,20 +17,20 @@ class ImportanceCorrection:
     """How each token's policy loss is weighted, with `r = p_train / p_rollout` of the sampled tokens (log-ratios within +-20).
 
     Weights: truncated importance sampling, `min(r, cap)` per token (Yao et al., "Your Efficient RL Framework Secretly Brings
-    You Off-Policy RL Training", 2025) or with the product of `r` over the sequence. Masks give zero weight to what lies outside
-    of `[mask_low, mask_high]`: a token by its `r` (IcePop, Ling team, arXiv:2510.18855), a sequence by the product of its `r`,
-    or by their geometric mean, which does not depend on its length (Liu et al., "When Speed Kills Stability", 2025). The
-    denominators of the aggregation stay what they are, as in IcePop.
+    You Off-Policy RL Training", 2025) or with the product of `r` over the sequence. Masks give zero weight outside of
+    `[mask_low, mask_high]`: to a token by its `r` (IcePop, Ling team, arXiv:2510.18855), to a sequence by the product of its
+    `r`, or by their geometric mean, which does not depend on its length (Liu et al., "When Speed Kills Stability", 2025). The
+    denominators of the aggregation do not change, as in IcePop.
 
     Attributes:
-        weight: that is applied; `"none"` leaves masks alone.
-        cap: of the weight.
-        mask: by what, if at all.
+        weight: which ratio becomes the weight; with `"none"` only the mask and the veto act.
+        cap: largest weight.
+        mask: which ratio the mask compares with its bounds; `"none"` masks nothing.
         mask_low, mask_high: bounds of the ratio, inclusive.
-        veto: sequences with any token whose `r` is below it get no weight; 0 vetoes none.
+        veto: sequences with any token whose `r` is below it get zero weight; 0 vetoes none.
 
     Raises:
-        ValueError: nothing is corrected, or bounds that nothing can lie between.
+        ValueError: nothing is corrected, or no ratio can lie between the bounds.
     """
 
     weight: Literal["none", "token", "sequence"] = "token"
@@ -55,9 +55,11 @@ class ImportanceCorrection:
 def importance_weights(
     correction: ImportanceCorrection, train_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """Weights `[batch, seq]` fp32 of whole sequences, without gradient, zero outside of the mask; and what they did:
-    `importance_weight_mean`, `importance_truncated` (share of tokens at the cap) and `importance_masked` (of tokens without
-    weight).
+    """Importance weights of a batch of whole sequences, and metrics of them.
+
+    Returns:
+        Weights `[batch, seq]` fp32 without gradient, zero outside of the mask; and the metrics `importance_weight_mean`,
+        `importance_truncated` (share of the tokens at the cap) and `importance_masked` (share of the tokens with zero weight).
     """
     log_ratio = torch.where(mask, (train_log_probs - rollout_log_probs).detach().double(), 0.0)
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -70,16 +72,16 @@ def importance_weights(
     }
     ratio = log_ratios[correction.weight].exp()
     weights = ratio.clamp(max=correction.cap) if correction.weight != "none" else ratio
-    kept = mask
+    weighted = mask
     if correction.mask != "none":
-        judged = log_ratios[correction.mask].exp()
-        kept = kept & (judged >= correction.mask_low) & (judged <= correction.mask_high)
+        mask_ratio = log_ratios[correction.mask].exp()
+        weighted = weighted & (mask_ratio >= correction.mask_low) & (mask_ratio <= correction.mask_high)
     if correction.veto:
-        kept = kept & (log_ratio.exp() >= correction.veto).all(dim=1, keepdim=True)
-    weights = torch.where(kept, weights, 0.0)
+        weighted = weighted & (log_ratio.exp() >= correction.veto).all(dim=1, keepdim=True)
+    weights = torch.where(weighted, weights, 0.0)
     metrics = {
         "importance_weight_mean": masked_mean(weights, mask),
         "importance_truncated": masked_mean(ratio > correction.cap, mask) if correction.weight != "none" else 0.0,
-        "importance_masked": masked_mean(~kept, mask),
+        "importance_masked": masked_mean(~weighted, mask),
     }
     return weights.float(), metrics

@@ -21,11 +21,11 @@ def kl_penalty(
     within +-20 and the value within +-10, so that no token overflows), abs = |d|.
 
     Args:
-        straight_through: the value is the estimator's, the gradient k2's: of all these only k2's gradient estimates the
-            gradient of the KL without bias for tokens of the policy itself (Tang and Munos, arXiv:2506.09477).
+        straight_through: take the value from the estimator and the gradient from k2: of all these only k2's gradient estimates
+            the gradient of the KL without bias for tokens of the policy itself (Tang and Munos, arXiv:2506.09477).
 
     Raises:
-        ValueError: an unknown estimator.
+        ValueError: the estimator is unknown.
     """
     difference = reference_log_probs - log_probs
     if estimator == "k1":

@@ -1,8 +1,8 @@
-"""The loss of a policy-gradient step, put together from `mbridge_rl.training.objectives` as a frozen config says.
+"""The loss of a policy-gradient step, put together from the components in `objectives` that a `GRPOConfig` chooses.
 
 config = objective("dapo", group_size=16)
 selection = select_rows(config, batch, rewards)
-batch = ...with old log-probabilities...
+batch = ...selection.batch with old log-probabilities...
 prepared = prepare_batch(config, batch, selection.rewards)
 trainer.step(prepared.batch, grpo_loss(config))
 """
@@ -28,13 +28,13 @@ from mbridge_rl.training.objectives.surrogates import (
 )
 
 TokenLoss = Callable[[TokenStatistics, Batch], Tensor]
-"""Loss of every token of a micro-batch, `[rows, seq]`. The trainer takes its mean over all tokens of the whole batch or, of a
-`WeightedLoss`, the sum with its weights."""
+"""A function that returns the loss of every token of a micro-batch, `[rows, seq]`. The trainer takes the mean over all tokens
+of the whole batch or, for a `WeightedLoss`, the sum with its weights."""
 
 
 @runtime_checkable
 class WeightedLoss(Protocol):
-    """A `TokenLoss` that says how its tokens are added up."""
+    """A `TokenLoss` that defines the weights with which its tokens are summed."""
 
     def __call__(self, policy: TokenStatistics, batch: Batch) -> Tensor: ...
 
@@ -81,13 +81,13 @@ class GRPOLoss:
 
 
 def grpo_loss(config: GRPOConfig) -> GRPOLoss:
-    """The loss of a step. The batch must hold `advantages`, `old_log_probs` and, where the config asks for them,
+    """The loss of a step. The batch must hold `advantages`, `old_log_probs` and, where the config needs them,
     `reference_log_probs` and `importance_weights`."""
     return GRPOLoss(config)
 
 
 def step_ratio(config: GRPOConfig, log_probs: Tensor, batch: Batch) -> Tensor:
-    """The ratio of the policy to the one before the step, of tokens or of sequences as the config says."""
+    """`[rows, seq]`: the ratio of the policy to the one before the step, of tokens or of sequences as `config.ratio` says."""
     old = batch.need("old_log_probs")
     return sequence_ratio(log_probs, old, batch) if config.ratio == "sequence" else policy_ratio(log_probs, old)
 
@@ -98,8 +98,8 @@ def supervised_loss(policy: TokenStatistics, batch: Batch) -> Tensor:
 
 
 def policy_metrics(log_probs: Tensor, batch: Batch, config: GRPOConfig) -> dict[str, float]:
-    """`objectives.metrics.ratio_metrics` of a step on the whole batch, with the config's ratio and bounds, and
-    `dual_clip_fraction`."""
+    """The metrics of `objectives.metrics.ratio_metrics` for a step on the whole batch, with the config's ratio and bounds; with
+    `dual_clip` also `dual_clip_fraction`, the share of the tokens whose loss it bounds."""
     ratio, advantages = step_ratio(config, log_probs, batch), batch.need("advantages")
     metrics = ratio_metrics(
         ratio, log_probs, batch.need("old_log_probs"), advantages, batch.mask, config.clip_low, config.clip_high

@@ -1,4 +1,4 @@
-"""How far policies are from each other, as numbers to log. Every token in the mask weighs the same, if nothing else is said."""
+"""Metrics of the difference between two policies. Unless stated otherwise every token in the mask has the same weight."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mbridge_rl.training.objectives.kl import MAX_LOG_RATIO, kl_penalty
 def ratio_metrics(
     ratio: Tensor, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
 ) -> dict[str, float]:
-    """How far the policy of a step is from the one that the ratio divides by.
+    """Metrics of the difference between the policy of a step and the policy in the ratio's denominator.
 
     Returns:
-        `ratio_mean`, `ratio_max_deviation` (largest |ratio - 1|), `clip_fraction` (ratio outside of the bounds),
-        `clip_fraction_low` and `clip_fraction_high` (where the advantage pushes beyond the bound: those have no gradient),
-        `ppo_kl` (k1 of old to new) and `policy_kl` (k3 of new to old).
+        `ratio_mean`, `ratio_max_deviation` (largest |ratio - 1|), `clip_fraction` (share of the tokens with a ratio outside of
+        the bounds), `clip_fraction_low` and `clip_fraction_high` (share of those below and above where the advantage pushes
+        further out, so that they have no gradient), `ppo_kl` (KL(old || new) by k1) and `policy_kl` (KL(new || old) by k3).
     """
     below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
     return {
@@ -34,24 +34,25 @@ def ratio_metrics(
 
 
 def mismatch_metrics(train_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the trainer's policy is from the engine's on the tokens that the engine sampled, with `r = p_train / p_rollout`.
+    """Metrics of the difference between the trainer's policy and the engine's on the tokens that the engine sampled, with
+    `r = p_train / p_rollout`.
 
     Returns:
-        - `mismatch_mean`, `mismatch_max`: of |log r|.
-        - `token_mult_prob_error`: mean of exp(|log r|), 1 where they agree (NeMo-RL's).
+        - `mismatch_mean`, `mismatch_max`: mean and maximum of |log r|.
+        - `token_mult_prob_error`: mean of exp(|log r|), 1 where they agree (the metric of that name in NeMo-RL).
         - `kl_train_rollout`: KL(train || rollout) in nats by r log r - (r - 1), unbiased and never negative.
         - `kl_rollout_train`: KL(rollout || train) by k1, `mismatch_k3`: the same by k3, r - 1 - log r.
         - `ppl_ratio`: perplexity of the trainer over that of the engine, geometric mean over sequences.
-        - `chi2_token`, `chi2_sequence`: mean of r^2 - 1, of tokens, and of whole sequences with the product of their r.
+        - `chi2_token`, `chi2_sequence`: mean of r^2 - 1 over tokens, and over sequences with the product of their r.
         - `ess`: effective sample size of the tokens under r as a share of them, (sum r)^2 / (n sum r^2); 1 where they agree.
     """
     log_ratio = torch.where(mask, train_log_probs - rollout_log_probs, 0.0).double()
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = clamped.exp()
     lengths = mask.sum(dim=1)
-    some = lengths > 0
+    nonempty = lengths > 0
     totals = log_ratio.sum(dim=1)
-    kept = ratio[mask]
+    masked_ratio = ratio[mask]
     return {
         "mismatch_mean": masked_mean(log_ratio.abs(), mask),
         "mismatch_max": log_ratio.abs().max().item() if log_ratio.numel() else 0.0,
@@ -59,8 +60,12 @@ def mismatch_metrics(train_log_probs: Tensor, rollout_log_probs: Tensor, mask: T
         "kl_train_rollout": masked_mean(ratio * clamped - torch.expm1(clamped), mask),
         "kl_rollout_train": masked_mean(-log_ratio, mask),
         "mismatch_k3": masked_mean(torch.expm1(clamped) - clamped, mask),
-        "ppl_ratio": math.exp(-masked_mean(totals / lengths.clamp(min=1), some)),
+        "ppl_ratio": math.exp(-masked_mean(totals / lengths.clamp(min=1), nonempty)),
         "chi2_token": masked_mean(ratio.square() - 1, mask),
-        "chi2_sequence": masked_mean((2 * totals.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).exp() - 1, some),
-        "ess": (kept.sum().square() / (len(kept) * kept.square().sum())).item() if len(kept) else 1.0,
+        "chi2_sequence": masked_mean((2 * totals.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).exp() - 1, nonempty),
+        "ess": (
+            (masked_ratio.sum().square() / (len(masked_ratio) * masked_ratio.square().sum())).item()
+            if len(masked_ratio)
+            else 1.0
+        ),
     }

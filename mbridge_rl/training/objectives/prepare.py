@@ -1,6 +1,7 @@
-"""From rewarded rollouts to a batch that the loss can be computed of.
+"""Prepares a batch of rewarded rollouts for the loss.
 
-What compares completions is computed here, on the whole batch, which every rank holds, before it is split: no split changes it.
+Everything that compares completions with each other is computed here, on the whole batch, which every rank holds. So the later
+split over ranks and micro-batches does not change it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from mbridge_rl.training.objectives.shaping import kl_rewards, overlong_penalty,
 class Selection:
     """Attributes:
     batch: the rows to train on; empty where every group was left out.
-    rewards: `[rows]` fp32, shaped; not finite where unknown.
-    metrics: counts of what was left out and why.
+    rewards: `[rows]` fp32, the shaped rewards; not finite where unknown.
+    metrics: counts of rows and groups that were left out, by reason.
     """
 
     batch: Batch
@@ -30,9 +31,9 @@ class Selection:
 
 
 def select_rows(config: GRPOConfig, batch: Batch, rewards: Tensor, *, truncated: Tensor | None = None) -> Selection:
-    """Leaves out what can not be trained on, and shapes the rewards.
+    """Leaves out rows that cannot be trained on, and shapes the rewards.
 
-    A completion whose reward is not finite counts for nothing: it loses its mask, its group is compared without it.
+    A completion whose reward is not finite has no effect: its mask becomes empty, and its group is compared without it.
 
     Args:
         batch: whole groups, side by side.
@@ -40,12 +41,12 @@ def select_rows(config: GRPOConfig, batch: Batch, rewards: Tensor, *, truncated:
         truncated: `[batch]` bool, completions that were cut off.
 
     Returns:
-        Metrics `rewards_not_finite`, `constant_groups` (whose rewards are all equal), `dropped_groups`, `truncated_rows`,
-        `overlong_rows` (with a penalty).
+        The rows with their rewards, and the metrics `rewards_not_finite`, `constant_groups` (whose rewards are all equal),
+        `dropped_groups`, `truncated_rows`, `overlong_rows` (with a penalty).
 
     Raises:
-        ValueError: rewards that are not one per row, not whole groups, or all not finite; a config that treats truncated
-            completions in a way of their own, without `truncated`.
+        ValueError: the rewards are not one per row, do not form whole groups, or are all not finite; or the config treats
+            truncated completions differently and `truncated` is missing.
     """
     if len(rewards) != len(batch):
         raise ValueError(f"{len(rewards)} rewards for {len(batch)} rows")
@@ -76,16 +77,16 @@ def select_rows(config: GRPOConfig, batch: Batch, rewards: Tensor, *, truncated:
         batch = batch.without_rows(truncated)
     if config.dynamic_sampling:
         metrics["dropped_groups"] = metrics["constant_groups"]
-        kept = informative.repeat_interleave(config.group_size)
-        batch, rewards = batch.rows(kept), rewards[kept]
+        informative_rows = informative.repeat_interleave(config.group_size)
+        batch, rewards = batch.rows(informative_rows), rewards[informative_rows]
     return Selection(batch, rewards, metrics)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Attributes:
-    batch: with all that `grpo_loss` needs.
-    metrics: of the advantages and the importance correction.
+    batch: the batch with all tensors that `grpo_loss` needs.
+    metrics: metrics of the advantages and of the importance correction.
     """
 
     batch: Batch
@@ -96,11 +97,11 @@ def prepare_batch(config: GRPOConfig, batch: Batch, rewards: Tensor) -> Prepared
     """Adds advantages and, where the config has a correction, importance weights.
 
     Args:
-        batch: with `old_log_probs`, and with `rollout_log_probs` and `reference_log_probs` where the config needs them.
+        batch: a batch with `old_log_probs`, and with `rollout_log_probs` and `reference_log_probs` where the config needs them.
         rewards: `[batch]`, as `select_rows` returned them.
 
     Raises:
-        ValueError: a tensor is missing, or not finite where it counts.
+        ValueError: a tensor is missing, or not finite at a token in the mask.
     """
     batch.check_finite()
     metrics: dict[str, float] = {}
@@ -113,10 +114,10 @@ def prepare_batch(config: GRPOConfig, batch: Batch, rewards: Tensor) -> Prepared
             config.correction, batch.need("old_log_probs"), batch.need("rollout_log_probs"), batch.mask
         )
         batch = batch.with_tensors(importance_weights=weights)
-    some = len(advantages) > 0
+    has_rows = len(advantages) > 0
     metrics = {
         **metrics,
-        "advantage_mean": advantages.mean().item() if some else 0.0,
-        "advantage_max": advantages.abs().max().item() if some else 0.0,
+        "advantage_mean": advantages.mean().item() if has_rows else 0.0,
+        "advantage_max": advantages.abs().max().item() if has_rows else 0.0,
     }
     return Prepared(batch.with_tensors(advantages=batch.spread(advantages)), metrics)

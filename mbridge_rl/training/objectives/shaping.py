@@ -1,4 +1,4 @@
-"""What is done to rewards before they are compared."""
+"""Reward shaping: changes of rewards before they are compared with each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     to -1 at `max_length`, and -1 beyond.
 
     Args:
-        lengths: `[batch]`, tokens of the completions.
+        lengths: `[batch]`, the completions' numbers of tokens.
         buffer: tokens before the limit in which the penalty grows.
 
     Returns:
@@ -25,8 +25,9 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 def truncated_rewards(
     rewards: Tensor, truncated: Tensor, reward: float | None, penalty: float, *, ignore: bool = False
 ) -> Tensor:
-    """Of completions that were cut off: `reward` in the place of their own (unless that is unknown), less `penalty`; NaN, which
-    is unknown, with `ignore`. DAPO (arXiv:2503.14476, section 3.4) compares such treatments.
+    """The rewards `[batch]`, changed for completions that were cut off: `reward` takes the place of their own (unless their own
+    is unknown), and `penalty` is subtracted. With `ignore` they become NaN, which means unknown. DAPO (arXiv:2503.14476,
+    section 3.4) compares such treatments.
 
     Args:
         rewards: `[batch]`.

@@ -1,4 +1,4 @@
-"""The policy's part of the loss: probability ratios, and what is made of ratio and advantage."""
+"""The policy's part of the loss: probability ratios, and the losses that are computed from ratio and advantage."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> Tensor:
     """PPO's clipped surrogate as a loss, `-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)` (Schulman et al.,
-    arXiv:1707.06347; an upper bound of its own, "clip-higher": DAPO, arXiv:2503.14476).
+    arXiv:1707.06347; a separate upper bound, "clip-higher": DAPO, arXiv:2503.14476).
 
     Args:
-        dual_clip: bounds the loss of a bad token that has become very likely by `dual_clip * |A|` (Ye et al.,
-            arXiv:1912.09729); `None` does not.
+        dual_clip: bounds the loss of a token with a negative advantage that has become very likely by `dual_clip * |A|` (Ye et
+            al., arXiv:1912.09729); `None` sets no such bound.
     """
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
@@ -45,7 +45,8 @@ def clipped_surrogate(
 
 
 def clipped_weight_loss(log_probs: Tensor, ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
-    """CISPO: `-clip(ratio, 1 - clip_low, 1 + clip_high) * A * log p`, the weight without gradient, so that a clipped token
-    still teaches (MiniMax-M1, arXiv:2506.13585). `clip_low=1` leaves the weight without a lower bound, as the paper does.
+    """CISPO's loss `-clip(ratio, 1 - clip_low, 1 + clip_high) * A * log p`. The clipped weight has no gradient, so that a
+    clipped token still has one (MiniMax-M1, arXiv:2506.13585). `clip_low=1` leaves the weight without a lower bound, as the
+    paper does.
     """
     return -(ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantages * log_probs)

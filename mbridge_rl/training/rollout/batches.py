@@ -1,6 +1,6 @@
-"""Batches of rollouts for the training loop, whatever the mode: the collective end of the generator.
+"""Batches of rollouts for the training loop in every mode: this module brings what the generator on rank 0 has to all ranks.
 
-Made and called by all ranks together. The generator, its thread and the engines are on rank 0.
+All ranks make the source and call its methods together. The generator, its thread and the engines are on rank 0.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from mbridge_rl.sync.weight_sync import SyncReport
 from mbridge_rl.training.fleet import EngineFleet
 from mbridge_rl.training.rollout.collect import FailedRewards, RolloutBatch, assemble, on_first_rank
 from mbridge_rl.training.rollout.episodes import EpisodeRunner
-from mbridge_rl.training.rollout.generator import Generator, Group
+from mbridge_rl.training.rollout.generator import EpisodeGroup, Generator
 from mbridge_rl.training.rollout.rewards import Problem
 
 
 class RolloutSource:
-    """Yields batches; between `pause` and `resume` weights may change.
+    """Returns batches of rollouts; between `publish` and `resume` the engines do not sample.
 
     Args:
-        fleet: of the engines that `runner` samples from.
-        generator: on rank 0; `None` elsewhere.
-        runner: of episodes, on rank 0.
-        out_of_the_way: entered on every rank while batches are sampled and problems evaluated; weights are back after it, also
-            for an engine that is replaced in between.
+        fleet: the engines from which `runner` samples.
+        generator: the generator on rank 0; `None` elsewhere.
+        runner: the runner of episodes on rank 0; `None` elsewhere.
+        out_of_the_way: makes a context that every rank enters while batches are sampled and problems evaluated, and that may
+            free the trainer's memory. It has ended, and the trainer's weights are back, when a lost engine is replaced.
     """
 
     def __init__(
@@ -55,25 +55,27 @@ class RolloutSource:
         """The next batch, on every rank.
 
         Raises:
-            EngineProcessError: too many engines were lost; RewardFailed: see `assemble`.
+            EngineProcessError: too many engines were lost.
+            RewardFailed: see `assemble`.
         """
-        return self._surviving(lambda: self._batch(*self._on_first_rank()[1].take()), sampling=True)
+        return self._retry_when_engines_are_lost(lambda: self._batch(*self._on_first_rank()[1].take()), sampling=True)
 
     def publish(self, version: int) -> SyncReport:
-        """Waits until weights may change, and gives the trainer's to the engines as `version`. `resume` goes on sampling."""
-        self._surviving(lambda: self._on_first_rank()[1].pause())
+        """Waits until the engines' weights may change, and sends them the trainer's as `version`. Sampling goes on after
+        `resume`."""
+        self._retry_when_engines_are_lost(lambda: self._on_first_rank()[1].pause())
         report = self._fleet.sync(version)
         self.version = version
         return report
 
     def resume(self, updates: int) -> None:
-        """Goes on sampling; the weights have seen so many updates."""
+        """Goes on sampling, with weights after `updates` updates."""
         if self._generator is not None:
             self._generator.resume(updates)
 
     def evaluate(self, problems: Sequence[Problem]) -> list[tuple[str, float]]:
-        """Greedy completions (of several turns: all that was said) with their rewards, on every rank; between `publish` and
-        `resume`. A failed reward counts as 0."""
+        """Greedy completions (of several turns: the whole transcript) with their rewards, on every rank. Call it between
+        `publish` and `resume`. A failed reward counts as 0."""
 
         def completed() -> list[tuple[str, float]]:
             runner, generator = self._on_first_rank()
@@ -82,16 +84,17 @@ class RolloutSource:
             verdicts = generator.verdicts(episodes)
             return [(runner.transcript(episode), verdict.reward) for episode, verdict in zip(episodes, verdicts, strict=True)]
 
-        return self._surviving(completed, sampling=True)
+        return self._retry_when_engines_are_lost(completed, sampling=True)
 
     def state(self) -> Tensor:
-        """Of the generator, unfinished episodes included, pickled: uint8, the same on every rank. Between `publish` and
-        `resume`."""
+        """The generator's state with its unfinished episodes, pickled: a uint8 tensor, the same on every rank. Call it between
+        `publish` and `resume`."""
         pickled = on_first_rank(self._group, lambda: pickle.dumps(self._on_first_rank()[1].state_dict()))
         return torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
 
     def load_state(self, state: Tensor) -> None:
-        """What `state` returned, before the first `resume`. Only who may write the run's checkpoints can make up another."""
+        """Loads what `state` returned; call it before the first `resume`. Unpickling runs code: the state must come from the
+        run's own checkpoints."""
         if self._generator is not None:
             self._generator.load_state_dict(pickle.loads(state.numpy().tobytes()))
 
@@ -99,8 +102,9 @@ class RolloutSource:
         if self._generator is not None:
             self._generator.close()
 
-    def _surviving(self, function: Callable[[], Any], *, sampling: bool = False) -> Any:
-        """`function` on rank 0, again as often as an engine is lost meanwhile and can be replaced."""
+    def _retry_when_engines_are_lost(self, function: Callable[[], Any], *, sampling: bool = False) -> Any:
+        """Calls `function` on rank 0 and returns its result on every rank; calls it again whenever an engine was lost and
+        replaced."""
         while True:
             try:
                 with ExitStack() as stack:
@@ -118,16 +122,16 @@ class RolloutSource:
         assert self._generator is not None
         return self._runner, self._generator
 
-    def _batch(self, groups: list[Group], rejected: int) -> RolloutBatch:
+    def _batch(self, groups: list[EpisodeGroup], rejected: int) -> RolloutBatch:
         episodes = [episode for group in groups for episode in group.episodes]
-        found = assemble(
+        batch = assemble(
             episodes,
             [verdict for group in groups for verdict in group.verdicts],
             pad_token_id=self._pad_token_id,
             length=self._length,
             failed_rewards=self._failed_rewards,
         )
-        counts = {**found.counts, "groups_rejected": rejected, "turns": sum(max(episode.turns, 1) for episode in episodes)}
+        counts = {**batch.counts, "groups_rejected": rejected, "turns": sum(max(episode.turns, 1) for episode in episodes)}
         runner, _ = self._on_first_rank()
         samples = [(episode.problem.prompt, runner.transcript(episode)) for episode in episodes]
-        return replace(found, counts=counts, samples=samples)
+        return replace(batch, counts=counts, samples=samples)

@@ -1,4 +1,4 @@
-"""Rollouts: what the engine answers, as batches that every trainer rank holds.
+"""Rollouts: the engine's rewarded completions, as batches that every trainer rank holds.
 
 Rank 0 talks to the engine, computes rewards and shares the result; the other ranks have `engine=None`.
 """
@@ -18,11 +18,11 @@ from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.training.batch import Batch, Sequences
 from mbridge_rl.training.rollout.episodes import (
     NOT_SAMPLED,
-    Engine,
     Environment,
     Episode,
     EpisodeRunner,
     SamplingConfig,
+    SamplingEngine,
     Tokenizer,
 )
 from mbridge_rl.training.rollout.rewards import InProcessJudge, Judge, Problem, RewardFunction, Verdict
@@ -30,7 +30,7 @@ from mbridge_rl.training.rollout.rewards import InProcessJudge, Judge, Problem, 
 T = TypeVar("T")
 
 FailedRewards = Literal["mask", "zero", "raise"]
-KEPT_ERRORS = 3
+MAX_ERRORS = 3
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,15 @@ class RolloutBatch:
     """Sampled completions, rewarded.
 
     Attributes:
-        batch: with `rollout_log_probs`; the rows of a group side by side. Only tokens that the policy wrote are in its mask.
-        rewards: `[batch]` fp32; not a number where the reward raised, timed out or is none.
-        token_versions: `[batch, seq]` int64, of the weights that sampled the token that a position predicts; -1 outside of the
-            mask.
-        truncated: `[batch]` bool, the completion was cut off.
-        counts: of the step: groups thrown away and the like.
+        batch: the tokens with `rollout_log_probs`; the rows of a group side by side. Only tokens that the policy wrote are in
+            its mask.
+        rewards: `[batch]` fp32; NaN where the reward raised, timed out or is no finite number.
+        token_versions: `[batch, seq]` int64, the version of the weights that sampled the token that a position predicts; -1
+            outside of the mask.
+        truncated: `[batch]` bool, whether the completion was cut off.
+        counts: numbers of the step, for example of groups thrown away.
         errors: the first few reasons of missing rewards.
-        samples: `(prompt, completion)` texts; of several turns all that was said.
+        samples: `(prompt, completion)` texts; with several turns the completion is the whole transcript.
     """
 
     batch: Batch
@@ -58,13 +59,14 @@ class RolloutBatch:
 
     @property
     def versions(self) -> Tensor:
-        """`[batch]` int64, of the oldest token of each row that counts; that of the weights that began it."""
+        """`[batch]` int64: the version of the oldest sampled token of each row, which is that of the weights that began the
+        row."""
         unsampled = self.token_versions == NOT_SAMPLED
         return torch.where(unsampled, torch.iinfo(torch.int64).max, self.token_versions).amin(dim=1)
 
 
 class RewardFailed(BridgeError, ValueError):
-    """A reward function failed, and the configuration says that this ends the run."""
+    """A reward failed, and the configuration (`RewardConfig.failed`) ends the run in this case."""
 
 
 def assemble(
@@ -75,7 +77,7 @@ def assemble(
     length: int | None = None,
     failed_rewards: FailedRewards = "mask",
 ) -> RolloutBatch:
-    """Rewarded episodes, the groups' side by side, as one padded batch.
+    """Puts rewarded episodes into one padded batch, those of a group side by side.
 
     Args:
         failed_rewards: see `RewardConfig.failed`.
@@ -106,29 +108,30 @@ def assemble(
         versions,
         torch.tensor([episode.truncated for episode in episodes]),
         {"rewards_failed": len(errors)},
-        tuple(dict.fromkeys(errors))[:KEPT_ERRORS],
+        tuple(dict.fromkeys(errors))[:MAX_ERRORS],
     )
 
 
 def on_first_rank(group: RankGroup, function: Callable[[], T]) -> T:
-    """What `function` returned on rank 0, on every rank; it may hold batches. What it raised there is raised on every rank."""
+    """Calls `function` on rank 0 and returns its result on every rank; the result may hold batches. An error that it raises
+    there is raised on every rank."""
     return group.on_first_rank(function, (RolloutBatch, Batch, Sequences))
 
 
 class Rollout:
-    """Samples from an engine while the trainer waits. Made and called by all ranks together.
+    """Samples from an engine while the trainer waits. All ranks make it and call its methods together.
 
     Args:
-        engine: on rank 0; `None` elsewhere.
-        tokenizer: for prompts and completions.
-        reward: of a completion, or a judge.
+        engine: the engine on rank 0; `None` elsewhere.
+        tokenizer: encodes prompts and decodes completions.
+        reward: a function that rewards a completion, or a judge.
         environment: makes the environment of a problem's episode; `None` for single turns.
         failed_rewards: see `RewardConfig.failed`.
     """
 
     def __init__(
         self,
-        engine: Engine | None,
+        engine: SamplingEngine | None,
         tokenizer: Tokenizer,
         reward: RewardFunction | Judge,
         config: SamplingConfig | None = None,
@@ -145,7 +148,7 @@ class Rollout:
         self._runner = None if engine is None else EpisodeRunner(engine, tokenizer, self._config, environment)
 
     def collect(self, problems: Sequence[Problem], group_size: int) -> RolloutBatch:
-        """`group_size` completions of every problem."""
+        """Samples and rewards `group_size` completions of every problem; on every rank."""
         self._calls += 1
         return on_first_rank(self._group, lambda: self._collect(problems, group_size))
 
@@ -166,7 +169,7 @@ class Rollout:
 
     def _collect(self, problems: Sequence[Problem], group_size: int) -> RolloutBatch:
         episodes = self._finished(problems, group_size)
-        found = assemble(
+        batch = assemble(
             episodes,
             self._verdicts(episodes),
             pad_token_id=self._tokenizer.pad_token_id,
@@ -174,8 +177,8 @@ class Rollout:
             failed_rewards=self._failed_rewards,
         )
         assert self._runner is not None
-        found.samples.extend((episode.problem.prompt, self._runner.transcript(episode)) for episode in episodes)
-        return found
+        batch.samples.extend((episode.problem.prompt, self._runner.transcript(episode)) for episode in episodes)
+        return batch
 
     def _finished(self, problems: Sequence[Problem], group_size: int, *, greedy: bool = False) -> list[Episode]:
         assert self._runner is not None

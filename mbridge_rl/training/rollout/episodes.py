@@ -1,10 +1,11 @@
-"""Episodes: a prompt and everything that follows it, token by token, with who wrote each token and at which weights.
+"""Episodes: a prompt and everything that follows it, token by token, with the writer of each token and the version of its
+weights.
 
-Token in, token out: what the engine sampled is kept as it is and goes back to the engine, and later to the trainer, unchanged.
-Text is decoded only for stop texts, rewards and environments, and never encoded again.
+Tokens that the engine sampled are stored as token ids and go back to the engine, and later to the trainer, unchanged. They are
+decoded to text only for stop texts, rewards and environments, and that text is never encoded again.
 
-An episode advances in rounds. A round is one call of the engine for all episodes under way, of at most `segment_tokens` each,
-so weights may change between two rounds and every token's version is known: that of its round.
+An episode advances in rounds. A round is one call of the engine for all unfinished episodes, with at most `segment_tokens`
+tokens for each. Weights change only between two rounds, so every token has the version of its round.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ NOT_SAMPLED = -1
 """The version of a token that the policy did not write."""
 
 
-class Engine(Protocol):
-    """What a rollout asks of an engine: `InProcessEngine`, `EngineProcess` and `EngineFleet` have it."""
+class SamplingEngine(Protocol):
+    """The method of an engine that rollouts use: `InProcessEngine`, `EngineProcess` and `EngineFleet` have it."""
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]: ...
 
@@ -39,27 +40,28 @@ class Tokenizer(Protocol):
 
 
 class Environment(Protocol):
-    """The other side of one multi-turn episode; made anew for each, as `Class(problem)`. Checkpoints pickle it."""
+    """The policy's counterpart in one multi-turn episode. Each episode makes its own, as `Class(problem)`. Checkpoints pickle
+    it."""
 
     def respond(self, turn: str) -> str | None:
-        """What is said to the policy's turn, as text that follows it (with whatever the chat format puts between turns);
+        """Answers the policy's turn with the text that follows it (including whatever the chat format puts between turns);
         `None` ends the episode."""
 
     def reward(self) -> float:
-        """Of the episode so far; asked once, at its end."""
+        """Returns the reward of the episode; called once, at its end."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """Attributes:
-    max_tokens: that the policy may write in an episode, stop tokens included.
-    length: every batch is padded to so many tokens; `None` pads to its longest row.
-    temperature: 1 samples from the policy itself; give `TrainerConfig` the same.
-    seed: of sampling; every episode has its own stream, whatever else is in the batch.
-    stop: texts that end a turn, besides the tokenizer's end token. The token that completes one is the turn's last.
-    stop_token_ids: tokens that do.
-    max_turns: of an episode with an environment.
-    max_context: longest prompt with everything after it; `None` knows no limit.
+    max_tokens: number of tokens that the policy may write in an episode, stop tokens included.
+    length: number of tokens to which every batch is padded; `None` pads to its longest row.
+    temperature: the sampling temperature; 1 samples from the policy itself. Give `TrainerConfig` the same.
+    seed: seed of sampling; every episode has its own random stream, whatever else is in the batch.
+    stop: texts that end a turn, besides the tokenizer's end token. The token that completes such a text is the turn's last.
+    stop_token_ids: tokens that end a turn.
+    max_turns: most turns of the policy in an episode with an environment.
+    max_context: most tokens of a prompt together with everything after it; `None` sets no limit.
     """
 
     max_tokens: int = 16
@@ -75,13 +77,14 @@ class SamplingConfig:
 @dataclass
 class Episode:
     """Attributes:
-    prompt, tokens: ids of the prompt, and of what follows it.
-    log_probs: of each of `tokens` when it was sampled; 0 where the policy did not write it.
-    versions: of the weights that sampled each of `tokens`; `NOT_SAMPLED` where an environment wrote it.
-    finish: why it ended: `stop`, `length` (cut off), `turns`, `error` (its environment raised); empty while under way.
-    turns: that the policy finished.
-    turn_start: where in `tokens` the present turn began.
-    verdict: of its environment.
+    prompt, tokens: token ids of the prompt, and of everything that follows it.
+    log_probs: log-probability of each of `tokens` when it was sampled; 0 where the policy did not write it.
+    versions: version of the weights that sampled each of `tokens`; `NOT_SAMPLED` where an environment wrote it.
+    finish: why the episode ended: `stop`, `length` (cut off), `turns`, `error` (its environment raised); empty while
+        unfinished.
+    turns: number of turns that the policy has finished.
+    turn_start: index in `tokens` at which the present turn began.
+    verdict: the verdict of the episode's environment, if it gave one.
     """
 
     problem: Problem
@@ -98,7 +101,7 @@ class Episode:
 
     @property
     def sampled(self) -> int:
-        """Tokens that the policy wrote."""
+        """The number of tokens that the policy wrote."""
         return sum(version != NOT_SAMPLED for version in self.versions)
 
     @property
@@ -120,7 +123,7 @@ class EpisodeRunner:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: SamplingEngine,
         tokenizer: Tokenizer,
         sampling: SamplingConfig,
         environment: Callable[[Problem], Environment] | None = None,
@@ -129,30 +132,32 @@ class EpisodeRunner:
         self._ends = {tokenizer.eos_token_id, *sampling.stop_token_ids}
 
     def start(self, problem: Problem, *identity: int) -> Episode:
-        """An episode whose random stream is that of `identity` (its group, its place there)."""
+        """Makes an episode whose random stream is determined by `identity` (the number of its group, its place in the
+        group)."""
         environment = None if self._environment is None else self._environment(problem)
-        return Episode(problem, self._tokenizer.encode(problem.prompt), _mixed(self.sampling.seed, *identity), environment)
+        return Episode(problem, self._tokenizer.encode(problem.prompt), _mixed_seed(self.sampling.seed, *identity), environment)
 
     def advance(self, episodes: Sequence[Episode], segment_tokens: int | None = None, *, greedy: bool = False) -> None:
-        """One round for episodes that are under way: some tokens each, and the environment's answer where a turn ended."""
+        """Runs one round for unfinished episodes: samples some tokens of each, and adds the environment's answer where a turn
+        ended."""
         rooms = [self._room(episode) for episode in episodes]
         completions = self._engine.generate(
             [[*episode.prompt, *episode.tokens] for episode in episodes],
             temperature=0.0 if greedy else self.sampling.temperature,
             max_tokens=[room if segment_tokens is None else min(room, segment_tokens) for room in rooms],
-            seed=[_mixed(episode.seed, len(episode.tokens)) for episode in episodes],
+            seed=[_mixed_seed(episode.seed, len(episode.tokens)) for episode in episodes],
             stop_token_ids=sorted(self._ends),
         )
         for episode, completion in zip(episodes, completions, strict=True):
             self._take(episode, completion)
 
     def run(self, episodes: Sequence[Episode], *, greedy: bool = False) -> None:
-        """Rounds until all episodes are finished."""
+        """Runs rounds until all episodes are finished."""
         while under_way := [episode for episode in episodes if not episode.finish]:
             self.advance(under_way, greedy=greedy)
 
     def verdicts(self, episodes: Sequence[Episode], judge: Judge) -> list[Verdict]:
-        """The verdict on every finished episode: its environment's where that gave one, else the judge's."""
+        """The verdict on every finished episode: the environment's where it gave one, otherwise the judge's."""
         open_episodes = [episode for episode in episodes if episode.verdict is None]
         questions = [(episode.problem, self.text(episode)) for episode in open_episodes]
         judged = iter(judge.judge(questions) if questions else ())
@@ -163,14 +168,14 @@ class EpisodeRunner:
         return self._turn_text(episode.tokens[episode.turn_start :])
 
     def transcript(self, episode: Episode) -> str:
-        """Everything after the prompt, of the policy and its environment, without the stop token that ended it."""
+        """The text of everything after the prompt, by the policy and its environment, without the stop token that ended it."""
         return self._turn_text(episode.tokens)
 
-    def _room(self, episode: Episode, others: int = 0) -> int:
-        """How many tokens the policy may still write, behind so many that others are about to."""
+    def _room(self, episode: Episode, appended: int = 0) -> int:
+        """How many tokens the policy may still write after `appended` tokens of the environment are added."""
         room = self.sampling.max_tokens - episode.sampled
         if self.sampling.max_context is not None:
-            room = min(room, self.sampling.max_context - len(episode.prompt) - len(episode.tokens) - others)
+            room = min(room, self.sampling.max_context - len(episode.prompt) - len(episode.tokens) - appended)
         return room
 
     def _take(self, episode: Episode, completion: Completion) -> None:
@@ -187,16 +192,16 @@ class EpisodeRunner:
 
     def _end_turn(self, episode: Episode) -> None:
         episode.turns += 1
-        said = self._ask_environment(episode)
+        response = self._ask_environment(episode)
         if episode.finish:
             return
-        if said is None:
+        if response is None:
             episode.finish = "stop"
         elif episode.turns >= self.sampling.max_turns:
             episode.finish = "turns"
         else:
-            tokens = self._tokenizer.encode(said, add_special_tokens=False)
-            if self._room(episode, len(tokens)) <= 0:  # nobody would read it
+            tokens = self._tokenizer.encode(response, add_special_tokens=False)
+            if self._room(episode, len(tokens)) <= 0:  # the policy could not answer
                 episode.finish = "length"
             else:
                 episode.add(tokens, [0.0] * len(tokens), [NOT_SAMPLED] * len(tokens))
@@ -205,13 +210,14 @@ class EpisodeRunner:
             self._ask_reward(episode)
 
     def _ask_environment(self, episode: Episode) -> str | None:
-        """Tells the environment of the turn that ended; an environment that raises ends the episode."""
+        """Passes the turn that ended to the environment and returns its response; an environment that raises ends the
+        episode."""
         if episode.environment is None:
             return None
         try:
-            said = episode.environment.respond(self.text(episode))
-            if not isinstance(said, str | None):
-                raise TypeError(f"respond() must return text or None, found {shown(said)}")
+            response = episode.environment.respond(self.text(episode))
+            if not isinstance(response, str | None):
+                raise TypeError(f"respond() must return text or None, found {shown(response)}")
         except Exception as error:
             name = type(episode.environment).__qualname__
             episode.finish = "error"
@@ -219,7 +225,7 @@ class EpisodeRunner:
             return None
         if episode.finish:
             self._ask_reward(episode)
-        return said
+        return response
 
     def _ask_reward(self, episode: Episode) -> None:
         if episode.environment is None:
@@ -246,7 +252,7 @@ class EpisodeRunner:
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-def _mixed(*numbers: int) -> int:
-    """A seed of 62 bits from numbers, the same on every machine."""
+def _mixed_seed(*numbers: int) -> int:
+    """A seed of 62 bits that is computed from numbers, the same on every machine."""
     digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2

@@ -1,16 +1,16 @@
-"""The generator: a thread on the first rank that keeps an engine busy and groups of rewarded episodes ready. One for all modes.
+"""The generator: a thread on the first rank that keeps an engine busy and has groups of rewarded episodes ready, in every mode.
 
-What tells the modes apart are two numbers. Batch `s` (counted from 0) is trained at weights that have seen `s` updates.
+The modes differ in two numbers. Batch `s` (counted from 0) is trained on by weights after `s` updates.
 
     max_staleness   a group may start while no more than `(updates + max_staleness + 1) * groups_per_step` have been started:
                     0 is synchronous, 1 lets the next batch be sampled while this one is trained on, more is a queue
-    segment_tokens  None: weights change only when everything that may be started is finished (so which weights sampled what is
-                    the same in every run); a number: they change between two segments, and unfinished episodes go on with the
-                    new weights (partial rollouts, Kimi k1.5, arXiv:2501.12599)
+    segment_tokens  None: weights change only when everything that may be started is finished (so every token is sampled by the
+                    same version in every run); a number: they change between two segments, and unfinished episodes go on with
+                    the new weights (partial rollouts, Kimi k1.5, arXiv:2501.12599)
 
 Both together bound the age of every token: no token of batch `s` is older than `max_staleness` updates (AReaL,
-arXiv:2505.24298, has the same rule for starting). Groups are taken as they are ready, the first started first, except that a
-batch waits for groups that would be too old for the next; none is thrown away for its age.
+arXiv:2505.24298, has the same rule for starting). A batch takes the groups that are ready, in the order of their start, but it
+waits for groups that would be too old for the next batch. No group is thrown away for its age.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 class Problems(Protocol):
-    """Where problems come from, and what they learn of their groups: `sampler.EpochSampler`, `sampler.UnsolvedFirstSampler`."""
+    """A source of problems that learns the mean reward of their groups: `sampler.EpochSampler`,
+    `sampler.UnsolvedFirstSampler`."""
 
     def draw(self, count: int) -> list[Problem]: ...
     def update(self, problem: Problem, mean_reward: float) -> None: ...
@@ -38,10 +39,10 @@ class Problems(Protocol):
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """See the module's docstring.
+    """The settings of a generator; the module's docstring explains `max_staleness` and `segment_tokens`.
 
     Attributes:
-        last_step: groups are started for so many steps in all.
+        last_step: number of steps for which groups are started.
         dynamic_sampling: throw groups with equal rewards away, `max_rejected * groups_per_step` of them per step at most.
     """
 
@@ -55,13 +56,13 @@ class GeneratorConfig:
 
 
 @dataclass
-class Group:
+class EpisodeGroup:
     """Episodes of one problem.
 
     Attributes:
-        index: of all groups that were started.
-        last_step: of the batch (counted from 0) that must have it, lest it be too old.
-        verdicts: of its episodes; empty while some are under way.
+        index: number of groups that were started before this one.
+        last_step: number (counted from 0) of the last batch that may take this group; it would be too old for a later one.
+        verdicts: verdicts on its episodes; empty while some are unfinished.
     """
 
     index: int
@@ -72,16 +73,16 @@ class Group:
 
     @property
     def informative(self) -> bool:
-        """Whether its rewards differ."""
+        """Whether the rewards of its episodes differ."""
         return len({verdict.reward for verdict in self.verdicts if verdict.error is None}) > 1
 
 
 class Generator:
-    """Made on the first rank; paused until `resume`."""
+    """Samples and rewards groups of episodes in a thread. Made on the first rank only; paused until the first `resume`."""
 
     def __init__(self, runner: EpisodeRunner, problems: Problems, judge: Judge, config: GeneratorConfig) -> None:
         self._runner, self._problems, self._judge, self.config = runner, problems, judge, config
-        self._groups: list[Group] = []
+        self._groups: list[EpisodeGroup] = []
         self._started = self._taken = self._updates = 0
         self._rejected = self._rejected_since_take = 0
         self._paused, self._pause_wanted, self._busy, self._closed = True, False, False, False
@@ -90,8 +91,8 @@ class Generator:
         self._thread = threading.Thread(target=self._run, name="rollout-generator", daemon=True)
         self._thread.start()
 
-    def take(self) -> tuple[list[Group], int]:
-        """The groups of the next batch, and how many were thrown away since the last; waits for them.
+    def take(self) -> tuple[list[EpisodeGroup], int]:
+        """Waits for the groups of the next batch; returns them and the number of groups thrown away since the last batch.
 
         Raises:
             Exception: what the engine raised; call `retry` when it can generate again.
@@ -106,10 +107,10 @@ class Generator:
         return chosen, rejected
 
     def pause(self) -> None:
-        """Returns when the engine's weights may change.
+        """Stops sampling, and returns when the engine's weights may change.
 
         Raises:
-            Exception: as `take`.
+            Exception: as in `take`.
         """
         with self._changed:
             if self._paused:
@@ -119,19 +120,19 @@ class Generator:
             self._paused, self._pause_wanted = True, False
 
     def resume(self, updates: int) -> None:
-        """Goes on, with weights that have seen so many updates."""
+        """Goes on sampling, with weights after `updates` updates."""
         with self._changed:
             self._updates, self._paused = updates, False
             self._changed.notify_all()
 
     def retry(self) -> None:
-        """Goes on where the engine had failed: episodes keep what they have."""
+        """Goes on after a failure of the engine; episodes keep the tokens that they have."""
         with self._changed:
             self._failure = None
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends the thread, when the engine has answered its last call."""
+        """Waits until the engine has answered its last call, and ends the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -139,16 +140,16 @@ class Generator:
         self._judge.close()
 
     def verdicts(self, episodes: Sequence[Episode]) -> list[Verdict]:
-        """Of finished episodes: their environments', or the judge's."""
+        """The verdicts on finished episodes, by their environments or by the judge."""
         return self._runner.verdicts(episodes, self._judge)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on in another process, unfinished episodes included; while paused only."""
+        """Everything that is needed to go on in another process, with unfinished episodes. Call it only while paused."""
         counters = {name: getattr(self, name) for name in _COUNTERS}
         return {"counters": counters, "groups": self._groups, "problems": self._problems.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the first `resume`."""
+        """Loads what `state_dict` returned; call it before the first `resume`."""
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self._groups = state["groups"]
@@ -159,15 +160,16 @@ class Generator:
         if self._failure is not None:
             raise self._failure
 
-    def _chosen(self) -> list[Group] | None:
-        """A whole batch that is ready and leaves no group behind that could then not be taken in time."""
-        each = self.config.groups_per_step
-        ready = [group for group in self._groups if group.verdicts][:each]
-        if len(ready) < each:
+    def _chosen(self) -> list[EpisodeGroup] | None:
+        """The groups of the next batch; `None` if too few are ready, or if a group that is left could then not be taken in
+        time."""
+        per_step = self.config.groups_per_step
+        ready = [group for group in self._groups if group.verdicts][:per_step]
+        if len(ready) < per_step:
             return None
         left = [group for group in self._groups if group not in ready]
         for steps in range(self.config.max_staleness + 1):
-            if sum(group.last_step <= self._taken + steps for group in left) > steps * each:
+            if sum(group.last_step <= self._taken + steps for group in left) > steps * per_step:
                 return None
         return ready
 
@@ -175,7 +177,7 @@ class Generator:
         """How many groups may be started now."""
         steps = min(self._updates + self.config.max_staleness + 1, self.config.last_step)
         free = steps * self.config.groups_per_step - (self._started - self._rejected)
-        if self.config.segment_tokens is None:  # batch by batch, so that calls of the engine are the same in every run
+        if self.config.segment_tokens is None:  # one batch at a time, so that calls of the engine are the same in every run
             return 0 if self._under_way() else min(free, self.config.groups_per_step)
         return free
 
@@ -197,11 +199,11 @@ class Generator:
             try:
                 self._runner.advance(episodes, self.config.segment_tokens)
                 judged = self._judged()
-            except Exception as error:  # raised where somebody waits
+            except Exception as error:  # `take` and `pause` raise it
                 failure = error
             with self._changed:
                 if failure is None:
-                    self._keep(judged)
+                    self._record_verdicts(judged)
                 self._busy, self._failure = False, failure
                 self._changed.notify_all()
 
@@ -213,16 +215,16 @@ class Generator:
         for problem in self._problems.draw(count) if count > 0 else ():
             episodes = [self._runner.start(problem, self._started, sample) for sample in range(size)]
             last_step = self._updates + self.config.max_staleness
-            self._groups.append(Group(self._started, problem, last_step, episodes))
+            self._groups.append(EpisodeGroup(self._started, problem, last_step, episodes))
             self._started += 1
 
-    def _judged(self) -> list[tuple[Group, list[Verdict]]]:
-        """Groups that are finished now, with the verdicts of their episodes."""
+    def _judged(self) -> list[tuple[EpisodeGroup, list[Verdict]]]:
+        """The groups that have finished in this round, with the verdicts on their episodes."""
         finished = [group for group in self._groups if not group.verdicts and all(episode.finish for episode in group.episodes)]
-        said = iter(self.verdicts([episode for group in finished for episode in group.episodes]))
-        return [(group, [next(said) for _ in group.episodes]) for group in finished]
+        verdicts = iter(self.verdicts([episode for group in finished for episode in group.episodes]))
+        return [(group, [next(verdicts) for _ in group.episodes]) for group in finished]
 
-    def _keep(self, judged: Sequence[tuple[Group, list[Verdict]]]) -> None:
+    def _record_verdicts(self, judged: Sequence[tuple[EpisodeGroup, list[Verdict]]]) -> None:
         for group, verdicts in judged:
             group.verdicts = verdicts
             rewards = [verdict.reward for verdict in verdicts if verdict.error is None]

@@ -1,8 +1,8 @@
-"""Rewards in processes of their own: a reward function may hang, leak or crash, and costs one completion its reward.
+"""Rewards in separate processes: a reward function that hangs, leaks or crashes costs only one completion its reward.
 
 A worker is a fresh interpreter (as `sync.vllm.engines.process` starts one, and for the same reason), which builds the reward
-function from a picklable factory and answers one question at a time. One that does not answer in time is killed and started
-anew.
+function from a picklable factory and answers one question at a time. A worker that does not answer in time is killed and
+started anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mbridge_rl.core.typed_values import shown
 from mbridge_rl.training.rollout.rewards import Question, RewardFunction, Verdict, described_error, verdict_of
 
 _START_SECONDS = 120.0
-_LAST_SECONDS = 1.0  # between the end of a worker's connection and its own
+_EXIT_SECONDS = 1.0  # how long to wait for the exit status of a worker whose connection has ended
 
 
 class PoolJudge:
@@ -41,26 +41,26 @@ class PoolJudge:
     def judge(self, questions: Sequence[Question]) -> list[Verdict]:
         verdicts: list[Verdict | None] = [None] * len(questions)
         waiting = list(range(len(questions)))[::-1]
-        asked: dict[_Worker, tuple[int, float]] = {}
-        while waiting or asked:
+        pending: dict[_Worker, tuple[int, float]] = {}
+        while waiting or pending:
             for worker in self._workers:
-                if waiting and worker not in asked:
+                if waiting and worker not in pending:
                     index = waiting.pop()
                     try:
-                        asked[worker] = (index, time.monotonic() + worker.ask(questions[index], self._timeout))
+                        pending[worker] = (index, time.monotonic() + worker.ask(questions[index], self._timeout))
                     except Exception as error:  # metadata of any type that cannot be sent
                         verdicts[index] = Verdict.failed(f"the problem cannot be sent to a worker: {described_error(error)}")
-            if not asked:
+            if not pending:
                 continue
-            deadline = min(deadline for _, deadline in asked.values())
-            connections = {worker.connection: worker for worker in asked}
+            deadline = min(deadline for _, deadline in pending.values())
+            connections = {worker.connection: worker for worker in pending}
             for connection in wait(list(connections), max(0.0, deadline - time.monotonic())):
                 worker = connections[connection]  # type: ignore[index]
-                index, _ = asked.pop(worker)
+                index, _ = pending.pop(worker)
                 verdicts[index] = worker.answer()
-            for worker, (index, deadline) in list(asked.items()):
+            for worker, (index, deadline) in list(pending.items()):
                 if time.monotonic() >= deadline:
-                    del asked[worker]
+                    del pending[worker]
                     verdicts[index] = Verdict(error=f"the reward took longer than {self._timeout:g} s; its worker was ended")
                     worker.restart()
         return [verdict if verdict is not None else Verdict(error="no verdict") for verdict in verdicts]
@@ -76,24 +76,25 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        mine, theirs = socket.socketpair()
-        with theirs:
+        own_end, worker_end = socket.socketpair()
+        with worker_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mbridge_rl.training.rollout.reward_pool", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
+                [sys.executable, "-m", "mbridge_rl.training.rollout.reward_pool", str(worker_end.fileno())],
+                pass_fds=(worker_end.fileno(),),
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-                start_new_session=True,  # so that what the reward function started ends with it
+                start_new_session=True,  # so that processes which the reward function starts end with the worker
             )
-        for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # of a message that a worker takes, or sends, in part only
-            mine.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", int(_START_SECONDS), 0))
-        self.connection = Connection(mine.detach())
+        for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # for a message that a worker reads or sends only in part
+            own_end.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", int(_START_SECONDS), 0))
+        self.connection = Connection(own_end.detach())
         self.connection.send_bytes(self._factory)
         self._is_new = True
 
     def ask(self, question: Question, timeout: float) -> float:
-        """Sends the question; returns how many seconds the answer may take. A new worker has its imports before it."""
-        with contextlib.suppress(OSError):  # a dead worker is found when its answer is read
+        """Sends the question; returns how many seconds the answer may take, more for a new worker, which has to import
+        first."""
+        with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is read
             self.connection.send(question)
         allowed = timeout + (_START_SECONDS if self._is_new else 0.0)
         self._is_new = False
@@ -104,7 +105,7 @@ class _Worker:
             verdict = self.connection.recv()
         except (EOFError, OSError):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_LAST_SECONDS)
+                self._process.wait(_EXIT_SECONDS)
             code = self._process.poll()
             self.restart()
             died = f"died (exit status {code})" if code is not None else "closed its connection"
@@ -129,7 +130,7 @@ class _Worker:
 
 
 def main() -> None:
-    """Entry point of a worker: the file descriptor of its socket."""
+    """Entry point of a worker; its argument is the file descriptor of its socket."""
     connection = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         function, failure = None, ""

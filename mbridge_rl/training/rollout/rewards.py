@@ -1,7 +1,7 @@
-"""Rewards: plain functions of a problem and the text of a completion, and who calls them.
+"""Rewards: plain functions of a problem and the text of a completion, and judges that call them.
 
-A judge turns completions into verdicts. A reward that raises, times out or is no finite number is a verdict with an error: it
-is named and counted, and the run decides what becomes of the completion (`RewardConfig.failed`).
+A judge turns completions into verdicts. A reward that raises, times out or is no finite number becomes a verdict with an error:
+the error is logged and counted, and `RewardConfig.failed` decides what happens with the completion.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mbridge_rl.bounded_http import request
 from mbridge_rl.core.json_text import parse_json
 from mbridge_rl.core.typed_values import shown
 
-_SHOWN = 500  # characters of an error
-_MOST_GIVEN_UP = 4  # calls that hang at the same time
+_MOST_ERROR_CHARACTERS = 500  # longer errors are cut
+_MOST_GIVEN_UP = 4  # calls that may hang at the same time
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the policy is asked, and what a reward function may compare with.
+    """A prompt for the policy, with the data that a reward function may use.
 
     Attributes:
-        prompt: the text that is completed.
-        answer: the expected completion, where there is one.
-        metadata: whatever else the reward function or the environment wants to know.
+        prompt: the text that the policy completes.
+        answer: the expected completion, empty if there is none.
+        metadata: further data for the reward function or the environment.
     """
 
     prompt: str
@@ -38,23 +38,23 @@ class Problem:
 
 
 RewardFunction = Callable[[Problem, str], float]
-"""`reward(problem, completion)`; the completion is without the stop token that ended it."""
+"""A function `reward(problem, completion)`; the completion comes without the stop token that ended it."""
 
 Question = tuple[Problem, str]
-"""A problem and the completion that is to be rewarded."""
+"""A problem with the completion that a judge rewards."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A reward, or why there is none (`reward` is then 0)."""
+    """A reward, or the reason why there is none (`reward` is then 0)."""
 
     reward: float = 0.0
     error: str | None = None
 
     @classmethod
     def failed(cls, error: str) -> Verdict:
-        """No reward. Errors quote completions and answers: a long one is cut."""
-        return cls(error=error if len(error) <= _SHOWN else f"{error[:_SHOWN]}...")
+        """A verdict without a reward. Errors may quote completions and answers, so a long one is cut."""
+        return cls(error=error if len(error) <= _MOST_ERROR_CHARACTERS else f"{error[:_MOST_ERROR_CHARACTERS]}...")
 
 
 class Judge(Protocol):
@@ -70,10 +70,10 @@ def exact_match(problem: Problem, completion: str) -> float:
 
 
 def math_verify(problem: Problem, completion: str) -> float:
-    """1 if the completion's last mathematical expression equals the answer's, by the library `math-verify`.
+    """1 if the completion's last mathematical expression equals the answer's, else 0; the library `math-verify` decides it.
 
-    The answer is taken as LaTeX in `$...$` unless it is already. math-verify's own time-outs use signals, which only a main
-    thread has; they are off, and a pool's take their place.
+    An answer that is no LaTeX is put into `$...$`. math-verify's own time-outs use signals, which only the main thread can
+    handle; they are turned off, and a judge's time-outs take their place.
 
     Raises:
         ImportError: math-verify is not installed.
@@ -90,32 +90,33 @@ def math_verify(problem: Problem, completion: str) -> float:
 
 
 def verdict_of(function: RewardFunction, problem: Problem, completion: str) -> Verdict:
-    """What `function` says, whatever it does."""
+    """The verdict of a reward function on a completion; never raises."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return verdict_from(lambda: function(problem, completion), f"reward {name}")
 
 
-def verdict_from(compute: Callable[[], Any], what: str) -> Verdict:
-    """What `compute` returns as a reward, whatever it returns or raises.
+def verdict_from(compute: Callable[[], Any], name: str) -> Verdict:
+    """The verdict with the reward that `compute` returns, or with an error if it raises or returns no finite number.
 
     Args:
-        what: is computed, for the error.
+        name: the subject of the error's sentence, for example `reward exact_match`.
     """
     try:
         reward = compute()
         if isinstance(reward, str | bytes | None):
-            return Verdict.failed(f"{what} is {shown(reward)}, which is no number")
-        return checked(float(reward), what)
+            return Verdict.failed(f"{name} is {shown(reward)}, which is no number")
+        return checked(float(reward), name)
     except (Exception, SystemExit) as error:  # a reward that calls sys.exit() must not end the run
-        return Verdict.failed(f"{what} raised {described_error(error)}")
+        return Verdict.failed(f"{name} raised {described_error(error)}")
 
 
-def checked(reward: float, what: str) -> Verdict:
-    return Verdict(reward) if math.isfinite(reward) else Verdict.failed(f"{what} is {reward}, which is no finite number")
+def checked(reward: float, name: str) -> Verdict:
+    """The verdict with `reward` if it is finite, otherwise with an error."""
+    return Verdict(reward) if math.isfinite(reward) else Verdict.failed(f"{name} is {reward}, which is no finite number")
 
 
 def described_error(error: BaseException) -> str:
-    """Type and text of an error; one may fail even at being shown."""
+    """Type and text of an error; the type alone if the error has no text because its `__str__` raises."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
@@ -123,9 +124,10 @@ def described_error(error: BaseException) -> str:
 
 
 class InProcessJudge:
-    """Calls a function in a thread of this process, one completion after the other. A call that takes too long is given up; its
-    thread cannot be ended, so that after several of them no more are made. What hangs without letting other threads run (in
-    compiled code that holds Python's lock) hangs this process: `PoolJudge` ends even that.
+    """Calls a reward function in a thread of this process, one completion after the other.
+
+    A call that takes too long is given up. Its thread cannot be ended, so that no more calls are made while several of them
+    hang. A call that hangs in compiled code that holds Python's lock hangs this process; only `PoolJudge` can end such a call.
 
     Args:
         timeout: seconds for one reward.
@@ -169,7 +171,7 @@ class _Caller:
         self.is_busy = False
 
     def ask(self, question: Question, timeout: float) -> Verdict | None:
-        """`None` if there is no verdict in time; the thread then ends when the function returns, if ever."""
+        """The verdict, or `None` if there is none in time; the thread then ends when the function returns, if it does."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="reward", daemon=True)
             self._thread.start()
@@ -193,8 +195,9 @@ class _Caller:
 
 
 class HTTPJudge:
-    """Asks a service: one POST of `{"items": [{"prompt", "answer", "metadata", "completion"}, ...]}` per batch, answered by
-    `{"rewards": [...]}`, where `null` is a reward that could not be computed.
+    """Rewards completions by an HTTP service. Each batch is one POST of
+    `{"items": [{"prompt", "answer", "metadata", "completion"}, ...]}`, and the service answers `{"rewards": [...]}`, where
+    `null` stands for a reward that it could not compute.
 
     Args:
         timeout: seconds for the whole answer to a batch.
@@ -206,7 +209,7 @@ class HTTPJudge:
     def judge(self, questions: Sequence[Question]) -> list[Verdict]:
         try:
             return [self._verdict(reward) for reward in self._rewards(questions)]
-        except Exception as error:  # whatever a service does, or a problem that cannot be sent, costs this batch its rewards
+        except Exception as error:  # any failure of the service, or a problem that cannot be sent, costs this batch its rewards
             return [Verdict.failed(f"reward service {self._url}: {described_error(error)}")] * len(questions)
 
     def _rewards(self, questions: Sequence[Question]) -> list[Any]:
@@ -218,7 +221,7 @@ class HTTPJudge:
         headers = {"Content-Type": "application/json"}
         answer = request(self._url, body, headers, seconds=self._timeout, most_bytes=_answer_bytes(len(items)))
         if answer.status != 200:
-            raise ValueError(f"HTTP Error {answer.status}: {answer.body[:_SHOWN].decode(errors='replace')}")
+            raise ValueError(f"HTTP Error {answer.status}: {answer.body[:_MOST_ERROR_CHARACTERS].decode(errors='replace')}")
         return rewards_in(answer.body, len(items))
 
     def _verdict(self, reward: Any) -> Verdict:
@@ -233,10 +236,10 @@ class HTTPJudge:
 
 
 def rewards_in(body: bytes, count: int) -> list[Any]:
-    """The `count` rewards in the body of an answer, of which each may be anything.
+    """The `count` rewards in the body of an answer; their types are not checked.
 
     Raises:
-        ValueError: it is no JSON, or holds no list of so many.
+        ValueError: the body is no JSON, or holds no list of `count` rewards.
     """
     answer = parse_json(body, most_bytes=_answer_bytes(count))
     rewards = answer.get("rewards") if isinstance(answer, dict) else None
@@ -248,5 +251,5 @@ def rewards_in(body: bytes, count: int) -> list[Any]:
 
 
 def _answer_bytes(count: int) -> int:
-    """Most bytes of an answer to so many questions."""
+    """Most bytes that the answer to `count` questions may have."""
     return (1 << 20) + 4096 * count

@@ -1,5 +1,5 @@
-"""Which problems come next. Samplers live on the first rank; their state goes into checkpoints, so that a resumed run goes on
-with the problems that an undisturbed one would have had.
+"""Samplers choose the next problems. They live on the first rank; their state goes into checkpoints, so that a resumed run goes
+on with the same problems as a run without an interruption.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mbridge_rl.training.rollout.rewards import Problem
 
 
 class EpochSampler:
-    """All problems in random order, then all again in another one."""
+    """Draws all problems in random order, then all again in another random order, and so on."""
 
     def __init__(self, problems: Sequence[Problem], *, seed: int = 0) -> None:
         self._problems, self._seed, self._drawn = list(problems), seed, 0
@@ -25,7 +25,7 @@ class EpochSampler:
         return drawn
 
     def update(self, problem: Problem, mean_reward: float) -> None:
-        """Makes no difference."""
+        """Does nothing: the order does not depend on rewards."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self._drawn}
@@ -42,13 +42,13 @@ class EpochSampler:
 
 
 class UnsolvedFirstSampler:
-    """Draws problems, those more often that the policy solved less of when it last met them.
+    """Draws problems at random, more often those with a lower mean reward when they were last drawn.
 
     Where all completions of a group get the same reward there is no gradient; DAPO (arXiv:2503.14476) throws such groups away
-    after sampling, this avoids most of them before.
+    after sampling, this sampler avoids most of them before.
 
     Args:
-        floor: what solved problems weigh, compared with 1 for those of which nothing was solved.
+        floor: weight of solved problems; unsolved problems have a weight of `1 + floor`.
     """
 
     def __init__(self, problems: Sequence[Problem], *, seed: int = 0, floor: float = 0.05) -> None:
@@ -58,15 +58,15 @@ class UnsolvedFirstSampler:
         self._generator = torch.Generator().manual_seed(seed)
 
     def draw(self, count: int) -> list[Problem]:
-        """`count` problems, all different as long as there are so many."""
+        """Draws `count` problems, all different as long as there are so many."""
         drawn: list[int] = []
         while len(drawn) < count:
-            some = min(count - len(drawn), len(self._problems))
-            drawn += torch.multinomial(self._weights, some, generator=self._generator).tolist()
+            missing = min(count - len(drawn), len(self._problems))
+            drawn += torch.multinomial(self._weights, missing, generator=self._generator).tolist()
         return [self._problems[index] for index in drawn]
 
     def update(self, problem: Problem, mean_reward: float) -> None:
-        """How well a problem was solved, in 0..1."""
+        """Sets the weight of a problem by the mean reward of its last group, clamped to 0..1."""
         self._weights[self._index[problem.prompt]] = 1 - min(max(mean_reward, 0.0), 1.0) + self._floor
 
     def state_dict(self) -> dict[str, Any]:

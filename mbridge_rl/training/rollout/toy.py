@@ -1,7 +1,7 @@
-"""A task small enough for a laptop: the hundred sums of two digits, `3+4=` -> `7`, and tiny models to learn it.
+"""A task small enough for a laptop: the hundred sums of two digits, `3+4=` -> `7`, and tiny models that learn it.
 
-Everything is as in a real run: a Hugging Face tokenizer and checkpoint on disk, of families that vLLM and Megatron both know.
-The vocabulary has 15 entries, so that tensor parallelism has to pad it.
+Everything else is as in a real run: the models have a Hugging Face tokenizer and checkpoint on disk, and belong to families
+that vLLM and Megatron both know. The vocabulary has 15 entries, so that tensor parallelism has to pad it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SIZES: dict[str, Any] = {
     "intermediate_size": 192,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 32,  # the smallest that vLLM has CPU attention for
+    "head_dim": 32,  # the smallest head for which vLLM has CPU attention
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
-    # Five times the usual: a random network of this size then tells the sums apart from the start.
+    # Five times the usual range: a random network of this size then distinguishes the sums from the start.
     "initializer_range": 0.1,
 }
 _EXPERTS: dict[str, Any] = {
@@ -48,7 +48,8 @@ def sums() -> list[Problem]:
 
 
 def tokenizer(characters: str = CHARACTERS) -> Any:
-    """One token per character: a `PreTrainedTokenizerFast` that adds nothing of its own. What it does not know is padding."""
+    """A `PreTrainedTokenizerFast` with one token per character, which adds no special tokens. Unknown characters become
+    padding."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,14 +61,14 @@ def tokenizer(characters: str = CHARACTERS) -> Any:
 
 
 def model_config(model: str = "qwen3", *, num_layers: int = 2, characters: str = CHARACTERS) -> Any:
-    """The Transformers config of a toy.
+    """The Transformers config of a toy model.
 
     Args:
         model: one of `MODELS`.
-        characters: of the tokenizer.
+        characters: the characters that the tokenizer knows.
 
     Raises:
-        ValueError: an unknown model.
+        ValueError: the model is unknown.
     """
     import transformers
 
@@ -89,7 +90,7 @@ def model_config(model: str = "qwen3", *, num_layers: int = 2, characters: str =
 def make_checkpoint(
     directory: str | Path, model: str = "qwen3", *, seed: int = 0, num_layers: int = 2, characters: str = CHARACTERS
 ) -> Path:
-    """Writes a random fp32 checkpoint with its tokenizer. Arguments and what is raised as `model_config`'s."""
+    """Writes a random fp32 checkpoint with its tokenizer. Takes the arguments of `model_config` and raises the same errors."""
     import torch
     import transformers
 
@@ -110,7 +111,7 @@ def make_checkpoint(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Transformers' progress bars are off within."""
+    """Turns Transformers' progress bars off inside of the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

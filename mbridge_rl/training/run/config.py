@@ -1,4 +1,4 @@
-"""What a run of `mbridge-rl train` is made of: one dataclass per section of its YAML file. Defaults are the dataclasses'."""
+"""The configuration of `mbridge-rl train`: one dataclass per section of its YAML file, with the defaults of its fields."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from mbridge_rl.training.run.config_file import ConfigError, read_config
 from mbridge_rl.training.trainer.megatron_trainer import TrainerConfig
 
 TOY = "toy:"
-ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be started for
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM allows for `max_lora_rank`
 MAX_ADAPTER_RANK = ADAPTER_RANKS[-1]
 
 
 @dataclass(frozen=True)
 class ToyConfig:
     """Attributes:
-    characters: that the tokenizer knows.
+    characters: the characters that the tokenizer knows.
     """
 
     num_layers: AtLeastOne = 2
@@ -55,11 +55,12 @@ class ModelConfig:
     """Attributes:
     path: a Hugging Face checkpoint's directory, a bundled config's name (such a run can only be planned), or `toy:qwen3`,
         `toy:qwen3-moe`, `toy:llama`: a tiny random checkpoint that the run makes for itself.
-    tokenizer: a directory; by default the checkpoint's own.
-    dtype: of the trainer's parameters and, unless the engine section says otherwise, of the engine.
+    tokenizer: a tokenizer's directory; by default the checkpoint's own.
+    dtype: the dtype of the trainer's parameters and, unless the engine section sets another, of the engine.
     sequence_parallel, overrides: see `AutoBridge.build_model`.
-    numerics: whose arithmetic the policy follows where Transformers and vLLM differ (docs/models.md): vLLM's, which samples.
-    toy: for a toy model.
+    numerics: whose arithmetic the policy follows where Transformers and vLLM differ (docs/models.md). The default is that of
+        vLLM, which samples.
+    toy: the sizes of a toy model.
     """
 
     path: str
@@ -76,9 +77,9 @@ class WarmUpConfig:
     """Supervised steps on the task's answers before the first rollout, for models that solve nothing yet.
 
     Attributes:
-        accuracy: greedy, of the trainer on the answers; 0 leaves the warm-up out.
-        max_steps: without reaching it the run ends.
-        problems: how many of the task's are used, from the first.
+        accuracy: the greedy accuracy of the trainer on the answers at which the warm-up ends; 0 leaves the warm-up out.
+        max_steps: the run ends if the accuracy is not reached after so many steps.
+        problems: number of the task's problems that are used, from the first.
     """
 
     accuracy: Share = 0.0
@@ -90,20 +91,21 @@ class WarmUpConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     """Attributes:
-    prompts_per_step: groups of a training step.
-    max_prompt_tokens: longer prompts are handled as `long_prompts` says; `None` is what the engine holds besides `max_tokens`.
-    max_tokens: of a completion (all turns together), with its stop token.
-    temperature: of sampling, and of the trainer's log-probabilities.
+    prompts_per_step: number of groups in a training step.
+    max_prompt_tokens: longer prompts are handled as `long_prompts` says; `None` allows what the engine holds besides
+        `max_tokens`.
+    max_tokens: most tokens of a completion (all turns together), with its stop token.
+    temperature: the temperature of sampling and of the trainer's log-probabilities.
     stop: texts that end a turn besides the tokenizer's end token; they stay in the completion.
-    stop_token_ids: tokens that do.
+    stop_token_ids: tokens that end a turn.
     mode: `sync` samples with the newest weights while the trainer waits; `one-step-off` samples the next batch while the
         trainer works on this one; `async` never waits, and completions go on across weight updates.
-    max_staleness: `async`: of how many steps before may the oldest token of a batch be.
-    segment_tokens: `async`: tokens between two moments at which weights may change and prompts may join.
+    max_staleness: in mode `async`, how many steps old the oldest token of a batch may be.
+    segment_tokens: in mode `async`, number of tokens between two moments at which weights may change and prompts may join.
     max_rejected: with `algorithm.dynamic_sampling`, groups whose rewards are all equal are thrown away and others sampled
-        before the trainer sees them; so many per step at most, in multiples of `prompts_per_step`.
-    environment: `module:Class` of a multi-turn environment; `None` is a single turn.
-    max_turns: of an episode.
+        before the trainer sees them. This limits their number per step, in multiples of `prompts_per_step`.
+    environment: `module:Class` of a multi-turn environment; `None` means a single turn.
+    max_turns: most turns of an episode.
     """
 
     prompts_per_step: AtLeastOne = 8
@@ -124,12 +126,12 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     """Attributes:
-    count: of engines; prompts are dealt to them.
-    max_model_len: longest prompt with its completion.
-    max_num_seqs: completions that one engine samples at the same time.
-    dtype: `None` is the trainer's.
+    count: number of engines; prompts are divided among them.
+    max_model_len: most tokens of a prompt with its completion.
+    max_num_seqs: most completions that one engine samples at the same time.
+    dtype: the engines' dtype; `None` takes the trainer's.
     restarts: how many lost engines are replaced before the run ends.
-    threads: of a CPU engine.
+    threads: number of threads of a CPU engine.
     options: more arguments of `vllm.LLM`.
     """
 
@@ -152,11 +154,13 @@ class TaskConfig:
     kind: `sums` (the toy task), `reasoning-gym` (`dataset` is one of its names, `options` its arguments), `jsonl` (`dataset`
         is a file with `question` and `answer` in every line), or `python` (`dataset` is `module:function`, which is called
         with `options` and returns problems).
-    size, seed: how many problems, and which (reasoning-gym).
+    size: number of problems.
+    seed: which problems reasoning-gym makes.
     prompt: a format string over a problem's `question`, `answer` and `metadata`, as in `{metadata[expression]}=`.
     chat: put the prompt into the tokenizer's chat template, after `system`.
-    order: `shuffled` epochs, or `unsolved-first`: more often what the policy solves less of.
-    evaluate_every: steps between two greedy evaluations on the first `evaluate_problems`; 0 never.
+    order: `shuffled` draws all problems once per epoch; `unsolved-first` draws problems that the policy solves less often more
+        often.
+    evaluate_every: steps between two greedy evaluations on the first `evaluate_problems`; 0 never evaluates.
     """
 
     kind: Literal["sums", "reasoning-gym", "jsonl", "python"] = "sums"
@@ -175,11 +179,11 @@ class TaskConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     """Attributes:
-    function: `task` (what the task brings), `exact`, `math-verify`, `module:function`, or the URL of a service.
-    workers: processes that compute rewards; 0 computes them in the first rank's own.
+    function: `task` (the task's own reward), `exact`, `math-verify`, `module:function`, or the URL of a service.
+    workers: number of processes that compute rewards; 0 computes them in the process of the first rank.
     timeout: seconds for one reward; needs workers or a URL.
-    failed: what becomes of a completion whose reward raised, timed out or is no number: `mask` takes it out of its group's
-        baseline and of the loss, `zero` rewards it with 0, `raise` ends the run. All are counted and named.
+    failed: what happens with a completion whose reward raised, timed out or is no number: `mask` takes it out of its group's
+        baseline and of the loss, `zero` rewards it with 0, `raise` ends the run. Failures are always counted and logged.
     """
 
     function: str = "task"
@@ -190,21 +194,22 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class SyncConfig(SyncOptions):
-    """How the policy gets to the engines: all fields of `SyncOptions`, with its defaults. Lost engines are the run's own matter
+    """How weights are sent to the engines: all fields of `SyncOptions`, with its defaults. The run itself replaces lost engines
     (`engine.restarts`).
 
     Attributes:
-        adapters: engines start on the base weights and have LoRA slots; the adapters of `lora` alone travel, not merged.
+        adapters: engines start on the base weights and have LoRA slots; only the adapters of `lora` are sent, without merging
+            them.
     """
 
     adapters: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapters and (others := [name for name in _OF_WEIGHTS if getattr(self, name) != _DEFAULTS[name]]):
+        if self.adapters and (changed := [name for name in _WEIGHT_OPTIONS if getattr(self, name) != _DEFAULTS[name]]):
             raise ConfigError(
                 f"sync.adapters: adapters always travel staged, whole and verified, in the engine's dtype, so that "
-                f"{', '.join(f'sync.{name}={getattr(self, name)}' for name in others)} cannot be"
+                f"{', '.join(f'sync.{name}={getattr(self, name)}' for name in changed)} cannot be"
             )
         if self.lost_engines == "drop":
             raise ConfigError("sync.lost_engines=drop: a run replaces lost engines, engine.restarts says how many")
@@ -212,16 +217,16 @@ class SyncConfig(SyncOptions):
             raise ConfigError(f"sync.url={self.url} is for sync.transport=files, found {self.transport}")
 
 
-_OF_WEIGHTS = ("mode", "transport", "bucket_bytes", "verify", "store", "url", "delta", "quantization")
+_WEIGHT_OPTIONS = ("mode", "transport", "bucket_bytes", "verify", "store", "url", "delta", "quantization")
 _DEFAULTS = {field.name: field.default for field in fields(SyncOptions)}
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """Attributes:
-    every: steps between two checkpoints; 0 makes none, and the run cannot be resumed.
-    keep: how many of the newest stay.
-    export: write the policy as a Hugging Face checkpoint at the end (`RUN/final`), and adapters as PEFT's.
+    every: steps between two checkpoints; with 0 there are none, and the run cannot be resumed.
+    keep: how many of the newest checkpoints stay.
+    export: whether the policy is written as a Hugging Face checkpoint at the end (`RUN/final`), and adapters in PEFT's format.
     """
 
     every: AtLeastZero = 0
@@ -232,9 +237,9 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LoggingConfig:
     """Attributes:
-    samples: completions per step that go into `samples.jsonl`.
-    prometheus_port: of this machine, where numbers of the weight syncs are served; `None` serves none.
-    prometheus_address: of this machine, at which that port is open. Whoever reaches it reads the numbers.
+    samples: number of completions per step that are written to `samples.jsonl`.
+    prometheus_port: port of this machine at which metrics of the weight syncs are served; `None` serves none.
+    prometheus_address: address of this machine at which that port is open. Everybody who can reach it can read the metrics.
     """
 
     console: bool = True
@@ -247,14 +252,14 @@ class LoggingConfig:
 @dataclass(frozen=True)
 class RunnerConfig:
     """Attributes:
-    kind: `local` forks trainer ranks on this machine (or takes those of torchrun); `ray` makes trainer ranks, engines and
+    kind: `local` forks trainer ranks on this machine (or uses those of torchrun); `ray` makes trainer ranks, engines and
         reward workers actors of a Ray cluster.
-    restarts: how often the run goes on from its last checkpoint after a trainer rank was lost; not after the same failure at
-        the same step twice.
-    address: of a Ray cluster; `None` starts one on this machine.
-    placement: on Ray: engines on the trainer's devices or on their own.
-    cpus_per_rank, cpus_per_engine: on Ray.
-    threads: of torch on a CPU, per trainer rank.
+    restarts: how often the run goes on from its last checkpoint after a trainer rank was lost. It ends earlier if the same
+        failure happens twice at the same step.
+    address: the address of a Ray cluster; `None` starts a cluster on this machine.
+    placement: on Ray, whether engines share the trainer's devices or have their own.
+    cpus_per_rank, cpus_per_engine: CPUs that Ray reserves.
+    threads: torch's threads on a CPU, per trainer rank.
     """
 
     kind: Literal["local", "ray"] = "local"
@@ -268,12 +273,12 @@ class RunnerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything about a run.
+    """The whole configuration of a run.
 
     Attributes:
-        steps: of training, at most.
-        stop_at_accuracy: end where a greedy evaluation reaches it.
-        run_dir: where metrics, checkpoints, logs and the report go.
+        steps: most training steps.
+        stop_at_accuracy: the run ends when a greedy evaluation reaches this accuracy.
+        run_dir: the folder for metrics, checkpoints, logs and the report.
     """
 
     model: ModelConfig
@@ -305,12 +310,12 @@ class RunConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the trainer's parameters."""
+        """The dtype of the trainer's parameters."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.model.dtype]
 
     @property
     def max_staleness(self) -> int:
-        """In steps, of the mode."""
+        """The largest staleness of a token in steps, as the mode determines it."""
         return {"sync": 0, "one-step-off": 1, "async": self.rollout.max_staleness}[self.rollout.mode]
 
     @property
@@ -319,16 +324,16 @@ class RunConfig:
 
 
 def load_run_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
-    """A recipe with overrides.
+    """Reads a recipe from a YAML file and applies overrides (`section.field=value`).
 
     Raises:
-        ConfigError: naming every field that is wrong, or that contradicts another.
+        ConfigError: fields are wrong or contradict each other; the message names all of them.
     """
     return read_config(RunConfig, path, overrides)
 
 
 def _contradictions(config: RunConfig) -> list[str]:
-    """Everything about the sections together that cannot be meant."""
+    """Messages about all fields of several sections that contradict each other."""
     rollout, engine, task, reward = config.rollout, config.engine, config.task, config.reward
     checks = {
         "rollout.stop must not hold an empty text, which every turn ends with": "" in rollout.stop,

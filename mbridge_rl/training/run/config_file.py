@@ -26,23 +26,23 @@ def read_config(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -
     """
     try:
         with Path(path).open("rb") as file:
-            found = parse_yaml(file.read(MOST_BYTES + 1))
+            mapping = parse_yaml(file.read(MOST_BYTES + 1))
     except YAMLTextError as error:
         raise ConfigError(f"{path} is {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:  # a path that no file can have
+    except ValueError as error:  # a path with a null byte, for example
         raise ConfigError(f"{path!r}: {error}") from error
-    if found is not None and not isinstance(found, dict):
-        raise ConfigError(f"{path} must hold a mapping of fields, found {kind(found)}")
-    return parse_config(cls, with_overrides(found or {}, overrides))
+    if mapping is not None and not isinstance(mapping, dict):
+        raise ConfigError(f"{path} must hold a mapping of fields, found {kind(mapping)}")
+    return parse_config(cls, with_overrides(mapping or {}, overrides))
 
 
 def parse_config(cls: type[T], mapping: Mapping[str, Any]) -> T:
     """The dataclass `cls` from nested mappings.
 
     Raises:
-        ConfigError: naming every field that is unknown, missing, of a wrong type or out of range.
+        ConfigError: fields are unknown, missing, of a wrong type or out of range; the message names all of them.
     """
     problems: list[str] = []
     value = read_fields(cls, mapping, problems, text_numbers=True)

@@ -1,6 +1,7 @@
-"""The demonstration behind `mbridge-rl demo`: the toy recipe, run as `mbridge-rl train` runs any, and checked afterwards.
+"""The demonstration behind `mbridge-rl demo`: the toy recipe, which runs like any recipe of `mbridge-rl train` and is then
+checked.
 
-A run folder receives what every run leaves (`training.run.recipe_run`), `initial/` and `warm/` (the checkpoints before and
+The run folder holds the files of every run (`training.run.recipe_run`), `initial/` and `warm/` (the checkpoints before and
 after the warm-up) and `report.html`.
 """
 
@@ -34,7 +35,7 @@ _LEARNING_RATE = {(False, False): 1e-3, (False, True): 1e-3, (True, False): 3e-3
 @dataclass(frozen=True)
 class DemoOptions:
     """Attributes:
-    steps: of GRPO, at most; it ends when the engine answers nearly all sums greedily.
+    steps: most steps of GRPO; the run ends earlier when the engine answers nearly all sums greedily.
     """
 
     run_dir: Path
@@ -48,7 +49,7 @@ class DemoOptions:
 
     @property
     def layout(self) -> ParallelLayout:
-        """Whole experts on every rank of EP, and as much data parallelism as EP needs beyond TP."""
+        """The layout with undivided experts on every rank of EP, and as much data parallelism as EP needs beyond TP."""
         return ParallelLayout(
             tp=self.tp,
             pp=self.pp,
@@ -59,7 +60,7 @@ class DemoOptions:
 
 
 def demo_config(options: DemoOptions) -> RunConfig:
-    """The run that the options mean."""
+    """The configuration of the run that the options describe."""
     layout = options.layout
     rows = PROMPTS_PER_STEP * GROUP_SIZE
     learning_rate = _LEARNING_RATE[options.lora, options.model == "qwen3-moe"]
@@ -84,10 +85,10 @@ def demo_config(options: DemoOptions) -> RunConfig:
 
 
 def run_demo(options: DemoOptions) -> dict[str, Any]:
-    """Runs it all, in place of a demo that the folder may hold, and returns what `summary.json` then holds.
+    """Runs the demonstration and returns the content of `summary.json`. It replaces a demonstration that the folder may hold.
 
     Raises:
-        LayoutError, ValueError: the options don't fit the model; nothing was started.
+        LayoutError, ValueError: the options do not fit the model; nothing was started.
         ImportError: vLLM is missing.
         LaunchError: a rank failed.
     """
@@ -123,16 +124,16 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
 
 
 def _transformers_agrees(run_dir: Path) -> bool:
-    """Whether Transformers, from the saved checkpoint, answers every sum as the engine did in its last evaluation."""
+    """Whether Transformers with the saved checkpoint answers every sum as the engine did in its last evaluation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    asked = read_lines(run_dir / EVALUATION_FILE)
+    evaluation = read_lines(run_dir / EVALUATION_FILE)
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "final", trust_remote_code=False)
     with toy.quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32, trust_remote_code=False).eval()
-    prompts = torch.tensor([tokenizer.encode(line["prompt"]) for line in asked])
+    prompts = torch.tensor([tokenizer.encode(line["prompt"]) for line in evaluation])
     answers = model.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=toy.ANSWER_TOKENS
     )[:, prompts.shape[1] :]
     texts = [tokenizer.decode(answer).split(toy.EOS)[0] for answer in answers]
-    return texts == [line["completion"] for line in asked]
+    return texts == [line["completion"] for line in evaluation]

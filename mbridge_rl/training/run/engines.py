@@ -1,4 +1,4 @@
-"""The engines of a run, from its recipe."""
+"""Starts the engines of a run as its recipe describes them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from mbridge_rl.training.run.warm_up import warmed_up
 
 
 def engine_directory(config: RunConfig) -> Path:
-    """What engines start on: the base of the adapters where they alone travel; otherwise the first sync replaces it anyway."""
+    """The checkpoint that engines start on. Where only adapters are sent, it has their base weights; otherwise the first sync
+    replaces its weights."""
     start_from = model_directory(config)
     return warmed_up(config, start_from) if config.sync.adapters else start_from
 
 
 def start_engine_process(config: RunConfig, index: int) -> EngineProcess:
-    """Engine `index` in a process of its own."""
+    """Starts engine `index` in its own process; returns before it is up."""
     engine = config.engine
     environment = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(engine.threads)}
     return EngineProcess(
@@ -35,7 +36,7 @@ def start_engine_process(config: RunConfig, index: int) -> EngineProcess:
 
 
 def engine_arguments(config: RunConfig) -> dict[str, Any]:
-    """Of an `InProcessEngine`."""
+    """The arguments of an `InProcessEngine`."""
     engine = config.engine
     return {
         "dtype": config.engine_dtype,
@@ -44,12 +45,12 @@ def engine_arguments(config: RunConfig) -> dict[str, Any]:
         "max_num_seqs": engine.max_num_seqs,
         "tensor_parallel_size": engine.tensor_parallel_size,
         "kv_cache_bytes": engine.kv_cache_bytes,
-        **(_slots_for(config.lora) if config.sync.adapters and config.lora is not None else {}),
+        **(_slot_arguments(config.lora) if config.sync.adapters and config.lora is not None else {}),
         **engine.options,
     }
 
 
-def _slots_for(lora: LoRAConfig) -> dict[str, Any]:
-    """One for the policy, one for rows of the base model."""
+def _slot_arguments(lora: LoRAConfig) -> dict[str, Any]:
+    """The engine arguments for two adapter slots: one for the policy, one for rows of the base model."""
     rank = next(rank for rank in ADAPTER_RANKS if rank >= lora.largest_peft_rank)
     return {"enable_lora": True, "max_loras": 2, "max_lora_rank": rank}

@@ -1,9 +1,10 @@
-"""Trainer ranks on one machine, from one call, with a clean end whatever happens.
+"""Starts trainer ranks on one machine with one call, and ends all of them in every case.
 
     launch(train, layout.world_size, settings)
 
-Without a GPU the ranks are forks of this process, so that imports (some seconds of Megatron and torch) are paid once. With
-GPUs they are fresh processes, since CUDA cannot be forked. Under torchrun the ranks are there already and `launch` only calls.
+Without a GPU the ranks are forks of this process, so that Megatron and torch are imported only once, which takes seconds. With
+GPUs they are fresh processes, since CUDA cannot be forked. Under torchrun the ranks exist already and `launch` only calls the
+function.
 """
 
 from __future__ import annotations
@@ -50,16 +51,17 @@ def launch(
     The ranks find `RANK`, `LOCAL_RANK` and `WORLD_SIZE` in their environment. If one fails, all are killed.
 
     Args:
-        function: with GPUs it must be importable by name, without it may be a closure.
-        timeout: seconds for everything.
+        function: with GPUs it must be importable by name, without GPUs it may be a closure.
+        timeout: seconds for the whole run.
         collective_timeout: seconds for one collective.
-        threads: of torch, per rank.
+        threads: number of torch's threads, per rank.
 
     Returns:
-        What rank 0 returned; it must be picklable. Under torchrun every rank gets its own.
+        The value that rank 0 returned; it must be picklable. Under torchrun every rank gets its own value.
 
     Raises:
-        LaunchError: with the traceback of the first rank that failed, or the ranks that were not done in time.
+        LaunchError: a rank failed, and the message has its traceback; or the message names the ranks that were not done in
+            time.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _call_under_torchrun(function, world_size, args, collective_timeout)
@@ -76,13 +78,13 @@ def launch(
         pipes: list[Connection] = []
         try:
             for rank in range(world_size):
-                mine, theirs = context.Pipe(duplex=False)
+                receiver, sender = context.Pipe(duplex=False)
                 settings = (rank, world_size, f"file://{folder}/rendezvous", collective_timeout, threads)
-                process = context.Process(target=_run_rank, args=(function, args, theirs, settings))
+                process = context.Process(target=_run_rank, args=(function, args, sender, settings))
                 process.start()
-                theirs.close()
+                sender.close()
                 processes.append(process)
-                pipes.append(mine)
+                pipes.append(receiver)
             return _collect(processes, pipes, timeout)[0]
         finally:
             for process in processes:
@@ -92,9 +94,11 @@ def launch(
 
 
 def _call_under_torchrun(function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> Any:
-    found = int(os.environ["WORLD_SIZE"])
-    if found != world_size:
-        raise LaunchError(f"torchrun started {found} ranks, this layout needs {world_size}: use --nproc-per-node={world_size}")
+    started = int(os.environ["WORLD_SIZE"])
+    if started != world_size:
+        raise LaunchError(
+            f"torchrun started {started} ranks, this layout needs {world_size}: use --nproc-per-node={world_size}"
+        )
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
@@ -102,7 +106,7 @@ def _call_under_torchrun(function: Callable[..., Any], world_size: int, args: tu
 
 
 def _import_megatron() -> None:
-    """So that every rank has it from the start."""
+    """Imports Megatron before the ranks are forked, so that every rank has it from the start."""
     with megatron_runtime():
         import megatron.core.distributed
         import megatron.core.models.gpt.gpt_layer_specs
@@ -113,11 +117,11 @@ def _import_megatron() -> None:
 def _run_rank(
     function: Callable[..., Any], args: tuple[Any, ...], pipe: Connection, settings: tuple[int, int, str, float, int]
 ) -> None:
-    """The life of a rank; it ends by sending `(succeeded, result or traceback)`."""
+    """The main function of a rank's process; at its end it sends `(succeeded, result or traceback)`."""
     rank, world_size, init_method, timeout, threads = settings
     try:
         if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # not left over if the launcher is killed
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the rank ends if the launcher is killed
         faulthandler.register(signal.SIGUSR1, all_threads=False)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -134,7 +138,7 @@ def _run_rank(
         )
         result = function(*args)
         _send(pipe, True, result if rank == 0 else None)
-    except BaseException:  # whatever it is, the launcher must hear of it
+    except BaseException:  # the launcher must learn of every failure
         _send(pipe, False, traceback.format_exc())
     finally:
         pipe.close()
@@ -156,7 +160,7 @@ def _collect(processes: list[BaseProcess], pipes: list[Connection], timeout: flo
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise LaunchError(_say_where(processes, [rank for rank in range(len(pipes)) if rank not in results], timeout))
+            raise LaunchError(_dump_stacks(processes, [rank for rank in range(len(pipes)) if rank not in results], timeout))
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             succeeded, results[rank] = _received(pipe, processes[rank])  # type: ignore[arg-type]
@@ -173,8 +177,8 @@ def _received(pipe: Connection, process: BaseProcess) -> tuple[bool, Any]:
         return False, f"it died without an exception (exit code {process.exitcode})"
 
 
-def _say_where(processes: list[BaseProcess], unfinished: list[int], timeout: float) -> str:
-    """Makes the unfinished ranks write their stacks to stderr."""
+def _dump_stacks(processes: list[BaseProcess], unfinished: list[int], timeout: float) -> str:
+    """Makes the unfinished ranks write their stacks to stderr; returns the message of the error."""
     for rank in unfinished:
         sys.stderr.write(f"--- stack of rank {rank}:\n")
         sys.stderr.flush()

@@ -1,4 +1,5 @@
-"""Whether engines can run what a recipe's syncs will send: fp8, or plain weights. Known before anything is started."""
+"""Checks, before anything is started, that engines can run the format that a recipe's syncs will send: fp8, or plain
+weights."""
 
 from __future__ import annotations
 
@@ -21,27 +22,27 @@ def require_format(config: RunConfig, bridge: Any) -> None:
         bridge: an `AutoBridge` of `config.model.path`.
 
     Raises:
-        ConfigError: with all that is wrong.
+        ConfigError: they do not fit; the message has all problems.
     """
     scheme = config.sync.quantization
-    problems = _of_plain_weights(config, bridge) if scheme is None else _of_fp8(config, bridge, scheme)
-    if found := list(problems):
-        raise ConfigError("\n".join(found))
+    problems = _problems_of_plain_weights(config, bridge) if scheme is None else _problems_of_fp8(config, bridge, scheme)
+    if messages := list(problems):
+        raise ConfigError("\n".join(messages))
 
 
-def _of_plain_weights(config: RunConfig, bridge: Any) -> Iterator[str]:
+def _problems_of_plain_weights(config: RunConfig, bridge: Any) -> Iterator[str]:
     quantization = quantization_of(bridge.hf_config)
     if not quantization:
         return
-    held = _scheme_of(quantization)
-    or_fp8 = "" if held is None else f"set sync.quantization={_in_yaml(held)}, or "
+    scheme = _scheme_of(quantization)
+    or_fp8 = "" if scheme is None else f"set sync.quantization={_in_yaml(scheme)}, or "
     yield (
         f"model.path={config.model.path} is {_described(quantization)}: engines start on it, and a sync sends plain weights; "
         f"{or_fp8}write a plain checkpoint (mbridge-rl convert {config.model.path} DIR) and set model.path=DIR"
     )
 
 
-def _of_fp8(config: RunConfig, bridge: Any, scheme: Fp8) -> Iterator[str]:
+def _problems_of_fp8(config: RunConfig, bridge: Any, scheme: Fp8) -> Iterator[str]:
     quantization = quantization_of(bridge.hf_config)
     try:
         quantized_spec(bridge.spec, scheme)
@@ -61,20 +62,20 @@ def _of_fp8(config: RunConfig, bridge: Any, scheme: Fp8) -> Iterator[str]:
 
 
 def _scheme_of(quantization: Any) -> Fp8 | None:
-    """What a sync sends to engines of such a checkpoint; `None` if it cannot."""
-    found = require_supported(quantization)
-    if found["quant_method"] != "fp8" or found.get("activation_scheme", "dynamic") != "dynamic":
+    """The scheme in which a sync sends weights to engines of such a checkpoint; `None` if there is none."""
+    settings = require_supported(quantization)
+    if settings["quant_method"] != "fp8" or settings.get("activation_scheme", "dynamic") != "dynamic":
         return None
-    block = found.get("weight_block_size")
+    block = settings.get("weight_block_size")
     return Fp8(tuple(block) if block else None)
 
 
 def _described(quantization: Any) -> str:
     if not quantization:
         return "a plain checkpoint"
-    found = require_supported(quantization)
-    kept = {name: found[name] for name in ("quant_method", "activation_scheme", "weight_block_size") if found.get(name)}
-    return f"quantized ({', '.join(f'{name}={value}' for name, value in kept.items())})"
+    settings = require_supported(quantization)
+    named = ("quant_method", "activation_scheme", "weight_block_size")
+    return f"quantized ({', '.join(f'{name}={settings[name]}' for name in named if settings.get(name))})"
 
 
 def _in_yaml(scheme: Fp8) -> str:

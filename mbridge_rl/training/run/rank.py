@@ -1,4 +1,4 @@
-"""What every trainer rank of a run does, from its start to the exported checkpoint."""
+"""The program of every trainer rank of a run, from its start to the exported checkpoint."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ POLICY = "policy"  # the adapter's name in engines
 def train_rank(
     config: RunConfig, resume: bool, make_engine: Any = start_engine_process, make_reward_judge: Any = make_judge
 ) -> dict[str, Any]:
-    """What every trainer rank does. Rank 0 has the engines, the rewards and the log."""
+    """Runs one trainer rank and returns the run's summary on rank 0. Rank 0 has the engines, the rewards and the log."""
     first = dist.get_rank() == 0
     fleet = EngineFleet(lambda index: make_engine(config, index), config.engine.count, restarts=config.engine.restarts)
     source: RolloutSource | None = None
     log: RunLog | None = None
     try:
-        if engine_directory(config) == model_directory(config):  # otherwise it is not there yet
+        if engine_directory(config) == model_directory(config):  # otherwise the warm-up writes it later
             fleet.start()
         initialize_parallel(config.layout, seed=config.seed)
         step = newest_step(config) if resume else 0
@@ -72,7 +72,7 @@ def train_rank(
 
         bridge = AutoBridge.from_pretrained(start_from, numerics=config.model.numerics)
         trainer = _policy(config, bridge)
-        # Before the checkpoint is loaded: its reference are the first weights.
+        # Made before the checkpoint is loaded: the reference policy has the initial weights.
         grpo = GRPO(trainer, config.algorithm, seed=config.seed)
         judge = make_reward_judge(config.task, config.reward) if first else None
         source = _source(config, fleet, task, tokenizer, judge, trainer)
@@ -99,7 +99,7 @@ def train_rank(
 
 
 def _silent(text: str) -> None:
-    """What ranks say that have no log."""
+    """Takes the place of the log's `say` on ranks that have no log."""
 
 
 def _policy(config: RunConfig, bridge: AutoBridge) -> MegatronTrainer:
@@ -160,10 +160,10 @@ def _hooks(config: RunConfig, trainer: MegatronTrainer, source: RolloutSource, t
         due = config.task.evaluate_every and (step % config.task.evaluate_every == 0 or step == config.steps)
         if not due:
             return None
-        found = source.evaluate(problems)
+        results = source.evaluate(problems)
         if log is not None:
-            log.evaluation(step, [(problem.prompt, *said) for problem, said in zip(problems, found, strict=True)])
-        return sum(reward for _, reward in found) / len(found)
+            log.evaluation(step, [(problem.prompt, *result) for problem, result in zip(problems, results, strict=True)])
+        return sum(reward for _, reward in results) / len(results)
 
     def save(step: int) -> None:
         if every and (step % every == 0 or step == config.steps):
@@ -180,12 +180,12 @@ def _hooks(config: RunConfig, trainer: MegatronTrainer, source: RolloutSource, t
             metrics, [{"prompt": prompt, "completion": text} for prompt, text in rollouts.samples[: config.logging.samples]]
         )
 
-    enough = config.stop_at_accuracy
-    return LoopHooks(evaluate, save, record, lambda accuracy: enough is not None and accuracy >= enough)
+    goal = config.stop_at_accuracy
+    return LoopHooks(evaluate, save, record, lambda accuracy: goal is not None and accuracy >= goal)
 
 
 def _events(metrics: Metrics, rollouts: RolloutBatch) -> list[str]:
-    """What was survived in a step."""
+    """Messages about what went wrong in a step without ending the run."""
     events = []
     if metrics["rewards_failed"]:
         events.append(f"{metrics['rewards_failed']} of {len(rollouts.batch)} rewards failed: {'; '.join(rollouts.errors)}")
@@ -198,15 +198,15 @@ def _events(metrics: Metrics, rollouts: RolloutBatch) -> list[str]:
     return events
 
 
-def _summary(config: RunConfig, last_step: int, before: float | None) -> dict[str, Any]:
+def _summary(config: RunConfig, last_step: int, accuracy_before: float | None) -> dict[str, Any]:
     history = read_lines(config.run_dir / METRICS_FILE)
     accuracies = [line["accuracy"] for line in history if line.get("accuracy") is not None]
     return {
         "steps": last_step,
         "reward_first": history[0]["reward"] if history else None,
         "reward_last": history[-1]["reward"] if history else None,
-        "accuracy_before": before,
-        "accuracy": accuracies[-1] if accuracies else before,
+        "accuracy_before": accuracy_before,
+        "accuracy": accuracies[-1] if accuracies else accuracy_before,
         "digest": history[-1]["digest"] if history else None,
         "unverified_syncs": sum(not line["verified"] for line in history),
         "engines_lost": sum(line["engines_lost"] for line in history),

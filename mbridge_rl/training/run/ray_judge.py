@@ -1,4 +1,4 @@
-"""Rewards in Ray actors: one that takes too long, or dies, costs one completion its reward."""
+"""Rewards in Ray actors: an actor that takes too long or dies costs only one completion its reward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mbridge_rl.training.run.tasks import make_judge, reward_function
 
 
 class RewardActor:
-    """Actor: computes rewards, one at a time."""
+    """An actor that computes rewards, one at a time."""
 
     def __init__(self, factory: Callable[[], RewardFunction]) -> None:
         self._function = factory()
@@ -23,7 +23,8 @@ class RewardActor:
 
 
 class RayJudge:
-    """Rewards completions in actors; one that takes too long or dies costs one completion its reward.
+    """Rewards completions in actors. An actor that takes too long or dies is replaced, and costs only one completion its
+    reward.
 
     Args:
         timeout: seconds for one reward, after the actor's start.
@@ -35,22 +36,22 @@ class RayJudge:
 
     def judge(self, questions: Sequence[Question]) -> list[Verdict]:
         ray, verdicts = self._ray, [Verdict(error="no verdict")] * len(questions)
-        waiting, asked = list(range(len(questions)))[::-1], {}
-        while waiting or asked:
-            busy = {worker for worker, _, _ in asked.values()}
+        waiting, pending = list(range(len(questions)))[::-1], {}
+        while waiting or pending:
+            busy = {worker for worker, _, _ in pending.values()}
             for worker in range(len(self._workers)):
                 if waiting and worker not in busy:
                     index = waiting.pop()
                     call = self._workers[worker].verdict.remote(questions[index])
-                    asked[call] = (worker, index, time.monotonic() + self._timeout)
-            deadline = min(deadline for _, _, deadline in asked.values())
-            ready, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            late = [call for call, (_, _, until) in asked.items() if call not in ready and time.monotonic() >= until]
+                    pending[call] = (worker, index, time.monotonic() + self._timeout)
+            deadline = min(deadline for _, _, deadline in pending.values())
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            late = [call for call, (_, _, until) in pending.items() if call not in ready and time.monotonic() >= until]
             for call in ready:
-                worker, index, _ = asked.pop(call)
+                worker, index, _ = pending.pop(call)
                 verdicts[index] = self._answer(call, worker)
             for call in late:
-                worker, index, _ = asked.pop(call)
+                worker, index, _ = pending.pop(call)
                 verdicts[index] = Verdict(error=f"the reward took longer than {self._timeout:g} s; its actor was ended")
                 self._restart(worker)
         return verdicts
@@ -77,7 +78,7 @@ class RayJudge:
 
 
 def make_ray_judge(task: Any, reward: Any) -> Judge:
-    """Reward workers are actors; without workers, or with a service, as everywhere."""
+    """Makes the judge whose workers are actors. Without workers, or with a service, it is the judge of a local run."""
     if reward.workers:
         return RayJudge(partial(reward_function, task, reward), reward.workers, reward.timeout)
     return make_judge(task, reward)

@@ -30,10 +30,13 @@ _ROOM_SECONDS = 60.0  # until a cluster must have found room
 
 
 def launch_on_ray(config: RunConfig, *, resume: bool) -> dict[str, Any]:
-    """As `launcher.launch(train_rank, ...)`, on actors; starts a cluster on this machine if no `runner.address` is given.
+    """Does the same as `launcher.launch(train_rank, ...)` with actors; starts a cluster on this machine if `runner.address` is
+    `None`.
 
     Raises:
-        ConfigError: the cluster cannot hold the actors; LaunchError: a rank failed or was lost; ImportError: Ray is missing.
+        ConfigError: the cluster cannot hold the actors.
+        LaunchError: a rank failed or was lost.
+        ImportError: Ray is missing.
     """
     ray = import_ray()
     bundles = _bundles(config)
@@ -64,7 +67,7 @@ def launch_on_ray(config: RunConfig, *, resume: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where trainer ranks meet, and the secret that they know each other by."""
+    """The address where trainer ranks meet, and the secret by which they recognize each other."""
 
     address: str
     port: int
@@ -72,7 +75,7 @@ class Rendezvous:
 
 
 class TrainerRank:
-    """Actor: one trainer rank."""
+    """An actor that runs one trainer rank."""
 
     def __init__(self, rank: int, world_size: int, threads: int) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")  # Ray shows it its own device only
@@ -80,12 +83,12 @@ class TrainerRank:
         self._rank, self._world_size = rank, world_size
 
     def where(self) -> tuple[str, str]:
-        """Its node, and that node's address."""
+        """The id and the address of this rank's node."""
         ray = import_ray()
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
     def serve(self, address: str) -> Rendezvous:
-        """Opens the place where the ranks meet, at this address of this rank's node and no other."""
+        """Opens the store where the ranks meet, at this address of this rank's node only."""
         self._store = serve_store(address)
         return Rendezvous(address, self._store.port, new_secret())
 
@@ -108,7 +111,7 @@ class TrainerRank:
 
 
 def start_engine_actor(config: RunConfig, index: int, *, group: Any) -> RayEngine:
-    """Engine `index` in its place; returns before it is up."""
+    """Starts engine `index` in its bundle of the placement group; returns before it is up."""
     from mbridge_rl.training.run.engines import engine_arguments, engine_directory
 
     engine = config.engine
@@ -133,12 +136,13 @@ def _colocated(config: RunConfig) -> bool:
 
 
 def _gpu_share(config: RunConfig) -> float:
-    """Of a device, what a rank or a worker of an engine is booked for."""
+    """The share of a device that Ray reserves for a rank or for a worker of an engine."""
     return 0.5 if _colocated(config) else 1.0
 
 
 def _bundles(config: RunConfig) -> list[dict[str, float]]:
-    """What the placement group reserves: a bundle per rank, then one per engine unless they share the ranks'."""
+    """The resources that the placement group reserves: a bundle per rank, then one per engine unless engines share the
+    ranks'."""
     runner, engine = config.runner, config.engine
     on_gpu = torch.cuda.is_available()
     if _colocated(config) and (engine.count > config.layout.world_size or (on_gpu and engine.tensor_parallel_size > 1)):
@@ -182,7 +186,7 @@ def _at(group: Any, bundle: int) -> Any:
 
 
 def _rendezvous(ray: Any, ranks: Sequence[Any]) -> Rendezvous:
-    """Where the ranks meet: on the loopback if they are all on one node."""
+    """Opens the ranks' meeting place: on the loopback if all ranks are on one node."""
     try:
         places = ray.get([rank.where.remote() for rank in ranks])
         one_node = len({node for node, _ in places}) == 1
@@ -192,7 +196,7 @@ def _rendezvous(ray: Any, ranks: Sequence[Any]) -> Rendezvous:
 
 
 def _results(ray: Any, calls: Sequence[Any]) -> list[Any]:
-    """Of every rank; the first that fails ends all."""
+    """The result of every rank; raises as soon as one rank fails."""
     waiting = list(calls)
     while waiting:
         (ready,), waiting = ray.wait(waiting, num_returns=1)

@@ -1,8 +1,8 @@
-"""A run from its configuration: `mbridge-rl train CONFIG` in this process, under torchrun, or on Ray.
+"""Runs `mbridge-rl train CONFIG`: prepares the run folder, and trains in this process, under torchrun, or on Ray.
 
-A run folder receives `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `syncs.jsonl` (every weight sync), `events.jsonl` (what
-went wrong and was survived), `engine-N.log`, `checkpoints/`, `summary.json`, and at the end `final/`, a Hugging Face checkpoint
-(adapters merged), and `final-adapter/`, the adapters as PEFT has them.
+The run folder receives `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `syncs.jsonl` (every weight sync), `events.jsonl`
+(failures that did not end the run), `engine-N.log`, `checkpoints/`, `summary.json`, and at the end `final/`, a Hugging Face
+checkpoint (adapters merged), and `final-adapter/`, the adapters in PEFT's format.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ SUMMARY_FILE = "summary.json"
 
 
 def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Trains as `config` says and returns what `summary.json` then holds (under torchrun on the first rank; nothing elsewhere).
+    """Trains as `config` says and returns the content of `summary.json` (under torchrun an empty dictionary on other ranks).
 
     Args:
-        resume: go on from the newest checkpoint of the run folder, or begin where there is none.
+        resume: go on from the newest checkpoint of the run folder, or begin anew if there is none.
 
     Raises:
         ConfigError, LayoutError: the configuration cannot be run; nothing was started.
@@ -59,7 +59,9 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         LaunchError: a rank failed, and `runner.restarts` are used up, or the same failure came again at the same step.
     """
     started = time.perf_counter()
-    if int(os.environ.get("RANK", 0)) > 0:  # of torchrun; it starts when the first rank is prepared, too
+    if (
+        int(os.environ.get("RANK", 0)) > 0
+    ):  # a rank of torchrun; it starts training when the first rank has prepared the run, too
         return _launch(config, resume=resume)
     with only_run(config.run_dir):
         return _run(config, resume=resume, started=started)
@@ -91,8 +93,8 @@ def _run(config: RunConfig, *, resume: bool, started: float) -> dict[str, Any]:
 
 
 def _failure_of(config: RunConfig, error: LaunchError) -> tuple[int, str]:
-    """The step that was logged last, and what happened then: the last line of the traceback, without numbers, which may be
-    process ids or seconds."""
+    """The step that was logged last, and the last line of the traceback without its numbers, which may be process ids or
+    seconds."""
     metrics = config.run_dir / METRICS_FILE
     steps = [line["step"] for line in read_lines(metrics)] if metrics.exists() else []
     return max(steps, default=0), re.sub(r"\d+", "#", str(error).strip().splitlines()[-1])
@@ -100,7 +102,7 @@ def _failure_of(config: RunConfig, error: LaunchError) -> tuple[int, str]:
 
 def prepare_run(config: RunConfig, *, resume: bool) -> None:
     """Checks everything that can be checked before a process is started, and makes the run folder."""
-    _require_room(config, resume=resume)
+    _require_no_other_run(config, resume=resume)
     require_installed(config)
     if not config.is_toy and config.model.path in bundled_names() and not Path(config.model.path).exists():
         raise ConfigError(
@@ -127,13 +129,13 @@ def _prepare_in_folder(config: RunConfig, *, resume: bool) -> None:
 
 
 def check_run(config: RunConfig, *, resume: bool) -> None:
-    """`prepare_run`, which leaves nothing behind: a run folder that is there keeps what it says of its run."""
-    _require_room(config, resume=resume)
+    """Makes the checks of `prepare_run` without changing the run folder."""
+    _require_no_other_run(config, resume=resume)
     with tempfile.TemporaryDirectory() as folder:
         prepare_run(replace(config, run_dir=Path(folder)), resume=False)
 
 
-def _require_room(config: RunConfig, *, resume: bool) -> None:
+def _require_no_other_run(config: RunConfig, *, resume: bool) -> None:
     if os.path.lexists(config.run_dir / METRICS_FILE) and not resume:
         raise RunExists(f"{config.run_dir} holds a run already: go on with --resume, or choose another run_dir")
 

@@ -1,4 +1,5 @@
-"""A run as one self-contained HTML page: plots as SVG, no scripts, nothing fetched. A run that is going on can be read, too."""
+"""Writes a run as one self-contained HTML page: plots are SVG, there are no scripts, and nothing is fetched. It can also read
+an unfinished run."""
 
 from __future__ import annotations
 
@@ -41,14 +42,14 @@ PLOTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Refit (ms)", ("refit_ms",)),
     ("Memory (GiB)", ("memory_gib",)),
 )
-"""Titles and the metrics that are drawn together; what a run does not have is left out."""
+"""Titles and the metrics that are drawn together; metrics that a run does not have are left out."""
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
-    """Writes the page and returns where.
+    """Writes the page to `output` (by default `RUN/report.html`) and returns its path.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: the folder holds no run, or a file of the run cannot be read.
     """
     history = read_lines(run_dir / METRICS_FILE)
     if not history:
@@ -84,7 +85,7 @@ def _page(run_dir: Path, history: list[dict[str, Any]]) -> str:
 def _planned_steps(text: str) -> str:
     try:
         config = parse_yaml(text)
-    except YAMLTextError:  # the page shows the text
+    except YAMLTextError:  # the page shows the configuration's text all the same
         return "?"
     return str(config.get("steps", "?")) if isinstance(config, dict) else "?"
 
@@ -97,7 +98,7 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def _points(name: str, history: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Steps at which a metric is a finite number."""
+    """`(step, value)` for all steps at which a metric is a finite number."""
     return [
         (float(line["step"]), float(line[name]))
         for line in history

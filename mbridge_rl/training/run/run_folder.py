@@ -1,4 +1,4 @@
-"""A run's folder: it belongs to one run at a time, and a run that cannot be prepared leaves none behind."""
+"""A run's folder: it belongs to one run at a time, and a run that cannot be prepared leaves no new folder behind."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ class RunExists(ConfigError):
 
 @contextmanager
 def only_run(run_dir: Path) -> Iterator[None]:
-    """Raises RunExists while another process runs in this folder."""
+    """Locks the folder for the time of the block.
+
+    Raises:
+        RunExists: another process runs in this folder.
+    """
     run_dir = run_dir.resolve()
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = SaveLock(run_dir.with_name(f".{run_dir.name}.run.lock"), run_dir)
     if not lock.try_acquire():
-        who, advice = lock.holder()
-        raise RunExists(f"{run_dir}: {who} is running in this folder; {advice}, or set another run_dir")
+        holder, advice = lock.holder()
+        raise RunExists(f"{run_dir}: {holder} is running in this folder; {advice}, or set another run_dir")
     try:
         yield
     finally:
@@ -33,10 +37,10 @@ def only_run(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def new_run_folder(folder: Path) -> Iterator[None]:
-    """Makes the run folder. One that was not there is gone again where the run cannot be prepared in it.
+    """Makes the run folder. If the block raises, a folder that did not exist before is removed again.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: the folder cannot be made.
     """
     is_new = not os.path.lexists(folder)
     try:

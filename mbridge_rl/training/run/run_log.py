@@ -1,7 +1,6 @@
-"""What a run leaves behind, as it goes: `metrics.jsonl`, `samples.jsonl`, `syncs.jsonl`, the console, TensorBoard, Prometheus.
-On the first rank only.
+"""The log of a run on its first rank: `metrics.jsonl`, `samples.jsonl`, `syncs.jsonl`, the console, TensorBoard, Prometheus.
 
-Every line is complete when it is written, so a run can be read (`mbridge-rl report RUN`) while it is going on.
+Every line is complete when it is written, so an unfinished run can be read (`mbridge-rl report RUN`).
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ _PROOFS = {True: ("equal", "green"), False: ("unverified", "red")}
 
 class RunLog:
     """Args:
-        prometheus_port, prometheus_address: where the syncs' numbers are served over HTTP; no port serves none.
-        resumed_at: the step that a resumed run goes on after; what an interrupted run wrote beyond it is dropped.
+        prometheus_port, prometheus_address: where metrics of the syncs are served over HTTP; without a port nothing is served.
+        resumed_at: the last step before a resumed run goes on; lines of later steps, by the interrupted run, are dropped.
 
     Attributes:
-        sinks: of the run's weight syncs.
+        sinks: the sinks for the records of the run's weight syncs.
     """
 
     def __init__(
@@ -76,16 +75,16 @@ class RunLog:
         self._lines = 0
 
     def say(self, text: str) -> None:
-        """What happens now."""
+        """Prints a message about the progress of the run."""
         self._terminal.line((text, "cyan"))
 
     def warn(self, step: int, event: str) -> None:
-        """Something went wrong and was survived."""
+        """Records and prints a failure that did not end the run."""
         _append(self._run_dir / EVENTS_FILE, {"step": step, "event": event})
         self._terminal.line((f"step {step}: {event}", "yellow"))
 
     def step(self, metrics: Metrics, samples: list[dict[str, Any]]) -> None:
-        """A step is done."""
+        """Records the metrics and samples of a finished step, and prints a line."""
         _append(self._run_dir / METRICS_FILE, metrics)
         for sample in samples:
             _append(self._run_dir / SAMPLES_FILE, {"step": metrics["step"], **sample})
@@ -101,7 +100,7 @@ class RunLog:
             self._board.flush()
 
     def evaluation(self, step: int, completions: list[tuple[str, str, float]]) -> None:
-        """What the policy said greedily, `(prompt, completion, reward)`: replaces the last evaluation."""
+        """Records the policy's greedy `(prompt, completion, reward)`; they replace those of the last evaluation."""
         lines = [{"step": step, "prompt": prompt, "completion": text, "reward": reward} for prompt, text, reward in completions]
         replace_file(self._run_dir / EVALUATION_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -113,10 +112,10 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file that may still be written to; none if there is no file.
+    """The complete lines of a file to which a run may still write; an empty list if there is no file.
 
     Raises:
-        ConfigError: a line holds no fields.
+        ConfigError: a line is no JSON object.
     """
     if not path.exists():
         return []
@@ -153,7 +152,7 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def _cut(path: Path, counter: str, last: int) -> None:
-    """Drops lines whose `counter` is beyond `last`, and one that was not finished."""
+    """Drops lines whose `counter` is beyond `last`, and an incomplete line at the end."""
     lines = [line for line in read_lines(path) if _counted(line, counter, path) <= last]
     replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))
 

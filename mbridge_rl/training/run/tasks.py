@@ -28,12 +28,12 @@ from mbridge_rl.training.run.config import RewardConfig, TaskConfig
 from mbridge_rl.training.run.config_file import ConfigError
 from mbridge_rl.training.run.tokenizer import in_chat_template
 
-_MOST_LINE_BYTES = 16 << 20  # of a problem in a file
+_MOST_LINE_BYTES = 16 << 20  # largest line of a file of problems
 
 
 @dataclass(frozen=True)
 class Task:
-    """Problems whose prompts are what the model sees, and the task's own reward."""
+    """Problems with the prompts that the model sees, and the task's own reward."""
 
     problems: list[Problem]
     reward: RewardFunction
@@ -43,10 +43,10 @@ def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
     """The task of a configuration.
 
     Args:
-        tokenizer: whose chat template `config.chat` means.
+        tokenizer: the tokenizer with the chat template that `config.chat` uses.
 
     Raises:
-        ConfigError: there is no such dataset, file or function, it has no problems, or the prompt's format does not fit them.
+        ConfigError: the dataset, file or function does not exist or has no problems, or the prompt's format does not fit them.
         ImportError: reasoning-gym is not installed.
     """
     makers: dict[str, Callable[[TaskConfig], Task]] = {
@@ -62,7 +62,7 @@ def make_task(config: TaskConfig, tokenizer: Any = None) -> Task:
 
 
 def make_judge(task: TaskConfig, reward: RewardConfig) -> Judge:
-    """Who rewards completions."""
+    """Makes the judge that the configuration describes."""
     if reward.function.startswith(("http://", "https://")):
         return HTTPJudge(reward.function, reward.timeout)
     factory = partial(reward_function, task, reward)
@@ -74,10 +74,10 @@ def make_judge(task: TaskConfig, reward: RewardConfig) -> Judge:
 
 
 def reward_function(task: TaskConfig, reward: RewardConfig) -> RewardFunction:
-    """The function that a configuration names.
+    """The reward function that a configuration names.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no function of this name.
     """
     known: dict[str, RewardFunction] = {"exact": exact_match, "math-verify": math_verify}
     if reward.function == "task":
@@ -86,10 +86,10 @@ def reward_function(task: TaskConfig, reward: RewardConfig) -> RewardFunction:
 
 
 def imported(path: str, field: str) -> Any:
-    """`module:name`.
+    """Imports the object that `path`, `module:name`, names.
 
     Raises:
-        ConfigError: naming `field`, where the path or the name is wrong.
+        ConfigError: the path or the name is wrong; the message names `field`.
     """
     module, colon, name = path.partition(":")
     if not colon:
@@ -156,8 +156,8 @@ def _python(config: TaskConfig) -> Task:
         problems = list(imported(config.dataset or "", "task.dataset")(**config.options))[: config.size]
     except TypeError as error:
         raise ConfigError(f"task.options: {config.dataset} refuses them: {error}") from error
-    if others := [problem for problem in problems if not isinstance(problem, Problem)]:
-        raise ConfigError(f"task.dataset: {config.dataset} must return problems, found {shown(others[0])} among them")
+    if wrong := [problem for problem in problems if not isinstance(problem, Problem)]:
+        raise ConfigError(f"task.dataset: {config.dataset} must return problems, found {shown(wrong[0])} among them")
     return Task(problems, exact_match)
 
 
@@ -179,16 +179,16 @@ def _with_prompt(problem: Problem, config: TaskConfig, tokenizer: Any) -> Proble
 def usable_problems(
     problems: Sequence[Problem], tokenizer: Any, limit: int, *, refuse: bool
 ) -> tuple[list[Problem], dict[str, int]]:
-    """The problems whose prompts have at least one and at most `limit` tokens, and how many were left out for what.
+    """The problems whose prompts have at least one and at most `limit` tokens, and the number of those left out, by reason.
 
     Raises:
-        ConfigError: none is left, or one would be left out and `refuse` is set.
+        ConfigError: no problem is left, or one would be left out and `refuse` is set.
     """
-    kept, left_out = [], {"empty": 0, f"longer than {limit} tokens": 0}
+    usable, left_out = [], {"empty": 0, f"longer than {limit} tokens": 0}
     for problem in problems:
         length = len(tokenizer.encode(problem.prompt))
         if 1 <= length <= limit:
-            kept.append(problem)
+            usable.append(problem)
             continue
         left_out[list(left_out)[length > 0]] += 1
         if refuse:
@@ -196,8 +196,8 @@ def usable_problems(
                 f"the prompt {problem.prompt[:60]!r} has {length} tokens, 1 to {limit} are allowed; rollout.long_prompts=drop "
                 "leaves such prompts out"
             )
-    if not kept:
+    if not usable:
         raise ConfigError(
             f"none of {len(problems)} prompts has 1 to {limit} tokens: raise engine.max_model_len or rollout.max_prompt_tokens"
         )
-    return kept, {reason: count for reason, count in left_out.items() if count}
+    return usable, {reason: count for reason, count in left_out.items() if count}

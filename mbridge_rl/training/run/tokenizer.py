@@ -1,4 +1,4 @@
-"""Tokenizers of strangers: opened without their code, and asked for what a run needs of them."""
+"""Opens tokenizers without running their code, and checks that they have the tokens and templates that a run needs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mbridge_rl.training.run.config_file import ConfigError
 
 
 def open_tokenizer(where: str | Path) -> Any:
-    """The tokenizer of a directory, or of a repository on the hub; it can pad.
+    """Opens the tokenizer of a directory, or of a repository on the hub, and gives it a padding token if it has none.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: there is no tokenizer, or it cannot be read, or it has no token that could pad.
     """
     from transformers import AutoTokenizer
 
@@ -32,7 +32,7 @@ def in_chat_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """The prompt that a tokenizer's chat template makes of messages.
 
     Raises:
-        ConfigError: it has none, or the template fails.
+        ConfigError: the tokenizer has no chat template, or the template fails.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(

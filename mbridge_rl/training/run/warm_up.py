@@ -1,4 +1,4 @@
-"""Supervised steps before the first rollout: reinforcement can only strengthen what a policy does now and then."""
+"""Supervised steps before the first rollout: reinforcement learning needs a policy that already solves some problems."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer
 
 
 def warmed_up(config: RunConfig, start_from: Path) -> Path:
-    """The checkpoint that training goes on from: where a warm-up writes it, or `start_from` where none is asked for."""
+    """The checkpoint on which training starts: the one that the warm-up writes, or `start_from` if the run has no warm-up."""
     return config.run_dir / "warm" if config.warm_up.accuracy else start_from
 
 
 class WarmUpFailed(BridgeError, RuntimeError):
-    """Supervised steps did not reach the accuracy that was asked for."""
+    """The supervised steps did not reach the configured accuracy."""
 
 
 def warm_up(
@@ -31,10 +31,11 @@ def warm_up(
     """Trains all weights on the answers of `problems` until the policy gives `warm_up.accuracy` of them greedily.
 
     Returns:
-        The checkpoint to go on from (`warmed_up`), and how many steps it took. One that is there already is used.
+        The checkpoint on which training starts (`warmed_up`), and the number of steps. If that checkpoint exists already it is
+        used and the number is 0.
 
     Raises:
-        WarmUpFailed: `warm_up.max_steps` were not enough.
+        WarmUpFailed: the accuracy was not reached within `warm_up.max_steps`.
     """
     settings, warm = config.warm_up, warmed_up(config, start_from)
     if not settings.accuracy:
@@ -48,7 +49,7 @@ def warm_up(
     trainer = MegatronTrainer(
         model, replace(config.trainer, learning_rate=settings.learning_rate, schedule="constant", decay_steps=None)
     )
-    batch = _answered(problems, tokenizer)
+    batch = _batch_of_answers(problems, tokenizer)
     for step in range(settings.max_steps + 1):
         right = trainer.compute_log_probs(batch).greedy | ~batch.mask
         accuracy = right.all(dim=1).float().mean().item()
@@ -63,7 +64,7 @@ def warm_up(
     )
 
 
-def _answered(problems: Sequence[Problem], tokenizer: Any) -> Batch:
+def _batch_of_answers(problems: Sequence[Problem], tokenizer: Any) -> Batch:
     return Batch.from_completions(
         [tokenizer.encode(problem.prompt) for problem in problems],
         [[*tokenizer.encode(problem.answer, add_special_tokens=False), tokenizer.eos_token_id] for problem in problems],

@@ -1,6 +1,6 @@
-"""YAML that others wrote, read strictly and within bounds: of bytes, of nodes after aliases are followed, no name twice.
+"""Reads YAML from untrusted files, with bounds on its bytes and on its nodes after aliases are followed, and no name twice.
 
-Aliases (`*base`) may stand where they shorten a file; they may not multiply it, or lead back to themselves.
+Aliases (`*base`) are allowed, but they may not multiply a file beyond the bound, or lead back to themselves.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _MOST_DEPTH = 32
 
 
 class YAMLTextError(ValueError):
-    """Text that is no YAML, or YAML beyond the bounds."""
+    """The text is no YAML, or exceeds the bounds."""
 
 
 def parse_yaml(text: bytes | str) -> Any:
-    """What the text says, as `yaml.safe_load`.
+    """Parses the text as `yaml.safe_load` does.
 
     Raises:
-        YAMLTextError: it is no YAML, too long, too deeply nested, grows too large by its aliases, or a section has a field
-            twice.
+        YAMLTextError: the text is no YAML, too long, too deeply nested, or too large after aliases are followed, or a section
+            has a field twice.
     """
     if len(text) > MOST_BYTES:
         raise YAMLTextError(f"too long: at most {MOST_BYTES:,} bytes are read")
@@ -66,7 +66,7 @@ def _check(root: yaml.Node) -> None:
 
 
 class _Size:
-    """Counts nodes as often as aliases repeat them; each distinct node is looked at once."""
+    """Counts every node as often as aliases repeat it, but visits each distinct node only once."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
@@ -79,7 +79,7 @@ class _Size:
             raise YAMLTextError(f"nested more than {_MOST_DEPTH} levels deep")
         if id(node) not in self._known:
             self._open.add(id(node))
-            size = 1 + sum(self.of(inner, depth + 1) for inner in _inner(node))
+            size = 1 + sum(self.of(child, depth + 1) for child in _children(node))
             self._open.remove(id(node))
             if size > _MOST_NODES:
                 raise YAMLTextError(f"too large: more than {_MOST_NODES:,} values after aliases are followed")
@@ -87,7 +87,7 @@ class _Size:
         return self._known[id(node)]
 
 
-def _inner(node: yaml.Node) -> list[yaml.Node]:
+def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         names = Counter((name.tag, name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode))
         if twice := [name for (tag, name), count in names.items() if count > 1 and not tag.endswith(":merge")]:

@@ -1,5 +1,5 @@
-"""Gradients as Hugging Face tensors: the export of weights, run over `main_grad`. So gradients of any two layouts, or those of
-Transformers, can be compared name by name.
+"""Gradients as Hugging Face tensors: the export of weights, applied to `main_grad`. Gradients of two layouts, or of Megatron
+and Transformers, can then be compared name by name.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer
 
 
 class LiveGradients(LiveParameters):
-    """This rank's gradients under the global names of the parameters; zeros for what has none (frozen parameters, buffers)."""
+    """This rank's gradients under the global names of the parameters; zeros for tensors without a gradient (frozen parameters,
+    buffers)."""
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         return _gradient_of(self._parameters[megatron_name])
 
 
 class LiveAdapterGradients(LiveAdapters):
-    """The same of the adapters."""
+    """This rank's gradients of the adapters under their global names; zeros for frozen ones."""
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         return _gradient_of(self.parameter(megatron_name))
@@ -42,10 +43,10 @@ def _gradient_of(parameter: Tensor) -> Tensor:
 
 
 def hf_gradients(trainer: MegatronTrainer, bridge: AutoBridge) -> dict[str, Tensor]:
-    """The whole gradients that `trainer.compute_gradients` left, `{hf_name: fp32 tensor}`, not clipped; with adapters theirs,
-    by PEFT name. For comparisons: all ranks get all of it.
+    """The full, unclipped gradients that `trainer.compute_gradients` left, `{hf_name: fp32 tensor}`; with adapters the
+    gradients of the adapters, by PEFT name. It is meant for comparisons: all ranks get all gradients.
 
-    Where a bridge adds or casts something (a zero-centred norm's `+1`), so it does to the gradient.
+    Where a bridge adds something to a weight or casts it (a zero-centred norm's `+1`), the gradient is changed in the same way.
     """
     spec, layout, group = bridge.spec, trainer.layout, RankGroup()
     with megatron_runtime():
@@ -72,7 +73,8 @@ def _source_names(bridge: AutoBridge, trainer: MegatronTrainer, rank: int) -> se
 
 
 def _complete(model: Sequence[nn.Module]) -> None:
-    """With the distributed optimizer each data-parallel rank has the reduced gradient of its shard only."""
+    """Gathers the full gradients where the distributed optimizer left each data-parallel rank only the gradient of its
+    shard."""
     for chunk in model:
         if not chunk.ddp_config.use_distributed_optimizer:
             continue

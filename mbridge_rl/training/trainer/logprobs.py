@@ -1,9 +1,9 @@
-"""Log-probabilities of given tokens where the vocabulary is split over ranks. The whole logits never exist anywhere.
+"""Log-probabilities of given tokens where the vocabulary is split over ranks. No rank ever holds the full logits.
 
 Each tensor-parallel rank reduces its own columns to four numbers per token; two small all-reduces (a maximum, a sum) combine
-them. The dense computation is `log_softmax(logits[..., :vocab] / temperature)`; values and gradients equal it up to rounding.
-Given hidden states and the output weight instead of logits, not even this rank's logits exist, but for a chunk of tokens: the
-backward pass computes them again.
+them. Values and gradients equal those of the dense computation `log_softmax(logits[..., :vocab] / temperature)` up to rounding.
+Given hidden states and the output weight instead of logits, this rank's own logits exist only for a chunk of tokens at a time,
+and the backward pass computes them again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def token_statistics(
         logits: `[..., padded_vocab / tp]`, any floating dtype: the columns of this rank, in rank order.
         tokens: `[...]` int64, below `vocab_size`, the same on all ranks of `group`.
         vocab_size: columns from here on are padding and take no part.
-        group: the tensor-parallel group; `None` where the vocabulary is whole.
-        temperature: what sampling used.
+        group: the tensor-parallel group; `None` where the vocabulary is not split.
+        temperature: the temperature of sampling.
         max_elements: the work goes in chunks of tokens so that no more than two fp32 temporaries of so many elements exist at
             a time besides the logits and, in the backward pass, their gradient (both in the logits' dtype).
 
@@ -69,12 +69,12 @@ def projected_token_statistics(
             summed over the group (Megatron's `copy_to_tensor_model_parallel_region` does).
         weight: `[padded_vocab / tp, hidden]`, this rank's rows of the output layer, in hidden's dtype.
         tokens, vocab_size, group, temperature: see `token_statistics`.
-        change: of the logits, element by element (a scale, a soft cap).
+        change: a change of the logits, element by element (a scale, a soft cap).
         max_elements: no more than four tensors of so many logits exist at a time (eight with a `change`), whatever the
             number of tokens (one token's row at least). The weight's gradient is summed up in fp32.
 
     Raises:
-        ValueError: as `token_statistics`.
+        ValueError: as in `token_statistics`.
     """
     if hidden.shape[:-1] != tokens.shape or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
@@ -110,7 +110,7 @@ class _VocabularyPart:
         return cls(rank * columns, held, group, temperature, max(1, max_elements // max(held, 1)))
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """Rows to work on at a time; none where this rank has only padding."""
+        """Yields the rows to work on at a time; none where this rank has only padding."""
         for start in range(0, tokens if self.held else 0, self.chunk_rows):
             yield slice(start, start + self.chunk_rows)
 
@@ -128,7 +128,7 @@ class _VocabularyPart:
 
 @dataclass(frozen=True)
 class _Reduced:
-    """What the columns of all ranks come to, per token, fp32: all that the backward pass has to remember."""
+    """The results of the reduction over the columns of all ranks that the backward pass needs, per token, fp32."""
 
     log_normalizer: Tensor
     entropy: Tensor
@@ -136,7 +136,7 @@ class _Reduced:
     def gradient(
         self, x: Tensor, rows: slice, tokens: Tensor, grads: tuple[Tensor | None, Tensor | None], part: _VocabularyPart
     ) -> Tensor:
-        """Of the logits of some rows, `[rows, held]` fp32; `x` are these rows scaled, and used up.
+        """The gradient of the logits of some rows, `[rows, held]` fp32. `x` holds these rows scaled, and is overwritten.
 
         d log p(t) / d x_i = [i = t] - p_i and d H / d x_i = -p_i (log p_i + H), each divided by the temperature.
         """
@@ -228,7 +228,7 @@ def _remember(ctx: Any, outputs: tuple[Tensor, ...], reduced: _Reduced, tokens: 
 
 
 def _reduce(logits_of: Callable[[slice], Tensor], tokens: Tensor, part: _VocabularyPart) -> tuple[tuple[Tensor, ...], _Reduced]:
-    """Log-probabilities, entropy and greediness in the shape of `tokens`, and what the backward pass needs."""
+    """Log-probabilities, entropy and greediness in the shape of `tokens`, and the values that the backward pass needs."""
     maximum, (normalizer, weighted, target) = _reduce_columns(logits_of, tokens.reshape(-1), part)
     log_sum = normalizer.log()  # of exp(logit - maximum)
     entropy = log_sum - weighted / normalizer
@@ -240,7 +240,7 @@ def _reduce_columns(logits_of: Callable[[slice], Tensor], tokens: Tensor, part: 
     """Per token, over all ranks: the maximum logit `[tokens]`, and `[3, tokens]` fp32 sums, of `exp(x - maximum)`, of
     `exp(x - maximum) * (x - maximum)`, and of the token's own logit.
     """
-    lowest = torch.finfo(torch.float32).min  # not -inf, whose product with zero is no number
+    lowest = torch.finfo(torch.float32).min  # not -inf, whose product with zero is NaN
     maximum = torch.full((len(tokens),), lowest, device=tokens.device)
     sums = torch.zeros(3, len(tokens), device=tokens.device)
     here, column = part.locate(tokens)

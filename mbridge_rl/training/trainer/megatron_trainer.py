@@ -2,7 +2,7 @@
 
 The loss of a step is a sum over all tokens of the batch, each with a weight that is known before the batch is split
 (`objectives.aggregation`): micro-batches, packing, data and context parallelism do not change it. A micro-batch contributes its
-own sum, times what Megatron will divide it by again (`_gradient_factor`).
+own sum, multiplied by the factor by which Megatron will divide it again (`_gradient_factor`).
 
 All ranks hold the same `Batch` and call every method together; each trains on its share.
 """
@@ -45,21 +45,22 @@ _log = logging.getLogger(__name__)
 
 
 class MegatronTrainer:
-    """Trains Megatron-core chunks on batches of token sequences, without the base model's dropout: a ratio compares the same
-    network with itself.
+    """Trains Megatron-core chunks on batches of token sequences. The base model's dropout is turned off, since the policy ratio
+    must compare the network with itself.
 
     Args:
         model: this rank's chunks from `build_model`, with weights and, if wanted, adapters; they are wrapped into Megatron's
             `DistributedDataParallel` here unless they are already.
-        config: of the optimizer and of the split into micro-batches.
+        config: settings of the optimizer and of the split into micro-batches.
 
     Raises:
-        ValueError: the chunks are not from `build_model`, or packing is asked of layers that can not keep sequences apart.
+        ValueError: the chunks are not from `build_model`, or the config asks for packing and a layer cannot keep packed
+            sequences apart.
 
     Attributes:
-        model: the wrapped chunks; hand these to `WeightSync` and `AutoBridge`.
+        model: the wrapped chunks; give these to `WeightSync` and `AutoBridge`.
         layout: the layout they were built for.
-        optimizer, scheduler: Megatron's.
+        optimizer, scheduler: Megatron's optimizer and learning-rate scheduler.
     """
 
     def __init__(self, model: Sequence[nn.Module], config: TrainerConfig | None = None) -> None:
@@ -81,33 +82,40 @@ class MegatronTrainer:
             connect(self.model, self.optimizer)
 
     def step(self, batch: Batch, loss: TokenLoss) -> StepReport:
-        """One optimizer step on the whole batch. Where the loss or the gradient is not finite nothing changes, and the report
-        says so.
+        """Makes one optimizer step on the whole batch. If the loss or the gradient is not finite nothing changes, and the
+        report says so.
 
         Args:
-            loss: of every token of a micro-batch, differentiable in the statistics that it is given.
+            loss: the loss of every token of a micro-batch, differentiable in the statistics that it is given.
 
         Raises:
-            ValueError: no token of the batch counts, or one that does has a number that is not finite; nothing was changed.
+            ValueError: no token of the batch is in its mask, or a token in the mask has a number that is not finite; nothing
+                was changed.
         """
-        seen = self.compute_gradients(batch, loss)
+        gradients = self.compute_gradients(batch, loss)
         updated, grad_norm, skipped = False, math.nan, "the loss is not finite"
-        if math.isfinite(seen.loss):
+        if math.isfinite(gradients.loss):
             with megatron_runtime():
                 updated, grad_norm = update(self.optimizer, self.scheduler, self.config.clip_grad)
             skipped = "" if updated else "the gradient is not finite"
         if skipped:
-            _log.warning("step skipped: %s (loss %s, gradient norm %s)", skipped, seen.loss, grad_norm)
+            _log.warning("step skipped: %s (loss %s, gradient norm %s)", skipped, gradients.loss, grad_norm)
         return StepReport(
-            seen.loss, seen.tokens, seen.statistics, grad_norm, self.optimizer.param_groups[0]["lr"], updated, skipped
+            gradients.loss,
+            gradients.tokens,
+            gradients.statistics,
+            grad_norm,
+            self.optimizer.param_groups[0]["lr"],
+            updated,
+            skipped,
         )
 
     def compute_gradients(self, batch: Batch, loss: TokenLoss) -> Gradients:
-        """The first half of `step`: afterwards every parameter's `main_grad` has the gradient, reduced over its replicas (with
-        the distributed optimizer each replica has only its shard of it).
+        """Runs the first half of `step`: afterwards every parameter's `main_grad` has the gradient, reduced over its replicas
+        (with the distributed optimizer each replica has only its shard of it).
 
         Raises:
-            ValueError: as `step`.
+            ValueError: as in `step`.
         """
         self.require_loaded()
         if batch.num_tokens == 0:
@@ -124,10 +132,11 @@ class MegatronTrainer:
         return Gradients(total, batch.num_tokens, statistics)
 
     def compute_log_probs(self, batch: Batch) -> TokenStatistics:
-        """What the policy says of the batch's targets, `[batch, seq]` on every rank, without training; zero where nothing had
-        to be computed.
+        """Computes the policy's statistics of the batch's targets, `[batch, seq]` on every rank, without training; zero outside
+        of the mask.
 
-        Bit-equal to what `step` sees if the weights are, in fp32 and bf16 alike: the same micro-batches take the same way.
+        With equal weights they are bit-equal to the statistics of `step`, in fp32 and bf16 alike, since both run the same
+        micro-batches through the same code.
         """
         self.require_loaded()
         if batch.num_tokens == 0:
@@ -139,7 +148,7 @@ class MegatronTrainer:
             return self._run(batch, None)[0]
 
     def snapshot_reference(self) -> None:
-        """Makes the present weights the reference policy. A LoRA run needs no copy: its reference is the base model."""
+        """Makes the present weights the reference policy. A LoRA run needs no copy: its reference policy is the base model."""
         self.require_loaded()
         if not self.has_adapters:
             self._reference = ReferenceSnapshot(self.model)
@@ -155,7 +164,7 @@ class MegatronTrainer:
             return self.compute_log_probs(batch).log_probs
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """From the next step on: what the schedule reaches at most."""
+        """Sets the highest learning rate of the schedule, from the next step on."""
         self.scheduler.max_lr = learning_rate
         for group in self.optimizer.param_groups:
             group["max_lr"] = learning_rate
@@ -165,20 +174,21 @@ class MegatronTrainer:
     def offloaded(
         self, *, weights: bool = True, optimizer: bool = True, directory: str | Path | None = None
     ) -> Iterator[Offloaded]:
-        """Frees what the trainer holds, for as long as the engine needs the memory; afterwards everything is back bit for bit.
+        """Frees the trainer's memory inside of the block, for an engine that needs it; afterwards everything is back bit for
+        bit.
 
         Gradients are always freed. Weights and optimizer state go to host memory if they are on an accelerator; on a CPU they
-        stay unless there is a directory. Sync weights before; inside, every use of the trainer raises.
+        stay unless there is a directory. Sync weights before the block; inside, every use of the trainer raises.
 
         Args:
-            weights, optimizer: which of them to move, too.
-            directory: keep them in files here instead of in host memory.
+            weights, optimizer: whether weights and the optimizer's state are moved, too.
+            directory: a directory for files that hold them instead of host memory.
 
         Yields:
-            How many bytes of this rank are free.
+            The numbers of bytes of this rank that are free.
 
         Raises:
-            OSError: the directory can not be written, or its disk is full; everything is in place.
+            OSError: the directory cannot be written, or its disk is full; everything is in place.
         """
         self.require_loaded()
         with offloaded(self.model, self.optimizer, weights=weights, moments=optimizer, directory=directory) as freed:
@@ -190,7 +200,7 @@ class MegatronTrainer:
 
     @contextmanager
     def out_of_the_way(self) -> Iterator[None]:
-        """`offloaded`, as far as `config.offload` says so."""
+        """Enters `offloaded` as `config.offload` says; does nothing if it is `none`."""
         if self.config.offload == "none":
             yield
             return
@@ -201,7 +211,7 @@ class MegatronTrainer:
     def require_loaded(self) -> None:
         """
         Raises:
-            RuntimeError: inside of `offloaded`.
+            RuntimeError: it is called inside of `offloaded`.
         """
         if self._offloaded:
             raise RuntimeError("the trainer is offloaded: leave the `with trainer.offloaded()` block before you use it")
@@ -219,7 +229,7 @@ class MegatronTrainer:
         return self._reference.in_place_of(self.model)
 
     def split(self, batch: Batch) -> Split:
-        """How this rank's part of the batch is cut into micro-batches.
+        """Divides this rank's part of the batch into micro-batches.
 
         Raises:
             ValueError: a sequence has more tokens than a micro-batch.
@@ -238,7 +248,8 @@ class MegatronTrainer:
         return split_rows(batch, self.layout, rank, rows)
 
     def _run(self, batch: Batch, loss: TokenLoss | None) -> tuple[TokenStatistics, Tensor]:
-        """Forward, and with a loss backward and gradient reduction; statistics and per-token losses of the whole batch."""
+        """Runs the forward pass and, with a loss, the backward pass and the gradient reduction; returns the statistics and the
+        per-token losses of the whole batch."""
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -273,8 +284,8 @@ class MegatronTrainer:
             forward_only=loss is None,
             collect_non_loss_data=loss is None,
         )
-        whole = _everywhere(results).to(batch.tokens.device)
-        return TokenStatistics(whole[0], whole[1], whole[2] > 0), whole[3]
+        log_probs, entropy, greedy, losses = _shared_results(results).to(batch.tokens.device)
+        return TokenStatistics(log_probs, entropy, greedy > 0), losses
 
     def _statistics(self, chunk: nn.Module, output: Tensor, micro: Batch) -> TokenStatistics:
         from megatron.core import parallel_state
@@ -289,7 +300,8 @@ class MegatronTrainer:
         )
 
     def _gradient_factor(self, num_micro_batches: int) -> float:
-        """What undoes Megatron's scalings, so that the gradient is that of the plain sum of all micro-batches' losses.
+        """The factor that undoes Megatron's scalings, so that the gradient is that of the plain sum of all micro-batches'
+        losses.
 
         The schedule turns a loss into `loss * cp / num_micro_batches` (`schedules.forward_step_calc_loss`, two return values),
         and DDP divides the gradients by `dp * cp` before it sums them (unless `calculate_per_token_loss`).
@@ -304,8 +316,9 @@ def _recorded(policy: TokenStatistics, losses: Tensor) -> Tensor:
     return torch.stack([policy.log_probs.detach(), policy.entropy.detach(), policy.greedy.float(), losses.detach().float()])
 
 
-def _everywhere(results: Tensor) -> Tensor:
-    """Each rank of the last pipeline stage wrote its share and left the rest zero: sum the shares, tell the other stages."""
+def _shared_results(results: Tensor) -> Tensor:
+    """The results of all ranks, on every rank. Each rank of the last pipeline stage wrote its share and left the rest zero: the
+    shares are summed, and broadcast to the other stages."""
     from megatron.core import parallel_state
 
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):

@@ -1,8 +1,8 @@
-"""How a batch is cut for ranks and micro-batches: rows by data parallelism, positions by context parallelism.
+"""Divides a batch among ranks and micro-batches: rows by data parallelism, positions by context parallelism.
 
-A micro-batch is a table of positions of the batch. So rows that are padded, sequences that are packed one behind the other, and
-the halves that context-parallel ranks hold are read and written back in the same way. All micro-batches of a step have the same
-shape on all ranks, as pipelines want them.
+A micro-batch is a table of positions of the batch. Padded rows, packed sequences, and the halves that context-parallel ranks
+hold are therefore read and written back in the same way. All micro-batches of a step have the same shape on all ranks, as
+pipelines require.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from mbridge_rl.training.batch import Batch, Sequences
 @dataclass(frozen=True)
 class MicroBatch:
     """Attributes:
-    source: `[rows, seq / cp]`, this rank's positions, counted through the flattened batch; -1 is padding.
-    sequences: `[rows, seq / cp]`, the sequence of each, counted within the micro-batch.
-    count: of its sequences.
-    offsets: of packed sequences, over all context-parallel ranks, padding included; `None` where each row is a sequence.
+    source: `[rows, seq / cp]`, this rank's positions as indices into the flattened batch; -1 is padding.
+    sequences: `[rows, seq / cp]`, the index of each position's sequence within the micro-batch.
+    count: the number of sequences in the micro-batch.
+    offsets: where packed sequences begin and end, over all context-parallel ranks, padding included; `None` where each row is a
+        sequence.
     """
 
     source: Tensor
@@ -36,7 +37,7 @@ class MicroBatch:
     offsets: tuple[int, ...] | None = None
 
     def of(self, batch: Batch, context_group: dist.ProcessGroup | None) -> Batch:
-        """What this rank computes of it."""
+        """The part of `batch` that this rank computes in this micro-batch."""
         return batch.take(self.source, Sequences(self.sequences, self.count, context_group))
 
     def write(self, results: Tensor, values: Tensor) -> None:
@@ -48,9 +49,9 @@ class MicroBatch:
 @dataclass(frozen=True)
 class Split:
     """Attributes:
-    micro_batches: of this rank.
-    rows, length: of each, the length over all context-parallel ranks.
-    loads: `[dp][micro-batches]`, tokens in each without the padding.
+    micro_batches: the micro-batches of this rank.
+    rows, length: the shape of each micro-batch; the length is that over all context-parallel ranks.
+    loads: `[dp][micro-batches]`, the number of tokens in each without the padding.
     """
 
     micro_batches: list[MicroBatch]
@@ -60,7 +61,8 @@ class Split:
 
 
 def split_rows(batch: Batch, layout: ParallelLayout, rank: int, micro_batch_size: int) -> Split:
-    """`micro_batch_size` padded rows at a time, rows side by side on the same data-parallel rank."""
+    """Divides the batch into micro-batches of `micro_batch_size` padded rows; neighbouring rows are on the same data-parallel
+    rank."""
     at, (batch_rows, batch_length) = layout.coordinates(rank), batch.tokens.shape
     length = batch_length + -batch_length % _length_multiple(layout)
     per_rank = math.ceil(batch_rows / (micro_batch_size * layout.dp))
@@ -80,11 +82,11 @@ def split_rows(batch: Batch, layout: ParallelLayout, rank: int, micro_batch_size
 
 
 def pack_rows(batch: Batch, layout: ParallelLayout, rank: int, max_tokens: int) -> Split:
-    """Whole sequences one behind the other, without their padding, at most `max_tokens` in a micro-batch.
+    """Packs undivided sequences without their padding into micro-batches of at most `max_tokens` tokens.
 
-    Rows without a token that counts are left out; of the others, what comes behind the last prediction is. The longest sequence
-    goes first to where there are fewest tokens (longest processing time first): every rank finds the same, and data-parallel
-    ranks get about the same.
+    Rows with an empty mask are left out, and so are the tokens after the last prediction of the other rows. The sequences go in
+    the order of their length, longest first, each to the micro-batch with the fewest tokens (longest processing time first).
+    Every rank computes the same division, and data-parallel ranks get about equally many tokens.
 
     Raises:
         ValueError: a sequence is longer than `max_tokens`.
@@ -117,8 +119,8 @@ def _packed(rows: list[int], needed: list[int], length: int, batch_length: int, 
 
 
 def _balanced_bins(sizes: list[int], dp: int, micro_batches_multiple: int, limit: int) -> list[list[int]]:
-    """Indices of nonzero `sizes` in the fewest bins that hold them, about equally full; bins come in multiples of
-    `dp * micro_batches_multiple`."""
+    """Distributes the indices of nonzero `sizes` over the fewest bins that hold them, about equally full. The number of bins is
+    a multiple of `dp * micro_batches_multiple`."""
     order = sorted((index for index, size in enumerate(sizes) if size), key=lambda index: (-sizes[index], index))
     step = dp * micro_batches_multiple
     count = max(step, -(-sum(sizes) // (limit * step)) * step)
@@ -139,10 +141,12 @@ def _columns(offsets: list[int], cp_rank: int, cp: int) -> Tensor:
 
 
 def _length_multiple(layout: ParallelLayout) -> int:
-    """Sequence parallelism cuts a context-parallel rank's tokens by tp, context parallelism cuts a sequence into 2 cp."""
+    """The number of which the length is a multiple: sequence parallelism divides a context-parallel rank's tokens by tp,
+    context parallelism divides a sequence into 2 cp parts."""
     return math.lcm(layout.cp * layout.tp, 2 * layout.cp if layout.cp > 1 else 1)
 
 
 def _round(layout: ParallelLayout) -> int:
-    """Interleaved stages need whole rounds of pp micro-batches."""
+    """The number of which the number of micro-batches is a multiple: interleaved stages need full rounds of pp
+    micro-batches."""
     return layout.pp if layout.vpp > 1 else 1

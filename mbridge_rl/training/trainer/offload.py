@@ -1,8 +1,8 @@
-"""Frees the memory of a trainer while somebody else (an engine on the same devices) needs it, and brings back the very bits.
+"""Frees the memory of a trainer while an engine on the same devices needs it, and restores it bit for bit.
 
-Gradients are dropped: every step begins with zeros. Weights and Adam's state move from an accelerator into host memory, or
-from anywhere into files. It is storages that are emptied and filled again, so every view into them (Megatron's buffers, shards
-of the distributed optimizer) stays what it is.
+Gradients are dropped, since every step begins with zeros. Weights and Adam's state move from an accelerator into host memory,
+or from any device into files. Storages are emptied and filled again, so that every view into them (Megatron's buffers, shards
+of the distributed optimizer) stays valid.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BUFFER_BYTES = 64 << 20
 @dataclass(frozen=True)
 class Offloaded:
     """Attributes:
-    weights, optimizer, gradients: bytes of this rank that are free now.
+    weights, optimizer, gradients: number of bytes of this rank that were freed of each.
     """
 
     weights: int
@@ -37,19 +37,19 @@ class Offloaded:
 def offloaded(
     model: Sequence[nn.Module], optimizer: Any, *, weights: bool, moments: bool, directory: str | Path | None
 ) -> Iterator[Offloaded]:
-    """See `MegatronTrainer.offloaded`."""
+    """Frees a trainer's memory inside of the block; `MegatronTrainer.offloaded` describes it."""
     with ExitStack() as stack:
         folder = None
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".offload-", dir=directory)))
         parameters = [parameter for chunk in model for parameter in chunk.parameters()]
-        of_weights = _storages(parameters)
-        of_optimizer = _storages(_optimizer_tensors(optimizer)) if moments else {}
-        of_optimizer = {key: storage for key, storage in of_optimizer.items() if key not in of_weights}
+        weight_storages = _storages(parameters)
+        optimizer_storages = _storages(_optimizer_tensors(optimizer)) if moments else {}
+        optimizer_storages = {key: storage for key, storage in optimizer_storages.items() if key not in weight_storages}
         dropped = sum(_emptied(stack, storage, None, drop=True) for storage in _storages(_gradients(model)).values())
-        freed = sum(_emptied(stack, storage, folder) for storage in of_optimizer.values())
-        moved = sum(_emptied(stack, storage, folder) for storage in of_weights.values()) if weights else 0
+        freed = sum(_emptied(stack, storage, folder) for storage in optimizer_storages.values())
+        moved = sum(_emptied(stack, storage, folder) for storage in weight_storages.values()) if weights else 0
         if moved:
             _hide(stack, parameters)
         yield Offloaded(moved, freed, dropped)
@@ -65,13 +65,14 @@ def _optimizer_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def _storages(tensors: Sequence[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """Each storage behind the tensors once; those that are somebody else's (shared memory) can not be emptied."""
+    """Each storage behind the tensors once, without those that cannot be emptied because they are shared memory."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return {key: storage for key, storage in storages.items() if storage.nbytes() and storage.resizable()}
 
 
 def _emptied(stack: ExitStack, storage: torch.UntypedStorage, folder: Path | None, *, drop: bool = False) -> int:
-    """Empties a storage until the stack unwinds, if there is a place for what it holds; how many bytes that frees."""
+    """Empties a storage until the stack unwinds, if its content can be dropped or moved elsewhere; returns the number of bytes
+    freed."""
     size, device = storage.nbytes(), storage.device
     if drop:
         restore = Tensor.zero_
@@ -92,7 +93,8 @@ def _emptied(stack: ExitStack, storage: torch.UntypedStorage, folder: Path | Non
 
 
 def _in_file(path: Path, storage: torch.UntypedStorage) -> Any:
-    """Through a small buffer: a storage that NumPy has seen can not be emptied any more."""
+    """Writes a storage to a file and returns the function that reads it back. Both go through a small buffer, since a storage
+    that NumPy has used cannot be emptied any more."""
     with path.open("wb") as file:
         for part in _bytes(storage).split(_BUFFER_BYTES):
             part.cpu().clone().numpy().tofile(file)
@@ -106,9 +108,9 @@ def _in_file(path: Path, storage: torch.UntypedStorage) -> Any:
 
 
 def _in_host_memory(storage: torch.UntypedStorage) -> Any:
-    kept = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
-    kept.copy_(_bytes(storage))
-    return lambda target: target.copy_(kept)
+    host_copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
+    host_copy.copy_(_bytes(storage))
+    return lambda target: target.copy_(host_copy)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
@@ -116,7 +118,8 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _hide(stack: ExitStack, parameters: Sequence[Tensor]) -> None:
-    """Parameters have no elements meanwhile: whoever reads one gets an error about its shape, not freed memory."""
+    """Gives parameters no elements until the stack unwinds: code that reads one gets an error about its shape, not freed
+    memory."""
     for parameter in parameters:
         stack.callback(setattr, parameter, "data", parameter.data)
         parameter.data = parameter.data.new_empty(0)

@@ -1,4 +1,4 @@
-"""Megatron's DDP, optimizer and learning-rate schedule around a model, from one config."""
+"""Sets up Megatron's DDP, optimizer and learning-rate schedule for a model, from one config."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Beta = Annotated[float, Range(least=0.0, below=1.0)]
 @dataclass(frozen=True)
 class TrainerConfig:
     """Attributes:
-    learning_rate: of Adam, the highest that the schedule reaches; `MegatronTrainer.set_learning_rate` changes it.
-    schedule: of the learning rate after the warm-up. Step `n` of `warmup_steps` has `n / warmup_steps` of it; it then falls
-        until `decay_steps` (counted from the beginning) to `min_learning_rate`, or stays.
-    betas, epsilon, weight_decay: of Adam.
+    learning_rate: Adam's highest learning rate in the schedule; `MegatronTrainer.set_learning_rate` changes it.
+    schedule: the schedule of the learning rate after the warm-up. Step `n` of `warmup_steps` has `n / warmup_steps` of the
+        learning rate; it then falls until `decay_steps` (counted from the beginning) to `min_learning_rate`, or stays.
+    betas, epsilon, weight_decay: Adam's settings.
     clip_grad: largest global gradient norm; 0 does not clip.
     micro_batch_size: rows that go through the model at once. Bit-equal log-probabilities need equal sizes.
-    micro_batch_tokens: instead of a number of rows, tokens that go through the model at once: as many padded rows as fit or,
-        with packing, sequences of so many tokens in all.
-    packing: sequences one behind the other (Megatron's packed "thd" format) instead of padded rows.
+    micro_batch_tokens: instead of a number of rows, the number of tokens that go through the model at once: as many padded rows
+        as fit or, with packing, sequences with so many tokens in all.
+    packing: pack sequences one after the other (Megatron's "thd" format) instead of padding rows.
     distributed_optimizer: shard Adam's state over data parallel ranks.
     overlap_grad_reduce: reduce gradients during the backward pass.
-    temperature: that the engine samples with; log-probabilities are of that distribution.
+    temperature: the engine's sampling temperature; log-probabilities are those of that distribution.
     max_logit_elements: see `logprobs.projected_token_statistics`.
     offload: where weights and optimizer state are while a synchronous run samples and evaluates: `none` leaves them, `host`
         moves them from a GPU into host memory, anything else is a directory (`MegatronTrainer.out_of_the_way`).
 
     Raises:
-        ValueError: values that contradict each other, naming both.
+        ValueError: values are out of range or contradict each other; the message names them.
     """
 
     learning_rate: float = 1e-6
@@ -155,7 +155,7 @@ def connect(model: list[nn.Module], optimizer: Any) -> None:
 
 
 def update(optimizer: Any, scheduler: Any, clip_grad: float) -> tuple[bool, float]:
-    """One step of the schedule and the optimizer; neither moves where the gradient is not finite.
+    """Makes one step of the schedule and the optimizer; neither moves if the gradient is not finite.
 
     Returns:
         Whether there was an update, and the global gradient norm before clipping; the same on all ranks.

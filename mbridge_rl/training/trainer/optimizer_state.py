@@ -1,4 +1,4 @@
-"""What Megatron's optimizers keep of each model parameter, in one form for all of them."""
+"""The state that Megatron's optimizers hold for each model parameter, in one form for all optimizers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class ParameterState:
     """Adam's state of one model parameter on this rank.
 
     Attributes:
-        master: what is updated: the parameter itself, its fp32 master or, with the distributed optimizer, a flat part of that.
+        master: the tensor that the optimizer updates: the parameter itself, its fp32 master or, with the distributed optimizer,
+            a flat part of that.
         moments: `exp_avg` and `exp_avg_sq`, of master's shape.
-        part: the range of the flattened parameter that this rank has; `None` where it has it all.
+        part: the range of the flattened parameter that this rank holds; `None` where it holds the full parameter.
     """
 
     master: Tensor
@@ -32,22 +33,23 @@ class ParameterState:
 
     @property
     def begin(self) -> int:
-        """Where in the flattened parameter this state begins."""
+        """The index in the flattened parameter at which this state begins."""
         return 0 if self.part is None else self.part.start
 
     def view(self, kind: str, piece: Segment) -> Tensor:
-        """Where `piece`, a segment of the parameter that lies in this state, is in its `kind`."""
+        """The view of `piece`, a segment of the parameter within this state, in the master or in a moment (`kind`)."""
         held = (self.master if kind == "master" else self.moments[kind]).detach()
         return View(piece.local_name, piece.offset - self.begin, piece.strides).of(held, piece.box.size)
 
-    def write_master(self, whole: Tensor) -> None:
-        """Takes this rank's part of the whole parameter."""
-        self.master.detach().copy_(whole if self.part is None else whole.flatten()[self.part])
+    def write_master(self, parameter: Tensor) -> None:
+        """Copies this rank's part of the full parameter into the master."""
+        self.master.detach().copy_(parameter if self.part is None else parameter.flatten()[self.part])
 
 
 def parameter_states(optimizer: Any) -> dict[Tensor, ParameterState]:
-    """Of every model parameter that this rank updates (some of). State that the first step would make is made."""
-    found: dict[Tensor, ParameterState] = {}
+    """The state of every model parameter that this rank updates in full or in part. State that the first step would create is
+    created."""
+    states: dict[Tensor, ParameterState] = {}
     for part in optimizer.chained_optimizers:
         if getattr(part, "is_stub_optimizer", False):
             continue
@@ -56,13 +58,13 @@ def parameter_states(optimizer: Any) -> dict[Tensor, ParameterState]:
             state = part.optimizer.state[master]
             if isinstance(part.optimizer, torch.optim.Optimizer) and not _counts_steps_per_group(part.optimizer):
                 state.setdefault("step", torch.zeros((), dtype=torch.float32))
-            found[parameter] = ParameterState(master, {kind: state[kind] for kind in MOMENTS}, held)
-    return found
+            states[parameter] = ParameterState(master, {kind: state[kind] for kind in MOMENTS}, held)
+    return states
 
 
 def dealt_parameters(optimizer: Any) -> dict[Tensor, frozenset[int]]:
-    """The parameters whose state the distributed optimizer deals to several ranks, and to which; also those of which this rank
-    has no part."""
+    """The parameters whose state the distributed optimizer divides among several ranks, with these ranks. Parameters of which
+    this rank has no part are included."""
     return {
         parameter: frozenset(dist.get_process_group_ranks(part.data_parallel_group))
         for part in optimizer.chained_optimizers
@@ -73,7 +75,7 @@ def dealt_parameters(optimizer: Any) -> dict[Tensor, frozenset[int]]:
 
 
 def set_step_count(optimizer: Any, steps: int) -> None:
-    """How many steps Adam has made, which its bias correction depends on."""
+    """Sets the number of steps that Adam has made, on which its bias correction depends."""
     for part in optimizer.chained_optimizers:
         if getattr(part, "is_stub_optimizer", False):
             continue
@@ -106,5 +108,5 @@ def _is_distributed(part: Any) -> bool:
 
 
 def _counts_steps_per_group(inner: Any) -> bool:
-    """Fused Adams do; torch's counts per parameter."""
+    """Whether an Adam counts its steps per group, as fused ones do. Torch's counts per parameter."""
     return not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))

@@ -1,5 +1,5 @@
-"""The policy's forward pass on one micro-batch, in two parts: Megatron's layers up to the last hidden states, and statistics of
-tokens from those, in chunks, so that logits never exist as a whole.
+"""The policy's forward pass on one micro-batch, in two parts: Megatron's layers up to the last hidden states, and the
+statistics of tokens, computed from those in chunks, so that the full logits never exist.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mbridge_rl.training.trainer.logprobs import projected_token_statistics, tok
 
 
 def last_hidden_states(chunk: nn.Module, micro: Batch, offsets: tuple[int, ...] | None) -> Tensor:
-    """What `chunk` passes on: to the next stage or, on the last one, to `statistics_of`.
+    """The output of `chunk`: the input of the next stage or, on the last stage, of `statistics_of`.
 
     Args:
-        chunk: wrapped or not.
+        chunk: a chunk, wrapped or not.
         micro: this rank's part of a micro-batch.
-        offsets: of packed sequences; `None` where each row is a sequence.
+        offsets: where packed sequences begin and end; `None` where each row is a sequence.
     """
     core = unwrap(chunk)[0]
     packed = {} if offsets is None else {"packed_seq_params": _packed(offsets, micro.tokens.device)}
     if not core.post_process or not _head_can_be_chunked(core):
         return chunk(micro.tokens, micro.position_ids, None, **packed)
-    core.post_process = False  # the layers' own final norm stays: only the projection to the vocabulary is left out
+    core.post_process = False  # leaves out the projection to the vocabulary only; the final norm belongs to the layers
     try:
         return chunk(micro.tokens, micro.position_ids, None, **packed)
     finally:
@@ -45,32 +45,35 @@ def statistics_of(
     temperature: float,
     max_elements: int,
 ) -> TokenStatistics:
-    """What the policy says of the micro-batch's targets, `[rows, seq / cp]`, from what `last_hidden_states` returned.
+    """The policy's statistics of the micro-batch's targets, `[rows, seq / cp]`, from the output of `last_hidden_states`.
 
-    Zero where no token counts: prompts and padding are not projected to the vocabulary, which is what costs most.
+    They are zero outside of the mask: prompts and padding are not projected to the vocabulary, which is the most expensive
+    part.
 
     Args:
-        chunk: with the output layer.
+        chunk: the chunk with the output layer.
+        output: the output of `last_hidden_states`.
+        micro: this rank's part of the micro-batch.
         group: the tensor-parallel group.
         temperature, max_elements: see `logprobs.projected_token_statistics`.
     """
     core = unwrap(chunk)[0]
     options: dict[str, Any] = {"group": group, "temperature": temperature, "max_elements": max_elements}
-    vocab_size, targets, counted = core.model_spec.vocab_size, micro.need("targets"), micro.mask
+    vocab_size, targets, mask = core.model_spec.vocab_size, micro.need("targets"), micro.mask
     if not _head_can_be_chunked(core):
-        of_all = token_statistics(output, targets, vocab_size, **options)
-        return TokenStatistics(*(values.masked_fill(~counted, 0) for values in of_all))
+        statistics = token_statistics(output, targets, vocab_size, **options)
+        return TokenStatistics(*(values.masked_fill(~mask, 0) for values in statistics))
     tied = core.share_embeddings_and_output_weights
     weight = core.shared_embedding_or_output_weight() if tied else core.output_layer.weight
-    hidden = _whole(core, output.to(weight.dtype), group)
+    hidden = _full_hidden_states(core, output.to(weight.dtype), group)
     changes = logit_changes(core.model_spec.extras)
-    change = _one_after_the_other(changes) if changes else None
-    found = projected_token_statistics(hidden[counted], weight, targets[counted], vocab_size, change=change, **options)
-    return TokenStatistics(*(values.new_zeros(counted.shape).masked_scatter(counted, values) for values in found))
+    change = _composed(changes) if changes else None
+    statistics = projected_token_statistics(hidden[mask], weight, targets[mask], vocab_size, change=change, **options)
+    return TokenStatistics(*(values.new_zeros(mask.shape).masked_scatter(mask, values) for values in statistics))
 
 
 def turn_off_dropout(chunks: Sequence[nn.Module]) -> None:
-    """Of the base model, for good."""
+    """Turns the base model's dropout off permanently."""
     for chunk in chunks:
         for owner in (chunk.config, *chunk.modules()):
             for name in ("attention_dropout", "hidden_dropout"):
@@ -81,7 +84,7 @@ def turn_off_dropout(chunks: Sequence[nn.Module]) -> None:
 def refuse_recurrent_layers(chunks: Sequence[nn.Module]) -> None:
     """
     Raises:
-        ValueError: a layer can not keep packed sequences apart.
+        ValueError: a layer cannot keep packed sequences apart.
     """
     for chunk in chunks:
         for name, module in chunk.named_modules():
@@ -93,36 +96,40 @@ def refuse_recurrent_layers(chunks: Sequence[nn.Module]) -> None:
 
 
 def _head_can_be_chunked(core: nn.Module) -> bool:
-    """Whether the output layer is a plain projection and the spec's changes of logits. With anything else on it (adapters, a
-    user's hooks) Megatron's own forward pass makes this rank's logits of a micro-batch, and reducing them is chunked."""
+    """Whether the output layer consists of a plain projection and the spec's changes of logits. With anything else on it
+    (adapters, a user's hooks) Megatron's own forward pass computes this rank's logits of a micro-batch, and only their
+    reduction is chunked."""
     layer = core.output_layer
     hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)
     return hooks == len(logit_changes(core.model_spec.extras)) and not getattr(layer, "adapter_parameter_names", ())
 
 
-def _whole(core: nn.Module, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`[batch, seq / cp, hidden]` on every tensor-parallel rank, of `[seq / cp (/ tp), batch, hidden]`; backwards, the sum of
-    what the ranks say of it."""
+def _full_hidden_states(core: nn.Module, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[batch, seq / cp, hidden]` on every tensor-parallel rank, from `[seq / cp (/ tp), batch, hidden]`; the backward pass
+    sums the ranks' gradients."""
     from megatron.core.tensor_parallel import mappings
 
     if core.config.sequence_parallel:
-        whole = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
-        return whole.transpose(0, 1)
-    # In this order: Megatron sums a gradient in place, and leaves one unsummed that is not contiguous.
+        gathered = mappings.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        return gathered.transpose(0, 1)
+    # The order matters: Megatron sums a gradient in place, and does not sum one that is not contiguous.
     return mappings.copy_to_tensor_model_parallel_region(hidden.transpose(0, 1).contiguous(), group=group)
 
 
-def _one_after_the_other(changes: list[Any]) -> Any:
-    def change(logits: Tensor) -> Tensor:
-        for each in changes:
-            logits = each(logits)
+def _composed(changes: list[Any]) -> Any:
+    """The function that applies all changes of logits, in order."""
+
+    def apply_all(logits: Tensor) -> Tensor:
+        for change in changes:
+            logits = change(logits)
         return logits
 
-    return change
+    return apply_all
 
 
 def _packed(offsets: tuple[int, ...], device: torch.device) -> Any:
-    """Padding between sequences is part of them: causal attention keeps it out of what comes before."""
+    """Megatron's parameters of packed sequences. Padding counts as the end of its sequence: causal attention keeps it out of
+    the tokens before it."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     ends = torch.tensor(offsets, dtype=torch.int32, device=device)

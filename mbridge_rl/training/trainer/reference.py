@@ -12,16 +12,17 @@ from mbridge_rl.megatron.model import unwrap
 
 
 class ReferenceSnapshot:
-    """The weights of a model as they were; costs host memory of the same size and no device memory."""
+    """A copy of the weights of a model at one moment; it takes host memory of the same size and no device memory."""
 
     def __init__(self, model: Sequence[nn.Module]) -> None:
         self._weights = [parameter.detach().to("cpu", copy=True) for parameter in _parameters(model)]
 
     @contextmanager
     def in_place_of(self, model: Sequence[nn.Module]) -> Iterator[None]:
-        """The model holds the snapshot within, and its own weights afterwards, in the same storage and bit for bit.
+        """Puts the snapshot into the model inside of the block; afterwards the model has its own weights again, in the same
+        storage and bit for bit.
 
-        Meanwhile its own weights wait where the snapshot was: one tensor at a time is copied twice.
+        Inside of the block the model's own weights are in the snapshot's memory: tensors are exchanged one at a time.
         """
         self._exchange(model)
         try:
@@ -31,10 +32,10 @@ class ReferenceSnapshot:
 
     @torch.no_grad()
     def _exchange(self, model: Sequence[nn.Module]) -> None:
-        for parameter, kept in zip(_parameters(model), self._weights, strict=True):
+        for parameter, saved in zip(_parameters(model), self._weights, strict=True):
             live = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(kept)
-            kept.copy_(live)
+            parameter.copy_(saved)
+            saved.copy_(live)
 
 
 def _parameters(model: Sequence[nn.Module]) -> list[Tensor]:

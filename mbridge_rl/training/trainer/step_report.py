@@ -1,4 +1,4 @@
-"""What a trainer's step tells of itself."""
+"""The results of a trainer's step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mbridge_rl.training.batch import TokenStatistics
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a forward and backward pass saw; the same on every rank. The gradients are in the model's `main_grad`.
+    """The results of a forward and backward pass; the same on every rank. The gradients are in the model's `main_grad`.
 
     Attributes:
-        loss: of the whole batch: the mean over its tokens or, of a `WeightedLoss`, the weighted sum.
-        tokens: that the loss counted.
-        statistics: of the policy, `[batch, seq]` each; zero where nothing had to be computed.
+        loss: the loss of the whole batch: the mean over its tokens or, for a `WeightedLoss`, the weighted sum.
+        tokens: the number of tokens in the mask.
+        statistics: the policy's statistics, `[batch, seq]` each; zero outside of the mask.
     """
 
     loss: float
@@ -24,14 +24,14 @@ class Gradients:
 
 @dataclass(frozen=True)
 class StepReport(Gradients):
-    """What one optimizer step saw; the same on every rank.
+    """The results of one optimizer step; the same on every rank.
 
     Attributes:
-        statistics: of the policy before the update.
-        grad_norm: global, before clipping.
-        learning_rate: of the step.
+        statistics: the policy's statistics before the update.
+        grad_norm: the global gradient norm before clipping.
+        learning_rate: the learning rate of the step.
         updated: whether weights changed.
-        skipped: why they did not; empty where they did.
+        skipped: why weights did not change; empty where they did.
     """
 
     grad_norm: float
