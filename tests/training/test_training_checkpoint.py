@@ -193,7 +193,7 @@ def _die_in_the_middle(rank: int, source: Path, directory: Path) -> None:
     import os
     import signal
 
-    from mbridge_rl.training.checkpoint.saved_state import saved_state as checkpoint
+    from mbridge_rl.training.checkpoint import saved_state as checkpoint
 
     trainer = _trainer(source, Layout(tp=2), {})
     save_checkpoint(trainer, directory, 1)
@@ -225,7 +225,7 @@ def test_an_interrupted_save_is_no_checkpoint(scratch: Path, tmp_path: Path) -> 
 
 def _damage(rank: int, source: Path, directory: Path, what: str) -> str:
     """Rank 1 damages what it wrote, before it is read back."""
-    from mbridge_rl.training.checkpoint.saved_state import saved_state as checkpoint
+    from mbridge_rl.training.checkpoint import saved_state as checkpoint
 
     trainer = _trainer(source, Layout(tp=2), {})
     save_checkpoint(trainer, directory, 1)
