@@ -1,3 +1,3 @@
-"""Megatron-core models: how one is built from a bridge's config, which parameters of which rank are which, and a forward pass.
-The one folder that knows Megatron's modules. Imports `core` only.
+"""Megatron-core models: builds them from a bridge's config, names the parameters of every rank, and runs forward passes. This
+is the only folder that knows Megatron's modules. It imports `core` only.
 """
