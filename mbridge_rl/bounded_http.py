@@ -1,6 +1,8 @@
-"""HTTP requests that end: a time for the whole of one, from the name's lookup to the last byte, and a size for its answer.
+"""HTTP requests with a time limit for the whole request, from the name's lookup to the last byte, and a size limit for the
+answer.
 
-A socket's own timeout is for every single read, so that a server that sends a byte now and then holds its client for ever.
+A socket's own timeout applies to every single read, so that a server that sends a byte now and then could block its client for
+ever.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from http.client import HTTPConnection, HTTPMessage, HTTPSConnection
 from typing import IO, Any
 
 _CHUNK = 1 << 20
-_MOST_REFUSAL_BYTES = 1 << 16  # of the body of an answer that refuses
+_MOST_REFUSAL_BYTES = 1 << 16  # of the body of an error answer
 
 
 class AnswerTooLarge(OSError):
-    """An answer has more bytes than its caller takes."""
+    """An answer has more bytes than its caller allows."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """Attributes:
-    status: of HTTP.
-    content_type: without parameters, such as "application/json".
-    body: of an answer that refuses (400 and more) at most 64 KiB.
+    status: the HTTP status.
+    content_type: the content type without parameters, such as "application/json".
+    body: the body; of an error answer (status 400 and more) at most 64 KiB.
     """
 
     status: int
@@ -39,15 +41,16 @@ class Answer:
 def request(
     url: str, body: bytes | None, headers: Mapping[str, str], *, seconds: float, most_bytes: int, use_proxies: bool = True
 ) -> Answer:
-    """What a server answers to a POST of `body`, or to a GET where it is `None`. Redirects are answers, and are not followed.
+    """Sends a POST of `body`, or a GET if it is `None`, and returns the server's answer. Redirects are answers, and are not
+    followed.
 
     Raises:
-        TimeoutError: it was not complete within `seconds`.
-        AnswerTooLarge: it has more than `most_bytes`.
-        OSError, http.client.HTTPException, ValueError: the server cannot be reached, speaks no HTTP, or `url` is none.
+        TimeoutError: the answer was not complete within `seconds`.
+        AnswerTooLarge: the answer has more than `most_bytes`.
+        OSError, http.client.HTTPException, ValueError: the server cannot be reached or does not speak HTTP, or `url` is no URL.
     """
     exchange = _Exchange(urllib.request.Request(url, body, dict(headers)), seconds, most_bytes, use_proxies)
-    # Daemonic: the lookup of a name cannot be interrupted, and must not keep the interpreter from its end.
+    # A daemon thread: the lookup of a name cannot be interrupted, and must not keep the interpreter from exiting.
     thread = threading.Thread(target=exchange.run, name="http-request", daemon=True)
     thread.start()
     thread.join(seconds)
@@ -60,14 +63,14 @@ def request(
 
 
 class _Exchange:
-    """One request, made in a thread that another may make give up.
+    """One request, made in a thread that another thread may abandon.
 
     Attributes:
-        outcome: what the server answered, or what kept it from that.
+        outcome: the server's answer, or the error of the request.
     """
 
-    def __init__(self, asked: urllib.request.Request, seconds: float, most_bytes: int, use_proxies: bool) -> None:
-        self._asked, self._seconds, self._most_bytes = asked, seconds, most_bytes
+    def __init__(self, request: urllib.request.Request, seconds: float, most_bytes: int, use_proxies: bool) -> None:
+        self._request, self._seconds, self._most_bytes = request, seconds, most_bytes
         proxies = [] if use_proxies else [urllib.request.ProxyHandler({})]
         self._opener = urllib.request.build_opener(_NoRedirects, _Handler(self), _SecureHandler(self), *proxies)
         self._lock = threading.Lock()
@@ -78,19 +81,19 @@ class _Exchange:
     def run(self) -> None:
         try:
             try:
-                with self._opener.open(self._asked, timeout=self._seconds) as response:
+                with self._opener.open(self._request, timeout=self._seconds) as response:
                     self.outcome = Answer(response.status, *_content(response, self._most_bytes))
             except urllib.error.HTTPError as refusal:
                 with refusal:
                     self.outcome = Answer(refusal.code, *_content(refusal, _MOST_REFUSAL_BYTES, cut=True))
-        except Exception as error:  # whatever it is: the caller's thread raises it
+        except Exception as error:  # the caller's thread raises it
             self.outcome = error
 
     def connected(self, connection: socket.socket) -> None:
-        """The socket that `abandon` will end.
+        """Registers the socket that `abandon` will close.
 
         Raises:
-            TimeoutError: that was before.
+            TimeoutError: the request was abandoned before.
         """
         with self._lock:
             self._socket = connection
@@ -98,7 +101,7 @@ class _Exchange:
                 raise TimeoutError("connected too late")
 
     def abandon(self) -> None:
-        """Ends the connection, and with it the thread; one that is still connecting ends by itself."""
+        """Ends the connection, and with it the thread. A thread that is still connecting ends as soon as it is connected."""
         with self._lock:
             self._abandoned = True
             if self._socket is not None:
@@ -107,7 +110,7 @@ class _Exchange:
 
 
 def _content(response: Any, most_bytes: int, *, cut: bool = False) -> tuple[str, bytes]:
-    """Type and body. A body of more than `most_bytes` is cut, or refused."""
+    """The content type and the body. A body of more than `most_bytes` is cut if `cut` is set, otherwise refused."""
     parts, count = [], 0
     while count <= most_bytes and (part := response.read(min(_CHUNK, most_bytes + 1 - count))):
         parts.append(part)
@@ -121,13 +124,13 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> None:
-        """None: the redirect is raised as an `HTTPError`."""
+        """Returns `None`, so that the redirect is raised as an `HTTPError`."""
 
 
-def _tells(exchange: _Exchange, of: type[HTTPConnection]) -> Callable[..., HTTPConnection]:
-    """Makes connections that tell the exchange of their sockets."""
+def _registering(exchange: _Exchange, base: type[HTTPConnection]) -> Callable[..., HTTPConnection]:
+    """A class of connections that register their sockets with the exchange."""
 
-    class Connection(of):  # type: ignore[misc, valid-type]
+    class Connection(base):  # type: ignore[misc, valid-type]
         def connect(self) -> None:
             super().connect()
             exchange.connected(self.sock)
@@ -141,7 +144,7 @@ class _Handler(urllib.request.HTTPHandler):
         self._exchange = exchange
 
     def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(_tells(self._exchange, HTTPConnection), req)
+        return self.do_open(_registering(self._exchange, HTTPConnection), req)
 
 
 class _SecureHandler(urllib.request.HTTPSHandler):
@@ -150,4 +153,4 @@ class _SecureHandler(urllib.request.HTTPSHandler):
         self._exchange = exchange
 
     def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(_tells(self._exchange, HTTPSConnection), req)
+        return self.do_open(_registering(self._exchange, HTTPSConnection), req)

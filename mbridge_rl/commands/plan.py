@@ -25,7 +25,7 @@ from mbridge_rl.commands.arguments import (
 from mbridge_rl.terminal import Terminal
 
 if TYPE_CHECKING:
-    from mbridge_rl.core.estimate import Estimate, Exchange, Refit, Spread
+    from mbridge_rl.core.estimate import Estimate, PeerTraffic, RefitSchedule, Spread
     from mbridge_rl.core.layout import ParallelLayout
     from mbridge_rl.core.model import ModelSpec
 
@@ -150,20 +150,20 @@ def _rollout_layout(text: str, spec: ModelSpec) -> tuple[ParallelLayout, int]:
 
 def _refit(
     spec: ModelSpec, trainer: ParallelLayout, engine: ParallelLayout, replicas: int, dtype: Dtype, bucket: int, *, exact: bool
-) -> tuple[Refit, dict[str, Any]]:
+) -> tuple[RefitSchedule, dict[str, Any]]:
     """The schedule, and what there is to say of it before its costs."""
     from math import prod
 
     import numpy as np
 
-    from mbridge_rl.core.estimate import Refit
+    from mbridge_rl.core.estimate import RefitSchedule
     from mbridge_rl.core.templates import compile_flows, compile_templates
 
     flows = (compile_flows if exact else compile_templates)(spec, trainer, engine)
     dtypes = spec.hf_dtypes(torch_dtype(dtype))
     element_bytes = np.array([dtypes[hf_name].itemsize for hf_name in flows.hf_names])
     sizes = np.array([prod(spec.hf_shapes[hf_name]) for hf_name in flows.hf_names])
-    refit = Refit(flows, trainer.world_size, engine.world_size, element_bytes, replicas=replicas, bucket_bytes=bucket)
+    refit = RefitSchedule(flows, trainer.world_size, engine.world_size, element_bytes, replicas=replicas, bucket_bytes=bucket)
     return refit, {
         "architecture": spec.architecture,
         "parameters": int(sizes.sum()),
@@ -181,7 +181,7 @@ def _refit(
     }
 
 
-def _exchanges(refit: Refit, rank: int, facts: dict[str, Any]) -> list[Exchange]:
+def _exchanges(refit: RefitSchedule, rank: int, facts: dict[str, Any]) -> list[PeerTraffic]:
     from mbridge_rl.core.errors import LayoutError
 
     ranks = facts["trainer_ranks"] + facts["rollout_ranks"]
@@ -226,7 +226,7 @@ def _print_estimate(estimate: Estimate, facts: dict[str, Any]) -> None:
         terminal.line((f"{name:<16}", "bold"), text)
 
 
-def _print_exchanges(exchanges: list[Exchange], rank: int, facts: dict[str, Any]) -> None:
+def _print_exchanges(exchanges: list[PeerTraffic], rank: int, facts: dict[str, Any]) -> None:
     terminal = Terminal()
     terminal.line(*_heading(facts))
     for sends, verb, preposition in ((True, "sends", "to"), (False, "receives", "from")):

@@ -1,4 +1,4 @@
-"""Which linears of a model get adapters: targets, by layers, as rules of the mapping table."""
+"""Decides which linears of a model get adapters: turns targets and layers into rules of the mapping table."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class AdaptedRule:
     """A rule whose weights get adapters.
 
     Attributes:
-        parts: those that are adapted.
-        config: of these adapters alone: uniform, the same in all layers of the rule.
+        parts: the parts of the rule that are adapted.
+        config: the config of these adapters alone, with one rank and alpha for all layers of the rule.
     """
 
     rule: Rule
@@ -31,27 +31,32 @@ class AdaptedRule:
 
 
 def adapted_rules(spec: ModelSpec, config: LoRAConfig) -> list[AdaptedRule]:
-    """The rules of `spec` (see `adapted_spec`) whose weights get adapters; one whose layers have different adapters (other
-    parts, ranks or alphas) comes once for each of these.
+    """The rules of `spec` (see `adapted_spec`) whose weights get adapters. A rule whose layers have different adapters (other
+    parts, ranks or alphas) occurs once for each of these.
 
     Raises:
         ValueError: the config contradicts itself, or a target or pattern names no linear of the model.
-        UnsupportedModelError: what is one tensor is given different ranks or alphas.
+        UnsupportedModelError: parts of one tensor are given different ranks or alphas.
     """
     config.require_valid()
     require_known_targets(spec, config.targets)
     _require_known_layers(spec, config)
-    found = [one for rule in spec.rules if adapted_parts(rule, config.targets) for one in _by_layers(spec, rule, config)]
-    for one in found:
-        one.config.require_valid()
+    adapted = [
+        adapted_rule
+        for rule in spec.rules
+        if adapted_parts(rule, config.targets)
+        for adapted_rule in _by_layers(spec, rule, config)
+    ]
+    for adapted_rule in adapted:
+        adapted_rule.config.require_valid()
     if config.rank_pattern or config.alpha_pattern:
-        _require_known_patterns(spec, config, found)
-    return found
+        _require_known_patterns(spec, config, adapted)
+    return adapted
 
 
 def adapted_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
-    """The model whose HF linears the adapters are of: as its checkpoints are or, with `stacked_experts`, as Transformers 5 has
-    it in memory."""
+    """The model whose HF linears get the adapters: as in its checkpoints or, with `stacked_experts`, as Transformers 5 has it
+    in memory."""
     if not config.stacked_experts:
         return spec
     if not any("{expert}" in rule.megatron_name for rule in spec.rules):
@@ -60,23 +65,29 @@ def adapted_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
 
 
 def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[Part, ...]:
-    """The parts of `rule` that get adapters; none for what is no linear's weight."""
+    """The parts of `rule` that get adapters; none if the rule is not for a linear's weight."""
     if not is_linear(rule):
         return ()
-    if any(_names(target, module_name(rule.megatron_name)) for target in targets):
+    if any(_target_matches(target, module_name(rule.megatron_name)) for target in targets):
         return rule.parts
-    return tuple(part for part in rule.parts if any(_names(target, linear_name(part.hf_name)) for target in targets))
+    return tuple(part for part in rule.parts if any(_target_matches(target, linear_name(part.hf_name)) for target in targets))
 
 
 def is_linear(rule: Rule) -> bool:
-    """Whether a rule is of a linear layer's weight, `[out, in]`; of an output layer only where it is not the embedding, too."""
+    """Whether a rule is for a linear layer's weight, `[out, in]`. An output layer counts only if it is not the embedding,
+    too."""
     if rule.placement != "layer" and (rule.placement, rule.megatron_name) != ("last_stage", OUTPUT_LAYER):
         return False
     return len(rule.shape) == 2 and rule.megatron_name.rpartition(".")[2].startswith("weight")
 
 
 def require_known_targets(spec: ModelSpec, targets: Sequence[str]) -> None:
-    """Raises ValueError where a target names nothing in the model, and UnsupportedModelError for an embedding."""
+    """Checks that every target names a linear of the model.
+
+    Raises:
+        ValueError: a target names nothing in the model.
+        UnsupportedModelError: a target names an embedding.
+    """
     for target in targets:
         if not any(adapted_parts(rule, (target,)) for rule in spec.rules):
             _refuse_embedding(spec, target)
@@ -93,7 +104,7 @@ def _refuse_embedding(spec: ModelSpec, target: str) -> None:
     names = {module_name(rule.megatron_name) for rule in embeddings}
     names |= {linear_name(part.hf_name) for rule in embeddings for part in rule.parts}
     tied = {"lm_head"} if spec.tied_embeddings else set()
-    if any(_names(target, name) for name in names | tied):
+    if any(_target_matches(target, name) for name in names | tied):
         because = "the output layer of this model is its embedding, and " if spec.tied_embeddings else ""
         raise UnsupportedModelError(
             f"{target}: {because}adapters of embeddings are not supported; leave it out of the targets, or train all weights "
@@ -107,16 +118,16 @@ def module_name(weight_name: str) -> str:
 
 
 def linear_name(hf_name: str) -> str:
-    """Of an HF tensor: `X.weight` -> `X`; a tensor of stacked experts, which is no module's `weight`, is a linear itself."""
+    """The linear of an HF tensor: `X.weight` -> `X`. A tensor of stacked experts has no `.weight` and is a linear itself."""
     return hf_name.removesuffix(_WEIGHT)
 
 
 def targets_of(spec: ModelSpec, modules: Set[str]) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
-    """The targets that adapt the HF linears `modules`, in as few and short names as say it exactly, and the layers of those
-    that are not adapted in all.
+    """The targets that adapt exactly the HF linears `modules`, as few and short as possible, and the layers of those targets
+    that are not adapted in all layers.
 
     Raises:
-        UnsupportedModelError: of the experts of one layer some are adapted and some are not.
+        UnsupportedModelError: some experts of a layer are adapted and others are not.
     """
     present: dict[str, dict[int, set[str]]] = {}
     for instance in spec.instances:
@@ -128,11 +139,11 @@ def targets_of(spec: ModelSpec, modules: Set[str]) -> tuple[tuple[str, ...], dic
         pattern: tuple(layer for layer, names in layers.items() if _all_or_none(names, modules))
         for pattern, layers in present.items()
     }
-    of_last: dict[str, list[str]] = {}
+    patterns_by_last_name: dict[str, list[str]] = {}
     for pattern in present:
-        of_last.setdefault(_last(pattern), []).append(pattern)
+        patterns_by_last_name.setdefault(_last(pattern), []).append(pattern)
     targets: dict[str, tuple[int, ...]] = {}
-    for last, patterns in of_last.items():
+    for last, patterns in patterns_by_last_name.items():
         union = {layer for pattern in patterns for layer in adapted[pattern]}
         if all(set(adapted[pattern]) == union & present[pattern].keys() for pattern in patterns):
             targets[last] = tuple(sorted(union))
@@ -144,22 +155,22 @@ def targets_of(spec: ModelSpec, modules: Set[str]) -> tuple[tuple[str, ...], dic
 
 
 def _all_or_none(names: Set[str], modules: Set[str]) -> bool:
-    """Whether the linears of one layer that Megatron has as one are adapted."""
-    if (found := names & modules) and (without := names - modules):
+    """Whether `names`, the linears of one layer that are one linear in Megatron, are adapted."""
+    if (adapted := names & modules) and (without := names - modules):
         raise UnsupportedModelError(
-            f"{listed(found)} have adapters and {listed(without)} have none: Megatron computes the experts of a layer as one, "
-            f"so that all of them are adapted, or none"
+            f"{listed(adapted)} have adapters and {listed(without)} have none: Megatron computes the experts of a layer as "
+            f"one, so that all of them are adapted, or none"
         )
-    return bool(found)
+    return bool(adapted)
 
 
 def _is_everywhere(target: str, layers: Sequence[int], present: Mapping[str, Mapping[int, object]]) -> bool:
-    named = [of_pattern for pattern, of_pattern in present.items() if target in (pattern, _last(pattern))]
-    return set(layers) >= {layer for of_pattern in named for layer in of_pattern}
+    named = [in_layers for pattern, in_layers in present.items() if target in (pattern, _last(pattern))]
+    return set(layers) >= {layer for in_layers in named for layer in in_layers}
 
 
 def _by_layers(spec: ModelSpec, rule: Rule, config: LoRAConfig) -> Iterator[AdaptedRule]:
-    """A rule's adapters, once for all layers that have the same."""
+    """Yields a rule's adapters, once for all layers that have the same adapters."""
     layers_of: dict[tuple[tuple[Part, ...], int, float], list[int]] = {}
     targets_of_layer = {layer: config.targets_in(layer) for layer in _layers_of(spec, rule)}
     for layer, targets in targets_of_layer.items():
@@ -177,28 +188,28 @@ def _setting(spec: ModelSpec, rule: Rule, parts: Sequence[Part], layer: int, con
     """Rank and alpha of a rule's adapters in one layer.
 
     Raises:
-        UnsupportedModelError: its parts are given different ones.
+        UnsupportedModelError: its parts are given different ranks or alphas.
     """
     if not config.rank_pattern and not config.alpha_pattern:
         return config.rank, config.alpha
-    own = {
+    config_of = {
         name: config.of_linear(name, megatron_name)
         for megatron_name, name in _names_in_layer(rule, parts, layer, spec.num_experts or 0)
     }
     settings: dict[tuple[int, float], str] = {}
-    for name, one in own.items():
-        settings.setdefault((one.rank, one.alpha), name)
+    for name, own_config in config_of.items():
+        settings.setdefault((own_config.rank, own_config.alpha), name)
     if len(settings) > 1:
-        said = ", ".join(f"{name} has rank {rank} and alpha {alpha:g}" for (rank, alpha), name in settings.items())
+        descriptions = ", ".join(f"{name} has rank {rank} and alpha {alpha:g}" for (rank, alpha), name in settings.items())
         raise UnsupportedModelError(
-            f"{said}, and Megatron computes them as one linear or one list of experts "
+            f"{descriptions}, and Megatron computes them as one linear or one list of experts "
             f"({module_name(rule.megatron_name)}): give all of it one rank and one alpha"
         )
     return next(iter(settings))
 
 
 def _require_known_layers(spec: ModelSpec, config: LoRAConfig) -> None:
-    """Raises ValueError where a target is no target, or in one of the layers that it is given no linear."""
+    """Raises ValueError where `config.layers` has a name that is not in `targets`, or a layer without such a linear."""
     for target, layers in config.layers.items():
         if target not in config.targets:
             raise ValueError(f"layers: {target!r} is none of the targets {', '.join(config.targets)}")
@@ -213,14 +224,14 @@ def _require_known_layers(spec: ModelSpec, config: LoRAConfig) -> None:
 
 
 def _layers_of(spec: ModelSpec, rule: Rule) -> Sequence[int]:
-    """The layers that a rule's names count; one for what is in none."""
+    """The layers in which a rule's tensors are; `(0,)` for a rule outside of the layers."""
     if rule.placement != "layer":
         return (0,)
     return range(spec.num_layers) if rule.layers is None else rule.layers
 
 
 def _names_in_layer(rule: Rule, parts: Sequence[Part], layer: int, experts: int) -> Iterator[tuple[str, str]]:
-    """The names of the Megatron linear and of each of its HF linears, for every expert."""
+    """Yields `(name of the Megatron linear, name of the HF linear)` for every part and expert."""
     for expert in range(experts) if "{expert}" in rule.megatron_name else [0]:
         for part in parts:
             name = linear_name(part.hf_name).format(layer=layer, expert=expert)
@@ -228,13 +239,13 @@ def _names_in_layer(rule: Rule, parts: Sequence[Part], layer: int, experts: int)
 
 
 def _require_known_patterns(spec: ModelSpec, config: LoRAConfig, adapted: Sequence[AdaptedRule]) -> None:
-    """Raises ValueError where a pattern matches nothing that has an adapter."""
+    """Raises ValueError where a pattern matches no linear that has an adapter."""
     names = [
         name
-        for one in adapted
-        for layer in _layers_of(spec, one.rule)
-        for both in _names_in_layer(one.rule, one.parts, layer, spec.num_experts or 0)
-        for name in both
+        for adapted_rule in adapted
+        for layer in _layers_of(spec, adapted_rule.rule)
+        for pair in _names_in_layer(adapted_rule.rule, adapted_rule.parts, layer, spec.num_experts or 0)
+        for name in pair
     ]
     for field_name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field_name):
@@ -248,7 +259,7 @@ def _has_stacked_experts(spec: ModelSpec) -> bool:
     return any(axis.index for rule in spec.rules for part in rule.parts for axis in part.axes)
 
 
-def _names(target: str, module: str) -> bool:
+def _target_matches(target: str, module: str) -> bool:
     return target in (module, _last(module)) or ("*" in target and fnmatchcase(module, target))
 
 

@@ -1,24 +1,24 @@
-"""LoRA adapters as a side of a plan: their factors' rules, derived from the base model's.
+"""LoRA adapters as a model of their own: the rules of their factors, derived from the base model's rules.
 
 An adapter of `W [out, in]` is `scale * B A` with `A [rank, in]` and `B [out, rank]` (Hu et al., arXiv 2106.09685). PEFT has one
-such pair per HF linear, Megatron one per fused linear. The rows of `B` are the rows of `W`, so they are dealt to parts, groups
-and ranks exactly as `W`'s are; the columns of `A` are the columns of `W`. So every rule of an adapter is the base weight's rule
-with one axis replaced by the rank:
+such pair per HF linear, Megatron one per fused linear. The rows of `B` are the rows of `W`, so they are divided into parts,
+groups and ranks exactly as `W`'s are; the columns of `A` are the columns of `W`. Every rule of an adapter is therefore the base
+weight's rule with one axis replaced by the rank:
 
     decoder.layers.0.self_attention.linear_qkv.weight   parts q, k, v by KV head    [out / tp, in]
                                               .lora_b   parts q, k, v by KV head    [out / tp, rank]      sharded like W
                                               .lora_a   q, k and v alike            [rank, in]            on all ranks
 
-The result is a `ModelSpec` of its own: plans, streams, digests and files of adapters are those of any model. In the *fused*
+The result is a `ModelSpec` of its own: plans, streams, digests and files of adapters work as for any model. In the *fused*
 form (one `A` for all parts) several PEFT tensors are one local tensor, and must be equal to be imported; in the *canonical*
-form every part has its own `A`, stacked `[parts * rank, in]`, which is what PEFT trains.
+form every part has its own `A`, stacked `[parts * rank, in]`, as PEFT trains it.
 
-DoRA (Liu et al., arXiv 2402.09353) adds a magnitude per row, dealt as a bias is:
+DoRA (Liu et al., arXiv 2402.09353) adds a magnitude per row, sharded like a bias:
 
     W' = magnitude * (W + scale * B A) / |W + scale * B A| (of every row)
 
-Adapters that start from the weights themselves (PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775) leave `W` as it is, too:
-`W + scale * (B A - B0 A0)`. To PEFT that is one adapter of twice the rank, `[B, -B0] [A; A0]`.
+Adapters that start from the weights themselves (PiSSA, arXiv 2404.02948; OLoRA, arXiv 2406.01775) do not change `W` either:
+`W + scale * (B A - B0 A0)`. In PEFT this is one adapter of twice the rank, `[B, -B0] [A; A0]`.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True, slots=True)
 class FusedRows:
-    """Which of one rank's rows of a fused linear come from which adapter.
+    """The division of one rank's rows of a fused linear into adapters.
 
     Attributes:
-        groups: how often `parts` repeat in its rows.
-        parts: `(rows per group, which A)` in order; `None` for a part without an adapter.
+        groups: how often `parts` repeat in the rows.
+        parts: `(rows per group, index of the A)` in order; the index is `None` for a part without an adapter.
     """
 
     groups: int
@@ -62,22 +62,24 @@ class FusedRows:
 
     @property
     def adapted_rows(self) -> int:
-        """Rows of this rank's `B`."""
-        return self.groups * sum(size for size, which in self.parts if which is not None)
+        """The number of rows of this rank's `B`."""
+        return self.groups * sum(size for size, index in self.parts if index is not None)
 
     @property
     def is_complete(self) -> bool:
-        """No part lacks an adapter."""
-        return all(which is not None for _, which in self.parts)
+        """Whether every part has an adapter."""
+        return all(index is not None for _, index in self.parts)
 
     def adapter_numbers(self) -> Tensor:
-        """Which `A` each row has, `[rows]` int64; -1 where it has none. `B` and magnitudes hold the others in this order."""
-        of_group = [torch.full((size,), -1 if which is None else which) for size, which in self.parts]
-        return torch.cat(of_group).repeat(self.groups)
+        """The index of each row's `A`, `[rows]` int64; -1 for rows without an adapter. `B` and magnitudes hold the rows with an
+        adapter, in this order."""
+        numbers_of_group = [torch.full((size,), -1 if index is None else index) for size, index in self.parts]
+        return torch.cat(numbers_of_group).repeat(self.groups)
 
 
 def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
-    """The adapters of a model as a model: Megatron names `X.lora_a`, `X.lora_b`, ..., HF names PEFT's.
+    """The adapters of a model as a model of their own, with Megatron names `X.lora_a`, `X.lora_b`, ..., and PEFT's names as HF
+    names.
 
     Raises:
         ValueError: the config contradicts itself, or a target names no linear of the model.
@@ -86,8 +88,8 @@ def adapter_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
     spec = adapted_spec(spec, config)
     adapted = adapted_rules(spec, config)
     _require_stacks_in_the_same_layers(adapted)
-    names = _peft_modules_of([part for one in adapted for part in one.parts])
-    rules = tuple(factor for one in adapted for factor in _Factors(one, names).rules())
+    names = _peft_modules_of([part for adapted_rule in adapted for part in adapted_rule.parts])
+    rules = tuple(factor for adapted_rule in adapted for factor in _Factors(adapted_rule, names).rules())
     return replace(spec, rules=rules, extras=(), ignored_hf_prefixes=(), aliases={})
 
 
@@ -95,20 +97,20 @@ def fused_rows(rule: Rule, config: LoRAConfig, layout: ParallelLayout, at: Coord
     """How one rank's rows of `rule`'s tensor divide into adapters.
 
     Raises:
-        LayoutError: some parts alone, where ranks cut through the groups of the fused linear.
+        LayoutError: only some parts are adapted, and ranks cut through the groups of the fused linear.
     """
     if rule.dim == 1:
         return FusedRows(1, ((rule.shape[0], 0),))
     chosen = adapted_parts(rule, config.targets)
     order = list(dict.fromkeys(part.hf_name for part in chosen))
-    which = {hf_name: index if config.canonical else 0 for index, hf_name in enumerate(order)}
+    index_of = {hf_name: index if config.canonical else 0 for index, hf_name in enumerate(order)}
     shards = rule.axis_size(layout)
-    if rule.padded:  # the rows of no token, too: their B stays zero
+    if rule.padded:  # rows of padding are included: their B stays zero
         return FusedRows(1, ((rule.local_shape(layout)[0], 0),))
     groups = rule.groups or shards
-    of_group = [(part.size(0) // groups, which[part.hf_name] if part in chosen else None) for part in rule.parts]
+    parts_of_group = [(part.size(0) // groups, index_of[part.hf_name] if part in chosen else None) for part in rule.parts]
     if groups % shards == 0:
-        return FusedRows(groups // shards, tuple(of_group))
+        return FusedRows(groups // shards, tuple(parts_of_group))
     if len(chosen) < len(rule.parts):
         raise LayoutError(
             f"{rule.megatron_name}: {rule.axis}={shards} cuts through its {groups} groups, so its parts cannot be adapted one "
@@ -116,7 +118,7 @@ def fused_rows(rule: Rule, config: LoRAConfig, layout: ParallelLayout, at: Coord
         )
     rows = rule.extent // shards
     begin, start, pieces = rule.axis_rank(at) * rows, 0, []
-    for size, index in of_group * groups:
+    for size, index in parts_of_group * groups:
         if (length := min(start + size, begin + rows) - max(start, begin)) > 0:
             pieces.append((length, index))
         start += size
@@ -130,7 +132,8 @@ def factor_name(weight_name: str, factor: str) -> str:
 
 
 def equal_tensors(adapters: ModelSpec) -> list[tuple[str, ...]]:
-    """PEFT tensors that are one local tensor: the `A` that the parts of a fused linear share."""
+    """Groups of PEFT tensors that are one local tensor, and so must be equal: the `A` that the parts of a fused linear
+    share."""
     shared: dict[str, list[str]] = {}
     for instance in adapters.instances:
         if len(instance.hf_names) == 1:
@@ -139,13 +142,13 @@ def equal_tensors(adapters: ModelSpec) -> list[tuple[str, ...]]:
 
 
 def adapted_linears(spec: ModelSpec, config: LoRAConfig) -> dict[str, LoRAConfig]:
-    """The HF linears that have adapters (of stacked experts their parameters), by name, each with the config of its own."""
+    """The names of the HF linears that have adapters (for stacked experts: of their parameters), each with its own config."""
     spec = adapted_spec(spec, config)
-    of_rule = {one.rule: one for one in adapted_rules(spec, config)}
+    adapted = {adapted_rule.rule: adapted_rule for adapted_rule in adapted_rules(spec, config)}
     return {
-        linear_name(part.hf_name.format(layer=instance.layer, expert=instance.expert)): of_rule[instance.rule].config
-        for instance in replace(spec, rules=tuple(of_rule)).instances
-        for part in of_rule[instance.rule].parts
+        linear_name(part.hf_name.format(layer=instance.layer, expert=instance.expert)): adapted[instance.rule].config
+        for instance in replace(spec, rules=tuple(adapted)).instances
+        for part in adapted[instance.rule].parts
     }
 
 
@@ -173,7 +176,7 @@ class _Factors:
             )
 
     def rules(self) -> list[Rule]:
-        """In the order of PEFT's files."""
+        """The rules of all factors, in the order of PEFT's files."""
         rank = self._config.rank
         rules = [*self._a("lora_a", 0), self._b("lora_b", 0)]
         if self._config.keeps_start:
@@ -183,9 +186,9 @@ class _Factors:
         return rules
 
     def _a(self, factor: str, first: int) -> list[Rule]:
-        """`[rank, in]`, cut as the input is. Parts of one HF tensor have one."""
+        """The rules of `A [rank, in]`, sharded like the input. Parts of one HF tensor share one `A`."""
         name, rank = factor_name(self._rule.megatron_name, factor), Axis(self._config.peft_rank, 0, first, self._config.rank)
-        of_tensor = {
+        part_of_tensor = {
             part.hf_name: Part(
                 f"{self._names[part.hf_name]}.lora_A.weight",
                 (*axes.expert, rank, *axes.columns),
@@ -194,15 +197,15 @@ class _Factors:
             for part, axes in zip(self._parts, self._axes, strict=True)
         }
         if self._rule.dim == 1:
-            return [replace(self._rule, megatron_name=name, parts=tuple(of_tensor.values()), shape=(self._config.rank, 0))]
+            return [replace(self._rule, megatron_name=name, parts=tuple(part_of_tensor.values()), shape=(self._config.rank, 0))]
         shape = (0, self._rule.shape[1])
         unsharded = replace(self._rule, megatron_name=name, shape=shape, axis=None, groups=None, padded=False)
         if self._config.canonical:
-            return [replace(unsharded, parts=tuple(of_tensor.values()))]
-        return [replace(unsharded, parts=(part,)) for part in of_tensor.values()]
+            return [replace(unsharded, parts=tuple(part_of_tensor.values()))]
+        return [replace(unsharded, parts=(part,)) for part in part_of_tensor.values()]
 
     def _b(self, factor: str, first: int) -> Rule:
-        """`[out, rank]`, cut as the output is."""
+        """The rule of `B [out, rank]`, sharded like the output."""
         rank = Axis(self._config.peft_rank, 1, first, self._config.rank)
         parts = tuple(
             Part(
@@ -215,7 +218,7 @@ class _Factors:
         return self._by_rows(factor, parts, (0, self._config.rank))
 
     def _magnitude(self) -> Rule:
-        """`[out]`, as a bias."""
+        """The rule of the magnitude `[out]`, sharded like a bias."""
         parts = tuple(
             Part(f"{self._names[part.hf_name]}.lora_magnitude_vector", axes.rows, hf_shape=(axes.size_out,))
             for part, axes in zip(self._parts, self._axes, strict=True)
@@ -230,10 +233,10 @@ class _Factors:
 
 
 class _PartAxes:
-    """The axes of a linear's weight by what they are: the stack of experts (one, or none), the output's and the input's.
+    """The axes of a linear's weight by their kind: the stack of experts (one axis, or none), the output's and the input's.
 
     Raises:
-        UnsupportedModelError: it is not the weight of one HF linear, nor a stack of such weights.
+        UnsupportedModelError: the part is neither the weight of one HF linear nor a stack of such weights.
     """
 
     def __init__(self, rule: Rule, part: Part) -> None:
@@ -253,17 +256,17 @@ class _PartAxes:
 
 
 def _require_stacks_in_the_same_layers(adapted: Sequence[AdaptedRule]) -> None:
-    """Raises UnsupportedModelError where the stacks of one module are adapted in different layers: PEFT names an adapter by
-    what else of its module has one."""
+    """Raises UnsupportedModelError where the stacks of one module are adapted in different layers: the name of an adapter in
+    PEFT depends on the other adapters of its module."""
     layers_of: dict[str, dict[str, set[int] | None]] = {}
-    for one in adapted:
-        for part in one.parts:
+    for adapted_rule in adapted:
+        for part in adapted_rule.parts:
             if not part.hf_name.endswith(_WEIGHT):
                 known = layers_of.setdefault(module_name(part.hf_name), {})
-                layers = None if one.rule.layers is None else {*(known.get(part.hf_name) or ()), *one.rule.layers}
-                known[part.hf_name] = layers
-    for module, of_stack in layers_of.items():
-        first, *others = of_stack.items()
+                rule_layers = adapted_rule.rule.layers
+                known[part.hf_name] = None if rule_layers is None else {*(known.get(part.hf_name) or ()), *rule_layers}
+    for module, layers_of_stack in layers_of.items():
+        first, *others = layers_of_stack.items()
         if other := next((name for name, layers in others if layers != first[1]), None):
             raise UnsupportedModelError(
                 f"{first[0]} and {other} are adapted in different layers, and the adapters of {module} have one name in all of "
@@ -272,9 +275,9 @@ def _require_stacks_in_the_same_layers(adapted: Sequence[AdaptedRule]) -> None:
 
 
 def _peft_modules_of(parts: list[Part]) -> dict[str, str]:
-    """Name of the module that holds each part's factors, by `hf_name`.
+    """The name of the module that holds each part's factors, by `hf_name`.
 
-    PEFT wraps a module once for each of its parameters that are targeted, so that the first one's factors lie innermost.
+    PEFT wraps a module once for each of its targeted parameters, so that the factors of the first one are innermost.
     """
     names, stacks = {}, {}
     for hf_name in dict.fromkeys(part.hf_name for part in parts):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-ALIGNMENT = 64  # bytes: every dtype, and a cache line
+ALIGNMENT = 64  # bytes: a multiple of every dtype's size, and a cache line
 
 
 def offsets(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Aligned offsets of consecutive byte ranges, and where the last one ends."""
+    """Aligned offsets of consecutive byte ranges of these sizes, and the aligned end of the last one."""
     starts, end = [], 0
     for nbytes in sizes:
         starts.append(end)

@@ -1,8 +1,8 @@
-"""What the fields of Hugging Face configs may hold: for every field that a bridge reads, its type and its bounds.
+"""The type and the bounds of every field of Hugging Face configs that a bridge reads.
 
-A value outside of them would end in an error somewhere in a family's table, or keep it busy for minutes. So values are checked
-by name before any table sees them: in config.json (`check_values`), and again where a family reads one (`check_value`). Bounds
-are far beyond every model that exists.
+A value outside of them would cause an error somewhere in a family's table, or keep it busy for minutes. Values are therefore
+checked before any table uses them: in config.json (`check_values`), and again where a family reads one (`check_value`). The
+bounds are far beyond every existing model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mbridge_rl.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a field may hold.
+class FieldKind:
+    """The values that a field may have.
 
     Attributes:
-        expected: in words, for the error.
+        expected: a description of these values, for the error.
         admits: whether a value is of this kind.
         optional: whether a family may read `None`, which means that the field is absent.
     """
@@ -29,26 +29,26 @@ class Kind:
     admits: Callable[[Any], bool]
     optional: bool = False
 
-    def or_none(self) -> Kind:
-        return Kind(f"{self.expected} or null", self.admits, optional=True)
+    def or_none(self) -> FieldKind:
+        return FieldKind(f"{self.expected} or null", self.admits, optional=True)
 
 
-def _integer(least: int, most: int) -> Kind:
-    return Kind(
+def _integer(least: int, most: int) -> FieldKind:
+    return FieldKind(
         f"an integer from {least} to {most}",
         lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most,
     )
 
 
-def _number(expected: str, admits: Callable[[float], bool]) -> Kind:
+def _number(expected: str, admits: Callable[[float], bool]) -> FieldKind:
     def is_admitted(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and admits(value)
 
-    return Kind(expected, is_admitted)
+    return FieldKind(expected, is_admitted)
 
 
-def _list_of(item: Kind, plural: str, most: int) -> Kind:
-    return Kind(
+def _list_of(item: FieldKind, plural: str, most: int) -> FieldKind:
+    return FieldKind(
         f"a list of at most {most} {plural}",
         lambda value: isinstance(value, list | tuple) and len(value) <= most and all(map(item.admits, value)),
     )
@@ -56,23 +56,23 @@ def _list_of(item: Kind, plural: str, most: int) -> Kind:
 
 MOST_LAYERS = 1024
 MOST_EXPERTS = 8192
-# A model's experts in all layers together; Kimi-K2 has 23,040. Names of as many are made in less than a second.
+# Most experts in all layers of a model together; Kimi-K2 has 23,040. Names for so many are made in less than a second.
 MOST_EXPERTS_OF_ALL_LAYERS = 1 << 16
 
 _SIZE, _COUNT, _WINDOW = _integer(1, 1 << 20), _integer(0, MOST_EXPERTS), _integer(0, 1 << 40)
-_FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-_NAME = Kind("a string", lambda value: isinstance(value, str))
+_FLAG = FieldKind("true or false", lambda value: isinstance(value, bool))
+_NAME = FieldKind("a string", lambda value: isinstance(value, str))
 _POSITIVE = _number("a positive number", lambda value: value > 0)
 _NOT_NEGATIVE = _number("a number that is not negative", lambda value: value >= 0)
 _FINITE = _number("a finite number", math.isfinite)
 _SHARE = _number("a number above 0 and up to 1", lambda value: 0 < value <= 1)
 _NAMES, _NUMBERS = _list_of(_NAME, "strings", MOST_LAYERS), _list_of(_FINITE, "numbers", 1 << 16)
 _LAYERS = _list_of(_integer(0, MOST_LAYERS), "layer indices", MOST_LAYERS)
-_OBJECT = Kind("an object", lambda value: isinstance(value, Mapping))
-_CONFIG = Kind("an object", lambda value: isinstance(value, Mapping) or hasattr(value, "to_dict"))
-_LIMITS = Kind("two numbers", lambda value: isinstance(value, list | tuple) and len(value) == 2)
+_OBJECT = FieldKind("an object", lambda value: isinstance(value, Mapping))
+_CONFIG = FieldKind("an object", lambda value: isinstance(value, Mapping) or hasattr(value, "to_dict"))
+_LIMITS = FieldKind("two numbers", lambda value: isinstance(value, list | tuple) and len(value) == 2)
 
-_BY_KIND: list[tuple[Kind, str]] = [
+_BY_KIND: list[tuple[FieldKind, str]] = [
     (_SIZE, "hidden_size intermediate_size num_attention_heads moe_intermediate_size shared_expert_intermediate_size"),
     (_SIZE, "moe_shared_expert_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"),
     (_SIZE, "ssm_state_size mamba_num_heads mamba_head_dim n_groups conv_kernel linear_key_head_dim linear_value_head_dim"),
@@ -110,17 +110,17 @@ _BY_KIND: list[tuple[Kind, str]] = [
     (_list_of(_OBJECT, "objects", MOST_LAYERS), "block_configs"),
     (_integer(0, 1 << 26).or_none(), "image_token_id image_token_index video_token_id audio_token_id"),
 ]
-KINDS: dict[str, Kind] = {name: kind for kind, names in _BY_KIND for name in names.split()}
+KINDS: dict[str, FieldKind] = {name: kind for kind, names in _BY_KIND for name in names.split()}
 
 
 def check_value(name: str, value: Any, where: str = "") -> None:
-    """Checks what a family is about to read.
+    """Checks the value of a field that a family is about to read.
 
     Args:
-        where: what precedes the name in the error, such as `LlamaForCausalLM: text_config.`.
+        where: text before the name in the error, such as `LlamaForCausalLM: text_config.`.
 
     Raises:
-        CheckpointError: naming the field, what it should hold and what it holds.
+        CheckpointError: the value is not allowed; the message names the field, the allowed values and the value.
     """
     kind = KINDS[name]
     if not (value is None and kind.optional) and not kind.admits(value):
@@ -128,11 +128,11 @@ def check_value(name: str, value: Any, where: str = "") -> None:
 
 
 def check_values(values: Any, where: str = "") -> None:
-    """Checks every field of a config.json whose kind is known, and those of the objects in it. What is null or absent takes the
-    default of the model's class.
+    """Checks every field of a config.json whose kind is known, and those of the objects in it. A field that is null or absent
+    takes the default of the model's class.
 
     Raises:
-        CheckpointError: naming the field, what it should hold and what it holds.
+        CheckpointError: a value is not allowed; the message names the field, the allowed values and the value.
     """
     if not isinstance(values, Mapping):
         raise CheckpointError(f"a config is a JSON object; found {_shortened(values)}")

@@ -1,12 +1,12 @@
-"""Additive digests: equality of two tensors, proven from pieces that never meet.
+"""Additive digests: they show that two tensors are equal although no process holds both, or all of either.
 
     digest(T) = sum over rows r of R[r] * sum over words w of row r of K[w] * T[r, w]      (mod 2^64)
 
 A row is read as words of four bytes, little-endian and unsigned, the last one filled up with zeros. `R` are odd constants of 64
-bits and `K` of 32, drawn by the row's number and by the word's place in it. So every byte is tied to its place, and the digests
-of disjoint pieces add up, whoever computes them and in whatever order: bytes of a word that belong to another piece count as
-zeros. A word times its constant is never 0 and fits 64 bits: no bit of a word is weaker than another. It guards against
-mistakes and faults, not against an adversary.
+bits and `K` of 32, determined by the row's number and by the word's place in the row. So a digest depends on the place of every
+byte, and the digests of disjoint pieces add up, in any process and in any order: bytes of a word that belong to another piece
+count as zeros. A nonzero word times its constant is never 0 and fits 64 bits: no bit of a word is weaker than another. A digest
+guards against mistakes and faults, not against an adversary.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from mbridge_rl.core.digest_kernel import drawn, weigh, weigh_by_torch
 from mbridge_rl.core.finite import EXPONENTS, is_finite
 
 _WORD = 4
-_BLOCK_BYTES = 1 << 24  # at a time, of what has to be copied first, or widened to 64 bits
-_OF_WORDS, _OF_ROWS = 1, 2  # salts
-_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # by bytes of an element, where words don't do
+_BLOCK_BYTES = 1 << 24  # size of the blocks in which a part is copied, or widened to 64 bits, where that is needed
+_WORD_SALT, _ROW_SALT = 1, 2
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # dtype by bytes of an element, for rows that are not a sequence of full words
 
 
 def digest(tensor: Tensor) -> int:
-    """Digest of a whole HF tensor, in [0, 2^64)."""
+    """Digest of a full HF tensor, in [0, 2^64)."""
     shape = tuple(tensor.shape)
     return digest_strided(tensor, columns=shape[-1] if shape else 1, strides=contiguous_strides(shape))
 
@@ -44,20 +44,21 @@ def digest_strided(values: Tensor, *, columns: int, offset: int = 0, strides: Se
         columns: size of the HF tensor's last dimension.
 
     Raises:
-        ValueError: `strides` don't fit `values`, are negative, or cross rows unevenly.
+        ValueError: `strides` do not fit `values`, are negative, or let the part wrap around the HF tensor's rows.
     """
     return _read(values, columns, offset, strides)[0]
 
 
 def digest_and_look(values: Tensor, *, columns: int, offset: int = 0, strides: Sequence[int]) -> tuple[int, bool]:
-    """What `digest_strided` returns, and whether all values are finite, from one read where the dtype allows."""
+    """Returns the digest as `digest_strided` does, and whether all values are finite, with a single read where the dtype
+    allows."""
     exponent = EXPONENTS.get(values.dtype, 0) if values.device.type == "cpu" else 0
-    found, carries = _read(values, columns, offset, strides, exponent)
-    return found, not carries & (exponent << 1) & ~exponent if exponent else is_finite(values)
+    value, carries = _read(values, columns, offset, strides, exponent)
+    return value, not carries & (exponent << 1) & ~exponent if exponent else is_finite(values)
 
 
 def combine(digests: Mapping[str, int]) -> str:
-    """One short hex digest of a set of named tensors' digests, independent of the mapping's order."""
+    """A short hex digest of the digests of named tensors, independent of the mapping's order."""
     lines = "".join(f"{hf_name}\0{value:016x}\n" for hf_name, value in sorted(digests.items()))
     return hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
 
@@ -88,12 +89,12 @@ def unsigned(value: int) -> int:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a part lies in its HF tensor, but for the number of its first row.
+    """Where a part lies in its HF tensor, apart from the number of its first row.
 
     Attributes:
-        dims: of the part, those along rows of the HF tensor first.
-        rows: int64, their numbers, from the first.
-        columns: int64, their numbers.
+        dims: the part's dimensions, those along rows of the HF tensor first.
+        rows: int64, the numbers of its rows, relative to the first.
+        columns: int64, the numbers of its columns.
         size: bytes of an element.
     """
 
@@ -104,29 +105,29 @@ class _Place:
 
     @cached_property
     def has_whole_words(self) -> bool:
-        """Whether a row of the part is a sequence of whole words."""
+        """Whether a row of the part is a sequence of full words."""
         per_word = max(1, _WORD // self.size)
         if per_word == 1:
             return True
-        whole = self.columns[0] % per_word == 0 and len(self.columns) % per_word == 0
-        return bool(whole and np.all(np.diff(self.columns) == 1))
+        is_aligned = self.columns[0] % per_word == 0 and len(self.columns) % per_word == 0
+        return bool(is_aligned and np.all(np.diff(self.columns) == 1))
 
     @cached_property
     def words(self) -> np.ndarray:
-        """uint32, the constant of every word in a row of the part, which has whole ones only."""
+        """uint32, the constant of every word in a row of the part; only for rows of full words."""
         per_element = max(1, self.size // _WORD)
         elements = self.columns if self.size >= _WORD else self.columns[:: _WORD // self.size] * self.size // _WORD
         return _constants((elements[:, None] * per_element + np.arange(per_element)).reshape(-1))
 
     @cached_property
     def elements(self) -> np.ndarray:
-        """uint64, the constant of every element in a row of the part: its word's, shifted to its place there."""
+        """uint64, the constant of every element in a row of the part: that of its word, shifted to its place in the word."""
         first_byte = self.columns * self.size
         return _constants(first_byte // _WORD).astype(np.uint64) << (8 * (first_byte % _WORD)).astype(np.uint64)
 
     @property
     def weights(self) -> np.ndarray:
-        """uint64, as `weigh_by_torch` takes them."""
+        """uint64, the weights of a row in the form that `weigh_by_torch` takes."""
         return self.elements if self.size < _WORD else self.words.astype(np.uint64)
 
 
@@ -150,11 +151,11 @@ def _positions(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]
 
 
 def _constants(words: np.ndarray) -> np.ndarray:
-    return (drawn(words, _OF_WORDS) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+    return (drawn(words, _WORD_SALT) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
 
 
 def _read(values: Tensor, columns: int, offset: int, strides: Sequence[int], exponent: int = 0) -> tuple[int, int]:
-    """The digest, and the carries of exponents (`weigh`)."""
+    """The digest, and the carries of exponents that `weigh` returns."""
     if len(strides) != values.dim():
         raise ValueError(f"{len(strides)} strides given for a part of {values.dim()} dimensions {tuple(values.shape)}")
     if columns < 1 <= values.numel() or min((offset, *strides)) < 0:
@@ -167,15 +168,16 @@ def _read(values: Tensor, columns: int, offset: int, strides: Sequence[int], exp
         rows = place.rows[first : first + len(block)]
         first += len(block)
         if block.device.type == "cpu":
-            of_block, carried = _weighed(block, place, rows, offset // columns, exponent)
-            total, carries = total + of_block, carries | carried
+            block_digest, block_carries = _weighed(block, place, rows, offset // columns, exponent)
+            total, carries = total + block_digest, carries | block_carries
         else:
-            total += weigh_by_torch(block, place.weights, drawn(rows + offset // columns, _OF_ROWS))
+            total += weigh_by_torch(block, place.weights, drawn(rows + offset // columns, _ROW_SALT))
     return unsigned(total), carries
 
 
 def _matrices(part: Tensor, num_rows: int) -> Iterator[Tensor]:
-    """`part`, row dims first, as `[rows, columns]` with neighbouring columns, as views where its strides allow."""
+    """Yields `part`, row dims first, as matrices `[rows, columns]` with contiguous columns; as views where its strides
+    allow."""
     try:
         matrix = part.view(num_rows, -1)
     except RuntimeError:  # strides that no view can merge: split the outermost dimension
@@ -200,4 +202,4 @@ def _weighed(block: Tensor, place: _Place, rows: np.ndarray, first_row: int, exp
     else:
         units, weights = span.view(_UNSIGNED[size]), place.elements
     lowest = exponent & ~(exponent << 1)
-    return weigh(units.numpy(), step, weights, rows, first_row, _OF_ROWS, np.uint64(exponent), np.uint64(lowest))
+    return weigh(units.numpy(), step, weights, rows, first_row, _ROW_SALT, np.uint64(exponent), np.uint64(lowest))

@@ -1,4 +1,4 @@
-"""The inner loop of digests: compiled by Numba, about as fast as memory can be read; and in torch, for other devices."""
+"""The inner loop of digests: compiled by Numba, about as fast as memory can be read; and in torch for other devices."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numba import njit
 from numba.extending import register_jitable
 from torch import Tensor
 
-# LLVM's library, as llvmlite wraps it, offers whatever attribute it is asked for: also a `__dict__` that is none, over which
-# vLLM 0.32 stumbles when it starts on a CPU and looks through all modules that were imported.
+# llvmlite's wrapper of LLVM's library returns an object for every attribute, even for `__dict__`, where it is no dictionary.
+# vLLM 0.32 fails on it when it starts on a CPU and inspects all imported modules.
 with contextlib.suppress(AttributeError):
     ffi.lib._fntab.setdefault("__dict__", {})
 
@@ -42,42 +42,43 @@ def weigh(
 
     Args:
         units: `[at least (len(rows) - 1) * step + len(weights)]`, contiguous: rows start `step` apart.
-        weights: of the columns.
-        rows: their numbers; `drawn(number + first_row, salt)` is the constant.
-        exponent: bits that are all set in a value that is not finite, in every value of a unit.
-        lowest: the lowest of them: added to what is under the mask, it carries into the bit above where all are set.
+        weights: the weights of the columns.
+        rows: the rows' numbers; `drawn(number + first_row, salt)` is a row's constant.
+        exponent: a mask of the bits that are all set in a value that is not finite, for every value in a unit.
+        lowest: the lowest bit of each value's mask: added to the masked bits, it carries into the bit above where all are set.
 
     Returns:
-        The sum, and all carries.
+        The sum, and the bitwise or of all carries.
     """
     total, carries = np.uint64(0), np.uint64(0)
     columns = len(weights)
     for row in range(len(rows)):
         data = units[row * step : row * step + columns]
-        of_row = np.uint64(0)
+        row_sum = np.uint64(0)
         for column in range(columns):
             unit = np.uint64(data[column])
-            of_row += unit * np.uint64(weights[column])
+            row_sum += unit * np.uint64(weights[column])
             carries |= (unit & exponent) + lowest
-        total += of_row * drawn(rows[row] + first_row, salt)
+        total += row_sum * drawn(rows[row] + first_row, salt)
     return total, carries
 
 
 def compile_ahead() -> None:
-    """Half a second, once in a process, that the first digest would take else: for where an engine must not wait for it."""
+    """Compiles `weigh`, once in a process. It takes half a second, for which an engine would otherwise wait at its first
+    digest."""
     for unit, weight in ((np.uint32, np.uint32), (np.uint16, np.uint64), (np.uint8, np.uint64)):
-        nothing = np.uint64(0)
-        weigh(np.zeros(1, unit), 1, np.zeros(1, weight), np.zeros(1, np.int64), 0, 0, nothing, nothing)
+        zero = np.uint64(0)
+        weigh(np.zeros(1, unit), 1, np.zeros(1, weight), np.zeros(1, np.int64), 0, 0, zero, zero)
 
 
 def weigh_by_torch(block: Tensor, weights: np.ndarray, row_constants: np.ndarray) -> int:
-    """The sum that `weigh` makes, on whatever device `block` (contiguous, `[rows, columns]`) is; as a signed integer.
+    """The sum that `weigh` computes, as a signed integer, on the device of `block` (contiguous, `[rows, columns]`).
 
     Args:
-        weights: uint64, one per unit: an element, or each word of it where it is larger than 4 bytes.
-        row_constants: uint64, as drawn.
+        weights: uint64, one per unit; a unit is an element, or a word of an element that is larger than 4 bytes.
+        row_constants: uint64, the rows' constants, by `drawn`.
     """
     size = min(block.element_size(), 4)
     units = block.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]).to(torch.int64) & ((1 << 8 * size) - 1)
-    of_columns, of_rows = (torch.from_numpy(factors.view(np.int64)).to(block.device) for factors in (weights, row_constants))
-    return int(((units * of_columns).sum(1) * of_rows).sum())
+    columns, rows = (torch.from_numpy(factors.view(np.int64)).to(block.device) for factors in (weights, row_constants))
+    return int(((units * columns).sum(1) * rows).sum())

@@ -1,4 +1,4 @@
-"""Errors that users of the library catch. Each message names what was wrong, where, and what to do."""
+"""Errors that users of the library catch. Each message names the problem, its place, and a remedy."""
 
 _MOST_CHARACTERS = 12_000
 
@@ -21,23 +21,23 @@ def _cut(text: str) -> str:
 
 
 class LayoutError(BridgeError, ValueError):
-    """A parallel layout that the model (or Megatron itself) does not admit."""
+    """The model, or Megatron itself, does not admit the parallel layout."""
 
 
 class UnsupportedModelError(BridgeError, ValueError):
-    """An architecture, or a feature of a supported one, that no bridge can express."""
+    """No bridge supports the architecture, or a feature of a supported architecture."""
 
 
 class StateMismatchError(BridgeError, ValueError):
-    """Tensors that are missing, unexpected, or of another shape or dtype than the mapping says."""
+    """Tensors are missing or unexpected, or have another shape or dtype than the mapping says."""
 
 
 class CheckpointError(BridgeError, ValueError):
-    """A checkpoint directory or file that cannot be read as what it claims to be."""
+    """A checkpoint cannot be read or written: a directory or file is missing, damaged, or of another kind than expected."""
 
 
 class PlanError(BridgeError, ValueError):
-    """Two sides that no plan connects: a region that a target needs and no source holds."""
+    """No plan connects two sides: a target needs a region that no source holds."""
 
 
 class SyncError(BridgeError, RuntimeError):
@@ -45,7 +45,7 @@ class SyncError(BridgeError, RuntimeError):
 
 
 class RanksUnreachable(SyncError):
-    """Other ranks are missing or died: the process group is of no more use."""
+    """Other ranks are missing or died, so that the process group cannot be used any more."""
 
 
 class EngineMismatch(SyncError):
@@ -57,11 +57,11 @@ class IncompleteSync(SyncError):
 
 
 class DigestMismatch(SyncError):
-    """Weights that arrived, or that the engine now holds, are not bit for bit the trainer's."""
+    """Weights that arrived, or that the engine now holds, differ from the trainer's."""
 
 
 class EngineUnusable(SyncError):
-    """The engine holds weights of no version; it refuses to generate until the next complete sync."""
+    """The engine's weights are no complete version; it refuses to generate until the next complete sync."""
 
 
 class EngineProcessError(SyncError):
@@ -69,19 +69,19 @@ class EngineProcessError(SyncError):
 
 
 class ArenaError(SyncError):
-    """Shared memory that cannot be created, mapped, or does not hold what is asked of it."""
+    """Shared memory cannot be created or mapped, or does not hold the requested content."""
 
 
 class StoreError(SyncError):
-    """A weight store that does not hold what is asked of it."""
+    """A weight store does not hold the requested weights, or cannot be used."""
 
 
 class TransferTimeout(SyncError):
-    """The other end of a transfer did not come within the time-out."""
+    """The other end of a transfer did not answer within the time-out."""
 
 
 class PeerFailed(SyncError):
-    """Another end of a transfer failed or left, and has the reason; or it died."""
+    """Another end of a transfer failed, left or died."""
 
 
 class NonFiniteWeights(SyncError):
@@ -89,11 +89,11 @@ class NonFiniteWeights(SyncError):
 
 
 class DeltaRefused(SyncError):
-    """A delta that does not follow on what its receiver holds, or that is damaged; nothing was changed."""
+    """A delta does not apply to the weights that its receiver holds, or is damaged; nothing was changed."""
 
 
 def listed(names: object, limit: int = 8) -> str:
-    """`names` as one readable line: sorted, at most `limit` of them, then how many more."""
+    """`names` as one readable line: sorted, at most `limit` of them, then the number of the others."""
     ordered = sorted(str(name) for name in names)  # type: ignore[attr-defined]
     shown = ", ".join(ordered[:limit])
     return shown if len(ordered) <= limit else f"{shown}, ... and {len(ordered) - limit} more"

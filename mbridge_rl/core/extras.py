@@ -1,8 +1,8 @@
-"""What some models compute that Megatron's config has no field for, as data.
+"""Computations of some models for which Megatron's config has no field, as data.
 
-A family lists its extras in `ModelSpec.extras`, or its blocks bring them. `megatron/extras.py` adds each to the modules that
-Megatron built, by one function per kind; those of `LayerExtra` change what is built (`megatron/layer_specs.py`). Parameters
-that an extra brings along are named here and mapped by rules like any other.
+A family or its blocks list extras in `ModelSpec.extras`. `megatron/extras.py` adds each to the modules that Megatron built, by
+one function per kind; those of `LayerExtra` change the specs from which layers are built (`megatron/layer_specs.py`). The
+parameters of an extra are named here, and rules map them like any other.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingScale:
-    """Token embeddings times `factor`, rounded to the model's dtype first, as Transformers does."""
+    """Token embeddings are multiplied by `factor`, which is rounded to the model's dtype first, as Transformers does."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class LogitScale:
-    """Logits times `factor`."""
+    """Logits are multiplied by `factor`."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class LogitSoftcap:
-    """`cap * tanh(logits / cap)` (Gemma 2, arXiv 2408.00118)."""
+    """Logits become `cap * tanh(logits / cap)` (Gemma 2, arXiv 2408.00118)."""
 
     cap: float
 
 
 @dataclass(frozen=True, slots=True)
 class PlainNorm:
-    """A norm whose weight is plain in a model whose other norms' are zero-centred.
+    """A norm with a plain weight in a model whose other norms have zero-centred weights.
 
     Attributes:
         module: its name inside of a layer, such as `self_attention.out_norm`.
@@ -45,20 +45,21 @@ class PlainNorm:
 
 @dataclass(frozen=True, slots=True)
 class ResidualScale:
-    """What attention and MLP add to the residual stream, biases included, times `factor`."""
+    """The outputs of attention and MLP, biases included, are multiplied by `factor` before they are added to the residual
+    stream."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class OutputNorms:
-    """What attention and MLP add to the residual stream, biases included, is normalised first: with
-    `decoder.layers.{layer}.post_self_attn_layernorm` and `...post_mlp_layernorm`, `weight [hidden]` each."""
+    """The outputs of attention and MLP, biases included, are normalised before they are added to the residual stream: by
+    `decoder.layers.{layer}.post_self_attn_layernorm` and `...post_mlp_layernorm`, with a `weight [hidden]` each."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSoftcap:
-    """`cap * tanh(scores / cap)` before the softmax of attention (Gemma 2, arXiv 2408.00118)."""
+    """Attention scores become `cap * tanh(scores / cap)` before the softmax (Gemma 2, arXiv 2408.00118)."""
 
     cap: float
 
@@ -89,8 +90,8 @@ class RotaryFrequenciesByLayer:
 
 @dataclass(frozen=True, slots=True)
 class RotaryScale:
-    """Rotated queries times `factor`: their first `channels`, in layers that rotate. Transformers scales cosine and sine, of
-    queries and keys alike, by the square root."""
+    """The first `channels` of rotated queries are multiplied by `factor`, in layers that rotate. Transformers scales cosine and
+    sine, and so both queries and keys, by the square root."""
 
     factor: float
     channels: int
@@ -98,7 +99,7 @@ class RotaryScale:
 
 @dataclass(frozen=True, slots=True)
 class QueryScaleByPosition:
-    """Rotated queries times `1 + beta * log(1 + floor(position / original_length))` (Llama 4, Ministral 3)."""
+    """Rotated queries are multiplied by `1 + beta * log(1 + floor(position / original_length))` (Llama 4, Ministral 3)."""
 
     beta: float
     original_length: int
@@ -106,28 +107,28 @@ class QueryScaleByPosition:
 
 @dataclass(frozen=True, slots=True)
 class LinearBiases:
-    """Linears of every layer that have biases though the config's `add_bias_linear` is off: `linear_proj`, `linear_fc1`,
-    `linear_fc2`."""
+    """Linears of every layer that have biases although the config's `add_bias_linear` is off; some of `linear_proj`,
+    `linear_fc1` and `linear_fc2`."""
 
     linears: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NoInputNorms:
-    """Attention and MLP take the residual stream as it is."""
+    """Attention and MLP take the residual stream without a norm before them."""
 
 
 @dataclass(frozen=True, slots=True)
 class MambaBesideAttention:
-    """A Mamba mixer beside the attention of every layer: both see the layer's normalised input, their outputs are added.
+    """A Mamba mixer beside the attention of every layer: both take the layer's normalised input, and their outputs are added.
 
-    Its parameters are `self_attention.mamba`'s, named as those of Megatron's mixer; the norm is `input_layernorm.weight`
-    instead of `linear_qkv`'s own.
+    Its parameters are in `self_attention.mamba`, with the names of Megatron's mixer; the norm is `input_layernorm.weight`
+    instead of the one in `linear_qkv`.
 
     Attributes:
-        normalized: the mixer has a norm behind its gate.
-        attention_factor, mamba_factor: of the outputs.
-        projected: `(rows, factor)` of the mixer's input projection, part by part (gate, input, B, C, time step).
+        normalized: whether the mixer has a norm after its gate.
+        attention_factor, mamba_factor: factors of the two outputs.
+        projected: `(rows, factor)` for each part of the mixer's input projection (gate, input, B, C, time step).
     """
 
     normalized: bool
@@ -138,24 +139,24 @@ class MambaBesideAttention:
 
 @dataclass(frozen=True, slots=True)
 class MlpScale:
-    """What the MLP adds to the residual stream times `factor`."""
+    """The MLP's output is multiplied by `factor` before it is added to the residual stream."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How routers score, choose and weigh experts, in place of Megatron's function.
+    """How routers score, choose and weight experts, in place of Megatron's function.
 
-    Experts are chosen by score plus, where the router has one, a bias that only choosing sees (arXiv 2408.15664); they are
-    weighed by score alone.
+    Experts are chosen by their score plus, where the router has one, a bias that affects only the choice (arXiv 2408.15664);
+    their weights follow from the score alone.
 
     Attributes:
-        score: of all experts, in fp32.
-        normalized: the weights of the chosen are divided by their sum (by `minimum` where that is larger).
-        scaling_factor: the weights are multiplied by it at last.
+        score: the function that computes the scores of all experts, in fp32.
+        normalized: whether the weights of the chosen experts are divided by their sum (by `minimum` where that is larger).
+        scaling_factor: a factor by which the weights are multiplied at the end.
         groups, chosen_groups: only experts of the best `chosen_groups` of `groups` equal groups can be chosen.
-        group_experts: a group is ranked by the sum of its so many best (1: DeepSeek-V2, 2: DeepSeek-V3).
+        group_experts: the number of best scores whose sum ranks a group (1: DeepSeek-V2, 2: DeepSeek-V3).
     """
 
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -169,10 +170,10 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionNorm:
-    """Queries and keys RMS-normalised over all heads together instead of head by head.
+    """Queries and keys are RMS-normalised over all heads together instead of head by head.
 
-    Its parameters, whole on every tensor-parallel rank, are `self_attention.q_layernorm.weight` `[query heads * head_dim]` and
-    `self_attention.k_layernorm.weight` `[kv heads * head_dim]`.
+    The parameters, unsharded on every tensor-parallel rank, are `self_attention.q_layernorm.weight` `[query heads * head_dim]`
+    and `self_attention.k_layernorm.weight` `[kv heads * head_dim]`.
     """
 
     eps: float
@@ -201,7 +202,7 @@ class TimeStepMinimum:
 
 @dataclass(frozen=True, slots=True)
 class TextOnly:
-    """A forward pass refuses pixels and tokens that stand for them.
+    """A forward pass refuses pixels, and tokens that are placeholders for pixels.
 
     Attributes:
         placeholders: ids of those tokens.
@@ -210,7 +211,7 @@ class TextOnly:
     placeholders: tuple[int, ...]
 
 
-# What Transformers computes and vLLM does not: `ModelSpec.as_in_vllm` is without them.
+# Extras that Transformers computes and vLLM does not: `ModelSpec.as_in_vllm` removes them.
 NotInVllm = LatentNormEpsilon | TimeStepMinimum
 LayerExtra = LinearBiases | NoInputNorms | MambaBesideAttention
 Extra = (

@@ -1,4 +1,4 @@
-"""An error on its way from one process to another, as plain text: nothing is pickled, and nothing that arrives is trusted."""
+"""Sends an error from one process to another as plain text: nothing is pickled, and the received text is not trusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mbridge_rl.core.errors import BridgeError, EngineProcessError
 
 @dataclass(frozen=True)
 class Failure:
-    """What another process learns of an error.
+    """The description of an error that another process receives.
 
     ```python
     failure = Failure.of(StoreError("the store is gone"))
@@ -20,8 +20,8 @@ class Failure:
     ```
 
     Attributes:
-        kind: name of the error's class.
-        message: of the error.
+        kind: the name of the error's class.
+        message: the error's message.
     """
 
     kind: str
@@ -42,16 +42,17 @@ class Failure:
     def error_class(self) -> type[Exception] | None:
         """The class of that name among this library's errors and Python's own; `None` if there is none."""
         known: list[type[BridgeError]] = [BridgeError]
-        for error_class in known:  # the list grows meanwhile
+        for error_class in known:  # the list grows during the iteration
             known += error_class.__subclasses__()
-        ours = next((error_class for error_class in known if error_class.__name__ == self.kind), None)
+        own_class = next((error_class for error_class in known if error_class.__name__ == self.kind), None)
         builtin = getattr(builtins, self.kind, None)
-        if ours is None and isinstance(builtin, type) and issubclass(builtin, Exception):
+        if own_class is None and isinstance(builtin, type) and issubclass(builtin, Exception):
             return builtin
-        return ours
+        return own_class
 
     def error(self) -> Exception:
-        """The error again, of its own class where this process knows that; else an `EngineProcessError` that names it."""
+        """Makes the error again, of its own class if this process knows that class, otherwise an `EngineProcessError` that
+        names it."""
         error_class = self.error_class
         return EngineProcessError(str(self)) if error_class is None else error_class(self.message)
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in a tensor."""
+"""Checks tensors for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mbridge_rl.core.errors import NonFiniteWeights, listed
 
-# Bits that are all set in a value that is not finite, and in no other, for as many values as four bytes hold: the exponent (in
-# float8_e4m3fn, which has no infinity, the mantissa belongs to them).
+# A mask of the bits that are all set in values that are not finite, and only in those, repeated to fill four bytes: the
+# exponent (in float8_e4m3fn, which has no infinity, exponent and mantissa).
 EXPONENTS = {
     torch.float32: 0x7F80_0000,
     torch.bfloat16: 0x7F80_7F80,
@@ -25,14 +25,14 @@ def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     if not values.is_floating_point() or not values.numel():
         return True
-    if values.element_size() == 1:  # for which torch has neither sum nor extrema
+    if values.element_size() == 1:  # torch has neither sum nor extrema for these dtypes
         values = values.to(torch.float32)
-    # NaN and infinity survive a sum, which takes half the time of extrema; but finite values may overflow it.
+    # A sum of NaN or infinity is not finite, and takes half the time of extrema; but a sum of finite values may overflow.
     return math.isfinite(values.sum().item()) or all(map(math.isfinite, torch.stack(torch.aminmax(values)).tolist()))
 
 
 def require_finite(tensors: Mapping[str, Tensor], rank: int) -> None:
-    """Raises NonFiniteWeights, naming the parameters that hold NaN or infinity."""
+    """Raises NonFiniteWeights if parameters hold NaN or infinity; the message names them."""
     refuse_nonfinite([name for name, tensor in tensors.items() if not is_finite(tensor)], rank)
 
 

@@ -1,4 +1,4 @@
-"""JSON that others wrote, read strictly and within bounds: of bytes, of nesting, no name twice in one object."""
+"""Reads JSON from untrusted sources, with bounds on its bytes and its nesting, and no name twice in one object."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MOST_DEPTH = 32
 
 
 class JSONTextError(ValueError):
-    """Text that is no JSON, or JSON beyond the bounds."""
+    """The text is no JSON, or exceeds the bounds."""
 
 
 def parse_json(text: bytes | str, *, most_bytes: int = 1 << 20) -> Any:
-    """What the text says.
+    """Parses the text.
 
     Raises:
-        JSONTextError: it is no JSON in UTF-8, longer or nested more deeply than allowed, or an object has a name twice.
+        JSONTextError: the text is no JSON in UTF-8, longer or nested more deeply than allowed, or an object has a name twice.
     """
     if len(text) > most_bytes:
         raise JSONTextError(f"more than {most_bytes:,} bytes")

@@ -1,8 +1,8 @@
-"""How a Megatron model is spread over ranks, as data.
+"""How a Megatron model is distributed over ranks, as data.
 
-The arithmetic is Megatron-core's own (`parallel_state.RankGenerator`): ranks are digits of a mixed-radix number whose axes
-stand in `order`, fastest first. Attention and dense layers count `tp cp dp pp`; expert layers count `etp ep expert-dp pp`
-over the same ranks. Sequence parallelism does not appear: it moves activations, never weights.
+The arithmetic is Megatron-core's own (`parallel_state.RankGenerator`): a rank is a mixed-radix number whose digits are its
+coordinates on the axes in `order`, fastest first. Attention and dense layers use the axes `tp cp dp pp`; expert layers use
+`etp ep expert-dp pp` over the same ranks. Sequence parallelism has no place here: it moves activations, never weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MOST_RANKS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """Where one rank stands on every axis."""
+    """One rank's coordinate on every axis."""
 
     tp: int
     cp: int
@@ -32,20 +32,21 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Sizes of the parallel axes `tp pp vpp ep etp cp dp`, and how layers are dealt to pipeline stages.
+    """Sizes of the parallel axes `tp pp vpp ep etp cp dp`, and how layers are distributed over pipeline stages.
 
-    Layers are dealt evenly unless something else is said, in one of Megatron's ways: all of them come down to `stage_layers`.
+    Layers are distributed evenly unless an argument says otherwise; the arguments are Megatron's, and all of them are turned
+    into `stage_layers`.
 
     Args:
         etp: expert tensor parallelism; `None` means `tp`, as in Megatron.
-        dp: data parallelism of the dense layers; the expert layers' follows from the rest.
+        dp: data parallelism of the dense layers; that of the expert layers follows from the other axes.
         order: Megatron's rank order, fastest axis first.
         stage_layers: decoder layers of each virtual stage in model order, `pp * vpp` numbers; virtual stage `s` is
-            chunk `s // pp` of pipeline rank `s % pp`. `None` deals layers by the arguments below.
+            chunk `s // pp` of pipeline rank `s % pp`. `None` distributes layers by the arguments below.
         stage_mtp_layers: multi-token prediction layers of each virtual stage; `None` puts them on the last one.
         first_stage_layers, last_stage_layers: decoder layers of the first and the last pipeline rank; those between share the
             rest (Megatron's `num_layers_in_first_pipeline_stage`).
-        embedding_as_layer, loss_as_layer: the embedding (loss) counts as a layer when layers are dealt
+        embedding_as_layer, loss_as_layer: whether the embedding (loss) counts as a layer when layers are distributed
             (`account_for_embedding_in_pipeline_split`).
         vocab_multiple: the padded vocabulary is a multiple of `tp * vocab_multiple` (Megatron-LM's
             `make_vocab_size_divisible_by`).
@@ -77,7 +78,7 @@ class ParallelLayout:
         if self.etp is None:
             object.__setattr__(self, "etp", self.tp)
         if pipeline_layout is not None:
-            self._take(pipeline_layout)
+            self._set_stages(pipeline_layout)
         for name in ("stage_layers", "stage_mtp_layers"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -101,7 +102,7 @@ class ParallelLayout:
             )
         self._check_stages()
 
-    def _take(self, pipeline_layout: Layout) -> None:
+    def _set_stages(self, pipeline_layout: Layout) -> None:
         if self.stage_layers is not None or self.stage_mtp_layers is not None:
             raise LayoutError("pipeline_layout says all about stages: leave out stage_layers and stage_mtp_layers")
         stage_layers, stage_mtp_layers = counted_stages(pipeline_layout)
@@ -156,7 +157,7 @@ class ParallelLayout:
         return self.pp * self.vpp
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where `rank` stands on every axis.
+        """The coordinates of `rank` on every axis.
 
         Raises:
             LayoutError: there is no such rank.
@@ -190,7 +191,8 @@ class ParallelLayout:
         """Decoder layers of each virtual stage, in model order.
 
         Raises:
-            LayoutError: `stage_layers` does not sum up to `num_layers`, or is missing where they cannot be dealt evenly.
+            LayoutError: `stage_layers` does not sum up to `num_layers`, or is missing where layers cannot be distributed
+                evenly.
         """
         counts = self.stage_layers
         if counts is None:
@@ -214,7 +216,7 @@ class ParallelLayout:
         return counts
 
     def stage_of_layer(self, num_layers: int) -> list[int]:
-        """The virtual stage of each decoder layer. Raises as `layers_of_stages` does."""
+        """The virtual stage of each decoder layer. Raises the errors of `layers_of_stages`."""
         return [stage for stage, count in enumerate(self.layers_of_stages(num_layers)) for _ in range(count)]
 
     def layers_of(self, num_layers: int, pp_rank: int, chunk: int) -> range:
@@ -229,7 +231,7 @@ class ParallelLayout:
         return next((stage for stage, count in enumerate(counts) if count), self.num_stages - 1)
 
     def dealing_as(self, other: ParallelLayout) -> ParallelLayout:
-        """The same ranks, with the layers dealt to stages as in `other`."""
+        """The same ranks, with the layers distributed over stages as in `other`."""
         names = ("stage_layers", "stage_mtp_layers", "first_stage_layers", "last_stage_layers")
         return replace(self, **{name: getattr(other, name) for name in (*names, "embedding_as_layer", "loss_as_layer")})
 

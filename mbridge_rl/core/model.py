@@ -1,4 +1,4 @@
-"""What a family says about one model: everything the library knows of it, without weights."""
+"""The description of one model, made by its family: everything that the library knows about it, without weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mbridge_rl.core.extras import Extra, NotInVllm
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.rules import Instance, Part, Rule, instantiate, renamed, renamed_hf_name
 
-# What every tensor-parallel rank holds whole numbers of.
+# Heads and groups that are not cut: their numbers must be multiples of the tensor-parallel size.
 _HEADS = {
     "num_attention_heads": "attention heads",
     "mamba_num_heads": "Mamba heads",
@@ -30,7 +30,7 @@ _HEADS = {
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """Name, dtype and shape of one HF tensor: what a sync announces before it sends."""
+    """Name, dtype and shape of one HF tensor; a sync announces them before it sends the tensor."""
 
     hf_name: str
     dtype: torch.dtype
@@ -48,25 +48,25 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as both ends see it.
+    """The description of a model that trainer and checkpoint share.
 
     Attributes:
         architecture: the HF class, such as `Qwen3ForCausalLM`.
-        vocab_size: HF's, unpadded.
-        tied_embeddings: the output layer is the embedding; the checkpoint holds it once.
+        vocab_size: the size of the HF vocabulary, unpadded.
+        tied_embeddings: whether the output layer is the embedding, so that the checkpoint holds it once.
         transformer_config: arguments of Megatron's `TransformerConfig`, without parallel sizes and dtypes.
         gpt_model: arguments of Megatron's `GPTModel` (or `MambaModel`), without vocabulary size and stages.
-        hybrid_pattern: a letter per layer, which makes the model Megatron's `MambaModel`: `M` Mamba, `*` attention, `-` MLP,
-            `E` experts.
+        hybrid_pattern: a letter per layer of Megatron's `MambaModel`: `M` Mamba, `*` attention, `-` MLP, `E` experts; `None`
+            for a `GPTModel`.
         rules: the mapping table.
-        extras: what the model computes beyond Megatron's config (`core.extras`).
-        carried: modules of Transformers' own that the first stage holds, whole and frozen: `{name in the Megatron model:
+        extras: computations of the model beyond Megatron's config (`core.extras`).
+        carried: modules of Transformers that the first stage holds, unsharded and frozen: `{name in the Megatron model:
             function that builds it}`. Their tensors are in `rules` like all others.
-        alternatives: the same model for checkpoints that name or stack its tensors otherwise, likelier ones first.
+        alternatives: the same model for checkpoints that name or stack its tensors differently, likelier ones first.
         prediction: the same model with its multi-token-prediction layers; `None` where it has none, or has them already.
-        ignored_hf_prefixes: beginnings of names of tensors that a checkpoint may hold though the model has no use for them
+        ignored_hf_prefixes: prefixes of the names of tensors that a checkpoint may hold although the model does not use them
             (layers that only pretraining uses).
-        aliases: other names under which a checkpoint may hold a tensor, instead of its own name or beside it: `{alias:
+        aliases: other names under which a checkpoint may hold a tensor, instead of its own name or in addition to it: `{alias:
             hf_name}`. A tied model's `lm_head.weight` is one (`hf.tied`).
     """
 
@@ -107,34 +107,35 @@ class ModelSpec:
 
     @cached_property
     def repeated_hf_names(self) -> frozenset[str]:
-        """Tensors that repeat others: a checkpoint may lack them, and an import leaves them alone."""
+        """Names of tensors that repeat others: a checkpoint may lack them, and an import ignores them."""
         return frozenset(name for instance in self.instances if instance.rule.repeats for name in instance.hf_names)
 
     @cached_property
     def carried_hf_names(self) -> frozenset[str]:
-        """Tensors of the modules that are carried along: an engine of text alone has no place for them."""
+        """Names of the tensors of carried modules: a text-only engine has no place for them."""
         names = tuple(f"{name}." for name in self.carried) or (" ",)
         instances = (instance for instance in self.instances if instance.megatron_name.startswith(names))
         return frozenset(hf_name for instance in instances for hf_name in instance.hf_names)
 
     @cached_property
     def optional_hf_names(self) -> frozenset[str]:
-        """Tensors that an engine may have no place for: those of carried modules, which an engine of text alone does not build,
-        and those of multi-token-prediction layers, which an engine that does not speculate with them leaves out."""
-        of_layers = (instance for instance in self.instances if instance.rule.placement == "prediction_stage")
-        predicted = {hf_name for instance in of_layers for hf_name in instance.hf_names}
-        return self.carried_hf_names | self.repeated_hf_names | predicted
+        """Names of the tensors for which an engine may have no place: those of carried modules, which a text-only engine does
+        not build, those that repeat others, and those of multi-token-prediction layers, which an engine leaves out if it does
+        not speculate with them."""
+        prediction_layers = (instance for instance in self.instances if instance.rule.placement == "prediction_stage")
+        prediction_names = {hf_name for instance in prediction_layers for hf_name in instance.hf_names}
+        return self.carried_hf_names | self.repeated_hf_names | prediction_names
 
     def hf_grid(self, hf_name: str) -> tuple[int, ...]:
-        """The factored shape that boxes of `hf_name` count in; its row-major order is the tensor's own."""
+        """The factored shape in which boxes of `hf_name` are given; its row-major order is the tensor's own."""
         return tuple(axis.extent for axis in self.hf_parts[hf_name].axes)
 
     def hf_tensors(self, dtype: torch.dtype) -> list[HFTensor]:
-        """Every tensor of a checkpoint in `dtype`, in its order."""
+        """Every tensor of a checkpoint in `dtype`, in the checkpoint's order."""
         return [HFTensor(hf_name, dtypes, self.hf_shapes[hf_name]) for hf_name, dtypes in self.hf_dtypes(dtype).items()]
 
     def hf_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Dtype of every HF tensor of a checkpoint in `dtype`: its own where the table fixes one."""
+        """The dtype of every HF tensor of a checkpoint in `dtype`: the rule's where the table fixes one."""
         return {hf_name: instance.rule.dtype or dtype for instance in self.instances for hf_name in instance.hf_names}
 
     def renamed(self, prefixes: Mapping[str, str]) -> ModelSpec:
@@ -144,13 +145,14 @@ class ModelSpec:
         return replace(self, rules=renamed(self.rules, prefixes), ignored_hf_prefixes=ignored, aliases=aliases)
 
     def for_checkpoint(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
-        """Of this spec and its alternatives the one whose tensors are among `shapes` (by `hf_name`); this one if none is."""
+        """The first of this spec and its alternatives whose tensors are all among `shapes` (by `hf_name`); this spec if none
+        fits."""
         candidates = (self, *self.alternatives)
         return next((spec for spec in candidates if spec.hf_shapes.items() <= shapes.items()), self)
 
     @property
     def not_in_vllm(self) -> tuple[NotInVllm, ...]:
-        """What this model computes as Transformers does, and vLLM leaves out."""
+        """The extras that this model computes like Transformers, and that vLLM leaves out."""
         return tuple(extra for extra in self.extras if isinstance(extra, NotInVllm))
 
     def as_in_vllm(self) -> ModelSpec:
@@ -164,15 +166,15 @@ class ModelSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the mapping; equal on both ends of a sync, or nothing is sent."""
+        """Hex digest of the mapping. It must be equal on both ends of a sync, otherwise nothing is sent."""
         table = [(name, *shape) for name, shape in self.hf_shapes.items()]
         return hashlib.blake2b(json.dumps([self.architecture, table]).encode(), digest_size=8).hexdigest()
 
     def validate(self, layout: ParallelLayout) -> None:
-        """Checks that the model can be cut this way.
+        """Checks that the layout can divide the model.
 
         Raises:
-            LayoutError: naming the tensor, or the axis, and the numbers that do not divide.
+            LayoutError: it cannot; the message names the tensor or the axis, and the numbers that do not divide.
         """
         layout.layers_of_stages(self.num_layers)
         placed, present = sum(layout.stage_mtp_layers or ()), self.transformer_config.get("mtp_num_layers") or 0

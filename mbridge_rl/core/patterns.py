@@ -1,8 +1,9 @@
-"""Regular expressions of strangers, matched against names of linears in bounded time.
+"""Matches untrusted regular expressions against names of linears in bounded time.
 
-Python's matcher tries one way after the other and can take longer than the universe has existed; nothing interrupts it. A
-pattern of few repeated letters is left to it. Any other is walked over as sets of positions: which can be reached by the first
-part, from those by the second, and so on, whatever number of ways leads to each. Whether a whole name matches is the same.
+Python's matcher backtracks, and can take exponential time that nothing interrupts. It is used only for patterns with few
+repeated letters. Any other pattern is evaluated on sets of positions: the positions that the first part can reach, those that
+the second part can reach from them, and so on. Each set is computed once, however many ways lead to a position. The result,
+whether a name matches, is the same.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from typing import Any
 from mbridge_rl.core.errors import BridgeError
 
 _MOST_CHARACTERS = 10_000
-_MOST_REPEATS = 2  # that Python's matcher may try: its time is then a cube of the name's length
+_MOST_REPEATS = 2  # repeats in a pattern for Python's matcher, whose time is then cubic in the length of the name
 _LETTERS = (op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN)
 _MOST_STEPS = 20_000
 _MANY_STEPS, _MOST_WITH_MANY = 5_000, 10
 
 
 class PatternError(BridgeError, ValueError):
-    """A text that is no regular expression, or one that cannot be matched in bounded time."""
+    """The text is no regular expression, or one that cannot be matched in bounded time."""
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` is for the linear of this full name: it matches all of it, or
-    all from a dot on.
+    """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` matches the full name of a linear: the full name, or its end
+    from a dot on.
 
     Raises:
-        PatternError: see there.
+        PatternError: the pattern is no regular expression, or cannot be matched in bounded time.
     """
     return _matcher(pattern)(name)
 
 
 def require_pattern(pattern: str) -> None:
-    """Raises PatternError where `pattern_matches` would for any name."""
+    """Raises PatternError if `pattern_matches` would raise it for every name."""
     _matcher(pattern)
 
 
@@ -62,7 +63,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def _is_simple(tree: Iterable[Any]) -> bool:
-    """Whether a pattern is letters, one after the other, of which few are repeated."""
+    """Whether a pattern is a sequence of letters of which few are repeated."""
     repeats = [value for code, value in tree if code in (op.MAX_REPEAT, op.MIN_REPEAT)]
     letters = [node for _, _, body in repeats for node in body]
     others = [node for node in tree if node[0] not in (op.MAX_REPEAT, op.MIN_REPEAT, op.AT)]
@@ -70,7 +71,7 @@ def _is_simple(tree: Iterable[Any]) -> bool:
 
 
 class _Walk:
-    """Matches by sets of positions."""
+    """Matches a pattern by sets of positions."""
 
     def __init__(self, pattern: str, tree: Any) -> None:
         self._pattern, self._tree, self._with_many = pattern, tree, 0
@@ -86,7 +87,7 @@ class _Walk:
         return matches
 
     def _after(self, tree: Iterable[Any], positions: set[int]) -> set[int]:
-        """Where the tree can end that begins at one of the positions."""
+        """The positions at which a match of the tree can end if it begins at one of `positions`."""
         for code, value in tree:
             if not positions:
                 break
@@ -131,7 +132,7 @@ class _Walk:
         return PatternError(f"{self._pattern[:100]!r}: {str(code).lower()} is not supported")
 
     def _after_repeat(self, least: int, most: int, tree: Any, positions: set[int]) -> set[int]:
-        # More rounds than there are positions end where fewer do.
+        # More rounds than there are positions reach no further positions.
         for _ in range(min(least, len(self._text) + 1)):
             positions = self._after(tree, positions)
         reached, newest = set(positions), positions
@@ -175,13 +176,13 @@ def _admits(code: Any, value: Any, letter: str) -> bool:
     if code in (op.LITERAL, op.NOT_LITERAL):
         return (ord(letter) == value) is (code is op.LITERAL)
     is_negated, inside = False, False
-    for kind, what in value:
+    for kind, item in value:
         if kind is op.NEGATE:
             is_negated = True
         elif kind is op.RANGE:
-            inside = inside or what[0] <= ord(letter) <= what[1]
+            inside = inside or item[0] <= ord(letter) <= item[1]
         elif kind is op.LITERAL:
-            inside = inside or ord(letter) == what
+            inside = inside or ord(letter) == item
         else:
-            inside = inside or _CATEGORIES[what](letter)
+            inside = inside or _CATEGORIES[item](letter)
     return inside is not is_negated

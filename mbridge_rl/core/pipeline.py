@@ -1,6 +1,6 @@
-"""Megatron's ways to say how layers are dealt to pipeline stages, all turned into one: numbers of layers per virtual stage.
+"""Megatron's options for the distribution of layers over pipeline stages, all turned into numbers of layers per virtual stage.
 
-Virtual stage `s` is chunk `s // pp` of pipeline rank `s % pp`, so that numbers in model order say everything.
+Virtual stage `s` is chunk `s // pp` of pipeline rank `s % pp`, so that the numbers in model order are complete.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from mbridge_rl.core.errors import LayoutError
 
-# What Megatron's layout strings and lists call the kinds of layers.
+# The kinds of layers: Megatron's letters in layout strings, and names in lists.
 _KIND_OF_LETTER = {"E": "embedding", "t": "decoder", "m": "mtp", "L": "loss"}
 _REPEATED_GROUP = re.compile(r"\(([^()]+)\)\*(\d+)")
 _REPEATED_LETTER = re.compile(r"(.)\*(\d+)")
@@ -23,11 +23,11 @@ def counted_stages(pipeline_layout: Layout) -> tuple[tuple[int, ...], tuple[int,
 
     Args:
         pipeline_layout: a string such as `Et*3|(tt|)*29,m|L` (stages end at `|`, `*` repeats a letter or a group, groups may
-            nest, commas mean nothing), or a list of stages, each a list of `embedding`, `decoder`, `mtp`, `loss`.
+            nest, commas have no meaning), or a list of stages, each a list of `embedding`, `decoder`, `mtp`, `loss`.
 
     Raises:
-        LayoutError: it does not parse, or embedding and loss do not stand once each around the layers, or a decoder layer
-            comes after a multi-token prediction layer.
+        LayoutError: the layout does not parse, does not begin with the only embedding and end with the only loss, or has a
+            decoder layer after a multi-token prediction layer.
     """
     stages = _parsed(pipeline_layout) if isinstance(pipeline_layout, str) else [_kinds(stage) for stage in pipeline_layout]
     flat = [kind for stage in stages for kind in stage]
@@ -59,7 +59,7 @@ def _unrolled(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _kinds(stage: Sequence[object]) -> list[str]:
-    """Names of kinds, or members of Megatron's `LayerType`."""
+    """The kinds of a stage's layers, given as names or as members of Megatron's `LayerType`."""
     kinds = [str(getattr(kind, "name", kind)).strip().lower() for kind in stage]
     if unknown := sorted(set(kinds) - set(_KIND_OF_LETTER.values())):
         raise LayoutError(f"pipeline layout names {', '.join(unknown)}; known are {', '.join(_KIND_OF_LETTER.values())}")
@@ -80,10 +80,11 @@ def dealt_layers(
 
     Args:
         first, last: layers of the first and of the last pipeline rank; the ranks between share the rest evenly.
-        embedding_as_layer, loss_as_layer: the embedding (loss) counts as one more layer, which its stage has less.
+        embedding_as_layer, loss_as_layer: whether the embedding (loss) counts as a layer, so that its stage has one decoder
+            layer less.
 
     Raises:
-        LayoutError: the layers of some pipeline rank, or its virtual stages, would not be equal.
+        LayoutError: the layers cannot be divided evenly among the pipeline ranks or their virtual stages.
     """
     per_rank: list[int | None] = [None] * pp
     if first is not None:
@@ -94,8 +95,8 @@ def dealt_layers(
     rest = num_layers + embedding_as_layer + loss_as_layer - sum(filter(None, per_rank))
     if (rest <= 0 or rest % open_ranks) if open_ranks else rest:
         raise LayoutError(f"{rest} layers are left for {open_ranks} pipeline ranks, which have to share them evenly")
-    each = rest // open_ranks if open_ranks else 0
-    counts = [each if count is None else count for count in per_rank]
+    share = rest // open_ranks if open_ranks else 0
+    counts = [share if count is None else count for count in per_rank]
     if uneven := [count for count in counts if count % vpp]:
         raise LayoutError(f"the {uneven[0]} layers of a pipeline rank do not divide by vpp={vpp} virtual stages")
     stages = [count // vpp for _ in range(vpp) for count in counts]

@@ -1,10 +1,10 @@
-"""Quantized weights as a model of their own: fp8 (e4m3) with a scale for every block, or for the whole tensor.
+"""Quantized weights as a model of their own: fp8 (e4m3) with a scale for every block, or for the full tensor.
 
-A trainer rank quantizes what it holds, before the wire. `X.weight` becomes fp8 on the same segments, and `X.weight_scale_inv`
-(one fp32 number per 128x128 block, as DeepSeek-V3's checkpoints have it) or `X.weight_scale` (one number) is a second tensor. A
-block may lie on several ranks, since cuts by heads or experts' widths need not follow blocks: its largest magnitude is the
-largest of its holders', and a maximum has no rounding, so that the result is bit for bit that of one process with the whole
-tensor.
+A trainer rank quantizes its own weights before they are sent. `X.weight` becomes fp8 on the same segments, and
+`X.weight_scale_inv` (one fp32 number per 128x128 block, as in DeepSeek-V3's checkpoints) or `X.weight_scale` (one number) is a
+second tensor. A block may lie on several ranks, since cuts by heads or experts' widths need not follow blocks. Its largest
+magnitude is then the maximum over these ranks, which is exact, so that the result is bit for bit that of one process with the
+full tensor.
 
     scale = max |block| / 448            quantized = round_to_e4m3(weight / scale)            weight ~ quantized * scale
 """
@@ -33,25 +33,25 @@ _LARGEST = torch.finfo(FP8).max  # 448
 
 @dataclass(frozen=True)
 class Fp8:
-    """Weights of linear layers in fp8; embeddings, output layers, routers, norms and biases stay as they are.
+    """Weights of linear layers in fp8; embeddings, output layers, routers, norms and biases are not quantized.
 
     Attributes:
-        block: rows and columns that share a scale; `None` makes one scale per tensor.
+        block: number of rows and columns that share a scale; `None` makes one scale per tensor.
     """
 
     block: tuple[AtLeastOne, AtLeastOne] | None = (128, 128)
 
     @property
     def suffix(self) -> str:
-        """What a scale's name has more than its weight's."""
+        """The suffix that makes a scale's name from its weight's name."""
         return "_scale_inv" if self.block else "_scale"
 
     def scale_shape(self, shape: Shape) -> Shape:
-        """Of the scales of a weight `[rows, columns]`."""
+        """The shape of the scales of a weight `[rows, columns]`."""
         return tuple(-(-size // step) for size, step in zip(shape, self.block, strict=True)) if self.block else (1,)
 
     def blocks(self, positions: np.ndarray, dim: int) -> np.ndarray:
-        """Which block each row (`dim` 0) or column (1) is in."""
+        """The index of the block of each row (`dim` 0) or column (`dim` 1)."""
         return positions // self.block[dim] if self.block else np.zeros_like(positions)
 
 
@@ -59,7 +59,7 @@ def quantized_spec(spec: ModelSpec, scheme: Fp8) -> ModelSpec:
     """The model with its linears' weights in fp8 and a scale tensor after each.
 
     Raises:
-        UnsupportedModelError: a linear that is part of a stacked HF tensor, for which there is no such format.
+        UnsupportedModelError: a linear is part of a stacked HF tensor, for which the format does not exist.
     """
     rules: list[Rule] = []
     for rule in spec.rules:
@@ -76,34 +76,35 @@ def scale_names(spec: ModelSpec, scheme: Fp8) -> dict[str, str]:
 
 
 def maxima(spec: ModelSpec, scheme: Fp8, side: Side, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Largest magnitude of every block in what one rank holds, fp32 `{scale name: [*scale shape]}`; 0 where it holds nothing.
+    """The largest magnitude of every block among one rank's elements, fp32 `{scale name: [*scale shape]}`; 0 where the rank has
+    none.
 
     Args:
-        spec: quantized.
-        side: of this rank (`segments.megatron_side` of the quantized spec).
-        live: this rank's tensors as trained.
+        spec: a quantized spec.
+        side: the side of this rank (`segments.megatron_side` of the quantized spec).
+        live: this rank's tensors in the trainer's dtype.
     """
     names = scale_names(spec, scheme)
-    found = {scale: torch.zeros(spec.hf_shapes[scale]) for scale in names.values()}
+    largest = {scale: torch.zeros(spec.hf_shapes[scale]) for scale in names.values()}
     for segment in side.segments:
         if segment.hf_name in names:
             grid = _Grid.of(spec, scheme, segment)
-            into = found[names[segment.hf_name]].view(grid.scale_grid)
-            _raise_to(into, grid, grid.matrix(live[segment.local_name]))
-    return found
+            maximum = largest[names[segment.hf_name]].view(grid.scale_grid)
+            _update_maximum(maximum, grid, grid.matrix(live[segment.local_name]))
+    return largest
 
 
 def scales(largest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """From the maxima over all holders: 1 where a block is zero."""
+    """The scales, from the maxima over all ranks; 1 where a block is zero."""
     return {name: torch.where(value == 0, 1.0, value / _LARGEST) for name, value in largest.items()}
 
 
 def quantized(spec: ModelSpec, scheme: Fp8, segments: list[Segment], values: Tensor, scale_of: Mapping[str, Tensor]) -> Tensor:
-    """One local tensor in fp8, same shape.
+    """Quantizes one local tensor to fp8, in the same shape.
 
     Args:
-        segments: of this local tensor.
-        scale_of: by scale name.
+        segments: the segments of this local tensor.
+        scale_of: the scales, by scale name.
     """
     result = torch.zeros(values.shape, dtype=FP8, device=values.device)
     names = scale_names(spec, scheme)
@@ -115,17 +116,17 @@ def quantized(spec: ModelSpec, scheme: Fp8, segments: list[Segment], values: Ten
 
 
 def quantize(weight: Tensor, scheme: Fp8) -> tuple[Tensor, Tensor]:
-    """`(fp8 [rows, columns], scales)` of a whole weight: what every layout gives."""
+    """Quantizes a full weight: `(fp8 [rows, columns], scales)`. Every layout gives the same result."""
     segment = Segment("", Box((0,) * weight.dim(), tuple(weight.shape)), "", 0, contiguous_strides(weight.shape), (0,))
     grid = _Grid.of_shape(tuple(weight.shape), tuple(weight.shape), scheme, segment)
     largest = torch.zeros(scheme.scale_shape(tuple(weight.shape)))
-    _raise_to(largest.view(grid.scale_grid), grid, grid.matrix(weight))
+    _update_maximum(largest.view(grid.scale_grid), grid, grid.matrix(weight))
     scale = scales({"": largest})[""]
     return _rounded(grid, grid.matrix(weight), scale.view(grid.scale_grid)), scale
 
 
 def dequantize(weight: Tensor, scale: Tensor, scheme: Fp8, dtype: torch.dtype) -> Tensor:
-    """`weight * scale` in fp32, then `dtype`."""
+    """`weight * scale`, computed in fp32 and cast to `dtype`."""
     if scheme.block is None:
         return (weight.float() * scale).to(dtype)
     rows, columns = weight.shape
@@ -135,12 +136,12 @@ def dequantize(weight: Tensor, scale: Tensor, scheme: Fp8, dtype: torch.dtype) -
 
 @dataclass(frozen=True)
 class _Grid:
-    """A segment as a matrix of rows and columns of its HF tensor, and their blocks.
+    """A segment as a matrix of rows and columns of its HF tensor, with their blocks.
 
     Attributes:
         order: the segment's dims, those along rows first.
-        row_blocks, column_blocks: of every row and column of the matrix.
-        scale_grid: two-dimensional shape of the tensor's scales.
+        row_blocks, column_blocks: the block of every row and of every column of the matrix.
+        scale_grid: the two-dimensional shape of the tensor's scales.
     """
 
     segment: Segment
@@ -165,11 +166,11 @@ class _Grid:
         return cls(segment, row_dims + column_dims, scheme.blocks(rows, 0), scheme.blocks(cols, 1), scale_grid)
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """`[rows, columns]`."""
+        """The segment's elements in `tensor` as a matrix `[rows, columns]`."""
         return self._view(tensor).permute(self.order).reshape(len(self.row_blocks), len(self.column_blocks))
 
     def put(self, matrix: Tensor, tensor: Tensor) -> None:
-        """The inverse of `matrix`, into `tensor`."""
+        """Writes a matrix of the segment's elements into `tensor`; the inverse of `matrix`."""
         target = self._view(tensor).permute(self.order)
         target.copy_(matrix.view(target.shape))
 
@@ -178,16 +179,16 @@ class _Grid:
         return tensor.as_strided(segment.box.size, segment.strides, tensor.storage_offset() + segment.offset)
 
 
-def _raise_to(into: Tensor, grid: _Grid, matrix: Tensor) -> None:
-    """Raises `into [row blocks, column blocks]` to the matrix's magnitudes."""
+def _update_maximum(maximum: Tensor, grid: _Grid, matrix: Tensor) -> None:
+    """Raises `maximum [row blocks, column blocks]` to the matrix's magnitudes where these are larger."""
     for row, rows in _runs(grid.row_blocks):
         magnitudes = matrix[rows].abs().amax(0)
         for column, columns in _runs(grid.column_blocks):
-            into[row, column] = torch.maximum(into[row, column], magnitudes[columns].amax().float().cpu())
+            maximum[row, column] = torch.maximum(maximum[row, column], magnitudes[columns].amax().float().cpu())
 
 
 def _rounded(grid: _Grid, matrix: Tensor, scale: Tensor) -> Tensor:
-    """The matrix in fp8."""
+    """The matrix divided by its scales and rounded to fp8."""
     result = torch.empty(matrix.shape, dtype=FP8, device=matrix.device)
     columns = torch.from_numpy(grid.column_blocks).to(matrix.device)
     for row, rows in _runs(grid.row_blocks):  # a row of blocks at a time bounds the fp32 copy
@@ -196,7 +197,7 @@ def _rounded(grid: _Grid, matrix: Tensor, scale: Tensor) -> Tensor:
 
 
 def _runs(blocks: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """`(block, its places)` of neighbours in one block."""
+    """Yields `(block, slice)` for every run of consecutive places in one block."""
     edges = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist(), len(blocks)]
     for start, stop in pairwise(edges):
         if start < stop:

@@ -1,17 +1,17 @@
-"""Mapping rules: how one Megatron tensor is made of Hugging Face tensors, as data.
+"""Mapping rules: how one Megatron tensor is composed of Hugging Face tensors, as data.
 
 One primitive covers every rule in use. A Megatron tensor is a sequence of `groups` along `dim`; each group holds, one after
-the other, an equal slice of each of its `parts`, and a part is a sub-grid of one HF tensor. Tensor parallelism deals equal
-ranges of the fused tensor to ranks: whole groups, or parts of one where ranks outnumber groups.
+the other, an equal slice of each of its `parts`, and a part is a sub-grid of one HF tensor. Tensor parallelism gives every rank
+an equal range of the fused tensor: full groups, or parts of a group if there are more ranks than groups.
 
     fused QKV        parts q, k, v        groups = KV heads      [q q q q k v | q q q q k v | ...]
     gated MLP        parts gate, up       groups = ranks         [gate up | gate up | ...]
     column, row      one part             groups = ranks
-    replicated       one part             not dealt at all
+    replicated       one part             not sharded
 
-A part names the axes of its HF tensor, each cut out of a factored shape: an axis runs along a dimension of the Megatron
-tensor, or stands still at an index (one expert of a stack, the odd columns of an interleaved pair). So transposed, stacked,
-interleaved and concatenated HF tensors are all the same rule with other axes.
+A part names the axes of its HF tensor, in a factored shape: an axis runs along a dimension of the Megatron tensor, or has a
+fixed index (one expert of a stack, the odd columns of an interleaved pair). Transposed, stacked, interleaved and concatenated
+HF tensors therefore have the same rules with other axes.
 
 Names are patterns: `{layer}` and `{expert}` stand for global indices on both sides.
 """
@@ -43,11 +43,11 @@ class Axis:
     """One axis of an HF tensor's factored shape, as a part uses it.
 
     Attributes:
-        extent: its whole size.
-        along: the dimension of the Megatron tensor that it runs along, `None` where it stands still. Several axes along one
-            dimension are its digits, slowest first.
-        start, size: the range that the part takes; `size=None` takes the rest. An axis that stands still takes `start` alone.
-        index: `EXPERT` makes the instance's expert index the start.
+        extent: the axis's full size.
+        along: the dimension of the Megatron tensor along which it runs, `None` for an axis with a fixed index. Several axes
+            along one dimension are its digits, slowest first.
+        start, size: the range that the part takes; `size=None` takes the rest. With a fixed index only `start` is taken.
+        index: `EXPERT` fixes the axis at the instance's expert index.
     """
 
     extent: int
@@ -58,7 +58,7 @@ class Axis:
 
     @property
     def count(self) -> int:
-        """How many indices the part takes."""
+        """The number of indices that the part takes."""
         if self.along is None:
             return 1
         return self.extent - self.start if self.size is None else self.size
@@ -69,8 +69,8 @@ class Part:
     """A sub-grid of one HF tensor inside a Megatron tensor.
 
     Attributes:
-        axes: the factored shape; its row-major order is the HF tensor's.
-        hf_shape: the HF tensor's own shape, where it is not the factored one.
+        axes: the axes of the factored shape; its row-major order is the HF tensor's.
+        hf_shape: the HF tensor's own shape, if it is not the factored one.
     """
 
     hf_name: str
@@ -79,36 +79,38 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole HF tensor."""
+        """Shape of the full HF tensor."""
         return self.hf_shape or tuple(axis.extent for axis in self.axes)
 
     def size(self, dim: int) -> int:
-        """What the part contributes along dimension `dim` of the Megatron tensor."""
+        """The part's size along dimension `dim` of the Megatron tensor."""
         return prod(axis.count for axis in self.axes if axis.along == dim)
 
 
-# What is fused: whole HF tensors by name and size along the fused dimension, or any parts.
+# The parts of a fused tensor: full HF tensors by name and size along the fused dimension, or any parts.
 Parts = Mapping[str, int] | Sequence[Part]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How `megatron_name` (a pattern) is made of `parts`.
+    """How the Megatron tensors of `megatron_name` (a pattern) are composed of `parts`.
 
     Attributes:
-        shape: of the whole Megatron tensor, with its extent along `dim` left open (0 there): the parts' sum.
+        shape: the shape of the full Megatron tensor, with 0 along `dim`, where the size is the sum of the parts.
         dim: the dimension along which parts are fused and shards are cut.
-        axis: which tensor-parallel axis cuts it, `None` for replicated tensors.
-        groups: number of fused groups, fixed by the model (KV heads); `None` makes one group per rank of `axis`. Ranks that
-            outnumber the groups share them: each takes its range of rows, wherever that cuts.
-        padded: Megatron rounds the extent up to a multiple of the axis (vocabularies); the tail belongs to no HF tensor.
-        placement: which pipeline stage holds it. `last_stage_copy` is the output layer of a tied model: a second copy of the
-            embedding that exists only where the last stage is not also the first. `prediction_stage` is where multi-token
-            prediction layers are, and `prediction_stage_copy` their copy of the embedding, likewise.
-        layers: the decoder layers it exists in, `None` for all.
-        repeats: its HF tensors say again what other rules say of the same Megatron tensor (a checkpoint's copies of the
-            embedding): exports write them, imports leave them alone.
-        dtype: of the HF tensor whatever the dtype of the others (router biases stay fp32), `None` for the checkpoint's.
+        axis: the tensor-parallel axis that shards the tensor, `None` for replicated tensors.
+        groups: number of fused groups, fixed by the model (KV heads); `None` makes one group per rank of `axis`. If there are
+            more ranks than groups, ranks share them: each takes its range of rows, wherever that cuts a group.
+        padded: whether Megatron rounds the extent up to a multiple of the axis (vocabularies); the tail belongs to no HF
+            tensor.
+        placement: which pipeline stage holds the tensor. `last_stage_copy` is the output layer of a tied model: a second copy
+            of the embedding that exists only where the last stage is not also the first. `prediction_stage` is the stage of the
+            multi-token prediction layers, and `prediction_stage_copy` their copy of the embedding, likewise.
+        layers: the decoder layers in which the tensor exists, `None` for all.
+        repeats: whether its HF tensors repeat those of other rules of the same Megatron tensor (a checkpoint's copies of the
+            embedding): exports write them, imports ignore them.
+        dtype: the HF tensor's dtype if it does not depend on the checkpoint's (router biases stay fp32), `None` for the
+            checkpoint's.
     """
 
     megatron_name: str
@@ -161,7 +163,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A rule at one layer and expert: concrete names."""
+    """A rule for one layer and expert, with concrete names."""
 
     rule: Rule
     megatron_name: str
@@ -203,34 +205,35 @@ def replicated(
     placement: Placement = "layer",
     dtype: torch.dtype | None = None,
 ) -> Rule:
-    """The same tensor on every rank: norms, routers."""
+    """A rule for a tensor that is the same on every rank: norms, routers."""
     return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), placement=placement, dtype=dtype)
 
 
 def column_parallel(megatron_name: str, parts: Parts, inner: Sequence[int] = (), *, axis: ShardAxis = "tp") -> Rule:
-    """Output features dealt to ranks. `parts` maps HF names to output sizes; each part is cut separately, so
-    `{gate: ffn, up: ffn}` is the gated MLP `[gate | up]` of every rank. `inner` is `(input size,)`, or `()` for biases."""
+    """A rule for a tensor whose output features are sharded. `parts` maps HF names to output sizes; each part is sharded
+    separately, so `{gate: ffn, up: ffn}` gives every rank a gated MLP `[gate | up]`. `inner` is `(input size,)`, or `()` for
+    biases."""
     return Rule(megatron_name, _parts(parts, inner), (0, *inner), axis=axis)
 
 
 def row_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, axis: ShardAxis = "tp") -> Rule:
-    """Input features dealt to ranks: `[output, input / ranks]`."""
+    """A rule for a tensor whose input features are sharded: `[output, input / ranks]`."""
     return Rule(megatron_name, (whole(hf_name, shape),), (shape[0], 0), dim=1, axis=axis)
 
 
 def grouped_parallel(megatron_name: str, parts: Parts, groups: int, inner: Sequence[int] = ()) -> Rule:
-    """Fused tensors whose groups the model fixes: QKV by KV head."""
+    """A rule for a fused tensor whose number of groups is fixed by the model: QKV by KV head."""
     return Rule(megatron_name, _parts(parts, inner), (0, *inner), axis="tp", groups=groups)
 
 
 def vocabulary_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement) -> Rule:
-    """`[vocab, hidden]` dealt by rows, padded so that ranks hold equal shares."""
+    """A rule for `[vocab, hidden]`, sharded by rows and padded so that ranks hold equal shares."""
     return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), axis="tp", padded=True, placement=placement)
 
 
 def renamed(rules: Iterable[Rule], prefixes: Mapping[str, str]) -> tuple[Rule, ...]:
-    """The same rules for a checkpoint that says `prefixes[x]` where theirs says `x` at the beginning of a name; of several
-    that fit, the longest counts."""
+    """The same rules for a checkpoint whose names begin with `prefixes[x]` where the rules' names begin with `x`; if several
+    fit, the longest `x` counts."""
     return tuple(
         replace(rule, parts=tuple(replace(part, hf_name=renamed_hf_name(part.hf_name, prefixes)) for part in rule.parts))
         for rule in rules
@@ -243,12 +246,12 @@ def renamed_hf_name(hf_name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def whole(hf_name: str, shape: Sequence[int]) -> Part:
-    """A whole HF tensor whose dimensions are the Megatron tensor's."""
+    """The part that is a full HF tensor with the dimensions of the Megatron tensor."""
     return Part(hf_name, tuple(Axis(extent, along=dim) for dim, extent in enumerate(shape)))
 
 
 def stacked(hf_name: str, sizes: Sequence[int], inner: Sequence[int] = ()) -> tuple[Part, ...]:
-    """The parts of one HF tensor that has `sizes` rows of each, one below the other."""
+    """The parts of one HF tensor that holds them one below the other, with `sizes` rows."""
     starts, rest = accumulate(sizes, initial=0), tuple(Axis(extent, along=dim) for dim, extent in enumerate(inner, start=1))
     return tuple(Part(hf_name, (Axis(sum(sizes), 0, start, size), *rest)) for start, size in zip(starts, sizes, strict=False))
 

@@ -1,4 +1,4 @@
-"""Sides: which box of which HF tensor lies where in which local tensor."""
+"""Sides of a plan: they say where each box of an HF tensor lies in a local tensor."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Box:
         return Box(tuple(start), tuple(size))
 
     def cut(self, pieces: int) -> list[Box]:
-        """Up to `pieces` disjoint boxes of nearly equal size that make up this one."""
+        """Divides this box into up to `pieces` disjoint boxes of nearly equal size."""
         dim = 0 if self.size and self.size[0] >= pieces else max(range(len(self.size)), key=self.size.__getitem__, default=None)
         if dim is None or pieces <= 1:
             return [self]
@@ -55,7 +55,7 @@ class Box:
         ]
 
     def cut_at(self, cuts: Sequence[Iterable[int]]) -> list[Box]:
-        """The disjoint boxes that make up this one if it is cut at these places of each dimension."""
+        """The disjoint boxes into which cuts at these places of each dimension divide this box."""
         edges = []
         for start, size, places in zip(self.start, self.size, cuts, strict=True):
             inside = {place for place in places if start < place < start + size}
@@ -66,7 +66,8 @@ class Box:
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Box `box` of HF tensor `hf_name` is the strided view `(offset, strides)` (elements) of local tensor `local_name`, on each
-    of `ranks`. The box counts in the tensor's factored shape (`rules.Part.axes`). One that `repeats` is only ever a source."""
+    of `ranks`. The box is given in the tensor's factored shape (`rules.Part.axes`). A segment that `repeats` is never a
+    target."""
 
     hf_name: str
     box: Box
@@ -80,7 +81,8 @@ class Segment:
         return Segment(self.hf_name, self.box, self.local_name, self.offset, self.strides, (rank,), self.repeats)
 
     def within(self, begin: int, stop: int) -> Iterator[Segment]:
-        """What of it lies in elements `[begin, stop)` of the flattened local tensor, as the fewest segments that are boxes."""
+        """Yields the part of this segment in elements `[begin, stop)` of the flattened local tensor, as the fewest segments
+        that are boxes."""
         axes = sorted(range(len(self.strides)), key=lambda axis: (-self.strides[axis], self.box.size[axis]))
         axes = [axis for axis in axes if self.box.size[axis] > 1]
         digits = [self.box.size[axis] for axis in axes]
@@ -96,36 +98,36 @@ class Segment:
             yield Segment(self.hf_name, box, self.local_name, self.offset_of(box), self.strides, self.ranks, self.repeats)
 
     def _elements_before(self, position: int, axes: Sequence[int]) -> int:
-        """How many of its elements lie before `position`, counted from its first."""
-        found, faster = 0, prod(self.box.size)
+        """The number of this segment's elements before `position`, which is relative to its first element."""
+        count, faster = 0, prod(self.box.size)
         if position <= 0:
             return 0
         for axis in axes:
             faster //= self.box.size[axis]
             digit = position // self.strides[axis]
             if digit >= self.box.size[axis]:
-                return found + self.box.size[axis] * faster
-            found += digit * faster
+                return count + self.box.size[axis] * faster
+            count += digit * faster
             position -= digit * self.strides[axis]
-        return found + (position > 0)
+        return count + (position > 0)
 
     def offset_of(self, box: Box) -> int:
-        """Where the sub-box `box` begins in the local tensor."""
+        """The offset at which the sub-box `box` begins in the local tensor."""
         offset = self.offset
-        for to, begin, stride in zip(box.start, self.box.start, self.strides, strict=True):
-            offset += (to - begin) * stride
+        for start, own_start, stride in zip(box.start, self.box.start, self.strides, strict=True):
+            offset += (start - own_start) * stride
         return offset
 
 
 @dataclass(frozen=True)
 class Side:
-    """One end of a plan: what each of its ranks (or files, or engine workers) holds.
+    """One end of a plan: the tensors that each of its ranks (or files, or engine workers) holds.
 
     Attributes:
-        segments: in HF order.
-        shapes: local shape of every local tensor; the same on all ranks that have it.
-        holders: the ranks that have it.
-        padded_names: local tensors that hold elements of no HF tensor (the tail of a padded vocabulary).
+        segments: all segments, in HF order.
+        shapes: the local shape of every local tensor; it is the same on all ranks that have the tensor.
+        holders: the ranks that have each local tensor.
+        padded_names: names of local tensors with elements that belong to no HF tensor (the tail of a padded vocabulary).
     """
 
     segments: tuple[Segment, ...]
@@ -134,7 +136,7 @@ class Side:
     padded_names: frozenset[str] = frozenset()
 
     def on(self, rank: int) -> Side:
-        """The part of one rank."""
+        """The part of this side that belongs to one rank."""
         segments = tuple(segment.only_on(rank) for segment in self.segments if rank in segment.ranks)
         shapes = {name: shape for name, shape in self.shapes.items() if rank in self.holders[name]}
         return Side(segments, shapes, dict.fromkeys(shapes, (rank,)), self.padded_names & shapes.keys())
@@ -145,7 +147,7 @@ class Side:
 
 
 def hf_side(spec: ModelSpec, ranks: Sequence[int] = (0,)) -> Side:
-    """Whole HF tensors on each of `ranks`: a checkpoint, a state dict, a stream."""
+    """The side with full HF tensors on each of `ranks`: a checkpoint, a state dict, a stream."""
     holders = tuple(ranks)
     grids = ((hf_name, spec.hf_grid(hf_name)) for hf_name in spec.hf_shapes)
     segments = tuple(
@@ -155,10 +157,11 @@ def hf_side(spec: ModelSpec, ranks: Sequence[int] = (0,)) -> Side:
 
 
 def megatron_side(spec: ModelSpec, layout: ParallelLayout, rank: int | None = None) -> Side:
-    """What Megatron's ranks hold (or `rank` alone), under global names: layer and expert indices count over the whole model.
+    """The side of all Megatron ranks (or of `rank` alone) under global names, whose layer and expert indices count over the
+    whole model.
 
     Raises:
-        LayoutError: the model cannot be cut this way.
+        LayoutError: the layout cannot divide the model.
     """
     spec.validate(layout)
     places = _Places(spec, layout, range(layout.world_size) if rank is None else [rank])
@@ -172,8 +175,8 @@ def megatron_side(spec: ModelSpec, layout: ParallelLayout, rank: int | None = No
             continue
         local_shape = instance.rule.local_shape(layout)
         shapes[instance.megatron_name] = local_shape
-        held = (*holders.get(instance.megatron_name, ()), *(rank for ranks in shards.values() for rank in ranks))
-        holders[instance.megatron_name] = tuple(sorted(set(held)))
+        holding = (*holders.get(instance.megatron_name, ()), *(rank for ranks in shards.values() for rank in ranks))
+        holders[instance.megatron_name] = tuple(sorted(set(holding)))
         if instance.rule.padded:
             padded.add(instance.megatron_name)
         for shard, ranks in shards.items():
@@ -182,7 +185,7 @@ def megatron_side(spec: ModelSpec, layout: ParallelLayout, rank: int | None = No
 
 
 class _Places:
-    """Which ranks hold which shard of which instance; ranks with equal coordinates are found once, not per tensor."""
+    """Computes which ranks hold each shard of an instance; the result is computed once per place and not per tensor."""
 
     def __init__(self, spec: ModelSpec, layout: ParallelLayout, ranks: Iterable[int]) -> None:
         self._spec, self._layout = spec, layout
@@ -191,7 +194,7 @@ class _Places:
         self._known: dict[tuple[object, ...], dict[int, tuple[int, ...]]] = {}
 
     def of(self, instance: Instance) -> dict[int, tuple[int, ...]]:
-        """`{shard index: ranks}`; empty where none of the ranks holds any."""
+        """`{shard index: ranks}`; empty if none of the ranks holds a shard."""
         stage = self._stage(instance)
         if stage is None:
             return {}
@@ -199,15 +202,15 @@ class _Places:
         expert_rank = None if instance.expert is None else instance.expert // per_rank
         place = (stage, expert_rank, instance.rule.axis)
         if place not in self._known:
-            found: dict[int, list[int]] = {}
+            ranks_of_shard: dict[int, list[int]] = {}
             for rank, at in self._at.items():
                 if at.pp == stage and expert_rank in (None, at.ep):
-                    found.setdefault(instance.rule.axis_rank(at), []).append(rank)
-            self._known[place] = {shard: tuple(ranks) for shard, ranks in sorted(found.items())}
+                    ranks_of_shard.setdefault(instance.rule.axis_rank(at), []).append(rank)
+            self._known[place] = {shard: tuple(ranks) for shard, ranks in sorted(ranks_of_shard.items())}
         return self._known[place]
 
     def _stage(self, instance: Instance) -> int | None:
-        """The pipeline rank that holds it, `None` for a copy that this layout does not make."""
+        """The pipeline rank that holds the instance, `None` for a copy that does not exist in this layout."""
         last = self._layout.pp - 1
         match instance.rule.placement:
             case "layer":
@@ -227,7 +230,7 @@ class _Places:
 
 
 def _shard(instance: Instance, local_shape: Shape, shards: int, shard: int, ranks: tuple[int, ...]) -> Iterator[Segment]:
-    """Segments of each part and group of the shard, clipped where padding begins."""
+    """Yields the segments of each part and group of the shard, without its padding."""
     dim, strides = instance.rule.dim, contiguous_strides(local_shape)
     for index, first, size, local_start in pieces(instance.rule, shards, shard, local_shape[dim]):
         hf_name, part = instance.hf_names[index], instance.rule.parts[index]
@@ -238,7 +241,8 @@ def _shard(instance: Instance, local_shape: Shape, shards: int, shard: int, rank
 
 
 def pieces(rule: Rule, shards: int, shard: int, local_extent: int) -> Iterator[tuple[int, int, int, int]]:
-    """`(index of the part, first, size, local start)` along the rule's dim of every piece of one shard, in its order."""
+    """Yields `(index of the part, first, size, local start)` along the rule's dim for every piece of one shard, in its
+    order."""
     if rule.padded:
         first = shard * local_extent
         size = min(local_extent, rule.extent - first)
@@ -259,16 +263,19 @@ def pieces(rule: Rule, shards: int, shard: int, local_extent: int) -> Iterator[t
 
 
 def _boxes(digits: list[int], first: int, size: int) -> Iterator[tuple[int, int]]:
-    """`[first, first + size)` of numbers with so many values per digit, slowest first, as ranges `(start, count)` that are a
-    box of digits each: the rest of a slowest digit that has begun, whole ones, and the beginning of another."""
+    """Divides the range `[first, first + size)` of mixed-radix numbers into ranges `(start, count)` that are a box of digits
+    each: the rest of the first value of the slowest digit, its complete values, and the beginning of its last value.
+
+    Args:
+        digits: the number of values of each digit, slowest first.
+    """
     faster = prod(digits[1:])
     rest = min(-first % faster, size)
     over = (size - rest) % faster
-    whole = first + rest
     if rest:
         yield from ((first // faster * faster + start, count) for start, count in _boxes(digits[1:], first % faster, rest))
     if size > rest + over:
-        yield whole, size - rest - over
+        yield first + rest, size - rest - over
     if over:
         begin = first + size - over
         yield from ((begin + start, count) for start, count in _boxes(digits[1:], 0, over))

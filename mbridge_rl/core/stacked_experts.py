@@ -1,4 +1,4 @@
-"""Checkpoints that hold all experts of a layer in two tensors, as Transformers 5 has them in memory."""
+"""The mapping for checkpoints that hold all experts of a layer in two tensors, as Transformers 5 has them in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import EXPERT, Axis, Part, Rule
 
-# What Transformers 5 calls parts of its modules, where checkpoints of the hub call them otherwise.
+# Names of modules in checkpoints on the hub, and Transformers 5's own names for them.
 _IN_MEMORY = {
     ".block_sparse_moe.": ".mlp.",  # Mixtral, MiniMax-M2
     ".mlp.moe_statics.": ".mlp.gate.moe_statics.",  # ERNIE 4.5
@@ -16,8 +16,8 @@ _IN_MEMORY = {
 
 
 def in_memory_spec(spec: ModelSpec) -> ModelSpec | None:
-    """The same model for what Transformers 5 has in memory, and saves with `save_original_format=False`: stacked experts, and
-    its modules' own names. `None` where checkpoints look like that anyway."""
+    """The same model with the tensors that Transformers 5 has in memory, and saves with `save_original_format=False`: stacked
+    experts, and the names of its own modules. `None` if checkpoints have these tensors anyway."""
     if any("{expert}" in part.hf_name for rule in spec.rules for part in rule.parts):
         spec = with_stacked_experts(spec)
     elif not any(name in part.hf_name for rule in spec.rules for part in rule.parts for name in _IN_MEMORY):
@@ -38,7 +38,8 @@ def with_stacked_experts(spec: ModelSpec, *, transposed: bool = False) -> ModelS
     `experts.down_proj` `[experts, hidden, ffn]` in place of three tensors per expert.
 
     Args:
-        transposed: `[experts, hidden, 2 * ffn]` and `[experts, ffn, hidden]`. Experts without a gate have `up_proj`.
+        transposed: whether the tensors are `[experts, hidden, 2 * ffn]` and `[experts, ffn, hidden]`. Experts without a gate
+            have `up_proj`.
     """
     rules = (
         _stacked(rule, spec.num_experts or 0, transposed) if "{expert}" in rule.megatron_name else rule for rule in spec.rules

@@ -1,8 +1,9 @@
-"""A whole plan as a few templates: layers of one kind differ in names and in the pipeline stage that holds them, nothing else.
+"""Compiles the flows of a plan from a few templates: layers of one kind differ only in names and in their pipeline stage.
 
-So one layer of each kind is compiled, and its flows are repeated for the others by renaming ranks: a model of a trillion
-parameters on a thousand ranks takes seconds. Only how replicas share the work differs from `compile_plan` of all at once: a
-template shares each layer's bytes evenly among the layer's holders, which is even over the model as well.
+One layer of each kind is compiled, and its flows are repeated for the other layers by renaming ranks. A model of a trillion
+parameters on a thousand ranks takes seconds. The result differs from `compile_plan` of the whole model only in how replicas
+share the
+work: a template divides each layer's bytes evenly among the layer's holders, which is even over the model as well.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from mbridge_rl.core.segments import Side, megatron_side
 
 @dataclass(frozen=True)
 class Flows:
-    """How much of which HF tensor goes from which source rank to which target rank; one row each, tensor by tensor.
+    """The amount of data that goes from each source rank to each target rank; one row per HF tensor and pair of ranks.
 
     Attributes:
-        hf_names: the tensors that travel, in checkpoint order.
-        sections: `[tensors]`, which layer each belongs to, counted in checkpoint order; what is in none makes sections too.
+        hf_names: the names of the tensors that are sent, in checkpoint order.
+        sections: `[tensors]`, the section of each tensor, counted in checkpoint order. A section is a layer, or the tensors
+            before or after the layers.
         tensor: `[rows]`, ascending, an index into `hf_names`.
-        source, target: `[rows]`, ranks of either side.
-        elements, rectangles: `[rows]`, how many elements in how many strided pieces.
-        fingerprint: hex digest of the plans that the rows come from.
+        source, target: `[rows]`, the source rank and the target rank.
+        elements, rectangles: `[rows]`, the number of elements and of strided pieces.
+        fingerprint: hex digest of the plans from which the rows were made.
     """
 
     hf_names: list[str]
@@ -45,14 +47,14 @@ class Flows:
 
 
 def engine_side(spec: ModelSpec, layout: ParallelLayout) -> Side:
-    """What the workers of one engine keep, as a stand-in for asking them: tensor, pipeline and expert parallelism cut as
-    Megatron's do, and KV heads that are fewer than `tp` ranks are held by several of them. Names and fusions are Megatron's,
-    not the workers' own; no byte depends on them.
+    """The side of the workers of one engine, computed without asking them. Tensor, pipeline and expert parallelism divide the
+    model as Megatron's do, and if there are fewer KV heads than `tp` ranks, several ranks hold the same head. Names and fusions
+    are Megatron's, not the workers' own; the numbers of bytes do not depend on them.
 
     Raises:
-        LayoutError: the model cannot be cut this way; the advice is in an engine's own sizes.
+        LayoutError: the layout cannot divide the model; the message gives advice in an engine's own sizes.
     """
-    # Megatron can't cut experts that have biases; an engine can.
+    # Megatron cannot shard experts that have biases; an engine can.
     spec = replace(spec, transformer_config={**spec.transformer_config, "add_bias_linear": False})
     try:
         return _engine_side(spec, layout)
@@ -72,13 +74,13 @@ def _engine_side(spec: ModelSpec, layout: ParallelLayout) -> Side:
     repeated = [rule for rule in spec.rules if rule.groups and rule.groups % layout.tp and layout.tp % rule.groups == 0]
     if not repeated:
         return megatron_side(spec, layout)
-    cut = {rule: _parts(rule, key_value=False) for rule in repeated}
-    sides = [megatron_side(replace(spec, rules=tuple(cut.get(rule, rule) for rule in spec.rules)), layout)]
+    query_rules = {rule: _parts(rule, key_value=False) for rule in repeated}
+    sides = [megatron_side(replace(spec, rules=tuple(query_rules.get(rule, rule) for rule in spec.rules)), layout)]
     for groups in sorted({rule.groups or 1 for rule in repeated}):
-        held = tuple(_parts(rule, key_value=True) for rule in repeated if rule.groups == groups)
-        # Neighbouring ranks hold the same heads: as cp ranks do in Megatron.
+        key_value_rules = tuple(_parts(rule, key_value=True) for rule in repeated if rule.groups == groups)
+        # Neighbouring ranks hold the same heads, as cp ranks do in Megatron.
         copies = replace(layout, tp=groups, cp=layout.cp * layout.tp // groups, ep=1, etp=1, order="cp-tp-ep-dp-pp")
-        sides.append(megatron_side(replace(spec, rules=held), copies))
+        sides.append(megatron_side(replace(spec, rules=key_value_rules), copies))
     return Side(
         tuple(segment for side in sides for segment in side.segments),
         {name: shape for side in sides for name, shape in side.shapes.items()},
@@ -88,7 +90,8 @@ def _engine_side(spec: ModelSpec, layout: ParallelLayout) -> Side:
 
 
 def _parts(rule: Rule, *, key_value: bool) -> Rule:
-    """The key and value parts of a fused projection, which are its smallest, or the others."""
+    """The rule with only the key and value parts of a fused projection, which are its smallest, or with only the other
+    parts."""
     smallest = min(part.size(rule.dim) for part in rule.parts)
     parts = tuple(part for part in rule.parts if (part.size(rule.dim) == smallest) is key_value)
     if not parts:
@@ -100,10 +103,10 @@ def _parts(rule: Rule, *, key_value: bool) -> Rule:
 
 
 def compile_templates(spec: ModelSpec, source: ParallelLayout, target: ParallelLayout) -> Flows:
-    """Flows from Megatron ranks of `source` to the workers of one engine of `target`.
+    """The flows from Megatron ranks of layout `source` to the workers of one engine of layout `target`.
 
     Raises:
-        LayoutError: the model cannot be cut one of these ways.
+        LayoutError: one of the layouts cannot divide the model.
     """
     spec.validate(source)
     tensors_of = _tensors_by_layer(spec)
@@ -125,29 +128,30 @@ def compile_templates(spec: ModelSpec, source: ParallelLayout, target: ParallelL
 
 
 def compile_flows(spec: ModelSpec, source: ParallelLayout, target: ParallelLayout) -> Flows:
-    """The same from one plan of the whole model: as exact as it gets, a minute and gigabytes for the largest models."""
+    """The same flows from one plan of the whole model: exact, but it takes a minute and gigabytes for the largest models."""
     plan = compile_plan(spec, megatron_side(spec, source), engine_side(spec, target))
     return Flows(list(spec.hf_shapes), _sections(spec), *_table(plan), fingerprint=plan.fingerprint)
 
 
 def _sections(spec: ModelSpec) -> np.ndarray:
-    """`[tensors]`: 0 for what comes before the layers, then layer by layer, then what comes after."""
+    """`[tensors]`: the section of each tensor. Section 0 is before the layers, then every layer is one, and the last is after
+    them."""
     layer_of = {hf_name: instance.layer for instance in reversed(spec.instances) for hf_name in instance.hf_names}
     layers = np.array([-1 if layer_of[hf_name] is None else layer_of[hf_name] for hf_name in spec.hf_shapes])
     return np.cumsum(np.diff(layers, prepend=layers[:1]) != 0)
 
 
 def _tensors_by_layer(spec: ModelSpec) -> dict[int | None, np.ndarray]:
-    """Places in `spec.hf_shapes` of every layer's tensors, in order."""
-    index = {hf_name: place for place, hf_name in enumerate(spec.hf_shapes)}
-    found: dict[int | None, dict[int, None]] = defaultdict(dict)
+    """The indices in `spec.hf_shapes` of every layer's tensors, in order."""
+    index_of = {hf_name: index for index, hf_name in enumerate(spec.hf_shapes)}
+    indices_of_layer: dict[int | None, dict[int, None]] = defaultdict(dict)
     for instance in spec.instances:
-        found[instance.layer].update((index[hf_name], None) for hf_name in instance.hf_names)
-    return {layer: np.array(list(places)) for layer, places in found.items()}
+        indices_of_layer[instance.layer].update((index_of[hf_name], None) for hf_name in instance.hf_names)
+    return {layer: np.array(list(indices)) for layer, indices in indices_of_layer.items()}
 
 
 def _kinds(spec: ModelSpec) -> list[tuple[int | None, ...]]:
-    """Layers grouped by the rules they have; `(None,)` is all that is in no layer."""
+    """Layers grouped by the rules that apply to them; `(None,)` stands for the tensors outside of layers."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     layered = [(index, rule) for index, rule in enumerate(spec.rules) if rule.placement == "layer"]
     for layer in range(spec.num_layers):
@@ -156,7 +160,7 @@ def _kinds(spec: ModelSpec) -> list[tuple[int | None, ...]]:
 
 
 def _only(spec: ModelSpec, layer: int | None) -> ModelSpec:
-    """The model's one layer, in its place."""
+    """The model reduced to one layer, which keeps its index; `None` reduces it to the tensors outside of layers."""
     if layer is None:
         return replace(spec, rules=tuple(rule for rule in spec.rules if rule.placement != "layer"))
     present = (rule for rule in spec.rules if rule.placement == "layer" and (rule.layers is None or layer in rule.layers))
@@ -164,7 +168,7 @@ def _only(spec: ModelSpec, layer: int | None) -> ModelSpec:
 
 
 class _StageShift:
-    """Renames the ranks of one layer's pipeline stage to the ranks with the same other coordinates on another's."""
+    """Translates ranks of one layer's pipeline stage into ranks of another layer's stage with otherwise equal coordinates."""
 
     def __init__(self, layout: ParallelLayout, num_layers: int) -> None:
         self._stages = [stage % layout.pp for stage in layout.stage_of_layer(num_layers)]
@@ -177,8 +181,8 @@ class _StageShift:
 
 
 def _table(plan: Plan) -> np.ndarray:
-    """`[5, rows]`: tensor, source, target, elements, rectangles of a plan's copies, one row per tensor and pair of ranks."""
-    index = {hf_name: place for place, hf_name in enumerate(plan.hf_shapes)}
+    """`[5, rows]`: tensor, source, target, elements and rectangles of a plan's copies, one row per tensor and pair of ranks."""
+    index = {hf_name: position for position, hf_name in enumerate(plan.hf_shapes)}
     rows: dict[tuple[int, int, int], list[int]] = {}
     for copy in plan.copies:
         row = rows.setdefault((index[copy.hf_name], copy.source_rank, copy.target_rank), [0, 0])

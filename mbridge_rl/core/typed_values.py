@@ -1,10 +1,10 @@
-"""Values that others wrote (YAML, JSON) into dataclasses, checked field by field.
+"""Reads untrusted values (YAML, JSON) into dataclasses and checks them field by field.
 
-Any dataclass is a schema: its fields' names, types and defaults are what the values must be. A number's bounds are part of its
-type, `Annotated[int, Range(least=1)]`; numbers are always finite, whole numbers fit 64 bits, and text is Unicode without NUL,
-so that nothing that comes after has to ask. Its `PRESETS`, `{name: {choice: fields}}`, are names that stand for several fields,
-of which those that are set beside them win. An error names the path of the wrong field, what was found there and what is
-allowed, and the nearest name where one was misspelt. All errors come at once.
+Any dataclass is a schema: the values must fit its fields' names, types and defaults. A number's bounds are part of its type,
+`Annotated[int, Range(least=1)]`. Numbers are always finite, whole numbers fit 64 bits, and text is Unicode without NUL, so that
+later code need not check this. The dataclass's `PRESETS`, `{name: {choice: fields}}`, are names that stand for several fields;
+fields that are also set explicitly override the preset. An error names the path of the wrong field, its value and the allowed
+values, and the nearest name for a misspelt one. All errors are reported together.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mbridge_rl.core.errors import BridgeError
 
 T = TypeVar("T")
 
-_SHOWN = 120  # characters of a value in an error
+_MOST_CHARACTERS = 120  # of a value in an error
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
-_MOST = 2**31 - 1  # of what is counted
+_MOST = 2**31 - 1  # largest number of anything that is counted
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        if self.most == _MOST:  # which nobody has in mind
+        if self.most == _MOST:  # a technical bound that would only distract
             del bounds["at most"]
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
 
 
-Seed = Annotated[int, Range(0, _MOST)]  # that every random generator takes, with a rank's number added to it
+Seed = Annotated[int, Range(0, _MOST)]  # every random generator takes such a seed, with a rank's number added to it
 AtLeastZero = Annotated[int, Range(0, _MOST)]
 AtLeastOne = Annotated[int, Range(1, _MOST)]
 Bytes = Annotated[int, Range(1, 2**50)]
@@ -63,7 +63,7 @@ Threads = Annotated[int, Range(1, 4096)]
 Share = Annotated[float, Range(0.0, 1.0)]
 Positive = Annotated[float, Range(above=0.0)]
 NotNegative = Annotated[float, Range(least=0.0)]
-Seconds = Annotated[float, Range(above=0.0, most=1e8)]  # beyond which clocks of threads and sockets overflow
+Seconds = Annotated[float, Range(above=0.0, most=1e8)]  # larger time-outs of threads and sockets overflow
 
 
 def read_fields(
@@ -75,26 +75,27 @@ def read_fields(
     others: Literal["refuse", "ignore"] = "refuse",
     text_numbers: bool = False,
 ) -> T | None:
-    """The dataclass `cls` from nested mappings, or `None` after adding a line to `problems` for every wrong field.
+    """Makes the dataclass `cls` from nested mappings; returns `None` and adds a line to `problems` for every wrong field.
 
     Args:
-        path: of `values` in what is read, for the errors.
-        others: what becomes of fields that `cls` does not have.
-        text_numbers: text may stand for a number (YAML 1.1 reads `1e-4` as text).
+        path: the path of `values` in the input, for the errors.
+        others: whether fields that `cls` does not have are errors or are ignored.
+        text_numbers: whether text may stand for a number (YAML 1.1 reads `1e-4` as text).
     """
     return _Reader(others == "refuse", text_numbers, problems).dataclass(cls, values, path)
 
 
 def range_problems(config: Any, path: str = "") -> list[str]:
-    """What is out of its range in a dataclass that was not made by `read_fields`, and in those inside of it."""
-    found: list[str] = []
+    """Messages about all fields that are out of range, in a dataclass that was not made by `read_fields` and those inside of
+    it."""
+    problems: list[str] = []
     for name, hint in _hints(type(config)).items():
         value, where = getattr(config, name), _joined(path, name)
         if is_dataclass(value) and not isinstance(value, type):
-            found += range_problems(value, where)
+            problems += range_problems(value, where)
         elif isinstance(value, int | float) and (problem := _range_problem(hint, value)):
-            found.append(f"{where} {problem}")
-    return found
+            problems.append(f"{where} {problem}")
+    return problems
 
 
 def _range_problem(hint: Any, number: float) -> str:
@@ -112,191 +113,191 @@ class _Reader:
     def __init__(self, refuses_others: bool, text_numbers: bool, problems: list[str]) -> None:
         self._refuses_others, self._text_numbers, self._problems = refuses_others, text_numbers, problems
 
-    def dataclass(self, cls: type[Any], found: object, path: str) -> Any:
-        if not isinstance(found, Mapping):
-            self._wrong(path, f"a section with fields is needed, found {kind(found)}")
+    def dataclass(self, cls: type[Any], given: object, path: str) -> Any:
+        if not isinstance(given, Mapping):
+            self._wrong(path, f"a section with fields is needed, found {kind(given)}")
             return None
         before = len(self._problems)
         presets = getattr(cls, "PRESETS", {})
         known = _fields(cls)
         names = [*presets, *(field.name for field in known)]
-        for name in presets.keys() & found.keys():
-            found = self._with_preset(name, presets[name], found, path)
+        for name in presets.keys() & given.keys():
+            given = self._with_preset(name, presets[name], given, path)
         if self._refuses_others:
-            for name in found:
+            for name in given:
                 if name not in names:
                     self._wrong(_joined(path, name), f"there is no such field; {_nearest(str(name), names)}")
         values: dict[str, Any] = {}
         for field in known:
             where, hint = _joined(path, field.name), _hints(cls)[field.name]
-            if field.name in found:
-                values[field.name] = self._value(hint, found[field.name], where)
+            if field.name in given:
+                values[field.name] = self._value(hint, given[field.name], where)
             elif field.default is MISSING and field.default_factory is MISSING:
                 self._wrong(where, f"is missing; {described(hint)} is needed")
         if len(self._problems) > before:
             return None
         try:
             return cls(**values)
-        except FieldsError as error:  # names its fields
+        except FieldsError as error:  # its message names the fields
             self._problems.append(str(error))
-        except (BridgeError, ValueError, TypeError) as error:  # what the dataclass itself checks
+        except (BridgeError, ValueError, TypeError) as error:  # the dataclass's own checks
             self._wrong(path, str(error))
         return None
 
     def _with_preset(
-        self, name: str, choices: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any], path: str
+        self, name: str, choices: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any], path: str
     ) -> Mapping[str, Any]:
-        chosen = found[name]
+        chosen = given[name]
         if not isinstance(chosen, str) or chosen not in choices:
             suggestion = _suggestion(str(chosen), choices)
             self._wrong(_joined(path, name), f"{shown(chosen)} is none of {', '.join(choices)}{suggestion}")
             chosen = None
-        stated = {other: value for other, value in found.items() if other != name}
+        stated = {other: value for other, value in given.items() if other != name}
         return stated if chosen is None else {**choices[chosen], **stated}
 
-    def _value(self, hint: Any, found: Any, path: str) -> Any:
+    def _value(self, hint: Any, given: Any, path: str) -> Any:
         origin, arguments = get_origin(hint), get_args(hint)
         if hint is Any:
-            return self._anything(found, path)
+            return self._anything(given, path)
         if origin in (Union, types.UnionType):
-            return self._one_of(arguments, found, path)
+            return self._one_of(arguments, given, path)
         if origin is Annotated:
-            return self._annotated(hint, found, path)
+            return self._annotated(hint, given, path)
         if is_dataclass(hint):
-            return self.dataclass(hint, {} if found is None else found, path)  # type: ignore[arg-type]
+            return self.dataclass(hint, {} if given is None else given, path)  # type: ignore[arg-type]
         if origin is Literal:
-            if any(found == choice and type(found) is type(choice) for choice in arguments):
-                return found
+            if any(given == choice and type(given) is type(choice) for choice in arguments):
+                return given
             choices = [str(argument) for argument in arguments]
-            self._wrong(path, f"{shown(found)} is none of {', '.join(choices)}{_suggestion(str(found), choices)}")
+            self._wrong(path, f"{shown(given)} is none of {', '.join(choices)}{_suggestion(str(given), choices)}")
             return None
         if origin in (tuple, list, Sequence):
-            return self._sequence(hint, found, path)
+            return self._sequence(hint, given, path)
         if origin in (dict, Mapping):
-            if isinstance(found, Mapping):
-                return self._mapping(arguments[1], found, path)
+            if isinstance(given, Mapping):
+                return self._mapping(arguments[1], given, path)
         else:
-            accepted, value = self._plain(hint, found)
+            accepted, value = self._plain(hint, given)
             if accepted:
                 return value
-        self._wrong(path, f"{described(hint)} is needed, found {kind(found)}")
+        self._wrong(path, f"{described(hint)} is needed, found {kind(given)}")
         return None
 
-    def _anything(self, found: Any, path: str) -> Any:
-        """Whatever JSON can hold."""
-        if isinstance(found, Mapping):
-            return self._mapping(Any, found, path)
-        if isinstance(found, list | tuple):
-            return [self._anything(value, f"{path}[{index}]") for index, value in enumerate(found)]
-        hint = type(found) if type(found) in (int, float, str) else None
-        if found is None or isinstance(found, bool) or (hint is not None and self._plain(hint, found)[0]):
-            return found
-        self._wrong(path, f"text, a finite number, true, false, nothing, a list or a section is needed, found {shown(found)}")
+    def _anything(self, given: Any, path: str) -> Any:
+        """Checks a value that may be anything that JSON can hold."""
+        if isinstance(given, Mapping):
+            return self._mapping(Any, given, path)
+        if isinstance(given, list | tuple):
+            return [self._anything(value, f"{path}[{index}]") for index, value in enumerate(given)]
+        hint = type(given) if type(given) in (int, float, str) else None
+        if given is None or isinstance(given, bool) or (hint is not None and self._plain(hint, given)[0]):
+            return given
+        self._wrong(path, f"text, a finite number, true, false, nothing, a list or a section is needed, found {shown(given)}")
         return None
 
-    def _one_of(self, options: Sequence[Any], found: Any, path: str) -> Any:
-        if found is None and type(None) in options:
+    def _one_of(self, options: Sequence[Any], given: Any, path: str) -> Any:
+        if given is None and type(None) in options:
             return None
-        others = [option for option in options if option is not type(None)]
-        for other in others[:-1]:
+        types_to_try = [option for option in options if option is not type(None)]
+        for option in types_to_try[:-1]:
             trial = _Reader(self._refuses_others, self._text_numbers, [])
-            value = trial._value(other, found, path)
+            value = trial._value(option, given, path)
             if not trial._problems:
                 return value
-        return self._value(others[-1], found, path)
+        return self._value(types_to_try[-1], given, path)
 
-    def _annotated(self, hint: Any, found: Any, path: str) -> Any:
+    def _annotated(self, hint: Any, given: Any, path: str) -> Any:
         before = len(self._problems)
-        value = self._value(get_args(hint)[0], found, path)
+        value = self._value(get_args(hint)[0], given, path)
         bounds = _bounds(hint)
         if bounds is not None and len(self._problems) == before and value not in bounds:
-            self._problems.append(f"{path} must be {bounds}, found {shown(found)}")
+            self._problems.append(f"{path} must be {bounds}, found {shown(given)}")
         return value
 
-    def _mapping(self, hint: Any, found: Mapping[Any, Any], path: str) -> dict[str, Any]:
+    def _mapping(self, hint: Any, given: Mapping[Any, Any], path: str) -> dict[str, Any]:
         values = {}
-        for name, value in found.items():
+        for name, value in given.items():
             if not isinstance(name, str) or not is_text(name):
                 self._wrong(path, f"names must be text, found {shown(name)}")
             values[name] = self._value(hint, value, _joined(path, name))
         return values
 
-    def _sequence(self, hint: Any, found: Any, path: str) -> Any:
+    def _sequence(self, hint: Any, given: Any, path: str) -> Any:
         arguments = get_args(hint)
-        if not isinstance(found, list | tuple):
-            self._wrong(path, f"{described(hint)} is needed, found {kind(found)}")
+        if not isinstance(given, list | tuple):
+            self._wrong(path, f"{described(hint)} is needed, found {kind(given)}")
             return None
         variadic = get_origin(hint) is not tuple or (len(arguments) == 2 and arguments[1] is Ellipsis)
-        if not variadic and len(found) != len(arguments):
-            self._wrong(path, f"{len(arguments)} values are needed, found {len(found)}")
+        if not variadic and len(given) != len(arguments):
+            self._wrong(path, f"{len(arguments)} values are needed, found {len(given)}")
             return None
-        hints = [arguments[0]] * len(found) if variadic else list(arguments)
+        hints = [arguments[0]] * len(given) if variadic else list(arguments)
         values = [
-            self._value(item, value, f"{path}[{index}]") for index, (item, value) in enumerate(zip(hints, found, strict=True))
+            self._value(item, value, f"{path}[{index}]") for index, (item, value) in enumerate(zip(hints, given, strict=True))
         ]
         return tuple(values) if get_origin(hint) is tuple else values
 
-    def _plain(self, hint: Any, found: Any) -> tuple[bool, Any]:
-        """Whether `found` can stand for a plain type, and what it then is."""
+    def _plain(self, hint: Any, given: Any) -> tuple[bool, Any]:
+        """Whether the value fits a plain type, and the value converted to that type."""
         if hint is float:
-            return self._number(found)
+            return self._number(given)
         if hint is int:
-            return type(found) is int and -(2**63) <= found < 2**63, found
+            return type(given) is int and -(2**63) <= given < 2**63, given
         if hint is Path:
-            is_path = isinstance(found, Path) or (isinstance(found, str) and found != "" and is_text(found))
-            return is_path, Path(found) if is_path else None
+            is_path = isinstance(given, Path) or (isinstance(given, str) and given != "" and is_text(given))
+            return is_path, Path(given) if is_path else None
         if hint is str:
-            return isinstance(found, str) and is_text(found), found
-        return isinstance(hint, type) and isinstance(found, hint), found
+            return isinstance(given, str) and is_text(given), given
+        return isinstance(hint, type) and isinstance(given, hint), given
 
-    def _number(self, found: Any) -> tuple[bool, Any]:
-        if isinstance(found, bool) or not isinstance(found, (int, float, str) if self._text_numbers else (int, float)):
+    def _number(self, given: Any) -> tuple[bool, Any]:
+        if isinstance(given, bool) or not isinstance(given, (int, float, str) if self._text_numbers else (int, float)):
             return False, None
         try:
-            number = float(found)
+            number = float(given)
         except (ValueError, OverflowError):
             return False, None
         return math.isfinite(number), number
 
-    def _wrong(self, path: str, what: str) -> None:
-        self._problems.append(f"{path or 'the configuration'}: {what}")
+    def _wrong(self, path: str, problem: str) -> None:
+        self._problems.append(f"{path or 'the configuration'}: {problem}")
 
 
 class FieldsError(ValueError):
-    """What a dataclass raises whose own checks name the paths of their fields."""
+    """A dataclass's own checks failed, and the message names the paths of the fields."""
 
 
 def is_text(text: str) -> bool:
-    """Whether `text` is Unicode that files, sockets and terminals take: no NUL, no halves of surrogate pairs."""
+    """Whether `text` is Unicode that files, sockets and terminals accept: without NUL and without halves of surrogate pairs."""
     return _NO_TEXT.search(text) is None
 
 
 class _Shown(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
-        self.maxstring = self.maxother = _SHOWN
+        self.maxstring = self.maxother = _MOST_CHARACTERS
         self.maxlevel = 3
 
     def repr_int(self, number: int, level: int) -> str:
-        return repr(number) if number.bit_length() <= 4 * _SHOWN else f"a number of {number.bit_length():,} bits"
+        return repr(number) if number.bit_length() <= 4 * _MOST_CHARACTERS else f"a number of {number.bit_length():,} bits"
 
 
-def shown(found: object) -> str:
-    """A value as an error shows it; a long one is cut."""
-    return _Shown().repr(found)
+def shown(given: object) -> str:
+    """A value as text for an error message; a long one is cut."""
+    return _Shown().repr(given)
 
 
-def kind(found: object) -> str:
-    """What was found in the place of something else."""
-    if isinstance(found, Mapping):
+def kind(given: object) -> str:
+    """A description of a value that has the wrong type, for an error message."""
+    if isinstance(given, Mapping):
         return "a section"
-    if isinstance(found, list | tuple):
+    if isinstance(given, list | tuple):
         return "a list"
-    return "nothing" if found is None else shown(found)
+    return "nothing" if given is None else shown(given)
 
 
 def described(hint: Any) -> str:
-    """What a type admits."""
+    """A description of the values that a type allows."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join("nothing" if argument is type(None) else described(argument) for argument in arguments)
@@ -329,11 +330,11 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _suggestion(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name[:_SHOWN], names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:_MOST_CHARACTERS], names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _joined(path: str, name: Any) -> str:
     text = name if isinstance(name, str) else str(name)
-    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
     return f"{path}.{text}" if path else text

@@ -1,4 +1,4 @@
-"""The executor without processes: ranks are dictionaries of tensors."""
+"""Executes plans without processes: ranks are dictionaries of tensors."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def run(plan: Plan, sources: Mapping[int, Mapping[str, Tensor]], targets: Mappin
         for name in names:
             targets[rank][name].zero_()
     for copy in plan.copies:
-        read = copy.source.of(sources[copy.source_rank][copy.source.name], copy.shape)
-        copy.target.of(targets[copy.target_rank][copy.target.name], copy.shape).copy_(read)
+        source = copy.source.of(sources[copy.source_rank][copy.source.name], copy.shape)
+        copy.target.of(targets[copy.target_rank][copy.target.name], copy.shape).copy_(source)
 
 
 def allocate(side: Side, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Uninitialised tensors for a side; each takes the dtype of the HF tensors that it is made of."""
-    made_of = {segment.local_name: segment.hf_name for segment in side.segments if not segment.repeats}
+    """Uninitialised tensors for a side; each has the dtype of the HF tensors of which it is composed."""
+    hf_name_of = {segment.local_name: segment.hf_name for segment in side.segments if not segment.repeats}
     fallback = next(iter(dtypes.values()), torch.get_default_dtype())
     return {
-        name: torch.empty(shape, dtype=dtypes[made_of[name]] if name in made_of else fallback)
+        name: torch.empty(shape, dtype=dtypes[hf_name_of[name]] if name in hf_name_of else fallback)
         for name, shape in side.shapes.items()
     }
 
 
 def check(shards: Mapping[int, Mapping[str, Tensor]], sides: Mapping[int, Side]) -> None:
-    """Raises StateMismatchError where `{rank: {local name: tensor}}` is not what the sides of these ranks say."""
+    """Raises StateMismatchError if `{rank: {local name: tensor}}` differs from the sides of these ranks in names or shapes."""
     if shards.keys() != sides.keys():
         raise StateMismatchError(f"the layout has ranks 0..{len(sides) - 1}, the shards are of ranks {sorted(shards)}")
     for rank, side in sides.items():

@@ -1,4 +1,4 @@
-"""Which tokens a context-parallel rank holds."""
+"""The positions of the tokens that a context-parallel rank holds."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def context_parallel_positions(offsets: Sequence[int], rank: int, size: int) -> 
 
 
 def token_positions(tokens: int, packed_seq_params: Any, group: dist.ProcessGroup | None) -> Tensor:
-    """Positions `[tokens]` in their own sequences of the tokens that a rank of `group` attends from.
+    """The positions `[tokens]` of a rank's query tokens in their own sequences.
 
     Args:
-        tokens: of this rank, per row of the batch.
-        packed_seq_params: Megatron's, `None` where nothing is packed.
+        tokens: number of this rank's tokens per row of the batch.
+        packed_seq_params: Megatron's parameters of packed sequences, `None` where nothing is packed.
+        group: the context-parallel group; `None` where there is none.
     """
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     if packed_seq_params is None:

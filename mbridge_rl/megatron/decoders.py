@@ -1,4 +1,4 @@
-"""Megatron's two decoder classes, each with the layers that a config asks for."""
+"""Builds Megatron's two decoder classes, each with the layers that a config describes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mbridge_rl.megatron.prediction import predicting_model
 
 
 def decoder_model(arguments: Mapping[str, Any], extras: Sequence[Extra], vp_stage: int | None) -> nn.Module:
-    """A `GPTModel`: attention (or, layer by layer, linear attention) and an MLP or experts in every layer, changed by those of
-    `extras` that say what to build."""
+    """A `GPTModel`: attention (or, in some layers, linear attention) and an MLP or experts in every layer, with the changes by
+    those `extras` that change layer specs."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
         get_transformer_block_with_experimental_attention_variant_spec,
@@ -36,15 +36,16 @@ def decoder_model(arguments: Mapping[str, Any], extras: Sequence[Extra], vp_stag
     else:
         model = predicting_model(layers, extras, vp_stage, arguments)
     if config.attention_output_gate and config.num_query_groups < config.tensor_model_parallel_size:
-        _deal_gates(model)
+        _select_own_gates(model)
     return model
 
 
-def _deal_gates(model: nn.Module) -> None:
-    """Ranks that share a KV head compute all gates of its group. Megatron gives each its own queries, but no rank its gates."""
+def _select_own_gates(model: nn.Module) -> None:
+    """Makes every rank use its own gates where several ranks share a KV head. Megatron then computes all gates of the head's
+    group on each of these ranks; it selects every rank's own queries, but not its own gates."""
     from megatron.core.transformer.attention import SelfAttention
 
-    def dealing(original: Callable[..., tuple[Tensor, ...]], attention: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
+    def with_selection(original: Callable[..., tuple[Tensor, ...]], attention: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
         def with_own_gates(*args: Any, **options: Any) -> tuple[Tensor, ...]:
             query, key, value, gate = original(*args, **options)
             heads, group = query.shape[2], attention.pg_collection.tp
@@ -55,11 +56,11 @@ def _deal_gates(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, SelfAttention):
-            module.get_query_key_value_tensors = dealing(module.get_query_key_value_tensors, module)
+            module.get_query_key_value_tensors = with_selection(module.get_query_key_value_tensors, module)
 
 
 def hybrid_model(arguments: Mapping[str, Any], pattern: str) -> nn.Module:
-    """A `MambaModel`: one module per layer, of the kind that its letter in `pattern` names."""
+    """A `MambaModel`: one module per layer, of the kind that the layer's letter in `pattern` names."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.models.mamba import MambaModel
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
@@ -67,19 +68,19 @@ def hybrid_model(arguments: Mapping[str, Any], pattern: str) -> nn.Module:
     from megatron.core.transformer.enums import LayerType
 
     class Stack(MambaStack):
-        """Deals layers to stages as the config's pipeline layout says; Megatron's own knows even splits alone, while its
-        attention layers follow the layout."""
+        """Distributes layers over stages as the config's pipeline layout says. Megatron's own stack supports only even splits,
+        while its attention layers follow the layout."""
 
         def _select_layers_for_pipeline_parallel(self, layer_type_list: list[str]) -> tuple[int, list[str]]:
             rank, layout = self.pp_group.rank(), self.config.pipeline_model_parallel_layout
-            held = layout.get_layer_id_list(layer_type=LayerType.decoder, pp_rank=rank)
+            own_layers = layout.get_layer_id_list(layer_type=LayerType.decoder, pp_rank=rank)
             offset = layout.get_layer_offset(layer_type=LayerType.decoder, pp_rank=rank)
-            return offset, [layer_type_list[layer] for layer in held]
+            return offset, [layer_type_list[layer] for layer in own_layers]
 
     config, layers = arguments["config"], mamba_stack_spec.submodules
     if config.num_moe_experts:
         experts = get_moe_module_spec(use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
-        of_layer = replace(layers.moe_layer.submodules, mlp=experts)
-        layers = replace(layers, moe_layer=replace(layers.moe_layer, submodules=of_layer))
+        submodules = replace(layers.moe_layer.submodules, mlp=experts)
+        layers = replace(layers, moe_layer=replace(layers.moe_layer, submodules=submodules))
     stack = replace(mamba_stack_spec, module=Stack, submodules=layers)
     return MambaModel(mamba_stack_spec=stack, hybrid_override_pattern=pattern, **arguments)

@@ -1,6 +1,6 @@
 """Adds a spec's extras to the modules that Megatron built: hooks and small modules, one function per kind.
 
-Hooks see what Megatron's own forward pass sees, so schedules, recomputation and every parallel axis work unchanged.
+Hooks act inside of Megatron's own forward pass, so schedules, recomputation and every parallel axis work unchanged.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from mbridge_rl.megatron.routing import replace_routing
 
 
 def add_extras(model: nn.Module, extras: Sequence[Extra]) -> None:
-    """Changes one chunk as built, before it is wrapped and before weights are loaded. What it lacks (an intermediate
-    pipeline stage has no embedding) is passed over, and so are extras that changed what was built."""
+    """Adds the extras to one chunk, before it is wrapped and before weights are loaded. Extras for modules that the chunk lacks
+    (an intermediate pipeline stage has no embedding) are skipped, and so are extras that have changed the layer specs."""
     for extra in extras:
         if add := _ADD.get(type(extra)):
             add(model, extra)
@@ -57,8 +57,8 @@ def _scale_embeddings(model: nn.Module, extra: EmbeddingScale) -> None:
 
 
 def logit_changes(extras: Sequence[Extra]) -> list[Callable[[Tensor], Tensor]]:
-    """What the extras do to logits, in order; each acts element by element, so that it does not matter how the vocabulary or
-    the tokens are cut."""
+    """The changes of logits by the extras, in order. Each acts element by element, so that it does not depend on how the
+    vocabulary or the tokens are divided."""
     return [_LOGIT_CHANGES[type(extra)](extra) for extra in extras if type(extra) in _LOGIT_CHANGES]
 
 
@@ -80,7 +80,7 @@ def _change_logits(model: nn.Module, extra: LogitScale | LogitSoftcap) -> None:
 
 
 def _make_norm_plain(model: nn.Module, extra: PlainNorm) -> None:
-    """Its weight starts at one, as plain norms' do."""
+    """Makes a norm plain. Its weight starts at one, like that of other plain norms."""
     for name, module in model.named_modules():
         if name.endswith(f".{extra.module}"):
             module.zero_centered_gamma = False
@@ -105,7 +105,8 @@ def _add_output_norms(model: nn.Module, _: OutputNorms) -> None:
 
 
 def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Attention and MLP leave their last bias to whoever adds them to the residual stream; what acts on the sum adds it."""
+    """Applies `change` to the output of attention or an MLP. These return their last bias separately, to be added later; the
+    bias is added here, before the change."""
 
     def changed(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
         result, bias = output
@@ -186,7 +187,8 @@ def _scale_by_position(model: nn.Module, extra: QueryScaleByPosition) -> None:
 
 
 def _change_query(core_attention: nn.Module, change: Callable[[Tensor, Any], Tensor]) -> None:
-    """`change` gets the query `[seq, batch, heads, dim]` or, packed, `[tokens, heads, dim]`, and the packed sequences."""
+    """Applies `change` to the queries. It gets the query `[seq, batch, heads, dim]` or, packed, `[tokens, heads, dim]`, and the
+    parameters of packed sequences."""
 
     def changed(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (change(arguments[0], options.get("packed_seq_params")), *arguments[1:]), options

@@ -1,4 +1,4 @@
-"""One forward pass through Megatron's own schedule, on any layout, down to whole logits."""
+"""A forward pass through Megatron's own schedule, on any layout, that returns the full logits."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def forward_logits(model: Sequence[nn.Module], tokens: Tensor, layout: ParallelL
 
     Args:
         model: the chunks that `build_model` returned, wrapped or not.
-        tokens: `[batch, seq]` int64. Any length: what the layout needs beyond is padded on the right, where a causal
-            model's earlier positions cannot see it.
-        layout: `None` means the one that the model was built for.
+        tokens: `[batch, seq]` int64, of any length: if the layout needs a longer one, rows are padded on the right, where a
+            causal model's earlier positions cannot see it.
+        layout: `None` means the layout for which the model was built.
 
     Returns:
         `[batch, seq, vocab]` fp32 without the padded vocabulary, on every rank of the last pipeline stage; `None` elsewhere.
@@ -59,7 +59,7 @@ def forward_logits(model: Sequence[nn.Module], tokens: Tensor, layout: ParallelL
 
 @contextlib.contextmanager
 def _evaluating(model: Sequence[nn.Module]) -> Iterator[None]:
-    """Dropout off, and every module's own mode back afterwards."""
+    """Turns dropout off inside of the block, and restores every module's mode afterwards."""
     training = [(module, module.training) for chunk in model for module in chunk.modules()]
     try:
         for chunk in model:
@@ -71,7 +71,7 @@ def _evaluating(model: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _pad(tokens: Tensor, layout: ParallelLayout) -> Tensor:
-    """Zeros on the right, to the lengths and the number of rows that the layout's cuts need."""
+    """Pads with zeros on the right to a length and a number of rows that the layout can divide."""
     sequence = math.lcm(layout.cp * layout.tp, 2 * layout.cp if layout.cp > 1 else 1)
     rows = layout.pp if layout.vpp > 1 else 1
     return F.pad(tokens, (0, -tokens.shape[1] % sequence, 0, -tokens.shape[0] % rows))
@@ -97,16 +97,16 @@ def _context_rank() -> int:
 
 
 def _gather(logits: Tensor, layout: ParallelLayout) -> Tensor:
-    """`[batch, seq / cp, padded_vocab / tp]` of this rank to `[batch, seq, padded_vocab]` fp32."""
+    """Gathers `[batch, seq / cp, padded_vocab / tp]` of every rank to `[batch, seq, padded_vocab]` fp32."""
     from megatron.core import parallel_state
 
-    whole = torch.cat(_all_gather(logits.float(), parallel_state.get_tensor_model_parallel_group()), dim=-1)
+    full_vocab = torch.cat(_all_gather(logits.float(), parallel_state.get_tensor_model_parallel_group()), dim=-1)
     if layout.cp == 1:
-        return whole
-    parts = torch.cat(_all_gather(whole, parallel_state.get_context_parallel_group()), dim=1)
+        return full_vocab
+    parts = torch.cat(_all_gather(full_vocab, parallel_state.get_context_parallel_group()), dim=1)
     length = parts.shape[1]
-    held = torch.cat([context_parallel_positions([0, length], rank, layout.cp) for rank in range(layout.cp)])
-    return parts[:, held.argsort()]
+    positions = torch.cat([context_parallel_positions([0, length], rank, layout.cp) for rank in range(layout.cp)])
+    return parts[:, positions.argsort()]
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

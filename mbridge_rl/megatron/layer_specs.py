@@ -1,4 +1,4 @@
-"""Extras that change what Megatron builds: which linears have biases, and which norms exist."""
+"""Extras that change Megatron's layer specs: which linears have biases, and which norms exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mbridge_rl.core.extras import Extra, LinearBiases, MambaBesideAttention, No
 
 
 def change_layer_specs(layer_specs: Sequence[Any], extras: Sequence[Extra]) -> None:
-    """Changes Megatron's specs of the layers of one chunk, in place; extras of other kinds are passed over."""
+    """Changes Megatron's specs of the layers of one chunk, in place; skips extras of other kinds."""
     distinct = list({id(layer_spec): layer_spec.submodules for layer_spec in layer_specs}.values())
     for kind, change in _CHANGE.items():
         for extra in extras:
@@ -48,7 +48,7 @@ def _put_mamba_beside(layer: Any, extra: MambaBesideAttention) -> None:
 
 @cache
 def _with_bias(linear: type) -> type:
-    """The same module, with a bias whatever Megatron asks for."""
+    """The same module class, but always with a bias."""
 
     class WithBias(linear):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -57,7 +57,7 @@ def _with_bias(linear: type) -> type:
     return WithBias
 
 
-# In this order: what takes norms away names other linears, which may be biased then.
+# The order matters: the first two replace linears, to which the last may then add biases.
 _CHANGE: dict[type, Callable[[Any, Any], None]] = {
     NoInputNorms: _drop_input_norms,
     MambaBesideAttention: _put_mamba_beside,

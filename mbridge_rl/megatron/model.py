@@ -1,7 +1,8 @@
-"""Megatron-core models from a `ModelSpec`.
+"""Builds Megatron-core models from a `ModelSpec`.
 
-The modules are Megatron's own (`GPTModel` or `MambaModel` with their Transformer Engine layer specs), built for the parallel
-state that is running: with a GPU on the GPU, otherwise on the CPU with the pure-torch Transformer Engine of `runtime`.
+The modules are Megatron's own (`GPTModel` or `MambaModel` with their Transformer Engine layer specs), built for the running
+parallel
+state: with a GPU on the GPU, otherwise on the CPU with the pure-torch Transformer Engine of `megatron.cpu`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mbridge_rl.megatron.decoders import decoder_model, hybrid_model
 from mbridge_rl.megatron.extras import add_extras
 from mbridge_rl.megatron.parallel import current_layout
 
-# Kernels of CUDA, Apex or real Transformer Engine; on a CPU Megatron's plain code does the same.
+# Options that need kernels of CUDA, Apex or the real Transformer Engine; on a CPU Megatron's plain code computes the same.
 _FUSIONS = (
     "apply_rope_fusion",
     "bias_activation_fusion",
@@ -35,7 +36,7 @@ _FUSIONS = (
     "persist_layer_norm",
 )
 
-# Set from the layout and the dtype: an override would contradict them.
+# Fields that are set from the layout and the dtype: an override would contradict these.
 _FROM_LAYOUT = {
     "num_layers": "the spec",
     "tensor_model_parallel_size": "layout.tp",
@@ -78,21 +79,23 @@ def build_model(
 
     Args:
         spec: the model.
-        layout: must describe the running parallel state; `None` asks it (`parallel.current_layout`).
+        layout: must describe the running parallel state; `None` reads it from there (`parallel.current_layout`).
         dtype: of parameters and activations; bf16 and fp16 are wrapped into Megatron's `Float16Module`, whose outputs are fp32.
         sequence_parallel: `None` turns it on where Megatron demands it (tensor parallelism with experts or with latent
-            attention). Without tensor parallelism it means nothing and is off.
-        grouped_experts: experts as one module (`mlp.experts.linear_fc1.weight{i}`), else one each (`local_experts.{i}`).
+            attention). Without tensor parallelism it is off.
+        grouped_experts: whether experts are one module (`mlp.experts.linear_fc1.weight{i}`) or one module each
+            (`local_experts.{i}`).
         overrides: further arguments of Megatron's `TransformerConfig`, such as `recompute_granularity`.
-        ddp: wrap in Megatron's `DistributedDataParallel`; a mapping gives arguments of its config. Without any, gradients are
-            accumulated in fp32.
-        config: what `transformer_config` made of the same spec and layout, whatever was changed in it since; it stands for
-            `sequence_parallel`, `grouped_experts` and `overrides`, and its dtype for `dtype`.
-        before_wrapping: called with the bare chunks, such as to freeze parameters that DDP must not reduce.
+        ddp: whether chunks are wrapped in Megatron's `DistributedDataParallel`; a mapping gives arguments of its config. By
+            default gradients of models in half precision are accumulated in fp32.
+        config: a config that `transformer_config` made from the same spec and layout, possibly changed since. It replaces
+            `sequence_parallel`, `grouped_experts`, `overrides` and `dtype`.
+        before_wrapping: a function that is called with the bare chunks, for example to freeze parameters that DDP must not
+            reduce.
 
     Raises:
-        LayoutError: the model cannot be cut this way, or the layout is not the running one.
-        ValueError: an override that Megatron does not know, or that contradicts the other arguments.
+        LayoutError: the layout cannot divide the model, or is not the running one.
+        ValueError: Megatron does not know an override, or it contradicts the other arguments.
         ImportError: see `megatron_runtime`.
     """
     with megatron_runtime():
@@ -113,7 +116,8 @@ def transformer_config(
     grouped_experts: bool = True,
     overrides: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Megatron's `TransformerConfig` of a model under a layout; arguments and errors as of `build_model`."""
+    """Megatron's `TransformerConfig` of a model under a layout; takes the arguments of `build_model` and raises the same
+    errors."""
     with megatron_runtime():
         spec.validate(layout)
         if layout.cp > 1 and spec.transformer_config.get("experimental_attention_variant") == "gated_delta_net":
@@ -150,7 +154,7 @@ def _transformer_config(
     grouped_experts: bool,
     overrides: Mapping[str, Any],
 ) -> Any:
-    """Megatron's config: the spec's fields, then what the machine and the layout say, then `overrides`."""
+    """Megatron's config: the spec's fields, then those that follow from the machine and the layout, then `overrides`."""
     latent_attention = bool(spec.transformer_config.get("multi_latent_attention"))
     config_class = _config_class(spec)
     known = {field.name for field in dataclasses.fields(config_class)}
@@ -166,9 +170,9 @@ def _transformer_config(
     if "cuda_graph_scope" in known:
         fields.setdefault("cuda_graph_scope", [])  # Megatron's own default means the same and warns that it is deprecated
     if layout.cp > 1 and fields.get("window_size"):
-        fields.setdefault("cp_comm_type", "all_gather")  # Transformer Engine's ring attention, the default, knows no windows
+        fields.setdefault("cp_comm_type", "all_gather")  # the default, Transformer Engine's ring attention, lacks windows
     if layout.vpp > 1:
-        # Batched p2p of interleaved stages mixes up tensors on gloo, silently; the overlapped form is right everywhere.
+        # Batched p2p of interleaved stages silently mixes up tensors on gloo; the overlapped form is correct everywhere.
         fields.update(overlap_p2p_comm=True, batch_p2p_comm=False)
     fields.update(
         num_layers=spec.num_layers,
@@ -218,7 +222,7 @@ def _pipeline_layout(spec: ModelSpec, layout: ParallelLayout) -> list[list[str]]
 
 
 def build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: int) -> nn.Module:
-    """This rank's bare virtual stage `chunk`, of a `transformer_config`; inside of `megatron_runtime`."""
+    """Builds this rank's bare virtual stage `chunk` from a `transformer_config`; call it inside of `megatron_runtime`."""
     from megatron.core import parallel_state
 
     stage = chunk * layout.pp + parallel_state.get_pipeline_model_parallel_rank()
@@ -245,16 +249,16 @@ def build_chunk(spec: ModelSpec, layout: ParallelLayout, config: Any, chunk: int
 
 
 def _carry(model: nn.Module, carried: Mapping[str, Callable[[], nn.Module]], dtype: torch.dtype) -> None:
-    """Frozen: DDP would wait for gradients that a batch of text does not give."""
+    """Adds carried modules. They are frozen, since DDP would wait for gradients that a batch of text does not give."""
     for name, build in carried.items():
         setattr(model, name, build().to(dtype).requires_grad_(False))
 
 
 def _mark_experts(model: nn.Module, layout: ParallelLayout) -> None:
-    """Tell DDP and the optimizer which parameters have the experts' replicas rather than the dense layers'.
+    """Marks the parameters that DDP and the optimizer must reduce over the experts' replicas instead of the dense layers'.
 
-    Megatron does so with expert parallelism only. With just `etp` other than `tp` it would reduce experts over the wrong ranks:
-    replicas would drift apart, silently.
+    Megatron marks them only with expert parallelism. If only `etp` differs from `tp`, it would reduce experts over the wrong
+    ranks, and replicas would silently drift apart.
     """
     if layout.ep == 1 and layout.expert_tp == layout.tp:
         return
@@ -276,14 +280,16 @@ def _wrap(chunks: list[nn.Module], config: Any, dtype: torch.dtype, ddp: bool | 
     options = {} if ddp is True else dict(ddp)
     options.setdefault("grad_reduce_in_fp32", half)
     ddp_config = DistributedDataParallelConfig(**options)
-    # Buckets overlap communication with the backward pass, of which only the first chunk's end is exposed.
+    # Buckets overlap communication with the backward pass; only the communication of the first chunk is not hidden by other
+    # work.
     return [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
     ]
 
 
 def _restore_expert_biases(chunks: list[nn.Module]) -> None:
-    """Megatron keeps routers' expert biases in fp32, but only from the first forward pass on; weights are loaded before."""
+    """Casts routers' expert biases back to fp32. Megatron does so only at the first forward pass, but weights are loaded
+    before."""
     for chunk in chunks:
         for module in chunk.modules():
             if getattr(module, "expert_bias", None) is not None:

@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 
-# The rank orders that Megatron-LM itself can be told to use.
+# The rank orders that Megatron-LM itself can use.
 _KNOWN_ORDERS = ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")
 
 
 class _State:
-    """What `initialize_parallel` did in this process, so that it can be read back and undone."""
+    """The changes that `initialize_parallel` made in this process, so that they can be read and undone."""
 
     layout: ParallelLayout | None = None
     owns_process_group = False
@@ -44,11 +44,11 @@ def initialize_parallel(
     """Start `torch.distributed` (unless it runs), Megatron's process groups for `layout`, and Megatron's random states.
 
     Args:
-        backend: of a new process group; `None` means nccl with a GPU and gloo without.
-        init_method, rank, world_size: of a new process group; `None` reads torchrun's environment (`RANK`, `WORLD_SIZE`,
-            `MASTER_ADDR`, `MASTER_PORT`). A layout of one rank needs neither.
-        seed: of dropout and weight initialisation; pipeline stage `s` uses `seed + 100 * s`, as Megatron-LM does.
-        timeout: of every collective (Megatron rounds it up to minutes for its own groups).
+        backend: the backend of a new process group; `None` means nccl with a GPU and gloo without.
+        init_method, rank, world_size: settings of a new process group; `None` reads torchrun's environment (`RANK`,
+            `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`). A layout of one rank needs neither.
+        seed: the seed of dropout and weight initialisation; pipeline stage `s` uses `seed + 100 * s`, as Megatron-LM does.
+        timeout: the time-out of every collective (Megatron rounds it up to minutes for its own groups).
 
     Returns:
         `layout`.
@@ -64,7 +64,7 @@ def initialize_parallel(
         rank, world_size = _rank_and_world_size(layout, rank, world_size)
         if world_size != layout.world_size:
             raise LayoutError(f"{layout} needs {layout.world_size} ranks, found a world of {world_size} (this is rank {rank})")
-        layout.coordinates(rank)  # raises on an order that no world admits
+        layout.coordinates(rank)  # raises LayoutError for an impossible rank order
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
         if not dist.is_initialized():
@@ -87,7 +87,7 @@ def initialize_parallel(
 
 
 def seed_random_states(seed: int) -> None:
-    """Torch's and Megatron's random states of this rank, as Megatron-LM seeds them."""
+    """Seeds torch's and Megatron's random states of this rank, as Megatron-LM does."""
     with megatron_runtime():
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -98,8 +98,9 @@ def seed_random_states(seed: int) -> None:
 
 
 def _embedding_ranks(layout: ParallelLayout) -> dict[str, Any]:
-    """Whose copies of the embedding Megatron keeps equal, where the layout places multi-token prediction layers: they have one,
-    and the last stage does not. Otherwise Megatron's default, first and last stage."""
+    """The argument that tells Megatron which ranks hold copies of the embedding, where the layout places multi-token prediction
+    layers: their stage has a copy, and the last stage does not. Otherwise empty, for Megatron's default, first and last
+        stage."""
     if layout.pp == 1 or not any(layout.stage_mtp_layers or ()):
         return {}
     stages = sorted({0, layout.mtp_stage % layout.pp})
@@ -118,9 +119,9 @@ def _rank_and_world_size(layout: ParallelLayout, rank: int | None, world_size: i
 def _from_environment(name: str, given: int | None, default: int | None) -> int:
     if given is not None:
         return given
-    found = os.environ.get(name)
-    if found is not None:
-        return int(found)
+    value = os.environ.get(name)
+    if value is not None:
+        return int(value)
     if default is None:
         raise LayoutError(
             f"{name} is not set and torch.distributed is not initialised: start with torchrun, or pass "
@@ -131,23 +132,23 @@ def _from_environment(name: str, given: int | None, default: int | None) -> int:
 
 def _start_process_group(backend: str | None, init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> None:
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    where: dict[str, Any] = {"init_method": init_method}
+    rendezvous: dict[str, Any] = {"init_method": init_method}
     if init_method is None and world_size == 1 and "MASTER_ADDR" not in os.environ:
-        where = {"store": dist.HashStore()}
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **where)
+        rendezvous = {"store": dist.HashStore()}
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **rendezvous)
     _log.debug("rank %d of %d: %s process group is up", rank, world_size, backend)
 
 
 def current_layout(spec_num_layers: int | None = None, stage_layers: tuple[int, ...] | None = None) -> ParallelLayout:
-    """The layout of the running parallel state, whoever initialised it.
+    """The layout of the running parallel state, even if another library initialised it.
 
     Args:
         spec_num_layers: if given, the layout is also checked against a model of so many decoder layers.
-        stage_layers: the uneven split of layers, which Megatron's parallel state does not know; `None` means what
+        stage_layers: the uneven split of layers, which Megatron's parallel state does not know; `None` means the split that
             `initialize_parallel` was given, or an even split.
 
     Raises:
-        LayoutError: there is no parallel state, its rank order is none that Megatron-LM uses, or the layers don't divide.
+        LayoutError: there is no parallel state, Megatron-LM does not use its rank order, or the layers do not divide.
     """
     with megatron_runtime():
         from megatron.core import parallel_state as state
@@ -155,7 +156,7 @@ def current_layout(spec_num_layers: int | None = None, stage_layers: tuple[int, 
         if not state.model_parallel_is_initialized():
             raise LayoutError("Megatron's parallel state is not initialised: call initialize_parallel(layout)")
         known = _State.layout if _State.layout is not None and _describes(_State.layout, state) else None
-        layout = known if known is not None else _found_layout(state)
+        layout = known if known is not None else _layout_from_state(state)
     if stage_layers is not None:
         layout = layout.dealing_as(ParallelLayout(pp=layout.pp, vpp=layout.vpp, stage_layers=stage_layers))
     if spec_num_layers is not None:
@@ -163,15 +164,15 @@ def current_layout(spec_num_layers: int | None = None, stage_layers: tuple[int, 
     return layout
 
 
-def _found_layout(state: Any) -> ParallelLayout:
-    """What somebody else initialised."""
+def _layout_from_state(state: Any) -> ParallelLayout:
+    """The layout of a parallel state that another library initialised."""
     sizes = _sizes(state)
     for order in _KNOWN_ORDERS:
         if _describes(layout := ParallelLayout(**sizes, order=order), state):
             return layout
     raise LayoutError(
         f"the running parallel state ({ParallelLayout(**sizes)}) has a rank order other than {_KNOWN_ORDERS}; "
-        "initialise with initialize_parallel(layout) instead, or pass the layout wherever one is asked for"
+        "initialise with initialize_parallel(layout) instead, or pass the layout to every function that takes one"
     )
 
 
@@ -188,7 +189,7 @@ def _sizes(state: Any) -> dict[str, int]:
 
 
 def _describes(layout: ParallelLayout, state: Any) -> bool:
-    """Whether the layout's arithmetic gives the sizes, and the very groups of this rank, that are running."""
+    """Whether the layout's arithmetic gives the sizes and this rank's groups of the running state."""
     if any(getattr(layout, axis) != size for axis, size in _sizes(state).items()):
         return False
     groups: dict[str, Callable[[], dist.ProcessGroup]] = {
@@ -209,7 +210,7 @@ def _describes(layout: ParallelLayout, state: Any) -> bool:
 
 
 def _peers(everywhere: list[Coordinates], own: Coordinates, axis: str, axes: tuple[str, ...]) -> list[int]:
-    """Ranks that differ from `own` along `axis` only."""
+    """The ranks that differ from `own` only along `axis`."""
     others = [other for other in axes if other != axis]
     return [
         rank for rank, place in enumerate(everywhere) if all(getattr(place, other) == getattr(own, other) for other in others)
@@ -217,7 +218,8 @@ def _peers(everywhere: list[Coordinates], own: Coordinates, axis: str, axes: tup
 
 
 def destroy_parallel() -> None:
-    """Undo `initialize_parallel`: Megatron's groups, and `torch.distributed` if it was started there. Harmless twice."""
+    """Undo `initialize_parallel`: Megatron's groups, and `torch.distributed` if it was started there. A second call does
+    nothing."""
     with megatron_runtime():
         from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""Attention with a Mamba mixer beside it, made of Megatron's own two modules; and what changes a mixer's projection."""
+"""Attention with a Mamba mixer beside it, made of Megatron's own two modules; and changes of a mixer's input projection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mbridge_rl.core.extras import MambaBesideAttention
 
 @cache
 def attention_beside_mamba(extra: MambaBesideAttention) -> type[nn.Module]:
-    """A module that takes the place of Megatron's `SelfAttention`, input norm aside."""
+    """A module that replaces Megatron's `SelfAttention`, without the input norm."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
     from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
     from megatron.core.transformer.attention import SelfAttention
@@ -36,37 +36,38 @@ def attention_beside_mamba(extra: MambaBesideAttention) -> type[nn.Module]:
         def forward(
             self, hidden_states: Tensor, *args: Any, packed_seq_params: Any = None, **options: Any
         ) -> tuple[Tensor, Tensor | None]:
-            attended, bias = super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **options)
-            mixed, _ = self.mamba(hidden_states, packed_seq_params=packed_seq_params)
-            return attended * extra.attention_factor + mixed * extra.mamba_factor, bias
+            attention_output, bias = super().forward(hidden_states, *args, packed_seq_params=packed_seq_params, **options)
+            mamba_output, _ = self.mamba(hidden_states, packed_seq_params=packed_seq_params)
+            return attention_output * extra.attention_factor + mamba_output * extra.mamba_factor, bias
 
     return AttentionBesideMamba
 
 
 def _scale_projection(mixer: nn.Module, extra: MambaBesideAttention, ranks: int) -> None:
-    """Every rank has an equal share of each part's rows."""
+    """Multiplies the parts of the mixer's input projection by their factors. Every rank has an equal share of each part's
+    rows."""
     factors = torch.cat([torch.full((rows // ranks,), factor) for rows, factor in extra.projected])
     _change_projection(mixer, lambda projected: projected * factors.to(projected))
 
 
 def bound_time_steps(mixer: nn.Module, minimum: float) -> None:
-    """Time steps, `softplus(projected + dt_bias)`, become at least `minimum`, before the kernels see them: softplus rises, so
-    that the bound is one of its argument. A step at its bound has no gradient, as behind a clamp."""
+    """Bounds time steps, `softplus(projected + dt_bias)`, by `minimum` from below. Softplus is increasing, so that its argument
+    can be bounded before the kernels. A bounded step has no gradient, as with a clamp."""
     bound = math.log(math.expm1(minimum))
 
     def bounded(projected: Tensor) -> Tensor:
         bias = mixer.dt_bias.float()
-        others, steps = projected.split([projected.shape[-1] - len(bias), len(bias)], dim=-1)
-        return torch.cat([others, torch.maximum(steps.float(), bound - bias).to(steps.dtype)], dim=-1)
+        other_parts, steps = projected.split([projected.shape[-1] - len(bias), len(bias)], dim=-1)
+        return torch.cat([other_parts, torch.maximum(steps.float(), bound - bias).to(steps.dtype)], dim=-1)
 
     _change_projection(mixer, bounded)
 
 
 def _change_projection(mixer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Changes what follows the mixer's input projection, so that what adapters add is changed too."""
-    following = mixer.cp.pre_conv_ssm
+    """Applies `change` to the output of the mixer's input projection, after adapters have added theirs."""
+    original = mixer.cp.pre_conv_ssm
 
     def changed(projected: Tensor, packed_seq_params: Any) -> Tensor:
-        return following(change(projected), packed_seq_params)
+        return original(change(projected), packed_seq_params)
 
     mixer.cp.pre_conv_ssm = changed

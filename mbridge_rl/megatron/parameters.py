@@ -1,7 +1,7 @@
-"""The live Megatron model as a side of a plan: its parameters under global names, and the layout that they follow.
+"""The live Megatron model as a side of a plan: its parameters under global names, and its layout.
 
-Placement is taken from names and the configuration, never from `partition_dim` and its kin, which Megatron does not set
-reliably (expert biases, down projections).
+Placement follows from names and the configuration, never from `partition_dim` and similar attributes, which Megatron does not
+set reliably (expert biases, down projections).
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ _SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12
 
 
 class LiveParameters(Mapping[str, Tensor]):
-    """This rank's parameters by global `megatron_name`, looked up now; made anew for every transfer. Of the buffers, those in
-    `buffer_names` count (a router's expert bias is one); the rest are derived state.
+    """This rank's parameters by global `megatron_name`, at the time of its creation; make a new one for every transfer. It
+    includes the buffers in `buffer_names` (a router's expert bias is one); other buffers are derived state.
 
-    A module that carries adapters offers `merging()`, a function that merges one of its `adapted_weights` when it is asked for
-    (`TensorCache`: the parts of a fused tensor, and what several workers are sent of it, are read shortly after each other). It
-    is made here, by all ranks together: DoRA sums the norms of rows that ranks cut.
+    A module with adapters has a method `merging()`, which returns a function that merges one of its `adapted_weights` on
+    request. A `TensorCache` holds the results, since the parts of a fused tensor, and the pieces for several workers, are read
+    shortly after each other. The functions are made here, by all ranks together, since DoRA sums the norms of rows that ranks
+    cut.
     """
 
     def __init__(self, model: Sequence[nn.Module], experts_before: int, buffer_names: Container[str] = ()) -> None:
         self._parameters: dict[str, Tensor] = {}
         self._merging: dict[str, Callable[[], Tensor]] = {}
-        merging = self._merging  # what refers to itself would be freed late
+        merging = self._merging  # a reference to `self` would be a cycle, which is freed late
         self._merged = TensorCache(lambda megatron_name: merging[megatron_name]().detach())
         for chunk in unwrap(model):
             layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
@@ -75,23 +76,23 @@ class LiveParameters(Mapping[str, Tensor]):
         return len(self._parameters)
 
     def parameter(self, megatron_name: str) -> Tensor:
-        """The parameter (or buffer) object, which optimizers know."""
+        """The parameter (or buffer) object itself, which is the optimizers' key."""
         return self._parameters[megatron_name]
 
     def base(self, megatron_name: str) -> Tensor:
-        """The parameter itself, without adapters: what an import writes."""
+        """The parameter's values without adapters; imports write into this tensor."""
         return self._parameters[megatron_name].detach()
 
     def check(self, side: Side, rank: int) -> None:
-        """See `check_held`."""
+        """Compares names and shapes with `side`; `check_held` describes it."""
         check_held(self._parameters, side, rank)
 
 
 def check_held(tensors: Mapping[str, Tensor], side: Side, rank: int) -> None:
-    """Compares names and shapes of a rank's tensors with what the mapping says it holds.
+    """Compares names and shapes of a rank's tensors with the mapping's.
 
     Raises:
-        StateMismatchError: naming the rank and the parameters that differ.
+        StateMismatchError: they differ; the message names the rank and the parameters.
     """
     missing, extra = side.shapes.keys() - tensors.keys(), tensors.keys() - side.shapes.keys()
     if missing or extra:
@@ -110,11 +111,11 @@ def check_held(tensors: Mapping[str, Tensor], side: Side, rank: int) -> None:
 def live_side(
     model: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, rank: int, side: Side | None = None
 ) -> tuple[LiveParameters, Side]:
-    """This rank's live parameters and segments, compared with each other. `side` is `megatron_side(spec, layout, rank)`, where
-    that is known already.
+    """This rank's live parameters and its side, checked against each other. `side` is `megatron_side(spec, layout, rank)` if
+    the caller knows it already.
 
     Raises:
-        StateMismatchError: the model does not hold what the mapping says.
+        StateMismatchError: the model does not hold the tensors that its mapping describes.
     """
     at = layout.coordinates(rank)
     side = megatron_side(spec, layout, rank) if side is None else side
@@ -124,30 +125,31 @@ def live_side(
 
 
 def layout_of(model: Sequence[nn.Module], spec: ModelSpec) -> ParallelLayout:
-    """The layout of a live model: what `build_model` noted on it or, for a model built elsewhere, the running parallel state
-    with the layer split and the vocabulary padding of the model itself.
+    """The layout of a live model: the one that `build_model` stored on it or, for a model built elsewhere, that of the running
+    parallel state with the layer split and the vocabulary padding of the model itself.
 
     Raises:
-        LayoutError: Megatron was initialised with a rank order that it does not tell (then pass the layout yourself).
+        LayoutError: Megatron was initialised with a rank order that cannot be read from it (then pass the layout yourself).
     """
     first = unwrap(model)[0]
     if hasattr(first, "parallel_layout"):
         return first.parallel_layout
     with megatron_runtime():
         layout = current_layout()
-        dealt = ParallelLayout(pp=layout.pp, vpp=len(model), **_split(first.config, layout.pp, len(model)))
+        split = ParallelLayout(pp=layout.pp, vpp=len(model), **_split(first.config, layout.pp, len(model)))
     padded = first.vocab_size
     multiple = 1 if padded == padded_vocab_size(spec.vocab_size, layout.tp) else padded // layout.tp
-    return replace(layout.dealing_as(dealt), vocab_multiple=multiple)
+    return replace(layout.dealing_as(split), vocab_multiple=multiple)
 
 
 def _split(config: Any, pp: int, vpp: int) -> dict[str, tuple[int, ...]]:
-    """How the layers of a model built elsewhere are dealt. Of a layout given to Megatron its own function tells one rank's."""
+    """The layer split of a model built elsewhere. It is read from Megatron's layout, if there is one, since Megatron's own
+    function returns only one rank's layers then."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     places = [(rank, chunk) for chunk in range(vpp) for rank in range(pp)]
-    if (given := config.pipeline_model_parallel_layout) is not None:
-        stage_layers, stage_mtp_layers = counted_stages([given.layout[rank][chunk] for rank, chunk in places])
+    if (pipeline_layout := config.pipeline_model_parallel_layout) is not None:
+        stage_layers, stage_mtp_layers = counted_stages([pipeline_layout.layout[rank][chunk] for rank, chunk in places])
         return {"stage_layers": stage_layers, "stage_mtp_layers": stage_mtp_layers}
     stages = (chunk if vpp > 1 else None for _, chunk in places)
     counts = (get_num_layers_to_build(config, vp_stage=s, pp_rank=rank) for s, (rank, _) in zip(stages, places, strict=True))
@@ -155,7 +157,7 @@ def _split(config: Any, pp: int, vpp: int) -> dict[str, tuple[int, ...]]:
 
 
 def model_dtype(model: Sequence[nn.Module]) -> torch.dtype:
-    """The dtype that the model was built with; parameters that Megatron keeps in fp32 are cast to it on export."""
+    """The dtype with which the model was built; parameters that Megatron keeps in fp32 are cast to it on export."""
     return unwrap(model)[0].config.params_dtype
 
 
@@ -164,7 +166,7 @@ def world_rank() -> int:
 
 
 def global_name_of(local_name: str, layers: Sequence[int], experts_before: int) -> str:
-    """A chunk's own name of a tensor with the layer and expert indices of the whole model."""
-    name = _LAYER.sub(lambda found: f"decoder.layers.{layers[int(found[1])]}.", local_name)
-    name = _GROUPED_EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + experts_before}", name)
-    return _SEQUENTIAL_EXPERT.sub(lambda found: f".experts.{found[2]}{int(found[1]) + experts_before}", name)
+    """The global name of a chunk's tensor: its local name with the layer and expert indices of the whole model."""
+    name = _LAYER.sub(lambda match: f"decoder.layers.{layers[int(match[1])]}.", local_name)
+    name = _GROUPED_EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + experts_before}", name)
+    return _SEQUENTIAL_EXPERT.sub(lambda match: f".experts.{match[2]}{int(match[1]) + experts_before}", name)

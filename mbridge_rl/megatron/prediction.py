@@ -1,4 +1,4 @@
-"""Models with multi-token-prediction layers, which forward passes without labels (all of RL's) skip."""
+"""Models with multi-token-prediction layers. Forward passes without labels, as in all of RL, skip these layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mbridge_rl.megatron.layer_specs import change_layer_specs
 def predicting_model(layers: Any, extras: Sequence[Extra], vp_stage: int | None, arguments: Mapping[str, Any]) -> nn.Module:
     """A `GPTModel` with prediction layers where the config's pipeline layout puts them, frozen.
 
-    Frozen parameters need no gradients: DDP does not wait for them, and the optimizer leaves them alone.
+    Frozen parameters need no gradients: DDP does not wait for them, and the optimizer does not change them.
 
     Args:
         layers: Megatron's spec of this chunk's decoder layers.
@@ -25,7 +25,7 @@ def predicting_model(layers: Any, extras: Sequence[Extra], vp_stage: int | None,
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     config = arguments["config"]
-    # The model's last layer, which this chunk may not have.
+    # The spec of the model's last layer, which may be in another chunk.
     last = get_gpt_decoder_layer_specs(config, use_transformer_engine=True, normalization=config.normalization)[-1:]
     change_layer_specs(last, extras)
     prediction = get_gpt_mtp_block_spec(
@@ -42,7 +42,7 @@ def _skipping_class() -> type[nn.Module]:
     from megatron.core.models.gpt import GPTModel
 
     class SkippingModel(GPTModel):
-        """Megatron's, which computes the prediction layers' loss or nothing: without labels it fails."""
+        """Megatron's model, but without labels it skips the prediction layers, where Megatron's own fails."""
 
         def _postprocess(self, hidden_states: Tensor, *arguments: Any, labels: Tensor | None = None, **options: Any) -> Tensor:
             if labels is not None:

@@ -1,4 +1,4 @@
-"""`core.extras.ProjectionNorm`: queries and keys normalised over all heads, which tensor parallelism deals to ranks."""
+"""Adds `core.extras.ProjectionNorm`: queries and keys are normalised over all heads, which tensor parallelism distributes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mbridge_rl.core.extras import ProjectionNorm
 
 
 def normalize_projections(model: nn.Module, extra: ProjectionNorm) -> None:
-    """Puts norms of the whole width where Megatron built norms of one head (`qk_layernorm` of its config)."""
+    """Replaces Megatron's norms over one head (`qk_layernorm` of its config) by norms over all heads."""
     from megatron.core.transformer.attention import SelfAttention
 
     for module in model.modules():
         if isinstance(module, SelfAttention):
             config = module.config
-            module.q_layernorm = _WholeWidthNorm(config.num_attention_heads, config, extra.eps)
-            module.k_layernorm = _WholeWidthNorm(config.num_query_groups, config, extra.eps)
+            module.q_layernorm = _AllHeadsNorm(config.num_attention_heads, config, extra.eps)
+            module.k_layernorm = _AllHeadsNorm(config.num_query_groups, config, extra.eps)
 
 
-class _WholeWidthNorm(nn.Module):
+class _AllHeadsNorm(nn.Module):
     """RMS norm of `[seq, batch, heads / ranks, head_dim]` over the last two dimensions of all tensor-parallel ranks together.
 
-    `weight` `[heads * head_dim]` is whole on every rank: of a weight called `q_layernorm` or `k_layernorm` Megatron sums the
-    gradients over those ranks. Ranks that outnumber the heads each hold one, several of them the same.
+    `weight` `[heads * head_dim]` is replicated on every rank: Megatron sums the gradients of a weight called `q_layernorm` or
+    `k_layernorm` over those ranks. If there are more ranks than heads, each rank has one head, and several have the same.
     """
 
     def __init__(self, heads: int, config: Any, eps: float) -> None:
@@ -41,7 +41,7 @@ class _WholeWidthNorm(nn.Module):
         group = parallel_state.get_tensor_model_parallel_group()
         local = x.float()
         squares = local.square().mean((-2, -1), keepdim=True) / group.size()
-        # The sum of all ranks, of which every rank's loss depends: summed forwards, and gradients summed backwards.
+        # Every rank's output depends on the sum over all ranks: values are summed forwards, and gradients backwards.
         squares = mappings.reduce_from_tensor_model_parallel_region(squares, group=group)
         squares = mappings.copy_to_tensor_model_parallel_region(squares, group=group)
         first = group.rank() * self.heads // group.size()

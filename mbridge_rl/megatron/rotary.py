@@ -1,5 +1,5 @@
-"""Rotary embeddings with other frequencies than Megatron's, or with several at once. They take and return what Megatron's
-`RotaryEmbedding` does, so context parallelism and packed sequences are its own business."""
+"""Rotary embeddings with other frequencies than Megatron's, or with several sets at once. They have the interface of Megatron's
+`RotaryEmbedding`, which handles context parallelism and packed sequences."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 def with_frequencies(rotary: nn.Module, inv_freq: Sequence[float]) -> nn.Module:
-    """A copy with inverse frequencies `[rotary_dim / 2]`, fp32.
+    """A copy of `rotary` with the inverse frequencies `[rotary_dim / 2]`, fp32.
 
     Raises:
-        ValueError: there are more or fewer than the head has pairs of channels to rotate.
+        ValueError: their number is not the number of rotated pairs of channels.
     """
     if len(rotary.inv_freq) != len(inv_freq):
         raise ValueError(f"{len(inv_freq)} rotary frequencies are given, the Megatron model has {len(rotary.inv_freq)}")
@@ -25,7 +25,7 @@ def with_frequencies(rotary: nn.Module, inv_freq: Sequence[float]) -> nn.Module:
 
 
 class RotaryByLength(nn.Module):
-    """LongRoPE: the second of two embeddings where sequences are longer than `original_length`, padding included, as
+    """LongRoPE: uses the second of two embeddings for sequences longer than `original_length`, padding included, as
     Transformers does."""
 
     def __init__(self, variants: Sequence[nn.Module], original_length: int) -> None:
@@ -54,7 +54,7 @@ class RotaryByLayer(nn.Module):
 
     @staticmethod
     def choose(attention: nn.Module, kind: int) -> None:
-        """Makes `attention` see the `kind`-th embedding alone, in recomputation too."""
+        """Makes `attention` use only the `kind`-th embedding, in recomputation too."""
 
         def chosen(_: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             embeddings = options["rotary_pos_emb"]

@@ -1,4 +1,4 @@
-"""`core.extras.Routing` in place of the scoring function of Megatron's routers."""
+"""Replaces the scoring function of Megatron's routers by `core.extras.Routing`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from mbridge_rl.core.extras import Routing
 
 
 def replace_routing(model: nn.Module, routing: Routing) -> None:
-    """Every router of `model` routes by `routing`; logits, z-loss and the counts that move its bias stay Megatron's.
+    """Makes every router of `model` use `routing`. Megatron still computes logits, the z-loss and the counts that update the
+    bias.
 
     Raises:
-        ValueError: the model's config asks for losses or limits that depend on Megatron's own function.
+        ValueError: the model's config uses losses or limits that depend on Megatron's own scoring function.
     """
     from megatron.core.transformer.moe.router import TopKRouter
 
@@ -34,7 +35,8 @@ def _check_config(config: Any) -> None:
 
 
 def _route_tokens(router: Any, routing: Routing, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weights and choice, both `[tokens, experts]`: what Megatron's `TopKRouter.routing` returns."""
+    """The weights and the mask of the chosen experts, both `[tokens, experts]`, as Megatron's `TopKRouter.routing` returns
+    them."""
     logits = logits.view(-1, router.config.num_moe_experts)
     padding_mask = None if padding_mask is None else padding_mask.reshape(-1)
     logits = router.apply_z_loss(logits, padding_mask=padding_mask)
@@ -59,7 +61,7 @@ def route(logits: Tensor, routing: Routing, topk: int, bias: Tensor | None) -> t
 
 
 def _in_best_groups(preference: Tensor, routing: Routing) -> Tensor:
-    """`[tokens, experts]`, True in the best groups."""
+    """`[tokens, experts]` bool: whether the expert is in one of the best groups."""
     grouped = preference.view(len(preference), routing.groups, -1)
     ranks = grouped.topk(routing.group_experts, dim=-1).values.sum(-1)
     best = torch.zeros_like(ranks, dtype=torch.bool).scatter(1, ranks.topk(routing.chosen_groups, dim=-1).indices, True)

@@ -3,13 +3,13 @@
     train() in this file; the weights before step s are version s
       |
       +-> sample   rollout/sampler.py           chooses the problems
-      |     |      rollout/generator.py         a thread of rank 0 has engines (fleet.py) play episodes (rollout/episodes.py)
+      |     |      rollout/generator.py         a thread on rank 0 samples episodes (episodes.py) from the engines (fleet.py)
       |     v
       |   reward   rollout/rewards.py           a judge gives every episode a verdict
       |     |      rollout/batches.py           brings the batch to every rank
       |     v
-      |   prepare  objectives/prepare.py        drops rows, shapes rewards (shaping.py), computes advantages (advantages.py)
-      |     |                                   and importance weights (correction.py)
+      |   prepare  objectives/prepare.py        leaves rows out, shapes rewards (shaping.py), computes advantages
+      |     |                                   (advantages.py) and importance weights (correction.py)
       |     |      trainer/megatron_trainer.py  computes old and reference log-probabilities
       |     v
       |   update   objectives/mini_batches.py   divides the batch: one optimizer step for each mini-batch

@@ -17,7 +17,7 @@ from tiny import tiny_config
 
 from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.errors import LayoutError
-from mbridge_rl.core.estimate import Links, Refit
+from mbridge_rl.core.estimate import Links, RefitSchedule
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan
@@ -127,7 +127,7 @@ def test_a_schedule_by_hand() -> None:
     and 3, of 25 bytes, takes three of 8, 8 and 9.
     """
     flows = flows_of([(0, 0, 0, 3), (1, 0, 0, 3), (2, 1, 0, 2), (3, 1, 0, 12), (3, 0, 0, 13)], [0, 0, 0, 1])
-    refit = Refit(flows, 2, 1, np.array([2, 2, 2, 1]), replicas=3, bucket_bytes=10)
+    refit = RefitSchedule(flows, 2, 1, np.array([2, 2, 2, 1]), replicas=3, bucket_bytes=10)
     assert refit.buckets == 5
     estimate = refit.estimate(Links(trainer_bandwidth=1.0, rollout_bandwidth=2.0, message_seconds=0.5))
     # Bucket: 0 (6 of rank 0, 4 of rank 1) at engine 0, 1 (6 of rank 0) at engine 1, then 4+4 at 2, 4+4 at 0, 4+5 at 1.
@@ -158,7 +158,9 @@ def test_ranks_agree_with_each_other_and_with_the_whole(
     spec = SPECS[variant]
     flows = compile_templates(spec, source, target)
     sizes = np.full(len(flows.hf_names), 2)
-    refit = Refit(flows, source.world_size, target.world_size, sizes, replicas=replicas, bucket_bytes=factor * bucket_bytes)
+    refit = RefitSchedule(
+        flows, source.world_size, target.world_size, sizes, replicas=replicas, bucket_bytes=factor * bucket_bytes
+    )
     estimate = refit.estimate(Links())
     ranks = range(source.world_size + replicas * target.world_size)
     exchanges = {rank: refit.exchanges(rank) for rank in ranks}
@@ -188,7 +190,7 @@ def test_ranks_agree_with_each_other_and_with_the_whole(
 def test_experts_of_many_ranks_travel_side_by_side() -> None:
     """In checkpoint order the first bucket of a layer would hold one sender's experts only."""
     flows = compile_templates(SPECS["qwen3-moe"], ParallelLayout(ep=8, dp=8), ParallelLayout(tp=2))
-    refit = Refit(flows, 8, 2, np.full(len(flows.hf_names), 2), bucket_bytes=12 * 32 * 64 * 2)
+    refit = RefitSchedule(flows, 8, 2, np.full(len(flows.hf_names), 2), bucket_bytes=12 * 32 * 64 * 2)
     pairs = {(bucket, source) for bucket, source in zip(refit._bucket.tolist(), refit._source.tolist(), strict=True)}
     senders = [len(list(group)) for _, group in itertools.groupby(sorted(pairs), key=lambda pair: pair[0])]
     assert np.mean(senders) > 4
@@ -201,7 +203,7 @@ def test_kimi_on_a_thousand_ranks() -> None:
     source = ParallelLayout(tp=8, pp=16, ep=64, etp=1, dp=8, stage_layers=(4,) * 13 + (3,) * 3)
     flows = compile_templates(spec, source, ParallelLayout(tp=16))
     dtypes = spec.hf_dtypes(torch.bfloat16)
-    refit = Refit(flows, 1024, 16, np.array([dtypes[hf_name].itemsize for hf_name in flows.hf_names]), replicas=8)
+    refit = RefitSchedule(flows, 1024, 16, np.array([dtypes[hf_name].itemsize for hf_name in flows.hf_names]), replicas=8)
     estimate, own = refit.estimate(Links()), refit.exchanges(1024)
     assert time.process_time() - began < 20
     began = time.process_time()

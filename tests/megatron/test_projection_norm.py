@@ -13,7 +13,7 @@ from torch import Tensor
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.megatron.projection_norm import _WholeWidthNorm
+from mbridge_rl.megatron.projection_norm import _AllHeadsNorm
 
 DIM, EPS = 6, 1e-5
 
@@ -25,9 +25,7 @@ def normalized(rank: int, ranks: int, x: Tensor, weight: Tensor, upstream: Tenso
     copies = max(1, ranks // heads)
     held = slice(rank * heads // ranks, rank * heads // ranks + max(1, heads // ranks))
     with megatron_runtime():
-        norm = _WholeWidthNorm(
-            heads, SimpleNamespace(kv_channels=DIM, params_dtype=torch.float32, sequence_parallel=False), EPS
-        )
+        norm = _AllHeadsNorm(heads, SimpleNamespace(kv_channels=DIM, params_dtype=torch.float32, sequence_parallel=False), EPS)
         norm.weight.data.copy_(weight)
         local = x[:, :, held].clone().requires_grad_()
         output = norm(local)

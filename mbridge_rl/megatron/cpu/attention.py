@@ -1,4 +1,4 @@
-"""Transformer Engine's `DotProductAttention` in pure torch: dense scores, no kernels."""
+"""Transformer Engine's `DotProductAttention` in pure torch, with dense scores and without kernels."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class DotProductAttention(TransformerEngineModule):
         Args:
             query: `[seq, batch, heads, dim]`, or `[tokens, heads, dim]` with qkv_format "thd".
             key, value: the same with `kv_heads` and, for the value, its own last dimension.
-            attention_mask: True where a query may not look, broadcast to `[batch, heads, q, k]`; read for the mask types
-                "arbitrary" and "padding*" only, as in TE.
-            cu_seqlens_q, cu_seqlens_q_padded: `[sequences + 1]` offsets of packed sequences; the padded ones, if given,
-                say where the tokens lie.
+            attention_mask: True where a key is hidden from a query, broadcast to `[batch, heads, q, k]`; read for the mask
+                types "arbitrary" and "padding*" only, as in TE.
+            cu_seqlens_q, cu_seqlens_q_padded: `[sequences + 1]` offsets of packed sequences; the padded ones, if given, are the
+                actual positions of the tokens.
 
         Returns:
             `[seq, batch, heads * value_dim]`, or `[tokens, heads * value_dim]`.
@@ -97,7 +97,7 @@ class DotProductAttention(TransformerEngineModule):
     def _positions(
         self, query: Tensor, key: Tensor, value: Tensor, offsets: Sequence[int] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Global token positions of queries and of keys, and the keys and values themselves, whole."""
+        """The global token positions of queries and of keys, and the full keys and values."""
         size = self.cp_group.size() if self.cp_group is not None else 1
         if size == 1:
             return torch.arange(len(query)), torch.arange(len(key)), key, value
@@ -124,7 +124,7 @@ class DotProductAttention(TransformerEngineModule):
         return forbidden
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, forbidden: Tensor, bias: Tensor | None) -> Tensor:
-        """`[q, batch, heads * value_dim]`."""
+        """Attends with the hidden keys masked out; returns `[q, batch, heads * value_dim]`."""
         copies = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(copies, dim=2), value.repeat_interleave(copies, dim=2)
         scores = torch.einsum("qbhd,kbhd->bhqk", query, key).float() * self.softmax_scale
@@ -176,7 +176,7 @@ class CoreAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Arguments as Megatron's attention passes them; returns what `DotProductAttention` does."""
+        """Takes the arguments that Megatron's attention passes, and returns the output of `DotProductAttention`."""
         packed = {} if packed_seq_params is None else vars(packed_seq_params)
         names = ("qkv_format", "cu_seqlens_q", "cu_seqlens_q_padded")
         return super().forward(
@@ -190,7 +190,7 @@ class CoreAttention(DotProductAttention):
         )
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """It has no parameters."""
+        """Returns nothing: the module has no parameters."""
         return {}
 
 
@@ -201,6 +201,6 @@ def _different_sequence(query_positions: Tensor, key_positions: Tensor, offsets:
 
 
 def _forgive_missing_extra_state(module: torch.nn.Module, incompatible: Any) -> None:
-    """As TE: a checkpoint may lack the extra state of attention, which is empty anyway."""
+    """Allows, as TE does, that a checkpoint lacks the extra state of attention, which is empty."""
     for name in [name for name in incompatible.missing_keys if "core_attention._extra_state" in name]:
         incompatible.missing_keys.remove(name)

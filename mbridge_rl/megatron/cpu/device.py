@@ -1,7 +1,7 @@
-"""What Megatron-core asks of CUDA, answered by the CPU.
+"""The functions of CUDA that Megatron-core calls, implemented on the CPU.
 
 `device_patches` lists the replacements as `(owner, attribute, value)`; `CudaToCpu` redirects tensor creation and moves.
-`mbridge_rl.megatron.cpu.runtime` applies both for the length of a scope and undoes them. Nothing here acts by being imported.
+`mbridge_rl.megatron.cpu.runtime` applies both inside of a scope and undoes them. Importing this module changes nothing.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MOVES = frozenset({Tensor.cuda, Tensor.pin_memory, Tensor.record_stream, Tensor
 
 
 class CudaToCpu(TorchFunctionMode):
-    """Runs torch functions on the CPU that were asked for on CUDA. Like every mode it acts in the thread that entered it."""
+    """Runs torch functions on the CPU that were called for CUDA. Like every mode it acts only in the thread that entered it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if kwargs and not _DEVICE_OPTIONS.isdisjoint(kwargs):
             kwargs = {name: _to_cpu(value) for name, value in kwargs.items() if name != "pin_memory"}
-        if func in _MOVES:  # few functions are: this runs on every torch call of a training step
+        if func in _MOVES:  # a fast test, since this method runs on every torch call of a training step
             if func is Tensor.to:
                 args = tuple(_to_cpu(argument) for argument in args)
             elif func is Tensor.record_stream:
@@ -51,7 +51,7 @@ class CudaToCpu(TorchFunctionMode):
 
 
 class NullStream:
-    """A CUDA stream or event on which everything has happened already: every method returns the object itself."""
+    """A CUDA stream or event without pending work: every method returns the object itself."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -91,7 +91,8 @@ def _current_device(*_: Any) -> torch.device:
 
 
 def device_patches() -> list[Patch]:
-    """`torch.cuda` on a CPU: one device, streams that are always done, the CPU generator as the CUDA one.
+    """Replacements that make `torch.cuda` work on a CPU: one device, streams without work, and the CPU generator as the CUDA
+    one.
 
     Megatron's tensor-parallel RNG tracker swaps the states of that one generator, so dropout and initialisation follow
     Megatron's rules (equal or different over the tensor-parallel group) as on a GPU.
@@ -114,7 +115,7 @@ def device_patches() -> list[Patch]:
 
 
 def megatron_patches(random: ModuleType, moe_utils: ModuleType, token_dispatcher: ModuleType) -> list[Patch]:
-    """Replacements inside Megatron-core's own modules, which are given because importing them is the runtime's affair."""
+    """Replacements inside Megatron-core's own modules, which are arguments because the runtime imports them."""
     rng_log = logging.getLogger(random.__name__)
     patches: list[Patch] = [
         (random, "_get_cuda_rng_state", _get_rng_state),
@@ -128,12 +129,13 @@ def megatron_patches(random: ModuleType, moe_utils: ModuleType, token_dispatcher
 
 
 def _is_not_about_cpu_rng(record: logging.LogRecord) -> bool:
-    """The tracker warns when the CPU generator moves while it holds the CUDA one: here they are the same."""
+    """Filters out the tracker's warning that the CPU generator moved while it held the CUDA generator: here they are the
+    same."""
     return "CPU RNG state changed" not in record.getMessage()
 
 
 def _as_host_value(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """all_to_all takes its split sizes from the host: Megatron converts only what `is_cuda`, so do it here."""
+    """Converts the split sizes of all_to_all to host values. Megatron converts only tensors that are on CUDA."""
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
 
 
@@ -160,7 +162,7 @@ def _uneven_all_gather(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _uneven_reduce_scatter(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
-    """`reduce_scatter` for parts of unequal length, which gloo lacks: all-reduce and take one's own part."""
+    """`reduce_scatter` for parts of unequal length, which gloo lacks: all-reduce and take this rank's part."""
 
     def scatter(
         output: Tensor,

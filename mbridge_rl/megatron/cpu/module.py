@@ -1,4 +1,5 @@
-"""The base of every module of the pure-torch Transformer Engine: parameters as Transformer Engine makes and saves them."""
+"""The base class of the modules of the pure-torch Transformer Engine, with parameters as Transformer Engine makes and saves
+them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ Initializer = Callable[[Tensor], Any]
 
 
 class TransformerEngineModule(torch.nn.Module):
-    """What every TE module has: how parameters are made, and an (empty) FP8 state."""
+    """The common part of all TE modules: the creation of parameters, and an (empty) FP8 state."""
 
     fp8 = False
     fp8_calibration = False
@@ -43,7 +44,7 @@ class TransformerEngineModule(torch.nn.Module):
         return self._get_rng_state_tracker().fork(*named)
 
     def _parameter(self, shape: int | tuple[int, ...], init: Initializer, **attributes: Any) -> Parameter:
-        """A new parameter, initialised under the tensor-parallel RNG; `attributes` are what Megatron reads off it."""
+        """A new parameter, initialised under the tensor-parallel RNG, with the `attributes` that Megatron reads."""
         parameter = Parameter(torch.empty(shape, dtype=self._params_dtype, device=self._device))
         with self._fork_rng():
             init(parameter.data)
@@ -52,14 +53,14 @@ class TransformerEngineModule(torch.nn.Module):
         return parameter
 
     def get_extra_state(self) -> Tensor:
-        """What TE stores without FP8."""
+        """The empty state that TE stores without FP8."""
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
-        """There is no FP8 state to restore."""
+        """Does nothing: there is no FP8 state to restore."""
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """There is no FP8 state to make."""
+        """Does nothing: there is no FP8 state to make."""
 
     def set_tensor_parallel_group(self, tp_group: torch.distributed.ProcessGroup | None) -> None:
         self.tp_group = tp_group

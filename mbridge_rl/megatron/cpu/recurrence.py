@@ -1,10 +1,11 @@
-"""`mamba_ssm` and `fla` in pure torch, for machines without CUDA: what Megatron's Mamba and gated delta net layers train with.
+"""`mamba_ssm` and `fla` in pure torch, for Megatron's Mamba and gated delta net layers on machines without CUDA.
 
-Both recurrences run chunk by chunk: inside a chunk every position sees the earlier ones through a `[chunk, chunk]` product,
-and a state carries what lies before. Memory grows with `length * chunk`, not with `length ** 2`; all sums are fp32.
+Both recurrences run chunk by chunk: inside a chunk every position depends on the earlier ones through a `[chunk, chunk]`
+product, and a state carries the positions before the chunk. Memory grows with `length * chunk`, not with `length ** 2`; all
+sums are fp32.
 
-`causal_conv1d` exists too, only so that Megatron's version tests for packed sequences find one: its function is `None`, which
-Megatron answers with a plain convolution.
+`causal_conv1d` exists, too, but only for Megatron's version tests for packed sequences: its function is `None`, so that
+Megatron uses a plain convolution.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 _CHUNK = 64
 
-# What Megatron's version tests see: packed sequences need at least 2.0 and 1.4.
+# The versions for Megatron's version tests: packed sequences need at least 2.0 and 1.4.
 _VERSIONS = {"mamba_ssm": "2.3.0", "causal_conv1d": "1.6.0", "fla": "0.4.0"}
 
 
@@ -36,7 +37,7 @@ def mamba_scan(
         dt: `[batch, length, heads]`, positive.
         decay: `[heads]`, negative.
         b, c: `[batch, length, groups, state]`; each group serves `heads / groups` heads in a row.
-        sequence_ids: `[batch, length]`; the state starts anew where it changes. `None` is one sequence.
+        sequence_ids: `[batch, length]`; the state starts anew where the id changes. `None` means one sequence.
 
     Returns:
         `y`, fp32, of x's shape.
@@ -101,19 +102,20 @@ def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def _decay_between(total: Tensor, same: Tensor | None = None) -> Tensor:
-    """`[batch, heads, t, s]`: the decay from position `s` to `t`, zero for what lies ahead or, by `same [batch, t, s]`, in
-    another sequence. Exponents that don't count are masked first: they could overflow, and NaN gradients don't vanish."""
+    """`[batch, heads, t, s]`: the decay from position `s` to `t`; zero for later positions and, by `same [batch, t, s]`, for
+    other sequences. Their exponents are masked first, since they could overflow, and NaN gradients would not vanish."""
     total = total.transpose(1, 2)
     exponent = total[..., :, None] - total[..., None, :]
-    seen = torch.ones(exponent.shape[-2:], dtype=torch.bool, device=total.device).tril()
+    visible = torch.ones(exponent.shape[-2:], dtype=torch.bool, device=total.device).tril()
     if same is not None:
-        seen = seen & same[:, None]
-    return exponent.masked_fill(~seen, float("-inf")).exp()
+        visible = visible & same[:, None]
+    return exponent.masked_fill(~visible, float("-inf")).exp()
 
 
 def _connections(sequence_ids: Tensor | None, start: int, stop: int) -> tuple[Any, Any, Any, Any]:
-    """Which positions of a chunk see each other `[batch, t, s]`, the state that enters and the one that leaves
-    `[batch, t, 1]`; and whether the state that enters also leaves `[batch, 1]`."""
+    """Masks of the connections in a chunk: which positions are in one sequence `[batch, t, s]`; which positions depend on the
+    state before the chunk, and which contribute to the state after it, `[batch, t, 1]` each; and whether the state before the
+    chunk contributes to the state after it, `[batch, 1]`."""
     if sequence_ids is None:
         return None, 1.0, 1.0, 1.0
     ids = sequence_ids[:, start:stop]
@@ -123,12 +125,12 @@ def _connections(sequence_ids: Tensor | None, start: int, stop: int) -> tuple[An
 
 
 def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, sequence_ids: Tensor | None = None) -> Tensor:
-    """Every channel's sum over its last `width` inputs, of its own sequence only.
+    """Every channel's weighted sum of its last `width` inputs, within a sequence.
 
     Args:
         x: `[batch, length, channels]`.
         weight: `[channels, width]`, the newest input last.
-        sequence_ids: `[batch, length]`, or `None` for one sequence.
+        sequence_ids: `[batch, length]`, `None` for one sequence.
     """
     length, width = x.shape[1], weight.shape[1]
     total = x * weight[:, -1]
@@ -211,20 +213,20 @@ def chunk_gated_delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
 ) -> tuple[Tensor, None]:
-    """fla's training kernel, as far as Megatron calls it; see `gated_delta_rule` for shapes."""
+    """fla's training kernel with the options that Megatron uses; `gated_delta_rule` describes the shapes."""
     if initial_state is not None or output_final_state or use_qk_l2norm_in_kernel:
         raise NotImplementedError("on a CPU the gated delta rule has no initial or final state, and no norm of its own")
     return gated_delta_rule(q, k, v, g, beta).to(v.dtype), None
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """fla's: `x / sqrt(|x|^2 + eps)` over the last dimension, in fp32."""
+    """fla's norm, `x / sqrt(|x|^2 + eps)` over the last dimension, computed in fp32."""
     wide = x.float()
     return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 
 def build_modules() -> dict[str, types.ModuleType]:
-    """The module trees, keyed by the names that they have in `sys.modules`."""
+    """The module trees, by their names in `sys.modules`."""
     contents: dict[str, dict[str, Any]] = {
         "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": GatedRMSNorm},
         "mamba_ssm.ops.triton.ssd_combined": {

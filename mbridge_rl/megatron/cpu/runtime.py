@@ -3,13 +3,13 @@
     with megatron_runtime():
         ...import, build, run, train Megatron models...
 
-With a GPU the scope changes nothing and only asks that the real Transformer Engine is installed. Without one, `torch.cuda`,
-two collectives of `torch.distributed`, a few functions of Megatron's own and pure-torch stand-ins of the packages in
-`_KERNELS` are in place while the scope is open, and all is as before when it closes: vLLM, Transformers and accelerate in the
-same process look for these very things to decide what they may use.
+With a GPU the scope only checks that the real Transformer Engine is installed. Without a GPU, it replaces `torch.cuda`, two
+collectives of `torch.distributed`, a few functions of Megatron, and the packages in `_KERNELS` by pure-torch versions, and
+restores them when it closes: vLLM, Transformers and accelerate in the same process test for these packages to decide what they
+may use.
 
-Scopes nest. The device redirection acts in the thread that entered; the patched attributes are process-wide, so another
-thread sees them while any scope is open. A generator must not hold a scope across a `yield`: its caller would run in it.
+Scopes nest. The device redirection acts only in the thread that entered the scope; the patched attributes are process-wide, so
+other threads see them while any scope is open. A generator must not hold a scope across a `yield`: its caller would run in it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KERNELS = (_TE, "mamba_ssm", "causal_conv1d", "fla")
 
 
 class _Runtime:
-    """The patches of this process: how many scopes hold them, and what they replaced."""
+    """The patches of this process: the number of open scopes, and the original values."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -95,7 +95,7 @@ class _Runtime:
 
     def _swap_kernels_in(self) -> None:
         if not self._kernel_modules:
-            # Not on top: with a GPU nobody needs it.
+            # Imported here and not at the top, since it is not needed with a GPU.
             from mbridge_rl.megatron.cpu import recurrence as cpu_recurrence
             from mbridge_rl.megatron.cpu import transformer_engine as cpu_transformer_engine
 
@@ -109,7 +109,7 @@ def _kernel_names() -> list[str]:
 
 
 def _import_megatron() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """Import Megatron-core, or see that whoever did so before us left it usable.
+    """Imports Megatron-core, or checks that an earlier import of it found Transformer Engine.
 
     Raises:
         ImportError: Megatron-core is not installed, or was imported outside of the scope and found no Transformer Engine.
@@ -129,10 +129,11 @@ def _import_megatron() -> tuple[ModuleType, ModuleType, ModuleType]:
 
 @contextlib.contextmanager
 def _quiet_megatron() -> Iterator[None]:
-    """Megatron warns of missing CUDA kernels, which is what this runtime is about, and calls torch by names due to change."""
+    """Suppresses Megatron's warnings about missing CUDA kernels, which this runtime replaces, and about deprecated names of
+    torch."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-        # Recomputation looks at the gradients of non-leaves; our mode is the caller that torch sees.
+        # Recomputation reads the gradients of non-leaves; to torch the caller is the mode in `device`.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"mbridge_rl\.megatron\.cpu_device")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
         yield
@@ -140,7 +141,8 @@ def _quiet_megatron() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_torch_compile() -> Iterator[None]:
-    """Megatron wraps small functions in `torch.compile` as it is imported: on a CPU that costs seconds and gains nothing."""
+    """Turns `torch.compile` off while Megatron is imported: it wraps small functions in it, which costs seconds on a CPU
+    without a benefit."""
     compile_function = torch.compile
     torch.compile = _unchanged  # type: ignore[assignment]
     try:
@@ -165,7 +167,8 @@ _runtime = _Runtime()
 
 @contextlib.contextmanager
 def megatron_runtime() -> Iterator[None]:
-    """A scope in which Megatron-core can be imported, built and trained on this machine, GPU or not. Re-entrant.
+    """A scope in which Megatron-core models can be imported, built and trained on this machine, with or without a GPU.
+    Re-entrant.
 
     Raises:
         ImportError: Megatron-core or (with a GPU) Transformer Engine is missing, or Megatron-core was imported outside of

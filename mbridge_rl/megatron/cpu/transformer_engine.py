@@ -1,12 +1,12 @@
 """Transformer Engine in pure torch, for machines without CUDA.
 
-Megatron-core builds its models out of `transformer_engine.pytorch` modules. Here they are with TE's parameter names, shapes,
-attributes, initialisation and return values and no kernels, so that Megatron's own TE wrappers, layer specs and
-`sharded_state_dict` work unchanged and a checkpoint or a weight mapping is the same on either kind of machine. FP8,
-communication overlap and fused optimizers do not exist; asking for one fails in Megatron with "not available".
+Megatron-core builds its models from `transformer_engine.pytorch` modules. The modules here have TE's parameter names, shapes,
+attributes, initialisation and return values but no kernels. So Megatron's own TE wrappers, layer specs and `sharded_state_dict`
+work unchanged, and checkpoints and weight mappings are the same with and without CUDA. FP8, communication overlap and fused
+optimizers do not exist; if they are requested, Megatron fails with "not available".
 
 Activations are `[seq, batch, hidden]` or packed `[tokens, hidden]`. `install` is called by `mbridge_rl.megatron.cpu.runtime`
-only: nothing else may put a `transformer_engine` into `sys.modules`, where other libraries would take it for the real one.
+only: no other code may put a `transformer_engine` into `sys.modules`, where other libraries would mistake it for the real one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mbridge_rl.megatron.cpu.module import Initializer, TransformerEngineModule
 
-# What Megatron's version tests see. >= 2.8 has attention sinks; >= 2.10 would ask for `num_splits`, which only kernels have.
+# The version for Megatron's version tests. Sinks need >= 2.8; with >= 2.10 Megatron would pass `num_splits`, which is for
+# kernels.
 VERSION = "2.9.0"
 
 
@@ -42,7 +43,7 @@ def _gamma_initializer(zero_centered_gamma: bool) -> Initializer:
 
 
 class RMSNorm(TransformerEngineModule):
-    """`weight [hidden]`."""
+    """RMS norm with `weight [hidden]`."""
 
     has_bias = False
 
@@ -72,7 +73,7 @@ class RMSNorm(TransformerEngineModule):
 
 
 class LayerNorm(RMSNorm):
-    """`weight [hidden]`, `bias [hidden]`."""
+    """Layer norm with `weight [hidden]` and `bias [hidden]`."""
 
     has_bias = True
 
@@ -111,9 +112,9 @@ class _LinearBase(TransformerEngineModule):
         self._init_method = init_method or torch.nn.init.xavier_uniform_
 
     def _create_weights(self, suffixes: Sequence[str]) -> None:
-        """`weight{suffix} [out, in]` for every suffix, then `bias{suffix} [out]`.
+        """Makes `weight{suffix} [out, in]` for every suffix, then `bias{suffix} [out]`.
 
-        Like TE, weights are marked as tensor-parallel whatever `parallel_mode` is: the mark says nothing about placement.
+        As in TE, weights are marked as tensor-parallel in every `parallel_mode`: the mark does not describe their placement.
         """
         row = self.parallel_mode == "row"
         sharded = {"tensor_model_parallel": True, "partition_dim": int(row), "partition_stride": 1}
@@ -130,7 +131,7 @@ class _LinearBase(TransformerEngineModule):
             setattr(self, f"bias{suffix}", bias)
 
     def backward_dw(self) -> None:
-        """Weight gradients are never delayed here."""
+        """Does nothing: weight gradients are never delayed here."""
 
     def _enter_column(self, x: Tensor) -> Tensor:
         """The full input of a column-parallel product; its gradient is summed over the tensor-parallel group."""
@@ -162,7 +163,7 @@ class _LinearBase(TransformerEngineModule):
 
 
 class Linear(_LinearBase):
-    """`weight [out, in]`, `bias [out]`; returns `out`, or `(out, bias)` with `return_bias`."""
+    """A linear layer with `weight [out, in]` and `bias [out]`; returns `out`, or `(out, bias)` with `return_bias`."""
 
     def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
         super().__init__(in_features, out_features, **options)
@@ -174,12 +175,12 @@ class Linear(_LinearBase):
 
 
 class LayerNormLinear(_LinearBase):
-    """A norm fused with the column-parallel product behind it.
+    """A norm fused with the column-parallel linear layer that follows it.
 
-    `layer_norm_weight [in]`, `layer_norm_bias [in]` (layer norm only), `weight [out, in]`, `bias [out]`. Returns what TE
-    does: `out`, `(out, bias)` with `return_bias`, `(out, ln_out)` with `return_layernorm_output`, `(out, bias, ln_out)` with
-    both; Megatron's wrapper passes a tuple with a bias on and puts any other into `(..., None)`. `ln_out` is the normalised
-    input: this rank's part of the sequence under sequence parallelism, or all of it with
+    The parameters are `layer_norm_weight [in]`, `layer_norm_bias [in]` (layer norm only), `weight [out, in]` and `bias [out]`.
+    It returns the same as TE: `out`, `(out, bias)` with `return_bias`, `(out, ln_out)` with `return_layernorm_output`, `(out,
+    bias, ln_out)` with both. Megatron's wrapper returns a tuple with a bias unchanged and puts any other into `(..., None)`.
+    `ln_out` is the normalised input: this rank's part of the sequence under sequence parallelism, or the full sequence with
     `return_layernorm_output_gathered`. Both flags may be set after construction, as LoRA does.
     """
 
@@ -219,10 +220,10 @@ class LayerNormLinear(_LinearBase):
 
 
 class GroupedLinear(_LinearBase):
-    """One product per expert: `weight{i} [out, in]`, `bias{i} [out]` for `i < num_gemms`.
+    """One linear layer per expert, with `weight{i} [out, in]` and `bias{i} [out]` for `i < num_gemms`.
 
-    Tokens come sorted by expert, `m_splits[i]` of them for expert `i`. Tensor and expert parallel communication is the token
-    dispatcher's, so there is none here.
+    Tokens are sorted by expert, with `m_splits[i]` tokens for expert `i`. The token dispatcher does all tensor and expert
+    parallel communication, so there is none here.
     """
 
     def __init__(self, num_gemms: int, in_features: int, out_features: int, **options: Any) -> None:
@@ -244,7 +245,7 @@ class GroupedLinear(_LinearBase):
 
 
 class _Unavailable(types.ModuleType):
-    """A module whose every other public name is `None`, which Megatron reads as "this TE has no such kernel"."""
+    """A module in which every undefined public name is `None`; Megatron concludes that this TE has no such kernel."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -252,7 +253,7 @@ class _Unavailable(types.ModuleType):
 
 
 class _NoQuantization:
-    """TE's `FP8GlobalStateManager`, of which Megatron asks one question."""
+    """TE's `FP8GlobalStateManager`, with the one method that Megatron calls."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
@@ -276,7 +277,7 @@ _SUBMODULES = (
 
 
 def build_modules() -> dict[str, types.ModuleType]:
-    """The module tree, keyed by the name it has in `sys.modules`."""
+    """The module tree, by the names in `sys.modules`."""
     from mbridge_rl.megatron.cpu.attention import DotProductAttention
 
     modules: dict[str, types.ModuleType] = {}

@@ -1,7 +1,8 @@
 """The adapters of a live Megatron model as a side of a plan.
 
-What attaches them (`megatron.lora.attach`, or anybody's) leaves on every adapted linear `adapter_parameter_names` and
-`lora.scale`, and on every innermost model `lora_config`; their placement follows from the rules (`core.adapters`).
+The code that attached them (`megatron.lora.attach`, or another library's) has set `adapter_parameter_names` and `lora.scale` on
+every adapted linear, and `lora_config` on every innermost model. The placement of adapters follows from the rules
+(`core.adapters`).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from mbridge_rl.core.segments import Side, megatron_side
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parameters import check_held, global_name_of
 
-_OF_OUTPUT = re.compile(r"\.lora_(start_)?b\d*$")
+_OUTPUT_FACTOR = re.compile(r"\.lora_(start_)?b\d*$")
 
 
 class LiveAdapters(Mapping[str, Tensor]):
-    """This rank's adapter factors by global `megatron_name`, looked up now; made anew for every transfer.
+    """This rank's adapter factors by global `megatron_name`, at the time of its creation; make a new one for every transfer.
 
     Args:
-        scaled: multiply `B` by its adapter's scale when it is read, for engines; files state the scale beside.
+        scaled: whether `B` is multiplied by its adapter's scale when it is read, for engines; files store the scale separately.
     """
 
     def __init__(self, model: Sequence[nn.Module], experts_before: int, *, scaled: bool = False) -> None:
@@ -39,14 +40,14 @@ class LiveAdapters(Mapping[str, Tensor]):
                 for factor in getattr(module, "adapter_parameter_names", ()):
                     name = global_name_of(f"{local_name}.{factor}", layers, experts_before)
                     self._parameters[name] = getattr(module, factor)
-                    if scaled and _OF_OUTPUT.search(name):
+                    if scaled and _OUTPUT_FACTOR.search(name):
                         self._scales[name] = module.lora.scale
 
     def __getitem__(self, megatron_name: str) -> Tensor:
         factor = self._parameters[megatron_name].detach()
         if (scale := self._scales.get(megatron_name, 1.0)) == 1.0:
             return factor
-        return factor.float() * scale  # rounded once, to the dtype that travels
+        return factor.float() * scale  # rounded only once, when it is cast to the dtype that is sent
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
@@ -55,19 +56,19 @@ class LiveAdapters(Mapping[str, Tensor]):
         return len(self._parameters)
 
     def parameter(self, megatron_name: str) -> Tensor:
-        """The parameter object, which optimizers know."""
+        """The parameter object itself, which is the optimizers' key."""
         return self._parameters[megatron_name]
 
     def stored(self, megatron_name: str) -> Tensor:
-        """The parameter itself: what an import writes."""
+        """The parameter's values; imports write into this tensor."""
         return self._parameters[megatron_name].detach()
 
 
 def lora_config_of(model: Sequence[nn.Module]) -> LoRAConfig:
-    """What the adapters of a live model are.
+    """The config of the adapters of a live model.
 
     Raises:
-        StateMismatchError: it has none.
+        StateMismatchError: the model has no adapters.
     """
     config = getattr(unwrap(model)[0], "lora_config", None)
     if config is None:
@@ -76,30 +77,30 @@ def lora_config_of(model: Sequence[nn.Module]) -> LoRAConfig:
 
 
 def require_replaceable_base(model: Sequence[nn.Module]) -> None:
-    """Raises StateMismatchError where adapters are merged into the weights of a live model, or were made from them."""
+    """Raises StateMismatchError if adapters are merged into the weights of a live model, or were computed from them."""
     chunks = unwrap(model)
     config = getattr(chunks[0], "lora_config", None)
     if config is not None and (config.dora or config.keeps_start):
-        what = "DoRA's magnitudes" if config.dora else f"{config.start} adapters"
+        adapters = "DoRA's magnitudes" if config.dora else f"{config.start} adapters"
         raise StateMismatchError(
-            f"{what} were made from the weights that this model has: load weights before add_lora. Nothing was changed"
+            f"{adapters} were made from the weights that this model has: load weights before add_lora. Nothing was changed"
         )
-    adapters = (getattr(module, "lora", None) for chunk in chunks for module in chunk.modules())
-    if any(getattr(adapter, "base", None) is not None for adapter in adapters):
+    attached = (getattr(module, "lora", None) for chunk in chunks for module in chunk.modules())
+    if any(getattr(adapter, "base", None) is not None for adapter in attached):
         raise StateMismatchError("adapters are merged into this model's weights: call unmerge_adapters. Nothing was changed")
 
 
 def live_adapter_side(
     model: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, rank: int, *, scaled: bool = False
 ) -> tuple[LiveAdapters, ModelSpec, Side]:
-    """This rank's live factors, the adapters' spec, and this rank's segments of it, compared with each other.
+    """This rank's live factors, the adapters' spec, and this rank's side, checked against each other.
 
     Args:
-        spec: of the base model.
-        scaled: multiply `B` by the adapters' scale when it is read.
+        spec: the spec of the base model.
+        scaled: whether `B` is multiplied by the adapters' scale when it is read.
 
     Raises:
-        StateMismatchError: the model has no adapters, or other ones than its config says.
+        StateMismatchError: the model has no adapters, or other adapters than its config describes.
     """
     config = lora_config_of(model)
     adapters = adapter_spec(spec, config)

@@ -1,6 +1,6 @@
 """LoRA on Megatron's linear layers: `y = W x + scale * B A x` with a frozen `W` (Hu et al., arXiv:2106.09685).
 
-Adapters are parameters on the linear module itself, so every other name stays as it was:
+Adapters are parameters on the linear module itself, so all other names stay the same:
 
     decoder.layers.0.mlp.linear_fc1.weight  [out / tp, in]      frozen
     decoder.layers.0.mlp.linear_fc1.lora_a  [rank, in]          replicated      (column parallel)
@@ -9,9 +9,9 @@ Adapters are parameters on the linear module itself, so every other name stays a
     decoder.layers.0.mlp.linear_fc2.lora_b  [out, rank]         replicated
     decoder.layers.0.mlp.experts.linear_fc1.lora_a3             of one expert of a grouped linear
 
-`B A` has the shape of the local weight in all cases, so merging communicates nothing but DoRA's norms of rows that ranks cut.
-What is cut how follows from the model's mapping table (`core.adapters`), which also says how the factors are PEFT's. Besides
-`lora_a` and `lora_b` a linear may have `lora_magnitude` (DoRA) and the frozen `lora_start_a`, `lora_start_b` (PiSSA, OLoRA).
+`B A` always has the shape of the local weight, so merging communicates only DoRA's norms of rows that ranks cut. The sharding
+of the factors and their PEFT names follow from the model's mapping table (`core.adapters`). Besides `lora_a` and `lora_b` a
+linear may have `lora_magnitude` (DoRA) and the frozen `lora_start_a`, `lora_start_b` (PiSSA, OLoRA).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _WEIGHT = re.compile(r"weight\d*")
 
 @dataclass(frozen=True)
 class _Target:
-    """A linear to adapt, under its global name; the rule of its weight, the config of its adapters, and which of its rows get
-    which adapter."""
+    """A linear to adapt, with its global name, the rule of its weight, the config of its adapters, and the division of its rows
+    into adapters."""
 
     name: str
     module: nn.Module
@@ -67,7 +67,7 @@ class _Target:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of its weights: `("",)`, or one per expert of a grouped linear."""
+        """The suffixes of its weights' names: `("",)`, or one per expert of a grouped linear."""
         names = [name for name, _ in self.module.named_parameters(recurse=False)]
         return tuple(name.removeprefix("weight") for name in names if _WEIGHT.fullmatch(name))
 
@@ -77,16 +77,16 @@ class _Target:
         return "replicated" if self.rule.axis is None else cut if self.rule.axis == "tp" else f"expert_{cut}"
 
     def weight_name(self, index: int) -> str:
-        """Global name of its `index`-th weight."""
+        """The global name of its `index`-th weight."""
         return f"{self.name}.weight{'' if self.first_expert is None else self.first_expert + index}"
 
 
 def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
-    """Freezes the model and adds trainable adapters that leave its output unchanged at first (with `start` other than
-    `kaiming` and `gaussian` but for rounding).
+    """Freezes the model and adds trainable adapters that do not change its output initially (with a `start` other than
+    `kaiming` and `gaussian`, up to rounding).
 
-    Call it after loading the weights, from which DoRA and some `start`s begin, and before wrapping in DDP and making the
-    optimizer, which both look at what requires a gradient. All ranks call it together.
+    Call it after loading the weights, from which DoRA and some `start`s are computed, and before wrapping in DDP and making the
+    optimizer, which both depend on the parameters that require a gradient. All ranks call it together.
 
     Args:
         model: this rank's chunks, as `build_model` returns them.
@@ -95,9 +95,10 @@ def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
         The global names of the linears that carry adapters on this rank.
 
     Raises:
-        UnsupportedModelError, LayoutError, NotImplementedError: a target is no linear that PEFT or this module can adapt, or
-            not in this layout; ValueError: a target names nothing, the model has adapters already, was built elsewhere, or is
-            wrapped in DDP. Nothing was changed.
+        UnsupportedModelError, LayoutError, NotImplementedError: PEFT or this module cannot adapt a target, or not in this
+            layout. Nothing was changed.
+        ValueError: a target names nothing, or the model has adapters already, was built elsewhere, or is wrapped in DDP.
+            Nothing was changed.
     """
     if any(hasattr(chunk, "ddp_config") for chunk in model):
         raise ValueError("add LoRA before the model is wrapped in DDP: its gradient buffers are made for what trains then")
@@ -113,20 +114,20 @@ def add_lora(model: Sequence[nn.Module], config: LoRAConfig) -> list[str]:
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.requires_grad_(False)
-    for target, of_target in zip(targets, factors, strict=True):
-        _attach(target, of_target)
+    for target, target_factors in zip(targets, factors, strict=True):
+        _attach(target, target_factors)
     if config.dropout:
         seed_dropout(config.seed, world_rank(), layout.coordinates(world_rank()))
     for chunk in chunks:
         chunk.lora_config = config
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
-            # Recomputed layers pass gradients on only if their input wants one, and frozen embeddings don't.
+            # Recomputed layers pass gradients on only if their input requires one, and that of frozen embeddings does not.
             chunk.embedding.register_forward_hook(_require_gradient)
     return [target.name for target in targets]
 
 
 def adapted_modules(model: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The linears that carry adapters, with their local names, chunk by chunk."""
+    """Yields the local names and modules of the linears that carry adapters, chunk by chunk."""
     for chunk in unwrap(model):
         for name, module in chunk.named_modules():
             if isinstance(getattr(module, "lora", None), Adapter):
@@ -135,7 +136,7 @@ def adapted_modules(model: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module
 
 @contextmanager
 def adapters_disabled(model: Sequence[nn.Module]) -> Iterator[None]:
-    """The base model within: the reference policy of a LoRA run."""
+    """Disables the adapters inside of the block, so that the model is the base model: the reference policy of a LoRA run."""
     modules = [module for _, module in adapted_modules(model)]
     before = [module.lora.enabled for module in modules]
     for module in modules:
@@ -148,11 +149,12 @@ def adapters_disabled(model: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def merge_adapters(model: Sequence[nn.Module]) -> None:
-    """Adds the adapters to the weights in place, for whoever knows nothing of adapters. The weights as they were wait on the
-    host. Merged models export what they exported, don't train, and have no reference policy. All ranks call it together.
+    """Adds the adapters to the weights in place, for code that does not know adapters. The original weights are stored on the
+    host. A merged model exports the same weights as before, cannot be trained, and has no reference policy. All ranks call it
+    together.
 
     Raises:
-        ValueError: they are merged already, or there are none.
+        ValueError: the adapters are merged already, or the model has none.
     """
     modules = [module for _, module in adapted_modules(model)]
     if not modules or any(module.lora.base is not None for module in modules):
@@ -168,7 +170,7 @@ def merge_adapters(model: Sequence[nn.Module]) -> None:
 
 
 def unmerge_adapters(model: Sequence[nn.Module]) -> None:
-    """Undoes `merge_adapters`: every weight has the bits it had.
+    """Undoes `merge_adapters`: every weight is restored bit for bit.
 
     Raises:
         ValueError: nothing is merged.
@@ -184,7 +186,7 @@ def unmerge_adapters(model: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def adapters_merged(model: Sequence[nn.Module]) -> Iterator[None]:
-    """The adapters are part of the weights within."""
+    """Merges the adapters into the weights inside of the block."""
     merge_adapters(model)
     try:
         yield
@@ -193,16 +195,16 @@ def adapters_merged(model: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
-    """The linears of a chunk to adapt."""
+    """Yields the linears of a chunk that get adapters."""
     spec, layout = adapted_spec(chunk.model_spec, config), chunk.parallel_layout
-    of_module: dict[str, list[AdaptedRule]] = {}
-    for one in adapted_rules(spec, config):
-        of_module.setdefault(module_name(one.rule.megatron_name), []).append(one)
+    rules_of_module: dict[str, list[AdaptedRule]] = {}
+    for adapted_rule in adapted_rules(spec, config):
+        rules_of_module.setdefault(module_name(adapted_rule.rule.megatron_name), []).append(adapted_rule)
     at = layout.coordinates(world_rank())
     experts_before = at.ep * (spec.num_experts or 0) // layout.ep
     for pattern, index, global_name, module in _modules(chunk):
-        candidates = of_module.get(pattern, ())
-        adapted = next((one for one in candidates if one.rule.layers is None or index in one.rule.layers), None)
+        candidates = rules_of_module.get(pattern, ())
+        adapted = next((rule for rule in candidates if rule.rule.layers is None or index in rule.rule.layers), None)
         if adapted is None:
             continue
         _require_adaptable(module, global_name, adapted)
@@ -214,7 +216,7 @@ def _targets(chunk: nn.Module, config: LoRAConfig) -> Iterator[_Target]:
 
 
 def _modules(chunk: nn.Module) -> Iterator[tuple[str, int, str, nn.Module]]:
-    """What may be adapted: its name in rules, its layer, its global name, and itself."""
+    """Yields every module that may be adapted: its name in rules, the index of its layer, its global name, and the module."""
     for layer in chunk.decoder.layers:
         index = layer.layer_number - 1
         for name, module in layer.named_modules():
@@ -233,15 +235,15 @@ def _require_adaptable(module: nn.Module, name: str, adapted: AdaptedRule) -> No
         raise ValueError(f"{name} has an adapter already")
     config = adapted.config
     if adapted.rule.padded and (config.dora or config.start not in ("kaiming", "gaussian")):
-        what = "DoRA" if config.dora else f"start={config.start}"
+        feature = "DoRA" if config.dora else f"start={config.start}"
         raise NotImplementedError(
-            f"{what} on {name} is not supported: the rows that pad its vocabulary are no weights; leave it out of the targets, "
-            f"or use plain LoRA"
+            f"{feature} on {name} is not supported: the rows that pad its vocabulary are no weights; leave it out of the "
+            f"targets, or use plain LoRA"
         )
 
 
 def _first_factors(target: _Target, start: Start) -> list[dict[str, Tensor]]:
-    """Of every weight of a linear."""
+    """The initial factors of every weight of a linear, by factor."""
     return [
         start.factors(factor_name(target.weight_name(index), "lora_a"), getattr(target.module, f"weight{suffix}"))
         for index, suffix in enumerate(target.suffixes)
@@ -262,8 +264,8 @@ def _attach(target: _Target, factors: list[dict[str, Tensor]]) -> None:
         module.register_parameter(f"{factor}{suffix}", parameter)
         module.adapter_parameter_names += (f"{factor}{suffix}",)
 
-    for suffix, of_weight in zip(suffixes, factors, strict=True):
-        for factor, value in of_weight.items():
+    for suffix, weight_factors in zip(suffixes, factors, strict=True):
+        for factor, value in weight_factors.items():
             register(factor, suffix, value)
         if config.dora:
             norms = row_norms(module, suffix)
@@ -271,20 +273,20 @@ def _attach(target: _Target, factors: list[dict[str, Tensor]]) -> None:
 
 
 def _mark(parameter: nn.Parameter, factor: str, mode: Mode, module: nn.Module, weight: Tensor) -> None:
-    """What Megatron's DDP, gradient finalization and gradient norm read: with which replicas it is reduced, whether it saw only
-    this rank's part of the sequence, and whether other ranks count it in the norm."""
-    of_columns = factor in ("lora_a", "lora_start_a")
-    sharded = mode.endswith("row" if of_columns else "column")
-    parameter.partition_dim, parameter.partition_stride = int(of_columns), 1
+    """Sets the attributes that Megatron's DDP, gradient finalization and gradient norm read: over which replicas the gradient
+    is reduced, whether it belongs to this rank's part of the sequence only, and whether other ranks count it in the norm."""
+    is_input_factor = factor in ("lora_a", "lora_start_a")
+    sharded = mode.endswith("row" if is_input_factor else "column")
+    parameter.partition_dim, parameter.partition_stride = int(is_input_factor), 1
     if mode.startswith("expert"):
-        # Unmarked parameters count on the first rank of the dense layers' group, which holds some experts only.
+        # Megatron counts unmarked parameters on the first rank of the dense layers' group, which holds only some experts.
         parameter.tensor_model_parallel = True
         parameter.shared = not sharded and _expert_tensor_rank() > 0
         parameter.allreduce = getattr(weight, "allreduce", True)
         return
     parameter.allreduce = True
     parameter.tensor_model_parallel = sharded and cutting_group(mode) is not None
-    # Not the module's own flag: Transformer Engine clears it on a linear that is not cut.
+    # The module's own flag cannot be used: Transformer Engine clears it on a linear that is not sharded.
     parameter.sequence_parallel = not sharded and bool(module.config.sequence_parallel)
 
 

@@ -1,6 +1,7 @@
-"""Dropout of adapters' inputs: ranks that hold the same elements drop the same ones, all others draw on their own.
+"""Dropout of adapters' inputs: ranks that hold the same elements drop the same ones, all others draw independently.
 
-The states are entries of Megatron's RNG tracker, so recomputed layers draw again what they drew, and checkpoints hold them.
+The random states are entries of Megatron's RNG tracker, so that recomputed layers draw the same numbers again, and checkpoints
+contain the states.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor
 from mbridge_rl.core.layout import Coordinates
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 
-_OWN, _OF_TENSOR_RANKS, _OF_EXPERT_TENSOR_RANKS = "adapter-dropout", "adapter-dropout-tp", "adapter-dropout-etp"
+_OWN, _TENSOR_RANKS, _EXPERT_TENSOR_RANKS = "adapter-dropout", "adapter-dropout-tp", "adapter-dropout-etp"
 
 
 def seed_dropout(seed: int, rank: int, at: Coordinates) -> None:
-    """Adds this rank's states to the tracker, or replaces them.
+    """Adds this rank's random states to the tracker, or replaces them.
 
     Args:
         at: the rank's coordinates.
@@ -26,8 +27,8 @@ def seed_dropout(seed: int, rank: int, at: Coordinates) -> None:
 
     shared_by = {
         _OWN: (rank,),
-        _OF_TENSOR_RANKS: (at.pp, at.dp, at.cp),
-        _OF_EXPERT_TENSOR_RANKS: (at.pp, at.ep, _expert_replica()),
+        _TENSOR_RANKS: (at.pp, at.dp, at.cp),
+        _EXPERT_TENSOR_RANKS: (at.pp, at.ep, _expert_replica()),
     }
     tracker = get_cuda_rng_tracker()
     for name, key in shared_by.items():
@@ -39,20 +40,20 @@ def seed_dropout(seed: int, rank: int, at: Coordinates) -> None:
 
 
 def drop(x: Tensor, probability: float, mode: str, *, sequence_parallel: bool) -> Tensor:
-    """`x` with elements zeroed and the others scaled up.
+    """`x` with elements set to zero with this probability and the others scaled up.
 
     Args:
-        mode: of the linear (`lora_layers.Mode`), which says with `sequence_parallel` who else holds the same elements: the
-            tensor-parallel ranks of a column-parallel or replicated linear, unless each has its own part of the sequence, and
-            the ranks that cut an expert's output.
+        mode: the linear's mode (`lora.layers.Mode`). Together with `sequence_parallel` it determines which ranks hold the same
+            elements: the tensor-parallel ranks of a column-parallel or replicated linear, unless each has its own part of the
+            sequence, and the ranks that shard an expert's output.
     """
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     name = _OWN
     if mode == "expert_column":
-        name = _OF_EXPERT_TENSOR_RANKS
+        name = _EXPERT_TENSOR_RANKS
     elif mode in ("column", "replicated") and not sequence_parallel:
-        name = _OF_TENSOR_RANKS
+        name = _TENSOR_RANKS
     with get_cuda_rng_tracker().fork(name):
         return F.dropout(x, probability)
 

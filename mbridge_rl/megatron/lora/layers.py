@@ -1,9 +1,11 @@
-"""What an adapted linear computes, in the layout of its own output, whatever cuts it: LoRA `y + scale * B A dropout(x)`, or
-DoRA `magnitude / |W + scale * B A| * (y + scale * B A dropout(x))` with every row's norm taken for a constant.
+"""The computation of an adapted linear, in the layout of its own output and for every sharding.
 
-Only `rank` numbers per token travel: a column-parallel adapter gathers (or copies) `A x`, a row-parallel one sums it. Experts'
-tokens are gathered and their outputs summed by the token dispatcher, so nothing travels there; their replicated factors get
-their gradients summed over the expert-tensor-parallel ranks instead. Norms of rows that ranks cut are summed, too.
+LoRA computes `y + scale * B A dropout(x)`. DoRA computes `magnitude / |W + scale * B A| * (y + scale * B A dropout(x))`, where
+every row's norm is treated as a constant.
+
+Only `rank` numbers per token are communicated: a column-parallel adapter gathers (or copies) `A x`, a row-parallel one sums it.
+The token dispatcher gathers experts' tokens and sums their outputs, so nothing more is communicated there; the gradients of
+their replicated factors are summed over the expert-tensor-parallel ranks instead. Norms of rows that ranks cut are summed, too.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ class Adapter:
     """How a linear module applies its adapters.
 
     Attributes:
-        suffixes: of the weights that have one: `("",)`, or one per expert of a grouped linear.
-        rows: which rows of the output come from which `A`.
+        suffixes: the suffixes of the adapted weights' names: `("",)`, or one per expert of a grouped linear.
+        rows: the division of the output's rows into adapters.
         dropout: probability that an element of the input is dropped in training.
-        base: the weights as they were, on the host, while the adapters are merged into them.
+        base: the original weights, on the host, while the adapters are merged into the weights.
     """
 
     scale: float
@@ -43,18 +45,19 @@ class Adapter:
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:
-    """Makes `module` add its adapters to what it returns."""
+    """Makes `module` add its adapters to its output."""
     module.lora = adapter
     module.register_forward_pre_hook(_ask_for_normalized_input)
-    module.register_forward_hook(_add_adapter, prepend=True)  # what others make of the output they make of all of it
+    module.register_forward_hook(_add_adapter, prepend=True)  # so that other hooks get the output with adapters
 
 
 @torch.no_grad()
 def merged_weight(module: nn.Module, name: str = "weight", norm: Tensor | None = None) -> Tensor:
-    """What the weight of this name and its adapter are together, `[out, in]` (local) in its dtype; computed in fp32.
+    """The weight of this name with its adapter merged, `[out, in]` (local) in its dtype; computed in fp32.
 
     Args:
-        norm: `row_norms` of it; with DoRA, without it, all ranks that share the weight must call this together.
+        norm: the weight's `row_norms`. With DoRA and without this argument, all ranks that share the weight must call the
+            function together.
     """
     suffix, weight = name.removeprefix("weight"), getattr(module, name).detach()
     if module.lora.base is not None:
@@ -67,17 +70,18 @@ def merged_weight(module: nn.Module, name: str = "weight", norm: Tensor | None =
 
 
 def merging(module: nn.Module) -> Callable[[str], Tensor]:
-    """`merged_weight` by name, without communication. Made by all ranks that share the module together: with DoRA they sum the
-    norms of rows that are cut."""
+    """Returns a function that computes `merged_weight` by name, without communication. All ranks that share the module call
+    this
+    together: with DoRA they sum the norms of rows that ranks cut."""
     adapter = module.lora
-    of_rows = adapter.base is None and _magnitude(module, adapter.suffixes[0]) is not None
-    norms = {f"weight{suffix}": row_norms(module, suffix) for suffix in adapter.suffixes} if of_rows else {}
+    needs_norms = adapter.base is None and _magnitude(module, adapter.suffixes[0]) is not None
+    norms = {f"weight{suffix}": row_norms(module, suffix) for suffix in adapter.suffixes} if needs_norms else {}
     return lambda name: merged_weight(module, name, norms.get(name))
 
 
 @torch.no_grad()
 def row_norms(module: nn.Module, suffix: str = "") -> Tensor:
-    """`|W + scale * B A|` of every row of this rank `[out]` fp32, over the whole input. Collective where ranks cut rows."""
+    """`|W + scale * B A|` of every row of this rank, `[out]` fp32, over the full input. Collective where ranks cut rows."""
     squares = (getattr(module, f"weight{suffix}") + _delta(module, suffix)).float().square().sum(dim=1)
     group = cutting_group(module.lora.mode) if module.lora.mode.endswith("row") else None
     if group is not None:
@@ -86,8 +90,8 @@ def row_norms(module: nn.Module, suffix: str = "") -> Tensor:
 
 
 def effective_factors(module: nn.Module, suffix: str) -> tuple[Tensor, Tensor]:
-    """`A` and `B` of all that is added: with the factors that the adapters started from behind their own, as one adapter of
-    twice the rank."""
+    """`A` and `B` of everything that is added to the weight: the adapter's factors and, behind them, the initial factors that
+    are subtracted, as one adapter of twice the rank."""
     factor_a, factor_b = getattr(module, f"lora_a{suffix}"), getattr(module, f"lora_b{suffix}")
     start_a = getattr(module, f"lora_start_a{suffix}", None)
     if start_a is None:
@@ -98,7 +102,7 @@ def effective_factors(module: nn.Module, suffix: str) -> tuple[Tensor, Tensor]:
 
 
 def expand(inner: Tensor, factor_b: Tensor, rows: FusedRows) -> Tensor:
-    """`B` times what every part's own `A` gave.
+    """Multiplies `B` by the product of every part's own `A`.
 
     Args:
         inner: `[..., adapters * rank]`, the products of all `A`.
@@ -112,25 +116,25 @@ def expand(inner: Tensor, factor_b: Tensor, rows: FusedRows) -> Tensor:
         return F.linear(inner, factor_b)
     by_group = factor_b.view(rows.groups, -1, rank)
     pieces, start = [], 0
-    for size, which in rows.parts:
-        if which is None:
+    for size, index in rows.parts:
+        if index is None:
             pieces.append(inner.new_zeros(*inner.shape[:-1], rows.groups, size))
             continue
-        of_part = by_group[:, start : start + size].reshape(rows.groups * size, rank)
-        product = F.linear(inner[..., which * rank : (which + 1) * rank], of_part)
+        part_b = by_group[:, start : start + size].reshape(rows.groups * size, rank)
+        product = F.linear(inner[..., index * rank : (index + 1) * rank], part_b)
         pieces.append(product.unflatten(-1, (rows.groups, size)))
         start += size
     return torch.cat(pieces, dim=-1).flatten(-2)
 
 
 def _ask_for_normalized_input(module: nn.Module, arguments: Any) -> None:
-    """A linear with a fused norm returns its normalised input, which the adapter needs, for this call only."""
+    """Makes a linear with a fused norm return its normalised input, which the adapter needs, for this call only."""
     if hasattr(module, "return_layernorm_output"):
         module.return_layernorm_output = module.lora.enabled and module.lora.base is None
 
 
 def _add_adapter(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook: what the linear and its adapters return together, in the form of the linear's own output."""
+    """Forward hook: adds the adapters' output to the linear's, in the form of the linear's own output."""
     adapter = module.lora
     if adapter.base is not None and (module.training or not adapter.enabled):
         raise RuntimeError("this model's adapters are merged into its weights: call unmerge_adapters before")
@@ -141,10 +145,10 @@ def _add_adapter(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> 
     else:
         (y, bias), x = output, arguments[0]
     if module.training and adapter.dropout:
-        # Not the module's own flag: Transformer Engine clears it on a linear that is not cut.
+        # The module's own flag cannot be used: Transformer Engine clears it on a linear that is not sharded.
         x = drop(x, adapter.dropout, adapter.mode, sequence_parallel=bool(module.config.sequence_parallel))
     sizes = _tokens_per_expert(arguments[1]) if adapter.suffixes != ("",) else None
-    products = _of_experts(module, x, sizes) if sizes is not None else [_of_linear(module, x)]
+    products = _expert_products(module, x, sizes) if sizes is not None else [_linear_product(module, x)]
     parts = y.split(sizes) if sizes is not None else [y]
     if _magnitude(module, adapter.suffixes[0]) is not None:
         added = _with_magnitudes(module, parts, products, bias_included=bias is None)
@@ -154,7 +158,8 @@ def _add_adapter(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> 
 
 
 def _without_normalized_input(output: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Megatron passes TE's tuple on where it asked for a bias, `(y, bias, x)`, and else makes `((y, x), None)` of it."""
+    """The output, the bias and the normalised input. Megatron returns TE's tuple `(y, bias, x)` if it requested a bias, and
+    otherwise `((y, x), None)`."""
     if len(output) == 3:
         return output
     (y, x), bias = output
@@ -165,13 +170,13 @@ def _tokens_per_expert(sizes: Any) -> list[int]:
     return sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
 
 
-def _of_linear(module: nn.Module, x: Tensor) -> Tensor:
+def _linear_product(module: nn.Module, x: Tensor) -> Tensor:
     (factor_a,), (factor_b,) = _factors(module, x.dtype)
     return expand(_between(module, F.linear(x, factor_a)), factor_b, module.lora.rows)
 
 
-def _of_experts(module: nn.Module, x: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Tokens come sorted by expert."""
+def _expert_products(module: nn.Module, x: Tensor, sizes: list[int]) -> list[Tensor]:
+    """`B A x` of every expert; the tokens are sorted by expert."""
     factors_a, factors_b = _factors(module, x.dtype)
     return [
         expand(F.linear(tokens, factor_a), factor_b, module.lora.rows)
@@ -182,7 +187,8 @@ def _of_experts(module: nn.Module, x: Tensor, sizes: list[int]) -> list[Tensor]:
 def _with_magnitudes(
     module: nn.Module, parts: Sequence[Tensor], products: Sequence[Tensor], *, bias_included: bool
 ) -> list[Tensor]:
-    """What to add to each weight's output so that its rows have their magnitudes; a bias has none."""
+    """The tensors that must be added to each weight's output so that its rows have their magnitudes; a bias has no
+    magnitude."""
     adapter, added = module.lora, []
     magnitudes = [getattr(module, f"lora_magnitude{suffix}") for suffix in adapter.suffixes]
     if adapter.mode == "expert_row":
@@ -196,8 +202,8 @@ def _with_magnitudes(
 
 
 def _factor_of_rows(magnitude: Tensor, norm: Tensor, rows: FusedRows) -> Tensor:
-    """`magnitude / norm` of every row `[rows]`, one where there is no adapter; rounded as the magnitude, so that a magnitude
-    that is the norm gives exactly one."""
+    """`magnitude / norm` of every row, `[rows]`; 1 in rows without an adapter. The norm is rounded to the magnitude's dtype, so
+    that equal values give exactly 1."""
     norm = norm.to(magnitude.dtype)
     if rows.is_complete:
         return magnitude / norm
@@ -210,26 +216,24 @@ def _magnitude(module: nn.Module, suffix: str) -> Tensor | None:
 
 
 def _delta(module: nn.Module, suffix: str) -> Tensor:
-    """`scale * B A` `[out, in]` (local) fp32."""
+    """`scale * B A`, `[out, in]` (local) fp32."""
     factor_a, factor_b = (factor.float() for factor in effective_factors(module, suffix))
     return module.lora.scale * expand(factor_a.t(), factor_b, module.lora.rows).t()
 
 
 def cutting_group(mode: Mode) -> Any | None:
-    """The process group whose ranks cut a weight of this mode; `None` where none do."""
+    """The process group whose ranks shard a weight of this mode; `None` if it is not sharded."""
     from megatron.core import parallel_state
 
     if mode == "replicated":
         return None
-    of_experts = mode.startswith("expert")
-    group = (
-        parallel_state.get_expert_tensor_parallel_group() if of_experts else parallel_state.get_tensor_model_parallel_group()
-    )
+    is_expert = mode.startswith("expert")
+    group = parallel_state.get_expert_tensor_parallel_group() if is_expert else parallel_state.get_tensor_model_parallel_group()
     return group if group.size() > 1 else None
 
 
 def _factors(module: nn.Module, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Every `A` and every `B` of the module."""
+    """All `A` and all `B` of the module."""
     pairs = [effective_factors(module, suffix) for suffix in module.lora.suffixes]
     factors_a, factors_b = ([factor.to(dtype) for factor in factors] for factors in zip(*pairs, strict=True))
     match module.lora.mode:
@@ -241,7 +245,7 @@ def _factors(module: nn.Module, dtype: torch.dtype) -> tuple[Sequence[Tensor], S
 
 
 def _summing_gradients(factors: list[Tensor]) -> Sequence[Tensor]:
-    """The same factors; each rank of the expert-tensor-parallel group sees a part of their gradient."""
+    """The same factors, whose gradients are summed over the expert-tensor-parallel group: each rank computes a part of them."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import mappings
 
@@ -252,7 +256,7 @@ def _summing_gradients(factors: list[Tensor]) -> Sequence[Tensor]:
 
 
 def _between(module: nn.Module, inner: Tensor) -> Tensor:
-    """From the layout of a linear's input to that of its output, over the tensor-parallel group."""
+    """Converts `A x` from the layout of a linear's input to that of its output, over the tensor-parallel group."""
     from megatron.core.tensor_parallel import mappings
 
     if cutting_group(module.lora.mode) is None:

@@ -59,9 +59,7 @@ def run_training(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         LaunchError: a rank failed, and `runner.restarts` are used up, or the same failure came again at the same step.
     """
     started = time.perf_counter()
-    if (
-        int(os.environ.get("RANK", 0)) > 0
-    ):  # a rank of torchrun; it starts training when the first rank has prepared the run, too
+    if int(os.environ.get("RANK", 0)) > 0:  # a rank of torchrun, whose first collective waits until rank 0 has prepared the run
         return _launch(config, resume=resume)
     with only_run(config.run_dir):
         return _run(config, resume=resume, started=started)
