@@ -69,7 +69,7 @@ def _serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(_TESTS))
+    sys.path[:0] = [str(_TESTS), str(_TESTS.parents[1])]  # of helpers, and of test files as `tests.ROOM.test_NAME`
     with contextlib.suppress(EOFError):
         _serve(Connection(int(sys.argv[1])))
     gc.collect()  # arenas that tracebacks kept alive are unlinked
