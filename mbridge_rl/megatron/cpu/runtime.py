@@ -134,7 +134,7 @@ def _quiet_megatron() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
         # Recomputation reads the gradients of non-leaves; to torch the caller is the mode in `device`.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"mbridge_rl\.megatron\.cpu_device")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"mbridge_rl\.megatron\.cpu\.device")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
         yield
 
