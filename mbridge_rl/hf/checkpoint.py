@@ -37,10 +37,6 @@ class _Index:
             if not _is_inside(file):
                 raise ValueError(f"weight_map names the file {shown(file)}; only files of the checkpoint's directory are read")
 
-    def piece(self, first: int, shape: Shape) -> Entry:
-        """Of a run of elements of the tensor, from element `first` on, `[*shape]`."""
-        return self._replace(shape=shape, start=self.start + first * self.dtype.itemsize)
-
 
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint directory by `hf_name`.
