@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import engine_answers
 import pytest
 import torch
 from attached_scenarios import ByName
+from engine_answers import PROMPTS, Answers
 from ranks import run_ranks
 from tiny import DENSE, logit_scale
 from tolerance import assert_near, forward
@@ -45,8 +47,6 @@ ENGINE = {"max_model_len": 64, "max_num_seqs": 8, "enable_lora": True, "max_lora
 # W x + B A x in vLLM against (W + B A) x in Transformers, whose deltas are several times the weights.
 ROUNDING = forward(DENSE["num_hidden_layers"], SIZES["hidden_size"])
 LOGITS = logit_scale(SIZES["hidden_size"])
-PROMPTS = [[5, 9, 33, 100, 514], [1, 2, 3]]
-Answers = list[tuple[list[int], list[float]]]
 
 
 def adapter(start: Path, seed: int, rank: int = 4, **config: Any) -> dict[str, Tensor]:
@@ -334,16 +334,7 @@ def greedy_of_transformers(start: Path, state: dict[str, torch.Tensor]) -> Answe
 
     model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
     model.load_state_dict(state, strict=False)
-    answers: Answers = []
-    for prompt in PROMPTS:
-        tokens, logprobs = list(prompt), []
-        for _ in range(4):
-            with torch.no_grad():
-                step = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-            tokens.append(int(step.argmax()))
-            logprobs.append(float(step.max()))
-        answers.append((tokens[len(prompt) :], logprobs))
-    return answers
+    return engine_answers.greedy_of_transformers(model, 4)
 
 
 def assert_close(found: Answers, expected: Answers) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from engine_answers import ENGINE, PROMPTS, Answers, greedy
+from engine_answers import ENGINE, greedy, greedy_of_transformers
 from ranks import run_ranks
 from tiny import DENSE, logit_scale, tiny_checkpoint
 from tolerance import assert_near, forward
@@ -26,19 +25,6 @@ pytestmark = pytest.mark.slow
 SIZES = {"hidden_size": 256, "head_dim": 32}  # heads of 32: the smallest that vLLM computes on a CPU
 
 ROUNDING = forward(DENSE["num_hidden_layers"], SIZES["hidden_size"])
-
-
-def greedy_of_transformers(model: torch.nn.Module) -> Answers:
-    answers: Answers = []
-    for prompt in PROMPTS:
-        tokens, logprobs = list(prompt), []
-        for _ in range(8):
-            with torch.no_grad():
-                step = model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
-            tokens.append(int(step.argmax()))
-            logprobs.append(float(step.max()))
-        answers.append((tokens[len(prompt) :], logprobs))
-    return answers
 
 
 def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, fresh: bool) -> dict[str, Any]:
@@ -94,7 +80,9 @@ def test_refitted_engine_equals_a_fresh_one_and_transformers(
     assert found["version"] == 2
     if fresh:
         assert found["refitted"] == found["fresh"]  # the same bits: tokens and log-probabilities
-    for (tokens, logprobs), (wanted, wanted_logprobs) in zip(found["refitted"], greedy_of_transformers(reference), strict=True):
+    for (tokens, logprobs), (wanted, wanted_logprobs) in zip(
+        found["refitted"], greedy_of_transformers(reference, 8), strict=True
+    ):
         assert tokens == wanted
         scale = logit_scale(SIZES["hidden_size"], tied=variant.endswith("tied"))
         assert_near(logprobs, wanted_logprobs, ROUNDING, scale=scale, what="log-probabilities")
@@ -161,4 +149,4 @@ def test_failures_reach_every_rank_and_leave_no_mixture(tmp_path: Path) -> None:
     assert first["served_on"]
     version, answers = first["after"]
     assert version == 8
-    assert [tokens for tokens, _ in answers] == [tokens for tokens, _ in greedy_of_transformers(reference)]
+    assert [tokens for tokens, _ in answers] == [tokens for tokens, _ in greedy_of_transformers(reference, 8)]
