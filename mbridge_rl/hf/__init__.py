@@ -1,3 +1,3 @@
-"""Hugging Face checkpoints: reading and writing `config.json`, safetensors files and PEFT adapters, with all that published
-checkpoints vary in. Imports `core` only.
+"""Hugging Face checkpoints: reading and writing of `config.json`, safetensors files and PEFT adapters, in all variants of
+published checkpoints. Imports `core` only.
 """
