@@ -1,6 +1,6 @@
-"""Model families: each file says how a Hugging Face config becomes a Megatron model, and which tensors correspond.
+"""Model families: each file defines how a Hugging Face config becomes a Megatron model, and which tensors correspond.
 
-Adding a family is one file here and one line in `FAMILIES`.
+A new family needs one file here and one line in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def model_spec(hf_config: Any, *, mtp: bool = False, numerics: Numerics = "trans
         numerics: whose arithmetic it follows where Transformers and vLLM differ (`core.extras.NotInVllm`).
 
     Raises:
-        UnsupportedModelError: no bridge for the architecture, or the config asks for a feature that its bridge can't express.
-        CheckpointError: a field of the config holds what no model could have; its name, what it holds and what is expected.
+        UnsupportedModelError: there is no bridge for the architecture, or its bridge does not support a feature in the config.
+        CheckpointError: a field of the config has an impossible value; the message has its name, its value and the allowed
+            values.
     """
     architectures = getattr(hf_config, "architectures", None) or []
     if not isinstance(architectures, list | tuple) or not all(isinstance(name, str) for name in architectures):
