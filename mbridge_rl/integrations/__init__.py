@@ -1,5 +1,5 @@
-"""The ends that RL frameworks embed, each a thin layer over `AutoBridge` and the sync plane.
+"""Adapters for RL frameworks, each a thin layer over `AutoBridge` and `sync`.
 
-`mbridge` and `megatron_bridge` stand in for the packages of these names, `verl` is a checkpoint engine, `nemo_rl` a weight
-synchronizer. docs/integrations.md shows how.
+`mbridge` and `megatron_bridge` have the interfaces of the packages of these names, `verl` is a checkpoint engine, `nemo_rl` a
+weight synchronizer. docs/integrations.md shows how they are used.
 """
