@@ -6,8 +6,7 @@ A bridge that read `sliding_window` in every config would apply it to a Llama, w
 `ConfigReader`:
 
 * It returns only fields that the config's own Transformers class declares. A field that the class does not declare has no
-effect in
-  Transformers, and is returned only by `undeclared` (for the few that a model reads all the same).
+  effect in Transformers, and is returned only by `undeclared` (for the few that a model reads all the same).
 * It records which fields were read. When the family has finished, every other field must be declared to be without effect
   (`WITHOUT_EFFECT` for all families, `ignore` for one), or have its class's default value. Otherwise the model is refused, and
   the error names the field.
