@@ -3,8 +3,8 @@
     python convert_checkpoint.py CHECKPOINT OUTPUT --tp 2 --pp 2 --ep 1
 
 Shards a checkpoint as Megatron would hold it on every rank of a layout, writes one safetensors file per rank, reads them back,
-and joins them to a Hugging Face checkpoint again, bit for bit the one it began with. Without arguments it makes a tiny random
-Qwen3 to show it on.
+and joins them to a Hugging Face checkpoint again, which equals the first one bit for bit. Without arguments it converts a tiny
+random Qwen3.
 """
 
 from __future__ import annotations

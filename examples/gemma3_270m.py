@@ -27,8 +27,8 @@ def make_checkpoint(directory: Path) -> None:
         file = assemble(Path(folder) / "model.gguf")
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
         dequantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.bfloat16)
-    tokenizer.add_bos_token = True  # Gemma knows no text without; the file's tokenizer forgets it
-    # The loaded model calls itself quantized and would be saved as such. A new one of the same config doesn't.
+    tokenizer.add_bos_token = True  # Gemma was trained with this token only; the file's tokenizer leaves it out
+    # The loaded model's config says that it is quantized. A new model without this field is saved as a plain checkpoint.
     config = dequantized.config
     del config.quantization_config
     model = Gemma3ForCausalLM(config).to(torch.bfloat16)

@@ -2,9 +2,10 @@
 
     python refit_in_process.py
 
-The engine starts with the weights of a checkpoint. The trainer takes a few real Megatron steps on it, then its weights
-go into the running engine. At the end a fresh engine, started from the checkpoint that the trainer saved, gives the same tokens
-and log-probabilities. Needs no GPU; what makes Megatron run without one is a scope, so that the engine is not affected.
+The engine starts with the weights of a checkpoint. The trainer makes a few Megatron steps from the same checkpoint, then its
+weights are synced into the running engine. At the end a new engine, started from the checkpoint that the trainer saved, returns
+the same tokens and log-probabilities. Needs no GPU: Megatron runs without one inside of a scope, so that the engine is not
+affected.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def tiny_qwen3(directory: Path) -> Path:
 
 
 def train(trainer: MegatronTrainer, steps: int = 20) -> None:
-    """Learns to say the next number."""
+    """Teaches the model to predict the next number."""
     tokens = torch.arange(200).view(2, 100)
     batch = Batch(tokens, mask=torch.ones_like(tokens, dtype=torch.bool))
     for _ in range(steps):

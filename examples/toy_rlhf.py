@@ -2,9 +2,9 @@
 
     python toy_rlhf.py [--steps 60] [--tp 2]
 
-The policy is a tiny random Qwen3, first taught a little by supervision. Then, step by step: the engine answers, a function says
-which answers are right, Megatron makes one GRPO step, and the engine gets the new weights: every trainer rank writes its shards
-straight into shared memory, in Hugging Face's layout, and the engine proves by digest that it holds them bit for bit.
+The policy is a tiny random Qwen3, which first gets some supervised steps. Then, step by step: the engine answers, a function
+decides which answers are right, Megatron makes one GRPO step, and the engine gets the new weights: every trainer rank writes
+its shards into shared memory, in Hugging Face's layout, and the engine proves by digest that it holds them bit for bit.
 
 Needs no GPU. On CPUs the script forks its own trainer ranks; under torchrun it uses those.
 """
@@ -39,7 +39,7 @@ PROMPTS, GROUP = 50, 16
 
 
 def reward(problem: Problem, completion: str) -> float:
-    """Right or wrong. Any function of the problem and the completion's text will do."""
+    """Returns 1 for a right answer and 0 for a wrong one. Any function of the problem and the completion's text is possible."""
     return float(completion == problem.answer)
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def train(checkpoint: Path, layout: ParallelLayout, steps: int) -> float:
-    """What each trainer rank does."""
+    """Runs one trainer rank; returns the final greedy accuracy."""
     initialize_parallel(layout)
     first = dist.get_rank() == 0
     engine = start_engine(checkpoint) if first else None
@@ -78,13 +78,13 @@ def train(checkpoint: Path, layout: ParallelLayout, steps: int) -> float:
         for step in range(1, steps + 1):
             # The engine samples a group of answers to every problem and rank 0 rewards them; all ranks get the batch.
             rollouts = rollout.collect(draw.sample(toy.sums(), PROMPTS), GROUP)
-            # How much better is an answer than the others of its group?
+            # The advantage: how much better an answer is than the others of its group.
             advantages = group_advantages(rollouts.rewards, GROUP)
             batch = rollouts.batch.with_tensors(advantages=rollouts.batch.spread(advantages))
-            # The policy before the step, by the trainer's own arithmetic: the ratio of the first step is exactly 1.
+            # The old log-probabilities come from the trainer itself, so that the ratio is exactly 1 in this step.
             batch = batch.with_tensors(old_log_probs=trainer.compute_log_probs(batch).log_probs)
             report = trainer.step(batch, loss)
-            # The engine becomes the policy after the step, or the sync raises and says why.
+            # The engine gets the policy after the step, or the sync raises an error with the reason.
             synced = sync.sync(version=step + 1)
 
             mismatch = mismatch_metrics(report.statistics.log_probs, batch.need("rollout_log_probs"), batch.mask)
@@ -105,13 +105,13 @@ def train(checkpoint: Path, layout: ParallelLayout, steps: int) -> float:
 
 
 def start_engine(checkpoint: Path) -> EngineProcess:
-    """vLLM in a process of its own, with one thread: the trainer has the other cores."""
+    """Starts vLLM in its own process with one thread, so that the trainer has the other cores."""
     one_thread = {"OMP_NUM_THREADS": "1"}
     return EngineProcess(checkpoint, max_model_len=16, max_num_seqs=PROMPTS * GROUP, environment=one_thread).start()
 
 
 def warm_up(trainer: MegatronTrainer) -> None:
-    """Supervised steps until a quarter of the sums are right: GRPO can only strengthen what the policy does now and then."""
+    """Makes supervised steps until a quarter of the sums are right: GRPO needs a policy that already solves some problems."""
     tokenizer, problems = toy.tokenizer(), toy.sums()
     prompts = [tokenizer.encode(problem.prompt) for problem in problems]
     answers = [[*tokenizer.encode(problem.answer), tokenizer.eos_token_id] for problem in problems]

@@ -28,7 +28,7 @@ app = typer.Typer(
 
 
 class DemoModel(StrEnum):
-    """Families of which the demo makes a tiny model."""
+    """The families for which the demo can make a tiny model."""
 
     QWEN3 = "qwen3"
     QWEN3_MOE = "qwen3-moe"
@@ -37,7 +37,7 @@ class DemoModel(StrEnum):
 
 @app.callback()
 def _describe() -> None:
-    """Keeps `demo` a subcommand however many there are."""
+    """Makes typer treat `demo` as a subcommand, whatever the number of commands."""
 
 
 @app.command()

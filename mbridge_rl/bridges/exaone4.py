@@ -1,5 +1,5 @@
-"""EXAONE 4: norms after attention and MLP instead of before, normalised queries and keys; in the 32B full-attention layers have
-no positions, and the others see a window."""
+"""EXAONE 4: norms after attention and MLP instead of before, normalised queries and keys; in the 32B model full-attention
+layers have no positions, and the others have a sliding window."""
 
 from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import Block, attention, decoder, gated_mlp, output_norms

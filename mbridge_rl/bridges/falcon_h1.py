@@ -44,14 +44,14 @@ class ScaledSilu:
 
 def _mixers(hf: ConfigReader) -> tuple[Block, Block]:
     sizes = _sizes(hf)
-    ours, theirs, inner = f"{MEGATRON_LAYER}.self_attention.mamba", f"{HF_LAYER}.mamba", sizes.convolved["x"]
-    mixer = mamba(hf.hidden_size, sizes, ours, theirs)
+    megatron_prefix, hf_prefix, inner = f"{MEGATRON_LAYER}.self_attention.mamba", f"{HF_LAYER}.mamba", sizes.convolved["x"]
+    mixer = mamba(hf.hidden_size, sizes, megatron_prefix, hf_prefix)
     hf.ignore("mamba_norm_before_gate", "mamba_d_ssm", "mamba_expand", "mamba_chunk_size")
     if hf.mamba_rms_norm:
-        # Megatron's mixer has these built in.
+        # These values are fixed in Megatron's mixer.
         hf.require("mamba_norm_before_gate", False)
         hf.require("rms_norm_eps", 1e-5)
-        norm = column_parallel(f"{ours}.norm.weight", {f"{theirs}.norm.weight": inner})
+        norm = column_parallel(f"{megatron_prefix}.norm.weight", {f"{hf_prefix}.norm.weight": inner})
         mixer = replace(mixer, rules=(*mixer.rules, norm))
     factors = [hf.ssm_in_multiplier * factor for factor in hf.ssm_multipliers]
     beside = MambaBesideAttention(
@@ -64,13 +64,14 @@ def _mixers(hf: ConfigReader) -> tuple[Block, Block]:
 
 
 def _attention(hf: ConfigReader) -> Block:
-    """What is linear in them carries the factors of queries, keys and values on: scores, and the output."""
+    """Attention in which the factors of queries, keys and values are moved to the scores and to the output, which are linear in
+    them."""
     norm = f"{MEGATRON_LAYER}.input_layernorm.weight"
     block = attention(hf)
     rules = tuple(
         replace(rule, megatron_name=norm) if rule.megatron_name.endswith(".layer_norm_weight") else rule for rule in block.rules
     )
-    hf.require("attention_bias", False)  # the factors are moved through linears, which biases are not
+    hf.require("attention_bias", False)  # a bias would not be multiplied by the factors
     scale = head_dim(hf) ** -0.5 * hf.attention_in_multiplier**2 * hf.key_multiplier
     return replace(block, rules=rules, config={**block.config, "softmax_scale": scale})
 

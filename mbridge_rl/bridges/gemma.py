@@ -1,7 +1,8 @@
-"""Gemma 1, 2 and 3 (text): embeddings scaled by the root of their size, norms whose weight is stored less one, GELU gates.
+"""Gemma 1, 2 and 3 (text): embeddings scaled by the square root of their size, norms whose weight is stored minus one, GELU
+gates.
 
-Gemma 2 and 3 normalise what attention and MLP add to the residual stream too, and mix windowed layers with full ones. Gemma 2
-caps attention scores and logits; Gemma 3 normalises queries and keys and rotates its windowed layers with a base of their own.
+Gemma 2 and 3 also normalise the outputs of attention and MLP, and mix windowed layers with full ones. Gemma 2 caps attention
+scores and logits; Gemma 3 normalises queries and keys and rotates its windowed layers with another base.
 """
 
 from mbridge_rl.bridges.blocks.config_reader import ConfigReader
@@ -20,7 +21,7 @@ def gemma2(hf: ConfigReader) -> ModelSpec:
 
 
 def gemma3(hf: ConfigReader) -> ModelSpec:
-    hf.require("attn_logit_softcapping", None)  # Transformers' configs have it, its model does not compute it
+    hf.require("attn_logit_softcapping", None)  # Transformers' config declares it, but its model ignores it
     return _sandwich(hf, attention(hf, qk_norm=True))
 
 

@@ -1,4 +1,5 @@
-"""Gemma 3 with vision. Only an image's tokens see later ones of their own: text alone is causal, as in the text-only model."""
+"""Gemma 3 with vision. Only an image's tokens attend to later tokens of the same image: text alone is causal, as in the
+text-only model."""
 
 from __future__ import annotations
 
@@ -34,8 +35,9 @@ _TOWERS = {
 
 
 def gemma3_vl(hf: ConfigReader) -> ModelSpec:
-    """Checkpoints of the hub say `vision_tower.vision_model`, those that Transformers saves today `vision_tower`."""
+    """The spec of Gemma 3 with vision. Names in checkpoints on the hub begin with `vision_tower.vision_model`, those in
+    checkpoints that Transformers saves today with `vision_tower`."""
     hf.ignore("mm_tokens_per_image", "boi_token_index", "eoi_token_index")
-    hf.nested("text_config").require("final_logit_softcapping", None)  # Transformers' model with vision does not compute it
+    hf.nested("text_config").require("final_logit_softcapping", None)  # Transformers' model with vision ignores it
     spec = with_vision(hf, gemma3, _NAMES, _TOWERS)
     return replace(spec, alternatives=(spec.renamed({"vision_tower.vision_model.": "vision_tower."}),))

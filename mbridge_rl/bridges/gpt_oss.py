@@ -1,5 +1,5 @@
 """GPT-OSS: attention with sinks and, in every other layer, windows; biases everywhere; experts stacked in one tensor per layer,
-transposed, gate and up interleaved, between which stands a clamped SwiGLU (`(up + 1) * gate * sigmoid(alpha * gate)`)."""
+transposed, with interleaved gate and up and a clamped SwiGLU (`(up + 1) * gate * sigmoid(alpha * gate)`)."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ def gpt_oss(hf: ConfigReader) -> ModelSpec:
 
 
 def _sinks(hf: ConfigReader) -> Block:
-    ours, theirs = f"{MEGATRON_LAYER}.self_attention.core_attention.softmax_offset", f"{HF_LAYER}.self_attn.sinks"
-    return Block({"softmax_type": "learnable"}, (column_parallel(ours, {theirs: hf.num_attention_heads}),))
+    megatron_prefix, hf_prefix = f"{MEGATRON_LAYER}.self_attention.core_attention.softmax_offset", f"{HF_LAYER}.self_attn.sinks"
+    return Block({"softmax_type": "learnable"}, (column_parallel(megatron_prefix, {hf_prefix: hf.num_attention_heads}),))
 
 
 def _experts(hf: ConfigReader) -> Block:
     h, f, experts = hf.hidden_size, hf.intermediate_size, hf.num_local_experts
-    ours, theirs = f"{MEGATRON_LAYER}.mlp.experts", f"{HF_LAYER}.mlp.experts"
-    this_one = Axis(experts, index=EXPERT)
+    megatron_prefix, hf_prefix = f"{MEGATRON_LAYER}.mlp.experts", f"{HF_LAYER}.mlp.experts"
+    expert = Axis(experts, index=EXPERT)
     rows, columns = Axis(f, along=0), Axis(f, along=1)
     gate_and_up = (Axis(2, start=0), Axis(2, start=1))
     gate_up = tuple(
-        Part(f"{theirs}.gate_up_proj", (this_one, Axis(h, along=1), rows, half), (experts, h, 2 * f)) for half in gate_and_up
+        Part(f"{hf_prefix}.gate_up_proj", (expert, Axis(h, along=1), rows, half), (experts, h, 2 * f)) for half in gate_and_up
     )
-    gate_up_bias = tuple(Part(f"{theirs}.gate_up_proj_bias", (this_one, rows, half), (experts, 2 * f)) for half in gate_and_up)
-    down = Part(f"{theirs}.down_proj", (this_one, columns, Axis(h, along=0)))
-    down_bias = Part(f"{theirs}.down_proj_bias", (this_one, Axis(h, along=0)))
+    gate_up_bias = tuple(Part(f"{hf_prefix}.gate_up_proj_bias", (expert, rows, half), (experts, 2 * f)) for half in gate_and_up)
+    down = Part(f"{hf_prefix}.down_proj", (expert, columns, Axis(h, along=0)))
+    down_bias = Part(f"{hf_prefix}.down_proj_bias", (expert, Axis(h, along=0)))
     rules = (
         replicated(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight", (h,)),
         replicated(f"{ROUTER}.weight", f"{HF_LAYER}.mlp.router.weight", (experts, h)),
         replicated(f"{ROUTER}.bias", f"{HF_LAYER}.mlp.router.bias", (experts,)),
-        Rule(f"{ours}.linear_fc1.weight{{expert}}", gate_up, (0, h), axis="etp"),
-        Rule(f"{ours}.linear_fc1.bias{{expert}}", gate_up_bias, (0,), axis="etp"),
-        Rule(f"{ours}.linear_fc2.weight{{expert}}", (down,), (h, 0), dim=1, axis="etp"),
-        Rule(f"{ours}.linear_fc2.bias{{expert}}", (down_bias,), (0,)),
+        Rule(f"{megatron_prefix}.linear_fc1.weight{{expert}}", gate_up, (0, h), axis="etp"),
+        Rule(f"{megatron_prefix}.linear_fc1.bias{{expert}}", gate_up_bias, (0,), axis="etp"),
+        Rule(f"{megatron_prefix}.linear_fc2.weight{{expert}}", (down,), (h, 0), dim=1, axis="etp"),
+        Rule(f"{megatron_prefix}.linear_fc2.bias{{expert}}", (down_bias,), (0,)),
     )
     config = {
         **expert_config(hf, tuple(range(hf.num_hidden_layers)), experts=experts, ffn=f),

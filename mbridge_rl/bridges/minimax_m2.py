@@ -26,11 +26,11 @@ def minimax_m2(hf: ConfigReader) -> ModelSpec:
         fp32_router=True,
     )
     spec = decoder(hf, attention(hf), projection_norms(hf), routed, partial_rotation=True)
-    # Prediction layers, whose form no implementation says.
+    # Prediction layers are ignored, since no implementation shows their form.
     modules = range(hf.num_hidden_layers, hf.num_hidden_layers + (hf.undeclared("num_mtp_modules") or 0))
     ignored = (f"{HF_LAYER.format(layer=layer)}." for layer in modules)
     return replace(spec, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *ignored))
 
 
-# Fields of the released config.json that Transformers takes for granted.
+# Fields of the released config.json that are fixed in Transformers' model.
 _FIXED = {"use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid", "use_routing_bias": True}

@@ -1,4 +1,4 @@
-"""Mistral 7B and Ministral 8B: Llama whose attention sees a window, in all layers or in some."""
+"""Mistral 7B and Ministral 8B: Llama with sliding windows in all layers or in some."""
 
 from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp

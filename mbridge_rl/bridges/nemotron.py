@@ -1,4 +1,4 @@
-"""Nemotron 4 and Minitron: layer norms whose weight is stored less one, squared ReLU without a gate, half-rotated heads."""
+"""Nemotron 4 and Minitron: layer norms whose weight is stored minus one, squared ReLU without a gate, half-rotated heads."""
 
 from dataclasses import replace
 
@@ -15,9 +15,9 @@ def nemotron(hf: ConfigReader) -> ModelSpec:
 
 
 def _norm_bias(weight: Rule) -> list[Rule]:
-    """The bias beside a norm's weight."""
+    """The rule of the bias of a norm, from the rule of its weight; empty for other rules."""
     if "norm" not in weight.megatron_name:
         return []
     [part] = weight.parts
-    ours, theirs = (name.removesuffix("weight") + "bias" for name in (weight.megatron_name, part.hf_name))
-    return [replace(weight, megatron_name=ours, parts=(replace(part, hf_name=theirs),))]
+    megatron_name, hf_name = (name.removesuffix("weight") + "bias" for name in (weight.megatron_name, part.hf_name))
+    return [replace(weight, megatron_name=megatron_name, parts=(replace(part, hf_name=hf_name),))]

@@ -1,7 +1,7 @@
 """Nemotron-H, Nemotron Nano v2 and Nemotron-3 Nano and Super: every layer is one of Mamba-2, attention, MLP or experts.
 
-Attention has no positions. Transformers keeps Mamba's time step above `time_step_min`; vLLM, like Megatron and the models' own
-code, doesn't (`core.extras.TimeStepMinimum`).
+Attention has no positions. Transformers bounds Mamba's time step by `time_step_min` from below; vLLM, Megatron and the models'
+own code do not (`core.extras.TimeStepMinimum`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _TOWERS = ("vision_model.", "vision_projector.", "vision_final_layernorm.", "mlp
 _NORM, _MIXER = f"{_LAYER}.norm.weight", f"{_LAYER}.mixer"
 
 
-# The pattern's letters, which are Megatron's, by Transformers' names.
+# Megatron's letters for the kinds of layers, by Transformers' names.
 _LETTERS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
 _WITHOUT_EFFECT = (
     "num_hidden_layers expand chunk_size use_mamba_kernels mamba_ssm_cache_dtype moe_shared_expert_overlap "
     "time_step_max time_step_floor time_step_limit num_nextn_predict_layers mtp_layers_block_type"
 )
-_OF_TOWERS = (
+_TOWER_FIELDS = (
     "vision_config audio_config force_image_size downsample_ratio projector_hidden_size vision_hidden_size video_pruning_rate "
     "video_temporal_patch_size"
 )
-_OF_EXPERTS = (
+_EXPERT_FIELDS = (
     "n_routed_experts n_shared_experts moe_intermediate_size moe_shared_expert_intermediate_size moe_latent_size "
     "num_experts_per_tok routed_scaling_factor n_group topk_group norm_topk_prob"
 )
@@ -51,12 +51,12 @@ def nemotron_h(hf: ConfigReader) -> ModelSpec:
     }.items():
         hf.require(name, expected)
     h, pattern = hf.hidden_size, _pattern(hf)
-    # To the blocks of other families these are layers like theirs, without windows.
+    # Blocks of other families need the number of layers, and no `layer_types`, in which they would look for windows.
     hf = hf.with_values(num_hidden_layers=len(pattern), layer_types=None)
     if "M" not in pattern:
         hf.ignore("time_step_min")
     if "E" not in pattern:
-        hf.ignore(*_OF_EXPERTS.split())
+        hf.ignore(*_EXPERT_FIELDS.split())
     kinds = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
     layers = {kind: tuple(layer for layer, letter in enumerate(pattern) if letter == kind) for kind in kinds}
     blocks = [block.only_in(layers[kind]) for kind, build in kinds.items() if layers[kind] for block in build(hf)]
@@ -106,16 +106,16 @@ def _pattern(hf: ConfigReader) -> str:
 
 
 def nemotron_h_omni(hf: ConfigReader) -> ModelSpec:
-    """The language model of Nemotron-3 Nano Omni. Its towers for images and sound stay where they are: an export has none of
-    their tensors."""
-    hf.ignore(*_OF_TOWERS.split())
+    """The language model of Nemotron-3 Nano Omni. Its towers for images and sound are ignored: an export has none of their
+    tensors."""
+    hf.ignore(*_TOWER_FIELDS.split())
     spec = nemotron_h(language_config(hf)).renamed({name: f"language_model.{name}" for name in ("backbone.", "lm_head.")})
     extras = (*spec.extras, text_only(hf))
     return replace(spec, extras=extras, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *_TOWERS))
 
 
 def _mamba(hf: ConfigReader) -> list[Block]:
-    # Megatron's mixer has these built in.
+    # These values are fixed in Megatron's mixer.
     for name, expected in {
         "conv_kernel": 4,
         "use_conv_bias": True,
@@ -125,25 +125,26 @@ def _mamba(hf: ConfigReader) -> list[Block]:
         hf.require(name, expected)
     hf.require("mamba_hidden_act", "silu")
     sizes = MambaSizes(hf.mamba_num_heads, hf.mamba_head_dim, hf.n_groups, hf.ssm_state_size, hf.conv_kernel)
-    ours, block = f"{MEGATRON_LAYER}.mixer", mamba(hf.hidden_size, sizes, f"{MEGATRON_LAYER}.mixer", _MIXER)
+    megatron_prefix, block = f"{MEGATRON_LAYER}.mixer", mamba(hf.hidden_size, sizes, f"{MEGATRON_LAYER}.mixer", _MIXER)
     norms = (
-        replicated(f"{ours}.in_proj.layer_norm_weight", _NORM, (hf.hidden_size,)),
-        column_parallel(f"{ours}.norm.weight", {f"{_MIXER}.norm.weight": sizes.heads * sizes.head_dim}),
+        replicated(f"{megatron_prefix}.in_proj.layer_norm_weight", _NORM, (hf.hidden_size,)),
+        column_parallel(f"{megatron_prefix}.norm.weight", {f"{_MIXER}.norm.weight": sizes.heads * sizes.head_dim}),
     )
     minimum = (TimeStepMinimum(hf.time_step_min),) if hf.time_step_min > 0 else ()
     return [Block(block.config, (*norms, *block.rules), extras=minimum)]
 
 
 def _attention(hf: ConfigReader) -> list[Block]:
-    return [_with_our_names(attention(hf))]
+    return [_with_family_names(attention(hf))]
 
 
 def _mlp(hf: ConfigReader) -> list[Block]:
-    return [_with_our_names(plain_mlp(hf))]
+    return [_with_family_names(plain_mlp(hf))]
 
 
 def _experts(hf: ConfigReader) -> list[Block]:
-    """Experts without gates, in Nemotron-3 Super between projections to a smaller size, beside one that sees every token."""
+    """Experts without gates, in Nemotron-3 Super between projections to a smaller size, beside a shared expert that processes
+    every token."""
     hf.require("n_shared_experts", 1)
     routing = Routing(
         "sigmoid",
@@ -156,7 +157,7 @@ def _experts(hf: ConfigReader) -> list[Block]:
     sizes = {"experts": hf.n_routed_experts, "ffn": hf.moe_intermediate_size, "latent": hf.moe_latent_size}
     routed = gated_experts(hf, every, routing, **sizes, names=names, bias_shape=(hf.n_routed_experts,), fp32_router=True)
     shared = shared_experts(hf, every, hf.moe_shared_expert_intermediate_size, names=names)
-    return [_with_our_names(block) for block in (routed, shared, _latent_projections(hf))]
+    return [_with_family_names(block) for block in (routed, shared, _latent_projections(hf))]
 
 
 def _latent_projections(hf: ConfigReader) -> Block:
@@ -170,7 +171,7 @@ def _latent_projections(hf: ConfigReader) -> Block:
     return Block({"moe_latent_size": latent}, rules)
 
 
-def _with_our_names(block: Block) -> Block:
+def _with_family_names(block: Block) -> Block:
     return block.renamed(
         {
             f"{HF_LAYER}.self_attn": _MIXER,

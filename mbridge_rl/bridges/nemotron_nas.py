@@ -1,5 +1,5 @@
-"""Llama-Nemotron (DeciLM, found by Puzzle, arXiv 2411.19146): Llama whose layers have KV heads and MLPs of their own sizes, or
-lack attention or MLP altogether."""
+"""Llama-Nemotron (DeciLM, found by Puzzle, arXiv 2411.19146): Llama whose layers differ in the number of KV heads and the size
+of the MLP, or lack attention or MLP."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def nemotron_nas(hf: ConfigReader) -> ModelSpec:
 
 
 def _by_size(hf: ConfigReader, block: Callable[[ConfigReader], Block], field: str, sizes: list[int | None]) -> list[Block]:
-    """The block in each of its sizes, in the layers that have it so."""
+    """The block in each of its sizes, in the layers with that size."""
     blocks = []
     for size in sorted({size for size in sizes if size is not None}):
-        layers = tuple(layer for layer, found in enumerate(sizes) if found == size)
+        layers = tuple(layer for layer, layer_size in enumerate(sizes) if layer_size == size)
         blocks.append(block(hf.with_values(**{field: size})).only_in(layers))
     return blocks
 
@@ -69,7 +69,7 @@ def _ffn_size(hf: ConfigReader, layer: int) -> int | None:
 
 
 def _part(hf: ConfigReader, layer: int, name: str, refused: tuple[str, ...]) -> Mapping[str, Any]:
-    """What `block_configs` says of a layer's attention or MLP."""
+    """The entry of `block_configs` for a layer's attention or MLP."""
     part = hf.block_configs[layer].get(name)
     if not isinstance(part, Mapping):
         raise CheckpointError(f"{hf.architecture}: block_configs[{layer}].{name}={part!r}; expected an object")

@@ -1,5 +1,5 @@
-"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 attention; experts, and a shared one weighed by a gate, in every `decoder_sparse_step`-th
-layer but `mlp_only_layers`."""
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 attention; experts, and a shared expert with a gate, in every `decoder_sparse_step`-th layer
+except `mlp_only_layers`."""
 
 from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp

@@ -17,7 +17,8 @@ def qwen3_5(hf: ConfigReader) -> ModelSpec:
 
 
 def qwen3_5_moe(hf: ConfigReader) -> ModelSpec:
-    """Checkpoints of the hub stack a layer's experts, those that Transformers saves don't."""
+    """The spec of Qwen3.5 with experts. Checkpoints on the hub stack a layer's experts, those that Transformers saves do
+    not."""
     spec = _qwen3_5(hf, *experts_beside_gated(hf, tuple(range(hf.num_hidden_layers)), normalized=True))
     return replace(with_stacked_experts(spec), alternatives=(spec,))
 

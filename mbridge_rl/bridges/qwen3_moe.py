@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 attention; experts in every `decoder_sparse_step`-th layer but `mlp_only_layers`."""
+"""Qwen3-MoE: Qwen3 attention; experts in every `decoder_sparse_step`-th layer except `mlp_only_layers`."""
 
 from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp

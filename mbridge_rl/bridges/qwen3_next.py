@@ -1,5 +1,5 @@
-"""Qwen3-Next: gated delta nets and gated attention; experts, and a shared one weighed by a gate, in every
-`decoder_sparse_step`-th layer but `mlp_only_layers`."""
+"""Qwen3-Next: gated delta nets and gated attention; experts, and a shared expert with a gate, in every `decoder_sparse_step`-th
+layer except `mlp_only_layers`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def qwen3_next(hf: ConfigReader) -> ModelSpec:
 
 
 def experts_beside_gated(hf: ConfigReader, layers: tuple[int, ...], *, normalized: bool) -> tuple[Block, Block]:
-    """Experts, and one that sees every token, weighed by a gate."""
+    """Experts, and a shared expert that processes every token and has a gate."""
     names = ExpertNames(shared="shared_expert")
     return (
         gated_experts(hf, layers, Routing(normalized=normalized), experts=hf.num_experts, ffn=hf.moe_intermediate_size),

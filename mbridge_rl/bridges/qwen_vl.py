@@ -33,13 +33,14 @@ def qwen3_5_vl(hf: ConfigReader) -> ModelSpec:
 
 
 def qwen3_vl_moe(hf: ConfigReader) -> ModelSpec:
-    """Experts are stacked: in checkpoints of the hub the other way round than in those that Transformers saves."""
+    """The spec of Qwen3-VL with experts. They are stacked, and in checkpoints on the hub transposed compared with those that
+    Transformers saves."""
     spec = with_vision(hf, _normalizing_qwen3_moe, _UNDER_MODEL, {"visual": Tower(_qwen3_moe, "model.visual")})
     return replace(with_stacked_experts(spec, transposed=True), alternatives=(with_stacked_experts(spec),))
 
 
 def _normalizing_qwen3_moe(text: ConfigReader) -> ModelSpec:
-    """This family's routers always normalise."""
+    """The language model; this family's routers always normalise."""
     text.require("norm_topk_prob", True)
     return qwen3_moe(text.with_values(norm_topk_prob=True))
 

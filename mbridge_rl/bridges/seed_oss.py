@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama with biases on q, k, v, and a switch of its own for the output projection's."""
+"""Seed-OSS: Llama with biases on q, k, v, and a separate config field for the bias of the output projection."""
 
 from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import attention, decoder, gated_mlp

@@ -1,4 +1,4 @@
-"""Architectures that have no bridge here, and why: named to whoever asks for one, and listed in docs/models.md."""
+"""Architectures that have no bridge, with the reasons, for error messages and for docs/models.md."""
 
 _INDEXER = "every token attends to those that an indexer chooses (DeepSeek sparse attention), which no block here maps"
 

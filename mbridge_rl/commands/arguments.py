@@ -1,4 +1,4 @@
-"""What the commands have in common: how models, layouts and sizes are written, and how errors end a command."""
+"""Code that the commands share: parsing of models, layouts and sizes, and errors that end a command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _NUMBERS = re.compile(r"(\d+)(?:x(\d+))?")
-_FIELDS_OF_STAGES = re.compile(r"\b(stage_layers|pipeline_layout)\b")  # what the option `stages` says
+_FIELDS_OF_STAGES = re.compile(r"\b(stage_layers|pipeline_layout)\b")  # fields that the option `stages` sets
 _NEXT_PAIR = re.compile(r",(?=[a-z_]+=)")
 
 
@@ -45,8 +45,8 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Ends the command with one line and exit code 1 where the library says what is wrong. What it says of a layout names the
-    options of the command."""
+    """Ends the command with one line and exit code 1 if the library raises one of its errors. Messages about a layout name the
+    options of the command instead of the fields."""
     from mbridge_rl.core.errors import BridgeError, LayoutError
 
     try:
@@ -61,7 +61,7 @@ def model_config(model: str) -> Any:
     """The Transformers config of a directory, a bundled name, or a repository on the hub.
 
     Raises:
-        CheckpointError: it is none of them.
+        CheckpointError: `model` is none of these.
     """
     from mbridge_rl.core.errors import CheckpointError
     from mbridge_rl.hf.bundled import bundled_config, bundled_names
@@ -79,10 +79,10 @@ def model_config(model: str) -> Any:
 
 
 def opened_checkpoint(directory: Path, bridge: AutoBridge) -> Opened:
-    """The tensors of a Hugging Face checkpoint, dequantized where they are quantized; names, shapes and dtypes are checked.
+    """The tensors of a Hugging Face checkpoint, dequantized if they are quantized; names, shapes and dtypes are checked.
 
     Raises:
-        CheckpointError, StateMismatchError: it cannot be read, or is not the checkpoint of the config beside it.
+        CheckpointError, StateMismatchError: the checkpoint cannot be read, or does not fit its config.
     """
     from mbridge_rl.hf.source import open_checkpoint
 
@@ -118,34 +118,34 @@ def _layout_options(
         bool | None, typer.Option("--loss-as-layer", help="The output layer counts as a layer when layers are dealt.")
     ] = None,
 ) -> None:
-    """The options that say a layout."""
+    """The options that describe a layout."""
 
 
 def takes_layout(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of a layout in the place of its parameter `asked`, which receives them by name."""
+    """Gives a command the options of a layout in the place of its parameter `layout_options`, which receives them by name."""
     options = inspect.signature(_layout_options, eval_str=True).parameters
     own = inspect.signature(command, eval_str=True).parameters
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
-        command(asked={name: given.pop(name) for name in options}, **given)
+        command(layout_options={name: given.pop(name) for name in options}, **given)
 
     parameters = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, of_command in own.items()
-        for parameter in (options.values() if name == "asked" else [of_command])
+        for name, own_parameter in own.items()
+        for parameter in (options.values() if name == "layout_options" else [own_parameter])
     ]
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_options
 
 
-def layout_of(asked: Mapping[str, Any], num_layers: int) -> ParallelLayout | None:
-    """The layout that the options of a command ask for, `None` where they ask for none. A `dp` that is left open is the least
+def layout_of(layout_options: Mapping[str, Any], num_layers: int) -> ParallelLayout | None:
+    """The layout that the options of a command describe, `None` if no option is given. A `dp` that is not given is the smallest
     that the expert axes need."""
-    given = {name: value for name, value in asked.items() if value is not None and name != "stages"}
-    if asked["stages"] is not None:
-        given |= stages(asked["stages"])
+    given = {name: value for name, value in layout_options.items() if value is not None and name != "stages"}
+    if layout_options["stages"] is not None:
+        given |= stages(layout_options["stages"])
     if not given:
         return None
     dense, expert = given.get("tp", 1) * given.get("cp", 1), given.get("ep", 1) * given.get("etp", given.get("tp", 1))
@@ -154,14 +154,15 @@ def layout_of(asked: Mapping[str, Any], num_layers: int) -> ParallelLayout | Non
 
 
 def pairs(text: str, known: tuple[str, ...]) -> dict[str, str]:
-    """`tp=8,pp=16` as a mapping; BadParameter for what is not of this form or not among `known`. A value may have commas."""
-    found: dict[str, str] = {}
+    """Parses `tp=8,pp=16` into a mapping; a value may contain commas. Raises BadParameter for text of another form, or with
+    names that are not in `known`."""
+    values: dict[str, str] = {}
     for item in filter(None, _NEXT_PAIR.split(text)):
         name, equals, value = item.partition("=")
-        if not equals or name not in known or name in found:
+        if not equals or name not in known or name in values:
             raise typer.BadParameter(f"{item!r}: write each of {', '.join(known)} at most once, as in tp=8,pp=2")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def whole_number(name: str, text: str) -> int:
@@ -171,8 +172,8 @@ def whole_number(name: str, text: str) -> int:
 
 
 def stages(text: str) -> dict[str, Any]:
-    """Arguments of `ParallelLayout`: `4x13+3x3` is thirteen stages of four layers, then three of three; what begins with an E
-    is a layout string of Megatron's."""
+    """The arguments of `ParallelLayout` for a split: `4x13+3x3` is thirteen stages of four layers, then three of three; a text
+    that begins with an E is a layout string of Megatron."""
     if text.startswith("E"):
         return {"pipeline_layout": text}
     counts: list[int] = []
@@ -187,7 +188,7 @@ def stages(text: str) -> dict[str, Any]:
     return {"stage_layers": tuple(counts)}
 
 
-_SAYS_STAGES = (
+_STAGE_ARGUMENTS = (
     "stage_layers",
     "pipeline_layout",
     "first_stage_layers",
@@ -198,18 +199,18 @@ _SAYS_STAGES = (
 
 
 def with_stages(layout: Mapping[str, Any], num_layers: int) -> ParallelLayout:
-    """The layout; layers that don't divide are split as evenly as can be, the first stages taking one more."""
+    """The layout; layers that do not divide are split as evenly as possible, with one more layer in the first stages."""
     from mbridge_rl.core.layout import ParallelLayout
 
     count = layout.get("pp", 1) * layout.get("vpp", 1)
-    if num_layers % count and not any(layout.get(name) for name in _SAYS_STAGES):
-        each, more = divmod(num_layers, count)
-        layout = {**layout, "stage_layers": (each + 1,) * more + (each,) * (count - more)}
+    if num_layers % count and not any(layout.get(name) for name in _STAGE_ARGUMENTS):
+        per_stage, remainder = divmod(num_layers, count)
+        layout = {**layout, "stage_layers": (per_stage + 1,) * remainder + (per_stage,) * (count - remainder)}
     return ParallelLayout(**layout)
 
 
 def size_in_bytes(text: str) -> int:
-    """`256MiB`, `64MB`, or a number of bytes."""
+    """Parses a size: `256MiB`, `64MB`, or a number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text, flags=re.IGNORECASE)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
         raise typer.BadParameter(f"{text!r} is no size; write 256MiB, 64MB or a number of bytes")
@@ -217,7 +218,7 @@ def size_in_bytes(text: str) -> int:
 
 
 def readable(nbytes: float) -> str:
-    """In decimal units, as bandwidths are."""
+    """A number of bytes as text in decimal units, like bandwidths."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
             return f"{nbytes / scale:.2f} {unit}"

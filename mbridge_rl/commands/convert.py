@@ -1,4 +1,4 @@
-"""`mbridge-rl convert`: Hugging Face checkpoints to files of Megatron ranks, back, and from one layout to another."""
+"""`mbridge-rl convert`: converts Hugging Face checkpoints to files of Megatron ranks, back, and from one layout to another."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from mbridge_rl.distributed.rank_files import Weights
 
 
-class Kind(StrEnum):
-    """What a conversion writes."""
+class OutputKind(StrEnum):
+    """The format that a conversion writes."""
 
     HF = "hf"
     MEGATRON = "megatron"
@@ -36,15 +36,15 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint, or a directory that this command wrote.")],
     target: Annotated[Path, typer.Argument(help="A directory that is not there yet.")],
     *,
-    to: Annotated[Kind | None, typer.Option(help="What to write; megatron if a layout is given, else hf.")] = None,
-    asked: dict[str, Any],
+    to: Annotated[OutputKind | None, typer.Option(help="What to write; megatron if a layout is given, else hf.")] = None,
+    layout_options: dict[str, Any],
     dtype: Annotated[Dtype | None, typer.Option(help="Of the written tensors; as they are if not given.")] = None,
     shard: Annotated[str, typer.Option(help="Size of a file of a Hugging Face checkpoint.")] = "5GiB",
 ) -> None:
     """Hugging Face to one safetensors file for each Megatron rank, back, or from one Megatron layout to another.
 
     Files of Megatron ranks hold tensors under Megatron's names, with layer and expert numbers of the whole model. Nothing is
-    gathered: of the target no more than one rank's tensors are in memory, of the source what they are made of.
+    gathered: no more than one rank's target tensors, and the source tensors from which they are made, are in memory.
     """
     with readable_errors():
         from mbridge_rl.bridge import AutoBridge
@@ -53,39 +53,39 @@ def convert(
         from mbridge_rl.hf.config import copy_companions, save_config
 
         bridge = AutoBridge.from_pretrained(source)
-        weights, what = _opened(source, bridge, dtype)
-        layout = layout_of(asked, bridge.spec.num_layers)
-        if to is Kind.HF and layout is not None:
+        weights, description = _opened(source, bridge, dtype)
+        layout = layout_of(layout_options, bridge.spec.num_layers)
+        if to is OutputKind.HF and layout is not None:
             raise typer.BadParameter("a Hugging Face checkpoint has no layout: leave out --to hf or the layout")
 
         def write_companions(directory: Path) -> None:
             save_config(bridge.hf_config, directory, next(iter(weights.dtypes.values())))
             copy_companions(source, directory)
 
-        if layout is None and to is not Kind.MEGATRON:
-            typer.echo(f"{what} -> a Hugging Face checkpoint in {target}")
+        if layout is None and to is not OutputKind.MEGATRON:
+            typer.echo(f"{description} -> a Hugging Face checkpoint in {target}")
             files = write_checkpoint(bridge.spec, weights, target, write_companions, size_in_bytes(shard))
         else:
             layout = layout or ParallelLayout()
-            typer.echo(f"{what} -> {layout.world_size} Megatron ranks, {layout}, in {target}")
+            typer.echo(f"{description} -> {layout.world_size} Megatron ranks, {layout}, in {target}")
             files = write_rank_files(bridge.spec, weights, target, layout, write_companions)
         for file in files:
             typer.echo(f"{file.name}: {file.tensors:,} tensors, {readable(file.nbytes)}")
 
 
 def _opened(source: Path, bridge: AutoBridge, dtype: Dtype | None) -> tuple[Weights, str]:
-    """The source, checked, and what it is in words."""
+    """The checked weights of the source, and a description of it."""
     from dataclasses import replace
 
     from mbridge_rl.distributed.rank_files import is_rank_files, of_hf_state, open_rank_files
 
     if is_rank_files(source):
         weights, layout = open_rank_files(source, bridge.spec)
-        what = f"{layout.world_size} Megatron ranks, {layout}, in {source}"
+        description = f"{layout.world_size} Megatron ranks, {layout}, in {source}"
     else:
         hf_state = opened_checkpoint(source, bridge)
         dtypes = {hf_name: tensor.dtype for hf_name, tensor in hf_state.tensors.items()}
-        weights, what = of_hf_state(bridge.spec, hf_state, dtypes), f"the Hugging Face checkpoint {source}"
+        weights, description = of_hf_state(bridge.spec, hf_state, dtypes), f"the Hugging Face checkpoint {source}"
     if dtype is not None:
         weights = replace(weights, dtypes=bridge.spec.hf_dtypes(torch_dtype(dtype)))
-    return weights, what
+    return weights, description

@@ -1,4 +1,4 @@
-"""`mbridge-rl inspect`: which Megatron tensor is made of which Hugging Face tensors, and how it is cut."""
+"""`mbridge-rl inspect`: shows of which Hugging Face tensors each Megatron tensor is composed, and how it is sharded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PLACES = {
 def inspect(
     model: Annotated[str, typer.Argument(help="A checkpoint directory, a config.json, or a bundled name such as kimi-k2.")],
     *,
-    asked: dict[str, Any],
+    layout_options: dict[str, Any],
     rank: Annotated[int | None, typer.Option(min=0, help="Show what this rank of the layout holds.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -46,10 +46,10 @@ def inspect(
         from mbridge_rl.bridges import model_spec
 
         spec = model_spec(model_config(model))
-        layout = layout_of(asked, spec.num_layers)
+        layout = layout_of(layout_options, spec.num_layers)
         if layout is not None:
             spec.validate(layout)
-        rows = _table(spec, layout) if rank is None else _of_rank(spec, layout, rank)
+        rows = _table(spec, layout) if rank is None else _rank_rows(spec, layout, rank)
     if as_json:
         facts = {
             "model": model,
@@ -84,7 +84,7 @@ def _table(spec: ModelSpec, layout: ParallelLayout | None) -> list[dict[str, Any
 
 
 def _taken(part: Part) -> str | None:
-    """Which part of the HF tensor, where it is not all of it."""
+    """The index range that the part takes of its HF tensor; `None` if it takes the full tensor."""
     fixed = [axis.along is None or axis.count != axis.extent for axis in part.axes]
     if not any(fixed):
         return None
@@ -99,19 +99,19 @@ def _taken(part: Part) -> str | None:
 
 
 def _cut(rule: Rule) -> str:
-    """By which axes, and along what."""
+    """A description of the axes that shard the tensor, and of the dimension."""
     return f"ep: experts, {_cut_by_tensor(rule)}" if "{expert}" in rule.megatron_name else _cut_by_tensor(rule)
 
 
 def _cut_by_tensor(rule: Rule) -> str:
     if rule.axis is None:
         return "whole"
-    what = "rows" if rule.dim == 0 else "columns" if rule.dim == 1 else f"dimension {rule.dim}"
+    dimension = "rows" if rule.dim == 0 else "columns" if rule.dim == 1 else f"dimension {rule.dim}"
     if rule.groups:
-        return f"{rule.axis}: {what}, {rule.groups} groups"
+        return f"{rule.axis}: {dimension}, {rule.groups} groups"
     if rule.padded:
-        return f"{rule.axis}: {what}, padded"
-    return f"{rule.axis}: {what}" + (" of each part" if len(rule.parts) > 1 else "")
+        return f"{rule.axis}: {dimension}, padded"
+    return f"{rule.axis}: {dimension}" + (" of each part" if len(rule.parts) > 1 else "")
 
 
 def _stage(rule: Rule, num_layers: int) -> str:
@@ -123,13 +123,13 @@ def _stage(rule: Rule, num_layers: int) -> str:
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """`(0, 1, 2, 5)` as `0-2, 5`."""
+    """Formats `(0, 1, 2, 5)` as `0-2, 5`."""
     runs = [[number for _, number in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda item: item[1] - item[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _of_rank(spec: ModelSpec, layout: ParallelLayout | None, rank: int) -> list[dict[str, Any]]:
-    """One row for each tensor of the rank, with the boxes of HF tensors that it is made of."""
+def _rank_rows(spec: ModelSpec, layout: ParallelLayout | None, rank: int) -> list[dict[str, Any]]:
+    """One row for each tensor of the rank, with the boxes of HF tensors of which it is composed."""
     from mbridge_rl.core.layout import ParallelLayout
     from mbridge_rl.core.segments import megatron_side
 
@@ -175,6 +175,6 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _terminal() -> Terminal:
-    """Wide enough for names to stay whole where the output is not a terminal's."""
+    """A terminal, or an output wide enough that names are not broken."""
     terminal = Terminal()
     return terminal if terminal.is_terminal else Terminal(width=240)

@@ -1,4 +1,4 @@
-"""`mbridge-rl models`: the families that have a bridge, and what the tests have shown of each."""
+"""`mbridge-rl models`: lists the families that have a bridge, with the results of the tests for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mbridge-rl plan`: what refitting engines from a trainer costs, for any model and layouts, on a laptop."""
+"""`mbridge-rl plan`: estimates the costs of a refit of engines from a trainer, for any model and layouts, on a laptop."""
 
 from __future__ import annotations
 
@@ -82,16 +82,19 @@ def plan(
     from mbridge_rl.core.estimate import Links
 
     with readable_errors():
-        of_recipe: ParallelLayout | None = None
+        recipe_layout: ParallelLayout | None = None
         if model.endswith((".yaml", ".yml")):
-            model, hf_config, of_recipe, engines = _recipe(model)
+            model, hf_config, recipe_layout, engines = _recipe(model)
             rollout = rollout or engines
         else:
             hf_config = model_config(model)
-        began = time.perf_counter()  # reading a recipe imports most of the library
+        began = time.perf_counter()  # only now, since reading a recipe imports most of the library
         spec = model_spec(hf_config)
-        own = of_recipe if of_recipe is not None and trainer is None else _trainer_layout(trainer or "tp=1", spec)
-        ends = own, *_rollout_layout(rollout or "tp=1", spec)
+        if recipe_layout is None or trainer is not None:
+            trainer_layout = _trainer_layout(trainer or "tp=1", spec)
+        else:
+            trainer_layout = recipe_layout
+        ends = trainer_layout, *_rollout_layout(rollout or "tp=1", spec)
         refit, facts = _refit(spec, *ends, dtype, size_in_bytes(bucket), exact=exact)
         links = Links(trainer_bandwidth * 1e9, rollout_bandwidth * 1e9, message_microseconds * 1e-6)
         estimate = refit.estimate(links)
@@ -109,7 +112,7 @@ def plan(
 
 
 def _recipe(path: str) -> tuple[str, Any, ParallelLayout, str]:
-    """Model, its config, trainer layout and engines of a training recipe."""
+    """The model's name, its config, the trainer's layout and the engines' layout of a training recipe."""
     from mbridge_rl.training.run.config import load_run_config
     from mbridge_rl.training.run.setup import toy_config
 
@@ -137,8 +140,8 @@ def _trainer_layout(text: str, spec: ModelSpec) -> ParallelLayout:
 
 
 def _rollout_layout(text: str, spec: ModelSpec) -> tuple[ParallelLayout, int]:
-    """An engine's layout as a Megatron one, and the number of engines. Without expert parallelism an engine cuts each expert
-    over all of its ranks; with it, over those that are left."""
+    """An engine's layout as a Megatron layout, and the number of engines. Without expert parallelism an engine shards each
+    expert over all of its ranks; with it, over the ranks that share an expert."""
     from mbridge_rl.core.errors import LayoutError
 
     sizes = {name: whole_number(name, value) for name, value in pairs(text, _ROLLOUT).items()}
@@ -151,7 +154,7 @@ def _rollout_layout(text: str, spec: ModelSpec) -> tuple[ParallelLayout, int]:
 def _refit(
     spec: ModelSpec, trainer: ParallelLayout, engine: ParallelLayout, replicas: int, dtype: Dtype, bucket: int, *, exact: bool
 ) -> tuple[RefitSchedule, dict[str, Any]]:
-    """The schedule, and what there is to say of it before its costs."""
+    """The schedule, and the facts about the model and the layouts that are printed with its costs."""
     from math import prod
 
     import numpy as np
@@ -253,7 +256,7 @@ def _heading(facts: dict[str, Any]) -> tuple[tuple[str, str], str]:
 
 
 def _count(parameters: int) -> str:
-    """In billions, or in millions where those would be a rounded-off 0."""
+    """A number of parameters as text, in billions, or in millions if billions would round to 0."""
     return f"{parameters / 1e9:,.1f} B" if parameters >= 1e8 else f"{parameters / 1e6:,.2f} M"
 
 

@@ -1,4 +1,4 @@
-"""`mbridge-rl train`, `report` and `sync-report`: a run from its configuration, and what became of it."""
+"""`mbridge-rl train`, `report` and `sync-report`: run a recipe, and report on its training and its syncs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(
         from mbridge_rl.training.run.report import write_report
 
         summary = run_training(run, resume=resume)
-        if not summary:  # another rank of torchrun than the first
+        if not summary:  # under torchrun on other ranks than the first
             return
         report = write_report(run.run_dir)
     print_summary(summary, run.run_dir)
@@ -80,7 +80,7 @@ def sync_report(
 
 
 def print_summary(summary: dict[str, object], run_dir: Path) -> None:
-    """The end of a run, on the terminal."""
+    """Prints a run's summary on the terminal."""
     table = Table(show_header=False, title=f"{run_dir}/summary.json")
     for name, value in summary.items():
         table.add_row(name, str(value))

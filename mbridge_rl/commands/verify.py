@@ -1,4 +1,5 @@
-"""`mbridge-rl verify`: a checkpoint through real Megatron ranks and back, compared bit by bit, and logits with Transformers."""
+"""`mbridge-rl verify`: imports a checkpoint on real Megatron ranks, exports it, compares both bit by bit, and compares logits
+with Transformers'."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from mbridge_rl.commands.arguments import (
     readable_errors,
     takes_layout,
 )
-from mbridge_rl.commands.verify_lengths import SHORT, Lengths, kept_positions, lengths_for, longest
+from mbridge_rl.commands.verify_lengths import SHORT, Lengths, compared_positions, lengths_for, longest
 from mbridge_rl.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _ROWS = 2
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint directory.")],
     *,
-    asked: dict[str, Any],
+    layout_options: dict[str, Any],
     sequence_parallel: Annotated[
         bool | None, typer.Option("--sp/--no-sp", help="Sequence parallelism; where Megatron demands it if not given.")
     ] = None,
@@ -60,19 +61,19 @@ def verify(
         from mbridge_rl.training.run.launcher import launch
 
         bridge = AutoBridge.from_pretrained(checkpoint)
-        layout = layout_of(asked, bridge.spec.num_layers) or ParallelLayout()
+        layout = layout_of(layout_options, bridge.spec.num_layers) or ParallelLayout()
         bridge.spec.validate(layout)
-        opened_checkpoint(checkpoint, bridge)  # what is wrong with it is said once, not by every rank
+        opened_checkpoint(checkpoint, bridge)  # so that an error is reported once and not by every rank
         options = {"sequence_parallel": sequence_parallel}
         lengths = lengths_for(bridge.hf_config, min(max_positions, longest(bridge.hf_config, _free_memory())))
-        asked_lengths = lengths.lengths if logits else ()
-        found = launch(_on_rank, layout.world_size, checkpoint, layout, options, asked_lengths, timeout=timeout)
-        if found is None:  # under torchrun, a rank that has nothing to report
+        compared_lengths = lengths.lengths if logits else ()
+        result = launch(_on_rank, layout.world_size, checkpoint, layout, options, compared_lengths, timeout=timeout)
+        if result is None:  # under torchrun on other ranks than the first
             return
-        different, found_logits = found
+        different, logits_by_length = result
         rows = [_compared_tensors(len(bridge.spec.hf_shapes), different)]
         if logits:
-            rows.append(_compared_logits(checkpoint, bridge, lengths, found_logits, tolerance))
+            rows.append(_compared_logits(checkpoint, bridge, lengths, logits_by_length, tolerance))
             rows += [_left_out(lengths)] if lengths.left_out else []
     _print(checkpoint, layout, rows, different)
     if any(row["equal"] is False for row in rows):
@@ -82,8 +83,8 @@ def verify(
 def _on_rank(
     checkpoint: Path, layout: ParallelLayout, options: dict[str, Any], lengths: tuple[int, ...]
 ) -> tuple[list[str], dict[int, Tensor]] | None:
-    """On rank 0: names of the tensors that came back otherwise, and the logits `[rows, kept positions, vocab]` of sequences of
-    each length."""
+    """Runs on every rank. Returns on rank 0 the names of the tensors that differ after import and export, and for each length
+    the logits `[rows, compared positions, vocab]`."""
     import torch
     import torch.distributed as dist
 
@@ -103,20 +104,21 @@ def _on_rank(
     }
     different = [hf_name for hf_name in bridge.spec.hf_shapes if not same.get(hf_name, False)]
     last = next(other for other in range(layout.world_size) if layout.coordinates(other).pp == layout.pp - 1)
-    found = {}
+    logits_by_length = {}
     for length in lengths:
-        positions = kept_positions(length)
+        positions = compared_positions(length)
         logits = forward_logits(model, _tokens(bridge, length).to(_device()))
         shape = (_rows(length), len(positions), bridge.spec.vocab_size)
-        found[length] = _on_first_rank(None if logits is None else logits[:, positions], last, shape)
-    return (different, found) if rank == 0 else None
+        logits_by_length[length] = _on_first_rank(None if logits is None else logits[:, positions], last, shape)
+    return (different, logits_by_length) if rank == 0 else None
 
 
-def _same_bits(found: Tensor, expected: Tensor) -> bool:
-    """Whether `expected` cast to fp32, which is exact, is `found`; nan equals the same nan, and zero no negative zero."""
+def _same_bits(exported: Tensor, expected: Tensor) -> bool:
+    """Whether `exported` is `expected` cast to fp32, which is exact, bit by bit: nan equals the same nan, and 0 differs from
+    -0."""
     import torch
 
-    return found.shape == expected.shape and torch.equal(found.view(torch.int32), expected.float().view(torch.int32))
+    return exported.shape == expected.shape and torch.equal(exported.view(torch.int32), expected.float().view(torch.int32))
 
 
 def _rows(length: int) -> int:
@@ -124,7 +126,7 @@ def _rows(length: int) -> int:
 
 
 def _tokens(bridge: AutoBridge, length: int) -> Tensor:
-    """Random ones, none of which stands for pixels."""
+    """Random tokens without placeholders for pixels."""
     import torch
 
     from mbridge_rl.core.extras import TextOnly
@@ -150,7 +152,7 @@ def _device() -> str:
 
 
 def _on_first_rank(logits: Tensor | None, holder: int, shape: tuple[int, ...]) -> Tensor:
-    """Logits from a rank of the last pipeline stage to all."""
+    """Broadcasts logits from a rank of the last pipeline stage to all ranks."""
     import torch
     import torch.distributed as dist
 
@@ -160,12 +162,12 @@ def _on_first_rank(logits: Tensor | None, holder: int, shape: tuple[int, ...]) -
 
 
 def _compared_tensors(count: int, different: list[str]) -> dict[str, Any]:
-    said = f"{count:,} tensors" if not different else f"{len(different):,} of {count:,} tensors differ"
-    return {"what": "import, export", "equal": not different, "said": said}
+    result = f"{count:,} tensors" if not different else f"{len(different):,} of {count:,} tensors differ"
+    return {"check": "import, export", "equal": not different, "result": result}
 
 
 def _compared_logits(
-    checkpoint: Path, bridge: AutoBridge, lengths: Lengths, found: dict[int, Tensor], tolerance: float
+    checkpoint: Path, bridge: AutoBridge, lengths: Lengths, logits_by_length: dict[int, Tensor], tolerance: float
 ) -> dict[str, Any]:
     import torch
     import transformers
@@ -178,29 +180,30 @@ def _compared_logits(
         reason = f"Transformers has no {architecture}"
         if model_class is not None:
             reason = "the checkpoint is quantized, which Transformers does not run everywhere"
-        return {"what": "logits", "equal": None, "said": f"not compared: {reason}"}
+        return {"check": "logits", "equal": None, "result": f"not compared: {reason}"}
     transformers.utils.logging.disable_progress_bar()
-    # Transformers' other attentions leave out what it passes them, such as Gemma 2's cap of scores.
+    # Transformers' other attentions ignore some of their arguments, such as Gemma 2's cap of scores.
     reference = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": False}
     model = model_class.from_pretrained(checkpoint, config=bridge.hf_config, **reference).eval()
     largest, difference, same = 0.0, torch.zeros(()), []
-    for length, ours in found.items():
+    for length, logits in logits_by_length.items():
         with torch.no_grad():
-            expected = model(_tokens(bridge, length), use_cache=False).logits[:, kept_positions(length)]
+            expected = model(_tokens(bridge, length), use_cache=False).logits[:, compared_positions(length)]
         largest = max(largest, expected.abs().max().item())
-        difference = torch.maximum(difference, (ours - expected).abs().max())  # which passes nan on
-        same.append((ours.argmax(-1) == expected.argmax(-1)).flatten())
+        difference = torch.maximum(difference, (logits - expected).abs().max())  # the maximum of a nan is nan
+        same.append((logits.argmax(-1) == expected.argmax(-1)).flatten())
     chosen = torch.cat(same).float().mean().item()
-    said = f"at most {difference:.2g} apart of up to {largest:.3g}, the same best token at {chosen:.1%} of positions; "
-    said += f"sequences of {' and '.join(f'{length:,}' for length in found)} tokens"
-    said += f", past {', '.join(map(str, lengths.covered))}" if lengths.covered else ""
-    return {"what": "logits", "equal": difference.item() <= tolerance * max(1.0, largest), "said": said}  # false for nan, too
+    result = f"at most {difference:.2g} apart of up to {largest:.3g}, the same best token at {chosen:.1%} of positions; "
+    result += f"sequences of {' and '.join(f'{length:,}' for length in logits_by_length)} tokens"
+    result += f", past {', '.join(map(str, lengths.covered))}" if lengths.covered else ""
+    is_equal = difference.item() <= tolerance * max(1.0, largest)  # false for nan, too
+    return {"check": "logits", "equal": is_equal, "result": result}
 
 
 def _left_out(lengths: Lengths) -> dict[str, Any]:
-    what = ", ".join(map(str, lengths.left_out))
-    said = f"what begins after more tokens: {what} (--max-positions and free memory bound the sequences)"
-    return {"what": "not compared", "equal": None, "said": said}
+    switches = ", ".join(map(str, lengths.left_out))
+    result = f"what begins after more tokens: {switches} (--max-positions and free memory bound the sequences)"
+    return {"check": "not compared", "equal": None, "result": result}
 
 
 def _print(checkpoint: Path, layout: ParallelLayout, rows: list[dict[str, Any]], different: list[str]) -> None:
@@ -208,7 +211,7 @@ def _print(checkpoint: Path, layout: ParallelLayout, rows: list[dict[str, Any]],
     terminal.line((str(checkpoint), "bold"), f" on {layout.world_size} Megatron ranks, {layout}")
     for row in rows:
         verdict = {True: ("equal    ", "green"), False: ("different", "red"), None: "-        "}[row["equal"]]
-        terminal.line(f"{row['what']:<16}", verdict, f"  {row['said']}")
+        terminal.line(f"{row['check']:<16}", verdict, f"  {row['result']}")
     for hf_name in different[:_SHOWN_NAMES]:
         terminal.line(f"  {hf_name}")
     if len(different) > _SHOWN_NAMES:

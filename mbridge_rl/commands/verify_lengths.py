@@ -1,5 +1,6 @@
-"""How long the sequences must be whose logits `mbridge-rl verify` compares: what a config lets begin after some positions
-(windows, other rotary frequencies, scales of positions, the next chunk of a recurrence) is not seen in a shorter one."""
+"""The lengths of the sequences whose logits `mbridge-rl verify` compares. Some features of a config act only after a number of
+positions (windows, other rotary frequencies, scales of positions, the next chunk of a recurrence), so that shorter sequences
+would not test them."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 SHORT = 64
-_BEYOND = 32  # positions that are compared past the last one where something begins
+_BEYOND = 32  # number of positions that are compared after the last switch
 _COUNTED_IN_POSITIONS = re.compile(r"window|chunk")
 _COUNTED_IN_LAYERS = re.compile(r"layer|pattern")
-_KEPT = 256  # positions of one sequence whose logits are compared
+_MOST_COMPARED = 256  # positions of one sequence whose logits are compared
 
 
 @dataclass(frozen=True, order=True)
 class Switch:
-    """Something that begins after `positions` tokens.
+    """A change of the computation after `positions` tokens.
 
     Attributes:
-        name: the field of the config that says so.
+        name: the field of the config that determines the number of positions.
     """
 
     positions: int
@@ -36,8 +37,8 @@ class Lengths:
     """The lengths to compare.
 
     Attributes:
-        covered: what begins in the longest of them.
-        left_out: what begins later.
+        covered: the switches within the longest sequence.
+        left_out: the switches after its end.
     """
 
     lengths: tuple[int, ...]
@@ -46,11 +47,11 @@ class Lengths:
 
 
 def lengths_for(hf_config: Any, most: int) -> Lengths:
-    """A short sequence, before everything that begins later if that is possible, and one past all that begins within `most`
-    positions."""
-    found = switches(hf_config)
-    covered = tuple(switch for switch in found if switch.positions + _BEYOND <= most)
-    left_out = tuple(switch for switch in found if switch not in covered)
+    """The length of a short sequence, which ends before all switches if that is possible, and of one that goes beyond all
+    switches within `most` positions."""
+    all_switches = switches(hf_config)
+    covered = tuple(switch for switch in all_switches if switch.positions + _BEYOND <= most)
+    left_out = tuple(switch for switch in all_switches if switch not in covered)
     usual = min(SHORT, most)
     before = min((switch.positions for switch in covered), default=usual)
     past = max((switch.positions + _BEYOND for switch in covered), default=usual)
@@ -58,11 +59,11 @@ def lengths_for(hf_config: Any, most: int) -> Lengths:
 
 
 def switches(hf_config: Any) -> tuple[Switch, ...]:
-    """All that a config lets begin after some positions, but what begins after the model's own greatest length."""
+    """All switches of a config, except those after the model's own greatest length."""
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     reach = getattr(text, "max_position_embeddings", None) or math.inf
-    found = {*_windows(text), *_of_rotary_positions(text)}
-    return tuple(sorted(switch for switch in found if switch.positions < reach or "dynamic" in switch.name))
+    all_switches = {*_windows(text), *_rotary_switches(text)}
+    return tuple(sorted(switch for switch in all_switches if switch.positions < reach or "dynamic" in switch.name))
 
 
 def longest(hf_config: Any, available: int) -> int:
@@ -75,11 +76,11 @@ def longest(hf_config: Any, available: int) -> int:
     return max(SHORT, int((math.sqrt(linear**2 + 4 * quadratic * budget) - linear) / (2 * quadratic)))
 
 
-def kept_positions(length: int) -> list[int]:
-    """Of a sequence, those whose logits are compared: all, or as many evenly as at the end."""
-    if length <= _KEPT:
+def compared_positions(length: int) -> list[int]:
+    """The positions of a sequence whose logits are compared: all, or half of them evenly spaced and half at the end."""
+    if length <= _MOST_COMPARED:
         return list(range(length))
-    half = _KEPT // 2
+    half = _MOST_COMPARED // 2
     evenly = (place * (length - half) // half for place in range(half))
     return [*evenly, *range(length - half, length)]
 
@@ -91,7 +92,7 @@ def _windows(text: Any) -> Iterator[Switch]:
             yield Switch(value, name)
 
 
-def _of_rotary_positions(text: Any) -> Iterator[Switch]:
+def _rotary_switches(text: Any) -> Iterator[Switch]:
     parameters = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     for rope in nested or [parameters]:

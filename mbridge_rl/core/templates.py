@@ -2,8 +2,7 @@
 
 One layer of each kind is compiled, and its flows are repeated for the other layers by renaming ranks. A model of a trillion
 parameters on a thousand ranks takes seconds. The result differs from `compile_plan` of the whole model only in how replicas
-share the
-work: a template divides each layer's bytes evenly among the layer's holders, which is even over the model as well.
+share the work: a template divides each layer's bytes evenly among the layer's holders, which is even over the model as well.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from mbridge_rl.core.errors import BridgeError, StateMismatchError, listed
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import Plan
 from mbridge_rl.distributed.group import RankGroup
-from mbridge_rl.hf.respelled import Pieces
+from mbridge_rl.hf.respelled import StoredPieces
 from mbridge_rl.hf.state import check_hf_tensor, is_ignored
 
 Stream = Iterable[tuple[str, Tensor]]
@@ -57,7 +57,7 @@ class _Receiver:
     def __init__(self, spec: ModelSpec, plan: Plan, targets: Mapping[str, Tensor]) -> None:
         self._spec, self._plan, self._targets = spec, plan, targets
         self._padded = {name for names in plan.padded_names.values() for name in names}
-        self._pieces: Pieces | None = None
+        self._pieces: StoredPieces | None = None
         self._tied = frozenset(spec.aliases.values())
         self._names: set[str] = set()  # names as they are in the stream
         self._first: dict[str, tuple[str, torch.dtype, int]] = {}  # name, dtype and digest of the first of two tied tensors
@@ -97,7 +97,7 @@ class _Receiver:
         if name in self._spec.hf_shapes or name in self._spec.aliases:
             return [(name, tensor)]
         if self._pieces is None:
-            self._pieces = Pieces(self._spec)
+            self._pieces = StoredPieces(self._spec)
         if name not in self._pieces.of_stored:
             return [(name, tensor)]
         self._pieces.check(name, tuple(tensor.shape), "the stream")

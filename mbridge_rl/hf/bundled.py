@@ -1,4 +1,4 @@
-"""Configs of well-known public models, by name: enough to plan for them without a checkpoint."""
+"""Configs of well-known public models, by name, so that refits can be planned without a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def bundled_names() -> list[str]:
 
 
 def bundled_config(name: str) -> Any:
-    """The Transformers config of a bundled model; KeyError for a name that is none of `bundled_names`."""
+    """The Transformers config of a bundled model. Raises KeyError for a name that is not in `bundled_names`."""
     if name not in bundled_names():
         raise KeyError(name)
     return parse_config(json.loads((_FOLDER / f"{name}.json").read_text()))

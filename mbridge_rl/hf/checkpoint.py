@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints on disk: headers first, and then exactly the bytes that are asked for."""
+"""Hugging Face checkpoints on disk: reads the headers first, and then exactly the requested bytes."""
 
 from __future__ import annotations
 
@@ -41,19 +41,21 @@ class _Index:
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint directory by `hf_name`.
 
-    `load` and `read_into` read rectangles of them; indexing gives a whole one, mapped, of which only touched pages are read.
-    Files stay open, so that one that is replaced meanwhile is read as it was.
+    `load` and `read_into` read rectangles of tensors; indexing returns a full tensor, mapped, of which only the accessed pages
+    are read. Files stay open, so that a file that is replaced meanwhile is still read in its old version.
 
     Args:
-        file: the only file to read, such as an adapter's; `None` takes what the index names, or the single file of weights.
+        file: the only file to read, such as an adapter's; `None` reads the files that the index names, or the single file of
+            weights.
 
     Attributes:
-        entries: what the headers say of each tensor.
+        entries: the header's entry of each tensor.
 
     Raises:
-        CheckpointError: no safetensors files, files of which other programs would read others (`hf.weight_files`), a file that
-            the index names is missing, or a truncated or corrupt file;
-            StateMismatchError: the index names tensors that its files do not hold. Only headers have been read by then.
+        CheckpointError: there are no safetensors files, other programs would read other files of the directory
+            (`hf.weight_files`), a file that the index names is missing, or a file is truncated or corrupt. Only headers have
+            been read by then.
+        StateMismatchError: the index names tensors that its files do not hold. Only headers have been read by then.
     """
 
     def __init__(self, directory: str | Path, file: str | None = None) -> None:
@@ -70,8 +72,8 @@ class Checkpoint(Mapping[str, Tensor]):
         require_one_copy(self.directory, headers)
         self.entries: dict[str, Entry] = {
             hf_name: entry
-            for file, of_file in headers.items()
-            for hf_name, entry in of_file.items()
+            for file, header in headers.items()
+            for hf_name, entry in header.items()
             if weight_map is None or weight_map.get(hf_name, file) == file
         }
         if weight_map is not None and (absent := weight_map.keys() - self.entries.keys()):
@@ -80,7 +82,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, hf_name: str) -> Tensor:
         file, dtype, shape, start = self.entries[hf_name]
-        if file not in self._mapped:  # private: nothing that is written to the tensor reaches the file
+        if file not in self._mapped:  # a private mapping: writes to the tensor do not change the file
             self._mapped[file] = mmap.mmap(self._files[file], 0, access=mmap.ACCESS_COPY)
         nbytes = prod(shape) * dtype.itemsize
         if nbytes == 0:
@@ -96,19 +98,19 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def tensors(self) -> dict[str, HFTensor]:
-        """Names, dtypes and shapes, from the headers."""
+        """The names, dtypes and shapes in the headers."""
         return {hf_name: HFTensor(hf_name, entry.dtype, entry.shape) for hf_name, entry in self.entries.items()}
 
     def load(self, plan: Plan, targets: Mapping[str, Tensor], *, read_ahead: bool = True) -> None:
-        """Fills `targets` by `plan`, which leads from whole HF tensors to them, file by file in the order of their bytes. Asks
-        for no page that they don't keep part of.
+        """Fills `targets` by `plan`, whose source are full HF tensors, file by file in the order of their bytes. Reads only
+        pages of which the targets need a part.
 
         Args:
-            read_ahead: the kernel may fetch more than was asked for. Faster, and no waste where ranks of this machine keep
-                the rest; where they don't, it would read what nobody needs.
+            read_ahead: whether the kernel may read more than was requested. This is faster, and no waste if other ranks of this
+                machine need the rest; otherwise it would read bytes that are not needed.
 
         Raises:
-            CheckpointError: a file became shorter or unreadable since it was opened; `targets` are incomplete then.
+            CheckpointError: a file has become shorter or unreadable since it was opened; `targets` are incomplete then.
         """
         for name in {name for names in plan.padded_names.values() for name in names}:
             targets[name].zero_()
@@ -116,11 +118,11 @@ class Checkpoint(Mapping[str, Tensor]):
         for copy in plan.copies:
             file, rectangle = self._rectangle(copy.source, copy.shape)
             requests[file].append((copy.hf_name, rectangle, copy.target.of(targets[copy.target.name], copy.shape)))
-        for file, of_file in requests.items():
+        for file, file_requests in requests.items():
             descriptor = self._files[file]
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NORMAL if read_ahead else os.POSIX_FADV_RANDOM)
             try:
-                read_many(descriptor, of_file)
+                read_many(descriptor, file_requests)
             except (OSError, EOFError) as error:
                 raise CheckpointError(
                     f"{self.directory / file} cannot be read ({error}); is it being replaced? The model is incomplete now: "
@@ -131,7 +133,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """Fills `target`, `[*shape]` with any strides, dtype and device, with a rectangle of the tensor `view.name`.
 
         Raises:
-            CheckpointError: the file became shorter or unreadable since it was opened.
+            CheckpointError: the file has become shorter or unreadable since it was opened.
         """
         file, rectangle = self._rectangle(view, shape)
         try:
@@ -157,7 +159,7 @@ def _weight_map(index: Path) -> Mapping[str, str] | None:
 
 
 def _is_inside(file: str) -> bool:
-    """Whether a path is relative and stays in its directory. Links are followed: the hub's cache consists of them."""
+    """Whether a path is relative and stays in its directory. Links are allowed: the hub's cache consists of them."""
     return file != "" and not os.path.isabs(file) and not {"", ".", ".."} & set(file.split("/"))
 
 

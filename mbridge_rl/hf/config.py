@@ -1,4 +1,4 @@
-"""Configs and the other small files of a Hugging Face checkpoint."""
+"""Reads and writes the config and the other small files of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mbridge_rl.core.config_fields import check_values
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.hf.publish import put_back
 
-# What lies beside the weights and belongs to the model: tokenizer, chat template, generation defaults, code.
+# Files beside the weights that belong to the model: tokenizer, chat template, generation defaults, code.
 _COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -26,15 +26,15 @@ _COMPANIONS = (
     "*.py",
 )
 
-# Model types that Transformers does not know by name, though it knows what they are.
+# Model types that Transformers does not know by name, with the known type that they are.
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
-# And one that has its own class, here: it keeps its `auto_map`, by which others find the repository's code.
+# A model type with a class of its own here: it keeps its `auto_map`, by which other programs find the repository's code.
 _NEMOTRON_NAS = "nemotron-nas"
 
 
 def local_directory(path: str | Path) -> Path:
-    """`path` if it is a directory (or was, when a save into it was interrupted), else the local snapshot of the hub repository
-    of that name.
+    """`path` if it is a directory (or was one before a save into it was interrupted), otherwise the local snapshot of the hub
+    repository of that name.
 
     Raises:
         CheckpointError: neither exists.
@@ -53,11 +53,11 @@ def local_directory(path: str | Path) -> Path:
 
 
 def load_config(directory: Path) -> Any:
-    """The Transformers config of a checkpoint directory. Code that the directory may bring is never run.
+    """The Transformers config of a checkpoint directory. Code in the directory is never run.
 
     Raises:
-        CheckpointError: there is no config.json, a field of it holds what no model could have, or Transformers has no class for
-            it or cannot read it.
+        CheckpointError: there is no config.json, a field of it has an impossible value, or Transformers has no class for it or
+            cannot read it.
     """
     path = directory / "config.json"
     if not path.exists():
@@ -75,12 +75,12 @@ def load_config(directory: Path) -> Any:
 
 
 def parse_config(values: Any) -> Any:
-    """The Transformers config that the contents of a config.json stand for, by Transformers' own class of its `model_type`: the
+    """Makes the Transformers config from the contents of a config.json, with Transformers' own class for its `model_type`: the
     code of its repository, which `auto_map` names, is never run.
 
     Raises:
-        CheckpointError: a field holds what no model could have (its name, what it holds and what is expected), or Transformers
-            has no class for the model or cannot make one.
+        CheckpointError: a field has an impossible value (the message has its name, its value and the allowed values), or
+            Transformers has no class for the model or cannot make the config.
     """
     from transformers import CONFIG_MAPPING
 
@@ -97,10 +97,10 @@ def parse_config(values: Any) -> Any:
             from mbridge_rl.hf.nemotron_nas import NemotronNasConfig
 
             return NemotronNasConfig.from_dict(dict(values))
-        # Whoever writes a renamed model's config again writes the class's model_type, which the repository's code is not for.
-        ours = {**values, "model_type": known} if known == model_type else _without_code(values, known)
-        return CONFIG_MAPPING[known].from_dict(copy.deepcopy(ours))
-    except Exception as error:  # Transformers' own validation raises many types; all of them mean this
+        # A renamed model's config is saved with the class's model_type, for which the repository's code is not made.
+        renamed = {**values, "model_type": known} if known == model_type else _without_code(values, known)
+        return CONFIG_MAPPING[known].from_dict(copy.deepcopy(renamed))
+    except Exception as error:  # Transformers' own validation raises many types of errors
         raise CheckpointError(f"Transformers cannot read it: {error!r}") from error
 
 
@@ -109,13 +109,13 @@ def _without_code(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def _special_floats(values: dict[str, Any]) -> Any:
-    """The numbers that JSON doesn't have, as Transformers writes them: `{"__float__": "Infinity"}`."""
+    """Reads numbers that JSON does not have in the form in which Transformers writes them: `{"__float__": "Infinity"}`."""
     tag = values.get("__float__") if len(values) == 1 else None
     return float(tag) if tag in ("Infinity", "-Infinity", "NaN") else values
 
 
 def save_config(hf_config: Any, directory: Path, dtype: torch.dtype) -> None:
-    """Writes config.json, its dtype that of the saved weights, which are never quantized."""
+    """Writes config.json with the dtype of the saved weights, which are never quantized."""
     saved = copy.deepcopy(hf_config)
     for config in (saved, saved.get_text_config()):
         for field in ("quantization_config", "compression_config"):
@@ -126,7 +126,7 @@ def save_config(hf_config: Any, directory: Path, dtype: torch.dtype) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer and generation files, whichever exist."""
+    """Copies the tokenizer and generation files that exist."""
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
             shutil.copy2(path, target / path.name)

@@ -1,8 +1,8 @@
-"""Quantized checkpoints as plain ones, dequantized when read: fp8 with scales per block, row or tensor (as DeepSeek-V3,
-Transformers and compressed-tensors write it), and mxfp4 (GPT-OSS).
+"""Reads quantized checkpoints as plain ones; tensors are dequantized when they are read. The formats are fp8 with scales per
+block, row or tensor (as DeepSeek-V3, Transformers and compressed-tensors write it), and mxfp4 (GPT-OSS).
 
-The trainer holds bf16 or fp32, and an ordinary export is a plain checkpoint; `core.quantize` is the way back to fp8. Scales of
-activations and of KV caches are left out: they say how an engine rounds what it computes, and belong to no weight.
+The trainer holds bf16 or fp32, and an ordinary export is a plain checkpoint; `core.quantize` quantizes to fp8. Scales of
+activations and of KV caches are left out: an engine uses them for rounding, and they belong to no weight.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mbridge_rl.core.model import HFTensor
 from mbridge_rl.hf.quantization import scheme_of
 
 _SCALE = "_scale_inv"  # fp8: `X.weight` and `X.weight_scale_inv`, or `X` and `X_scale_inv` of stacked experts
-_WEIGHT_SCALE = ".weight_scale"  # fp8 by others: `X.weight` and `X.weight_scale`
+_WEIGHT_SCALE = ".weight_scale"  # fp8 in another format: `X.weight` and `X.weight_scale`
 _BLOCKS, _SCALES = "_blocks", "_scales"  # mxfp4: `X_blocks` and `X_scales`
-_OF_ACTIVATIONS = (
+_ACTIVATION_SUFFIXES = (
     *(".input_scale", ".output_scale", ".activation_scale", "_activation_scale"),
     *(".q_scale", ".k_scale", ".v_scale", ".prob_scale"),
 )
@@ -29,35 +29,35 @@ _MXFP4_BIAS = 127
 
 
 class Dequantized(Mapping[str, Tensor]):
-    """The tensors that a quantized checkpoint stands for, by `hf_name`; each is dequantized when it is asked for.
+    """The dequantized tensors of a quantized checkpoint, by `hf_name`; each is dequantized when it is read.
 
     Args:
-        tensors: of the checkpoint, scales included.
-        quantization_config: from its config.json.
-        dtype: of the dequantized tensors; others keep theirs.
+        tensors: the tensors of the checkpoint, scales included.
+        quantization_config: the quantization config in its config.json.
+        dtype: the dtype of the dequantized tensors; other tensors keep theirs.
 
     Attributes:
         scheme: how the weights are stored.
 
     Raises:
-        UnsupportedModelError: another method than `hf.quantization.SUPPORTED`.
-        StateMismatchError: scales without weights, or of a shape that does not fit (when the tensor is read).
+        UnsupportedModelError: the quantization method is not in `hf.quantization.SUPPORTED`.
+        StateMismatchError: there are scales without weights, or scales of a wrong shape (when the tensor is read).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], quantization_config: Any, dtype: torch.dtype) -> None:
         self.scheme = scheme_of(quantization_config)
         self._tensors, self._dtype = tensors, dtype
         scales = {name for name in tensors if name.endswith((_SCALE, _SCALES, _WEIGHT_SCALE))}
-        weights = (name for name in tensors if name not in scales and not name.endswith(_OF_ACTIVATIONS))
+        weights = (name for name in tensors if name not in scales and not name.endswith(_ACTIVATION_SUFFIXES))
         self._names = dict.fromkeys(name.removesuffix(_BLOCKS) for name in weights)
-        if orphans := [name for name in scales if self._of_scale(name) not in tensors]:
+        if orphans := [name for name in scales if self._weight_of(name) not in tensors]:
             raise StateMismatchError(f"scales without weights: {listed(orphans)}; the checkpoint is incomplete ({self.scheme})")
 
     def __contains__(self, hf_name: object) -> bool:
         return hf_name in self._names
 
     def __getitem__(self, hf_name: str) -> Tensor:
-        if hf_name not in self._names:  # scales are none of the plain checkpoint's tensors
+        if hf_name not in self._names:  # such as a scale, which the plain checkpoint does not have
             raise KeyError(hf_name)
         if hf_name + _BLOCKS in self._tensors:
             blocks, scales = self._tensors[hf_name + _BLOCKS], self._tensors[hf_name + _SCALES]
@@ -74,10 +74,10 @@ class Dequantized(Mapping[str, Tensor]):
 
     @property
     def tensors(self) -> dict[str, HFTensor]:
-        """Names, dtypes and shapes of what reading gives; nothing is dequantized."""
-        return {hf_name: self._described(hf_name) for hf_name in self._names}
+        """Names, dtypes and shapes of the dequantized tensors; nothing is dequantized for them."""
+        return {hf_name: self._hf_tensor(hf_name) for hf_name in self._names}
 
-    def _described(self, hf_name: str) -> HFTensor:
+    def _hf_tensor(self, hf_name: str) -> HFTensor:
         if hf_name + _BLOCKS in self._tensors:
             experts, rows, groups, width = self._tensors[hf_name + _BLOCKS].shape
             return HFTensor(hf_name, self._dtype, (experts, groups * width * 2, rows))
@@ -85,27 +85,30 @@ class Dequantized(Mapping[str, Tensor]):
         return HFTensor(hf_name, stored.dtype if self._scale_of(hf_name) is None else self._dtype, tuple(stored.shape))
 
     def _scale_of(self, hf_name: str) -> str | None:
-        """The name of an fp8 weight's scales."""
+        """The name of an fp8 weight's scales; `None` if it has none."""
         names = (hf_name + _SCALE, f"{hf_name}_scale" if hf_name.endswith(".weight") else "")
         return next((name for name in names if name in self._tensors), None)
 
     @staticmethod
-    def _of_scale(name: str) -> str:
+    def _weight_of(name: str) -> str:
         if name.endswith(_WEIGHT_SCALE):
             return name.removesuffix("_scale")
         return name.removesuffix(_SCALE) if name.endswith(_SCALE) else name.removesuffix(_SCALES) + _BLOCKS
 
 
 def dequantize_fp8(hf_name: str, weight: Tensor, scale: Tensor, block: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`weight [..., rows, columns]` times its scale, in fp32, then `dtype`.
+    """`weight [..., rows, columns]` times its scale, computed in fp32 and cast to `dtype`.
 
     Args:
-        scale: one for all, one per row (`[rows]` or `[rows, 1]`), or one per block (`[ceil(rows / block), ceil(columns /
-            block)]`); of stacked experts `[experts, ...]`, for each expert one of these.
+        scale: one number for all, one per row (`[rows]` or `[rows, 1]`), or one per block (`[ceil(rows / block), ceil(columns /
+            block)]`). Stacked experts have `[experts, ...]`, with one of these for each expert.
+
+    Raises:
+        StateMismatchError: the scale has another shape.
     """
     if weight.dim() == 3 and scale.dim() >= 1 and scale.shape[0] == weight.shape[0]:
-        each = (dequantize_fp8(f"{hf_name}[{i}]", weight[i], scale[i], block, dtype) for i in range(len(weight)))
-        return torch.stack(list(each))
+        experts = (dequantize_fp8(f"{hf_name}[{i}]", weight[i], scale[i], block, dtype) for i in range(len(weight)))
+        return torch.stack(list(experts))
     rows, columns = weight.shape[-2:] if weight.dim() > 1 else (1, weight.numel())
     expected = tuple(-(-size // step) for size, step in zip((rows, columns), block, strict=True))
     if scale.numel() == 1:
@@ -121,15 +124,15 @@ def dequantize_fp8(hf_name: str, weight: Tensor, scale: Tensor, block: tuple[int
         )
     result = torch.empty(weight.shape, dtype=dtype)
     widths = by_block.float().repeat_interleave(block[1], dim=1)[:, :columns]
-    of_rows, given = result.view(rows, columns), weight.view(rows, columns)
+    target, source = result.view(rows, columns), weight.view(rows, columns)
     for index, row in enumerate(range(0, rows, block[0])):  # a row of blocks at a time bounds the fp32 copy
         part = slice(row, row + block[0])
-        of_rows[part] = (given[part].float() * widths[index]).to(dtype)
+        target[part] = (source[part].float() * widths[index]).to(dtype)
     return result
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Two e2m1 numbers a byte, times a power of two for every 32 of them (OCP Microscaling Formats v1.0).
+    """Dequantizes mxfp4: two e2m1 numbers per byte, times a power of two for every 32 of them (OCP Microscaling Formats v1.0).
 
     Args:
         blocks: `[experts, rows, groups, 16]` uint8, low nibble first.

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what they say of each tensor, proven against the file's size before a byte of data is read."""
+"""Reads the headers of safetensors files and checks them against the file's size before any data is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mbridge_rl.core.json_text import parse_json
 from mbridge_rl.core.segments import Shape
 from mbridge_rl.core.typed_values import is_text, kind, shown
 
-# The format's names of dtypes. What torch cannot name (4-bit floats) is refused with the file.
+# The format's names of dtypes. A file with a dtype that torch does not have (4-bit floats) is refused.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -36,14 +36,14 @@ DTYPES = {
     "C64": torch.complex64,
 }
 
-_MOST_BYTES = 100_000_000  # of a header, as the safetensors library has it
+_MOST_BYTES = 100_000_000  # of a header; the limit of the safetensors library
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_MOST_DIMS = 64  # of a tensor, as torch has it
-_MOST_BYTES_OF_A_TENSOR = 2**63  # that torch can count
+_MOST_DIMS = 64  # of a tensor; the limit of torch
+_MOST_BYTES_OF_A_TENSOR = 2**63  # the limit of torch
 
 
 class Entry(NamedTuple):
-    """What a file says of a tensor, and at which byte of it the tensor lies."""
+    """A tensor in a file: its dtype and shape by the file's header, and the byte at which its data starts."""
 
     file: str
     dtype: torch.dtype
@@ -51,16 +51,16 @@ class Entry(NamedTuple):
     start: int
 
     def piece(self, first: int, shape: Shape) -> Entry:
-        """Of a run of elements of the tensor, from element `first` on, `[*shape]`."""
+        """The entry of the tensor's elements from element `first` on, as a tensor `[*shape]`."""
         return self._replace(shape=shape, start=self.start + first * self.dtype.itemsize)
 
 
 def read_header(descriptor: int, path: Path, file: str) -> Iterator[tuple[str, Entry]]:
-    """The tensors of a file in the order of their bytes, from a header that is sound: they fill the file, one after the other,
-    and each as its shape says.
+    """Yields the tensors of a file in the order of their bytes, and checks the header: the tensors fill the file without gaps,
+    and each has the number of bytes of its shape.
 
     Raises:
-        CheckpointError: the header is not sound, or names a dtype that torch does not have.
+        CheckpointError: the header is wrong, or names a dtype that torch does not have.
     """
     try:
         size = os.fstat(descriptor).st_size
@@ -95,8 +95,8 @@ def _check_metadata(metadata: object) -> None:
 
 
 def _tensor(path: Path, hf_name: str, fields: object) -> tuple[int, int, str, torch.dtype, Shape]:
-    """First byte and the one behind the last, of the data, name, dtype and shape. Written out, not read by `read_fields`: large
-    models have a hundred thousand of them."""
+    """The begin and the end of the data in bytes, the name, the dtype and the shape of a header's entry. It is checked here and
+    not by `read_fields` for speed: large models have a hundred thousand entries."""
     if not is_text(hf_name) or not isinstance(fields, dict) or fields.keys() != _FIELDS:
         found = shown(list(fields)) if isinstance(fields, dict) else kind(fields)
         raise ValueError(f"{shown(hf_name)} must be an object with dtype, shape and data_offsets, found {found}")
@@ -115,7 +115,7 @@ def _tensor(path: Path, hf_name: str, fields: object) -> tuple[int, int, str, to
     return start, stop, hf_name, dtype, tuple(shape)
 
 
-def _are_sizes(found: object) -> TypeGuard[list[int]]:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return (
-        isinstance(found, list) and len(found) <= _MOST_DIMS and all(type(size) is int and 0 <= size < 2**63 for size in found)
+        isinstance(value, list) and len(value) <= _MOST_DIMS and all(type(size) is int and 0 <= size < 2**63 for size in value)
     )

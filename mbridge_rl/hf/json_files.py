@@ -1,4 +1,4 @@
-"""JSON files that others wrote, read into dataclasses: bounded, typed, and with errors that name file, field and value."""
+"""Reads untrusted JSON files into dataclasses, with bounds and types, and with errors that name file, field and value."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _SHOWN_PROBLEMS = 8
 
 
 def open_file(path: Path) -> int:
-    """A descriptor of a regular file, for reading. What is no regular file (a pipe would wait for its writer) is refused.
+    """Opens a regular file for reading and returns its descriptor. Other files are refused (a pipe would wait for its writer).
 
     Raises:
-        CheckpointError: it is missing, no file, or cannot be read.
+        CheckpointError: the file is missing, not a regular file, or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; download or save it again") from error
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+    except (OSError, ValueError) as error:  # an impossible file name is a ValueError
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -36,10 +36,10 @@ def open_file(path: Path) -> int:
 
 
 def read_json_object(path: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
-    """The fields of a JSON file.
+    """The fields of a JSON file that holds an object.
 
     Raises:
-        CheckpointError: there is none, it is larger than `most_bytes`, no JSON in UTF-8, or holds no object.
+        CheckpointError: the file is missing, larger than `most_bytes`, no JSON in UTF-8, or holds no object.
     """
     with os.fdopen(open_file(path), "rb") as file:
         try:
@@ -52,22 +52,23 @@ def read_json_object(path: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, 
 
 
 def read_json(path: Path, cls: type[T], *, most_bytes: int = _MOST_BYTES) -> T:
-    """The dataclass `cls` from a JSON file, which may have more fields.
+    """Reads the dataclass `cls` from a JSON file, which may have more fields.
 
     Raises:
-        CheckpointError: it cannot be read, or fields are missing, of a wrong type or out of range; each is named.
+        CheckpointError: the file cannot be read, or fields are missing, of a wrong type or out of range; the message names
+            each.
     """
     return from_json(read_json_object(path, most_bytes=most_bytes), cls, str(path))
 
 
 def from_json(value: object, cls: type[T], where: str) -> T:
-    """The dataclass `cls` from parsed JSON, which may have more fields.
+    """Makes the dataclass `cls` from parsed JSON, which may have more fields.
 
     Args:
-        where: what was parsed, for the error.
+        where: the origin of the JSON, for the error.
 
     Raises:
-        CheckpointError: fields are missing, of a wrong type or out of range; each is named.
+        CheckpointError: fields are missing, of a wrong type or out of range; the message names each.
     """
     problems: list[str] = []
     result = read_fields(cls, value, problems, others="ignore")

@@ -1,7 +1,7 @@
 """A lock that one process at a time holds while it replaces a directory.
 
-It is a `flock` on a hidden file beside the directory, so that it ends with the process that holds it, however that ends. The
-file says who holds the lock, and is removed when the lock is released; whoever has locked a removed file tries again.
+It is a `flock` on a hidden file beside the directory, so that it ends with its process in every case. The file names the
+process that holds the lock, and is removed when the lock is released; a process that has locked a removed file tries again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class SaveLock:
     """An exclusive lock.
 
     Args:
-        path: of the lock's file.
-        directory: that is protected, for messages.
+        path: the lock's file.
+        directory: the protected directory, for messages.
     """
 
     def __init__(self, path: Path, directory: Path) -> None:
@@ -42,10 +42,11 @@ class SaveLock:
         """Waits for the lock.
 
         Args:
-            seconds: how long; `None` means `LOCK_SECONDS`.
+            seconds: how long to wait; `None` means `LOCK_SECONDS`.
 
         Raises:
-            CheckpointError: another process still holds it, or the file system has no locks; OSError: the file cannot be made.
+            CheckpointError: another process still holds the lock, or the file system has no locks.
+            OSError: the lock's file cannot be made.
         """
         seconds = LOCK_SECONDS if seconds is None else seconds
         deadline = time.monotonic() + seconds
@@ -55,11 +56,11 @@ class SaveLock:
             time.sleep(_NAP_SECONDS)
 
     def try_acquire(self) -> bool:
-        """Takes the lock if it is free, and returns whether it was. Raises as `acquire`."""
+        """Takes the lock if it is free, and returns whether it was free. Raises the errors of `acquire`."""
         return self._try()
 
     def holder(self) -> tuple[str, str]:
-        """Who holds the lock, and what to do if it hangs, in words."""
+        """A description of the process that holds the lock, and advice in case it hangs."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             holder = json.loads(self.path.read_bytes()[:_HOLDER_BYTES])
             pid, host = int(holder["pid"]), str(holder["host"])
@@ -67,7 +68,7 @@ class SaveLock:
         return "another process", "if it hangs, end it"
 
     def require_held(self) -> None:
-        """Raises CheckpointError if somebody removed the lock's file: another process may hold the lock by now."""
+        """Raises CheckpointError if the lock's file was removed, so that another process may hold the lock by now."""
         if self._descriptor is None or not _is_at(self.path, self._descriptor):
             raise CheckpointError(
                 f"{self._directory} was not saved: somebody removed the lock {self.path} while it was held, so that another "
@@ -75,7 +76,7 @@ class SaveLock:
             )
 
     def release(self) -> None:
-        """Gives the lock back; does nothing where it is not held."""
+        """Releases the lock; does nothing if it is not held."""
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
@@ -90,9 +91,9 @@ class SaveLock:
             _held.add(descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_at(self.path, descriptor):  # else the holder before has removed this file
+                if _is_at(self.path, descriptor):  # otherwise the last holder has removed this file
                     self._descriptor = descriptor
-                    self._say_who()
+                    self._write_holder()
                     return True
             except BlockingIOError:
                 return False
@@ -107,27 +108,27 @@ class SaveLock:
                 if self._descriptor is None:
                     _close(descriptor)
 
-    def _say_who(self) -> None:
+    def _write_holder(self) -> None:
         holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         assert self._descriptor is not None
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # with a full disk the lock is held without a description
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
     def _busy(self, seconds: float) -> str:
-        who, advice = self.holder()
+        holder, advice = self.holder()
         return (
-            f"{self._directory} was not saved: {who} has been saving there and was not done within {seconds:g} s; {advice}, "
+            f"{self._directory} was not saved: {holder} has been saving there and was not done within {seconds:g} s; {advice}, "
             f"or save elsewhere. The lock is {self.path}: it ends with its holder, do not remove it by hand"
         )
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is the one that has this name."""
+    """Whether the open file is the one at this path."""
     try:
         named = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
@@ -142,7 +143,7 @@ def _close(descriptor: int) -> None:
 
 
 def _close_inherited() -> None:
-    """A fork shares the lock of its parent, and would hold it when the parent is dead."""
+    """Closes inherited locks in a fork, which would otherwise hold the lock of its parent even after the parent has died."""
     for descriptor in list(_held):
         _close(descriptor)
 

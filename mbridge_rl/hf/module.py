@@ -1,8 +1,8 @@
-"""A live Transformers module as a side: where the tensors of a checkpoint lie among its parameters.
+"""A live Transformers module as a side of a plan: where the tensors of a checkpoint lie in its parameters.
 
-Transformers keeps some tensors otherwise in memory than on disk (the experts of a layer as one) and converts when it loads and
-saves. Its own conversion to what it saves is run here once, on tensors without data that remember which view of which
-parameter they are. So no family needs a rule, and one description serves for reading and for writing.
+Transformers holds some tensors in memory in another form than on disk (the experts of a layer in one tensor) and converts them
+when it loads and saves. Its own conversion for saving is run here once, on tensors without data that record of which parameter
+they are a view. So no family needs rules for this, and one description serves for reading and for writing.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 
 class HFModule(Mapping[str, Tensor]):
-    """The parameters and saved buffers of a Transformers module, by their names in it: they share the module's memory.
+    """The parameters and saved buffers of a Transformers module, by their names in it; they share the module's memory.
 
     Attributes:
-        side: which HF tensor is which of their views.
+        side: the side of a plan that describes every HF tensor as a view of one of them.
 
     Raises:
-        StateMismatchError: the module is not the model of `spec`, or has no data yet; UnsupportedModelError: Transformers
-            computes what it saves, beyond rearranging it.
+        StateMismatchError: the module is not the model of `spec`, or has no data yet.
+        UnsupportedModelError: Transformers computes the saved tensors by more than a rearrangement.
     """
 
     def __init__(self, spec: ModelSpec, module: nn.Module, ranks: Sequence[int] = (0,)) -> None:
@@ -52,7 +52,7 @@ class HFModule(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def hf_dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of every HF tensor."""
+        """The dtype of every HF tensor."""
         return {segment.hf_name: self._tensors[segment.local_name].dtype for segment in self.side.segments}
 
     def _side(self, spec: ModelSpec, ranks: tuple[int, ...]) -> Side:
@@ -71,23 +71,23 @@ class HFModule(Mapping[str, Tensor]):
         return Side(tuple(segments), shapes, dict.fromkeys(shapes, ranks))
 
     def _check_ties(self, module_name: str) -> None:
-        """What is not named by the side has to be another name of something that is."""
-        named = {self._tensors[name].data_ptr() for name in self.side.shapes}
-        loose = [
+        """Checks that every saved tensor outside of the side is tied to a tensor of the side."""
+        data_of_side = {self._tensors[name].data_ptr() for name in self.side.shapes}
+        untied = [
             saved.parameter_name
             for saved in self._saved.values()
-            if saved.parameter_name not in self.side.shapes and saved.data_in not in named
+            if saved.parameter_name not in self.side.shapes and saved.data_in not in data_of_side
         ]
-        if loose:
+        if untied:
             raise StateMismatchError(
-                f"{module_name}: {listed(loose)} should be tied and is not: call its tie_weights() first or, if it is meant to "
-                f"be another tensor, make the bridge from the module's checkpoint, or from a config with "
+                f"{module_name}: {listed(untied)} should be tied and is not: call its tie_weights() first or, if it is meant "
+                f"to be another tensor, make the bridge from the module's checkpoint, or from a config with "
                 f"tie_word_embeddings=False"
             )
 
 
 class SavedView(Tensor):
-    """What Transformers would save under one name: a view of the parameter `parameter_name`, without data."""
+    """The tensor that Transformers would save under one name: a view of the parameter `parameter_name`, without data."""
 
     parameter_name: str
     view_of_parameter: Tensor  # meta: shape, offset and strides in elements of the parameter
@@ -108,7 +108,7 @@ class SavedView(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Views run on the tensor without data; copies are not made."""
+        """Applies views to the tensor without data, and skips copies."""
         kwargs = kwargs or {}
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, SavedView))
         if func in _COPIES:
@@ -124,11 +124,11 @@ class SavedView(Tensor):
 
 
 def saved_views(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, SavedView]:
-    """`{hf_name: view}` of all that Transformers would save."""
+    """`{hf_name: view}` of all tensors that Transformers would save."""
     from transformers.core_model_loading import revert_weight_conversion
 
     unsaved = getattr(module, "_keys_to_ignore_on_save", None) or ()
-    whole = {
+    parameters = {
         name: SavedView(
             name,
             torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"),
@@ -138,4 +138,4 @@ def saved_views(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, S
         for name, tensor in tensors.items()
         if name not in unsaved
     }
-    return revert_weight_conversion(module, whole)
+    return revert_weight_conversion(module, parameters)

@@ -1,4 +1,5 @@
-"""The config of Llama-Nemotron (DeciLM): Transformers has none, the models' repositories bring code of their own instead."""
+"""The config class of Llama-Nemotron (DeciLM). Transformers has none; the models' repositories contain their own code
+instead."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ class Attributes(dict[str, Any]):
 
 
 class NemotronNasConfig(LlamaConfig):
-    """A Llama config whose `block_configs` say of each layer what attention and MLP (`ffn`) it has. Sizes that differ between
-    layers are null in config.json, and Llama's defaults here, which mean nothing."""
+    """A Llama config whose `block_configs` describe the attention and the MLP (`ffn`) of each layer. Sizes that differ between
+    layers are null in config.json; here they have Llama's defaults, which must not be used."""
 
     model_type = "nemotron-nas"
 

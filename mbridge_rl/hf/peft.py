@@ -30,7 +30,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 _FACTOR = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude_vector)$")
 _STACK = re.compile(r"\.experts(\.base_layer)*$")
 
-# What changes the meaning of the factors, and the values under which it does not; an absent field has its first one.
+# Fields that may change the meaning of the factors, with the values for which they do not. An absent field has the first value.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -48,7 +48,8 @@ Rank = Annotated[int, Range(1, MAX_RANK)]
 
 @dataclass(frozen=True)
 class _AdapterConfig:
-    """What is read of `adapter_config.json`, beside `_PLAIN`. Which modules have adapters is not: the tensors say that."""
+    """The fields that are read from `adapter_config.json`, besides `_PLAIN`. The adapted modules are not read from it: they
+    follow from the names of the tensors."""
 
     r: Rank
     lora_alpha: Positive
@@ -64,31 +65,33 @@ def open_adapter(directory: str | Path) -> Checkpoint:
     """The adapter's tensors by PEFT name.
 
     Raises:
-        CheckpointError: there are none, or the file is corrupt.
+        CheckpointError: there is no adapter, or its file is corrupt.
     """
     return Checkpoint(directory, ADAPTER_FILE)
 
 
 def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
-    """The config under which the adapter of `directory` can be attached and loaded: canonical, its targets taken from the
-    tensors that are there.
+    """The config with which the adapter in `directory` can be attached and loaded: it is canonical, and its targets follow from
+    the adapter's tensors.
 
     Raises:
-        CheckpointError: there is no readable adapter; UnsupportedModelError: it is more than LoRA on linears, and what, gives
-            parts of one fused linear different ranks, or adapts some experts of a layer; StateMismatchError: it adapts modules
-            that the model does not have.
+        CheckpointError: there is no readable adapter.
+        UnsupportedModelError: the adapter is more than LoRA on linears (the message names the feature), gives parts of one
+            fused linear different ranks, or adapts only some experts of a layer.
+        StateMismatchError: the adapter adapts modules that the model does not have.
     """
     path = Path(directory) / ADAPTER_CONFIG
-    said = read_json_object(path)
-    if str(said.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    values = read_json_object(path)
+    if str(values.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UnsupportedModelError(
-            f"{path}: init_lora_weights={shown(said['init_lora_weights'])} changed the base weights at first: save the adapter "
-            f"with save_pretrained(path_initial_model_for_weight_conversion=...), which makes it one of weights as they were"
+            f"{path}: init_lora_weights={shown(values['init_lora_weights'])} changed the base weights at first: save the "
+            f"adapter with save_pretrained(path_initial_model_for_weight_conversion=...), which makes it one of weights as "
+            f"they were"
         )
     for name, plain in _PLAIN.items():
-        if said.get(name, plain[0]) not in plain:
-            raise UnsupportedModelError(f"{path}: {name}={shown(said[name])} is not supported; only {name}={plain[0]!r} is")
-    fields = from_json(said, _AdapterConfig, str(path))
+        if values.get(name, plain[0]) not in plain:
+            raise UnsupportedModelError(f"{path}: {name}={shown(values[name])} is not supported; only {name}={plain[0]!r} is")
+    fields = from_json(values, _AdapterConfig, str(path))
     modules = {_FACTOR.sub("", name.removeprefix(PEFT_PREFIX)) for name in open_adapter(directory)}
     stacks = {module for module in modules if _STACK.search(module)}
     config = LoRAConfig(
@@ -128,15 +131,15 @@ def read_lora_config(spec: ModelSpec, directory: str | Path) -> LoRAConfig:
 
 
 def _targeted(target_parameters: Sequence[str], parameters: Set[str]) -> set[str]:
-    """Those of `parameters` that PEFT's `target_parameters` name, by their full names or the ends of these."""
+    """The `parameters` that PEFT's `target_parameters` name, by their full names or the ends of their names."""
     return {name for name in parameters if any(name == target or name.endswith(f".{target}") for target in target_parameters)}
 
 
 def _matching(patterns: Mapping[str, T], modules: Set[str], where: str) -> dict[str, T]:
-    """Those of the patterns that match a module.
+    """The patterns that match a module.
 
     Raises:
-        CheckpointError: one is no regular expression, or takes too long to match.
+        CheckpointError: a pattern is no regular expression, or takes too long to match.
     """
     try:
         return {
@@ -147,7 +150,7 @@ def _matching(patterns: Mapping[str, T], modules: Set[str], where: str) -> dict[
 
 
 def adapter_file(tensors: Sequence[HFTensor]) -> ShardFile:
-    """The one file of an adapter."""
+    """The single file of an adapter."""
     return shard_file(ADAPTER_FILE, tensors)
 
 
@@ -155,8 +158,8 @@ def write_lora_config(spec: ModelSpec, config: LoRAConfig, base: str | None, dir
     """Writes `adapter_config.json`.
 
     Args:
-        spec: of the base model.
-        base: name or path of the base model, for whoever loads the adapter.
+        spec: the spec of the base model.
+        base: name or path of the base model, which is written to the config.
     """
     parameters, modules = _targets_in_peft(spec, config)
     values = {
@@ -180,42 +183,44 @@ def write_lora_config(spec: ModelSpec, config: LoRAConfig, base: str | None, dir
 
 
 def patterns_in_peft(spec: ModelSpec, config: LoRAConfig) -> dict[str, dict[str, float]]:
-    """PEFT's `rank_pattern` and `alpha_pattern`, where they say anything. No two keys match one linear: `peft` does not
-    keep their order.
+    """PEFT's `rank_pattern` and `alpha_pattern`, without empty ones. No two keys match the same linear, since `peft` does not
+    preserve their order.
 
     Args:
-        spec: of the base model.
+        spec: the spec of the base model.
     """
     adapted = adapted_linears(spec, config)
     values = {
-        "rank_pattern": _pattern({name: one.peft_rank for name, one in adapted.items()}, config.peft_rank),
-        "alpha_pattern": _pattern({name: one.peft_alpha for name, one in adapted.items()}, config.peft_alpha),
+        "rank_pattern": _pattern({name: own.peft_rank for name, own in adapted.items()}, config.peft_rank),
+        "alpha_pattern": _pattern({name: own.peft_alpha for name, own in adapted.items()}, config.peft_alpha),
     }
     return {name: pattern for name, pattern in values.items() if pattern}
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """The values that are not the default's, by the last names of linears where all of one have one value, otherwise by full
-    names."""
-    of_last: dict[str, set[float]] = {}
+    """The values that are not the default: by the last name of the linears if all linears of that name have one value,
+    otherwise by full names."""
+    values_of_last_name: dict[str, set[float]] = {}
     for name, value in values.items():
-        of_last.setdefault(_last(name), set()).add(value)
+        values_of_last_name.setdefault(_last(name), set()).add(value)
     return {
-        _last(name) if len(of_last[_last(name)]) == 1 else name: value for name, value in values.items() if value != default
+        _last(name) if len(values_of_last_name[_last(name)]) == 1 else name: value
+        for name, value in values.items()
+        if value != default
     }
 
 
 def _targets_in_peft(spec: ModelSpec, config: LoRAConfig) -> tuple[list[str], list[str]]:
-    """The adapted parameters (of stacked experts) and modules: their last names, or full ones where a last name would adapt
-    others, too."""
+    """The adapted parameters (of stacked experts) and modules: by their last names, or by full names where a last name would
+    match other linears, too."""
     adapted = adapted_linears(spec, config)
     hf_names = adapted_spec(spec, config).hf_shapes
     others = {linear_name(hf_name) for hf_name in hf_names} - set(adapted)
     ambiguous = {_last(name) for name in others} & {_last(name) for name in adapted}
     short = {name: name if _last(name) in ambiguous else _last(name) for name in adapted}
-    of_modules = {name for name in adapted if f"{name}.weight" in hf_names}
-    parameters = {name if name != _last(name) else f"experts.{name}" for full, name in short.items() if full not in of_modules}
-    return sorted(parameters), sorted({name for full, name in short.items() if full in of_modules})
+    modules = {name for name in adapted if f"{name}.weight" in hf_names}
+    parameters = {name if name != _last(name) else f"experts.{name}" for full, name in short.items() if full not in modules}
+    return sorted(parameters), sorted({name for full, name in short.items() if full in modules})
 
 
 def _last(name: str) -> str:
@@ -223,10 +228,10 @@ def _last(name: str) -> str:
 
 
 def require_loadable(adapters: ModelSpec, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Checks that parts of a fused linear that share one `A` here have equal ones in `tensors`.
+    """Checks that parts of a fused linear that share one `A` in the model have equal `A` in `tensors`.
 
     Raises:
-        StateMismatchError: naming the tensors that differ.
+        StateMismatchError: they differ; the message names the tensors.
     """
     for hf_names in equal_tensors(adapters):
         first = tensors[hf_names[0]]

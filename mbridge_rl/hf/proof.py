@@ -1,8 +1,8 @@
-"""Reading staged files back: a checkpoint replaces another only when its files hold what was written, byte for byte.
+"""Reads staged files back: a checkpoint replaces another only if its files hold the written bytes.
 
-Whoever writes a rectangle of a tensor digests it first (`core.digest`). Digests of a tensor's rectangles add up to that of the
-tensor, which is compared with the one of the bytes in the file: a lost, torn or doubled write, and a file that another process
-made, are seen.
+Before a rectangle of a tensor is written, its digest is computed (`core.digest`). The digests of a tensor's rectangles add up
+to that of the tensor, which is compared with the digest of the bytes in the file. This detects lost, torn and repeated writes,
+and files that another process made.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ READ_BACK_ADVICE = (
 
 
 class PlannedFile(Protocol):
-    """A safetensors file as it is meant to be (`hf.writer.ShardFile`)."""
+    """The plan of a safetensors file (`hf.writer.ShardFile`)."""
 
     @property
     def name(self) -> str: ...
@@ -42,34 +42,35 @@ class PlannedFile(Protocol):
     def tensors(self) -> Mapping[str, HFTensor]: ...
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are of one dtype and shape and have the same bytes, on whatever devices."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes; they may be on different devices."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
-    flat = (tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for tensor in (one, other))
+    flat = (tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for tensor in (left, right))
     return torch.equal(*flat)
 
 
 def require_written(directory: Path, files: Sequence[PlannedFile], digests: Sequence[int], *, rank: int, size: int) -> None:
-    """Compares one rank's share of the files with what was written; together the ranks read every byte once.
+    """Compares one rank's share of the files with the written tensors; together the ranks read every byte once.
 
     Args:
-        digests: of the tensors, in the order of the files and of their offsets.
+        digests: digests of the written tensors, in the order of the files and of their offsets.
 
     Raises:
-        CheckpointError: a file is missing, too short, or holds other bytes; it names the tensor. OSError: it cannot be read.
+        CheckpointError: a file is missing, too short, or holds other bytes; the message names the tensor.
+        OSError: a file cannot be read.
     """
     total = sum(file.nbytes for file in files)
     before, expected = 0, iter(digests)
     for file in files:
-        mine = [
+        own_tensors = [
             (hf_name, start, digest)
             for (hf_name, start), digest in zip(file.offsets.items(), expected, strict=False)
             if (before + start) * size // total == rank
         ]
         with_header = before * size // total == rank
         before += file.nbytes
-        if not mine and not with_header:
+        if not own_tensors and not with_header:
             continue
         try:
             descriptor = os.open(directory / file.name, os.O_RDONLY | os.O_CLOEXEC)
@@ -78,7 +79,7 @@ def require_written(directory: Path, files: Sequence[PlannedFile], digests: Sequ
         try:
             if with_header:
                 _require_header(descriptor, directory, file)
-            for hf_name, start, digest in mine:
+            for hf_name, start, digest in own_tensors:
                 _require_tensor(descriptor, directory / file.name, file.tensors[hf_name], start, digest)
         finally:
             os.close(descriptor)
@@ -95,18 +96,18 @@ def _require_header(descriptor: int, directory: Path, file: PlannedFile) -> None
 
 def _require_tensor(descriptor: int, path: Path, tensor: HFTensor, start: int, expected: int) -> None:
     try:
-        found = add(*(_digest(descriptor, tensor, start, first, count) for first, count in _blocks(tensor)))
+        digest = add(*(_digest(descriptor, tensor, start, first, count) for first, count in _blocks(tensor)))
     except EOFError as error:
         raise CheckpointError(f"{path}: {error} within {tensor.hf_name}: {READ_BACK_ADVICE}") from error
-    if found != expected:
+    if digest != expected:
         raise CheckpointError(
-            f"{path}: {tensor.hf_name} has digest {found:016x} when it is read back, {expected:016x} was written: "
+            f"{path}: {tensor.hf_name} has digest {digest:016x} when it is read back, {expected:016x} was written: "
             f"{READ_BACK_ADVICE}"
         )
 
 
 def _blocks(tensor: HFTensor) -> Iterator[tuple[int, int]]:
-    """The rows of a tensor in blocks of bounded size: the first, and how many."""
+    """Yields the first row and the number of rows of blocks of bounded size that make up a tensor."""
     columns = max(1, tensor.columns)
     rows = prod(tensor.shape) // columns
     step = max(1, _BLOCK_BYTES // (columns * tensor.dtype.itemsize))

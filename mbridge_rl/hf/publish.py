@@ -1,12 +1,13 @@
-"""Replacing a directory, or a file, as a whole: at any moment, whoever is killed or stopped, the old or the new one is there.
+"""Replaces a directory, or a file, as a whole: at any moment either the old or the new one is there, even if a process is
+killed.
 
-    NAME                     what was saved last
+    NAME                     the last saved directory
     .NAME.lock               held by the one process that is saving (`hf.lock`)
-    .NAME.ATTEMPT.incomplete what one attempt has written so far
-    .NAME.ATTEMPT.previous   complete: what NAME was, or is about to be
+    .NAME.ATTEMPT.incomplete the files that one attempt has written so far
+    .NAME.ATTEMPT.previous   a complete directory: the old NAME, or the new one just before it takes its place
 
-Every attempt has a random number of its own, so that two processes never write into one directory, whatever happens to the
-lock. What killed attempts left is removed by the next one, which holds the lock by then.
+Every attempt has a random number, so that two processes never write into one directory, even if the lock fails. The next
+attempt removes the leftovers of killed attempts while it holds the lock.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # this file system, or kernel, cannot exchange two directories
 _WEIGHTS = "model*.safetensors"
-_ATTEMPT_BITS = 60  # it travels as a positive int64
-_RENAME_SECONDS = 2.0  # between two renames, at most
+_ATTEMPT_BITS = 60  # an attempt's number is sent as a positive int64
+_RENAME_SECONDS = 2.0  # longest time between the two renames of a replacement
 _INCOMPLETE, _PREVIOUS = "incomplete", "previous"
 
 
@@ -41,8 +42,8 @@ class Replacement:
     """One attempt to replace a directory. One process begins, publishes and ends it; others that write into `path` join it.
 
     Args:
-        lock: of several directories that are replaced under one lock, its file; `None` locks this directory alone.
-        only_new: refuse a directory that has something in it.
+        lock: the file of a lock that several directories share; `None` locks this directory alone.
+        only_new: refuse to replace a directory that is not empty.
     """
 
     def __init__(self, directory: str | Path, *, lock: Path | None = None, only_new: bool = False) -> None:
@@ -58,13 +59,14 @@ class Replacement:
         return _staged(self.directory, self._attempt, _INCOMPLETE)
 
     def begin(self) -> int:
-        """Waits for the lock, repairs and removes what killed attempts left, and makes an empty staging directory.
+        """Waits for the lock, repairs or removes the leftovers of killed attempts, and makes an empty staging directory.
 
         Returns:
             The attempt's number, for the processes that join.
 
         Raises:
-            CheckpointError: another process is saving there, or there is something and must not be; OSError.
+            CheckpointError: another process is saving there, or the directory must be new and is not empty.
+            OSError: the directory cannot be made.
         """
         _require_replaceable(self.directory)
         self.directory.parent.mkdir(parents=True, exist_ok=True)
@@ -84,21 +86,23 @@ class Replacement:
         return self._attempt
 
     def join(self, attempt: int) -> None:
-        """Another process began the attempt of this number."""
+        """Joins the attempt of this number, which another process began."""
         self._attempt = attempt
 
     def publish(self, *, durable: bool) -> None:
-        """Puts the staging directory in its place; the caller has made sure that it is complete.
+        """Puts the staging directory in its place; the caller has checked that it is complete.
 
-        Weights that were there go, other files and directories stay. Where there was nothing it is one rename, and where there
-        was something one exchange. A file system that cannot exchange needs two renames; the next save, or `put_back`, repairs
-        what was interrupted between them.
+        Old weights are removed, other files and directories stay. A new directory needs one rename, an old one is replaced by
+        one exchange. A file system that cannot exchange needs two renames; if they are interrupted, the next save, or
+        `put_back`, repairs the directory.
 
         Args:
-            durable: everything is on the disk before anything is replaced, and before the old directory is removed.
+            durable: whether all files are flushed to the disk before the directory is replaced, and before the old one is
+                removed.
 
         Raises:
-            CheckpointError: the lock was taken away; OSError. Either way the old directory is in its place.
+            CheckpointError: the lock was removed. The old directory is in its place.
+            OSError: the directory cannot be replaced. The old directory is in its place.
         """
         self._lock.require_held()
         exists = self.directory.exists()
@@ -119,24 +123,24 @@ class Replacement:
             if durable:
                 sync_to_disk(self.directory)
                 sync_to_disk(self.directory.parent)
-        except OSError as error:  # saved it is; the next save tries again
+        except OSError as error:  # the new directory is saved; the next save removes the old one
             _log.warning("%s is saved, but what was there stays in %s: %s", self.directory, previous, error)
         else:
             shutil.rmtree(previous, ignore_errors=True)
 
     def end(self) -> None:
-        """Removes what is staged still, and gives the lock back. Processes that joined do not call it."""
+        """Removes the staging directory, if it still exists, and releases the lock. Processes that joined do not call it."""
         if self._attempt is not None:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
 
 def put_back(directory: Path) -> bool:
-    """Restores a directory whose replacement was interrupted between two renames, or waits a moment while somebody is between
-    them; returns whether it is there now. Where nothing can be done, nothing is raised.
+    """Restores a directory whose replacement was interrupted between two renames, or waits a moment if another process is
+    between them. Returns whether the directory exists now, and raises nothing.
     """
     directory = directory.absolute()
-    with contextlib.suppress(OSError, CheckpointError):  # such as a place where we may only read
+    with contextlib.suppress(OSError, CheckpointError):  # such as a directory without permission to write
         if directory.exists() or not directory.parent.is_dir() or not _leftovers(directory, _PREVIOUS):
             return directory.exists()
         lock, deadline = SaveLock(directory.with_name(f".{directory.name}.lock"), directory), time.monotonic() + _RENAME_SECONDS
@@ -152,13 +156,13 @@ def put_back(directory: Path) -> bool:
 
 
 def sweep(directory: Path) -> None:
-    """Removes what killed attempts to replace `directory` left; the caller holds the lock."""
+    """Removes the leftovers of killed attempts to replace `directory`; the caller holds the lock."""
     for path in _leftovers(directory, _INCOMPLETE):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes `text` to a file that others may read, or that is there already, at once and durably."""
+    """Writes `text` to a new or an existing file, atomically for its readers, and flushes it to the disk."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}.{_INCOMPLETE}")
     try:
         staged.write_text(text)
@@ -169,33 +173,34 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Returns when a file, or the names in a directory, are on the disk."""
+    """Flushes a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError:
-        if not path.is_dir():  # some file systems can't sync directories
+        if not path.is_dir():  # some file systems cannot sync directories
             raise
     finally:
         os.close(descriptor)
 
 
-def _staged(directory: Path, attempt: int, what: str) -> Path:
-    return directory.with_name(f".{directory.name}.{attempt:016x}.{what}")
+def _staged(directory: Path, attempt: int, suffix: str) -> Path:
+    return directory.with_name(f".{directory.name}.{attempt:016x}.{suffix}")
 
 
-def _leftovers(directory: Path, what: str) -> list[Path]:
-    """Of attempts to replace `directory`, of older versions of this library, too; the newest first."""
-    name = re.compile(rf"\.{re.escape(directory.name)}(\.[0-9a-f]{{16}})?\.{what}")
+def _leftovers(directory: Path, suffix: str) -> list[Path]:
+    """The directories with this suffix that attempts to replace `directory` left, by older versions of this library, too; the
+    newest first."""
+    name = re.compile(rf"\.{re.escape(directory.name)}(\.[0-9a-f]{{16}})?\.{suffix}")
     with os.scandir(directory.parent) as entries:
-        found = [entry for entry in entries if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
-    return [Path(entry) for entry in sorted(found, key=lambda entry: _age(entry.path))]
+        leftovers = [entry for entry in entries if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+    return [Path(entry) for entry in sorted(leftovers, key=lambda entry: _age(entry.path))]
 
 
 def _age(path: str) -> float:
     try:
         return -os.stat(path).st_mtime
-    except FileNotFoundError:  # whoever is saving there has just removed it
+    except FileNotFoundError:  # another process that is saving there has just removed it
         return 0.0
 
 
@@ -223,10 +228,10 @@ def _put_back(directory: Path) -> None:
 
 
 def _swap(staged: Path, directory: Path, previous: Path) -> None:
-    """`staged` becomes `directory`, and what that was becomes `previous`.
+    """Renames `staged` to `directory`, and the old `directory` to `previous`.
 
-    `staged` has the name `previous` from before the exchange on, so that a killed process never leaves the old directory under
-    a name that is swept.
+    `staged` gets the name `previous` before the exchange, so that a killed process never leaves the old directory under a name
+    that `sweep` removes.
     """
     staged.rename(previous)
     try:
@@ -244,36 +249,36 @@ def _swap(staged: Path, directory: Path, previous: Path) -> None:
         raise
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Returns whether the two have each other's place now: False where the system cannot."""
+def _exchange(left: Path, right: Path) -> bool:
+    """Exchanges two directories; returns False if the system cannot do this."""
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if exchange is None:
         return False
-    if not exchange(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+    if not exchange(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE):
         return True
     if ctypes.get_errno() in _NO_EXCHANGE:
         return False
-    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(right))
 
 
 def _link_other_files(directory: Path, staged: Path) -> None:
-    """Files that stay are in the new directory before it is seen."""
+    """Links files that stay into the new directory, before it takes its place."""
     for other in _others(directory, staged):
         if other.is_file() and not other.is_symlink():
             try:
                 os.link(other, staged / other.name)
-            except OSError:  # no hard links here
+            except OSError:  # the file system has no hard links
                 shutil.copy2(other, staged / other.name)
 
 
 def _carry_over(previous: Path, directory: Path) -> None:
-    """Moves what stays, and is not there yet: directories, links, and files that appeared while others were linked."""
+    """Moves everything else that stays: directories, links, and files that appeared while others were linked."""
     for other in _others(previous, directory):
         other.rename(directory / other.name)
 
 
 def _others(old: Path, new: Path) -> list[Path]:
-    """What is no part of the old weights and has no successor."""
+    """The entries of the old directory that are no weights and do not exist in the new one."""
     weights = {*old.glob(_WEIGHTS), old / INDEX_FILE}
     return [path for path in old.iterdir() if path not in weights and not os.path.lexists(new / path.name)]
 

@@ -1,4 +1,4 @@
-"""What a config says of its checkpoint's quantization, and whether this library can read it."""
+"""Reads a config's description of its checkpoint's quantization, and decides whether this library can read the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUPPORTED = ("fp8", "mxfp4", "compressed-tensors")
 
 _FIELDS = ("quantization_config", "compression_config")
 _DEFAULT_BLOCK = (128, 128)
-# Of compressed-tensors: the formats that hold an fp8 weight as `X.weight` and its scales as `X.weight_scale`.
+# The formats of compressed-tensors that store an fp8 weight as `X.weight` and its scales as `X.weight_scale`.
 _FP8_FORMATS = ("float-quantized", "naive-quantized")
 
 
@@ -22,7 +22,7 @@ class Scheme:
 
     Attributes:
         method: one of `SUPPORTED`.
-        block: rows and columns that share an fp8 scale, where scales are of blocks.
+        block: number of rows and columns that share an fp8 scale, if there is one scale per block.
     """
 
     method: str
@@ -33,17 +33,17 @@ class Scheme:
 
 
 def quantization_of(hf_config: Any) -> Any:
-    """The quantization config of a Transformers config, or of its text part; `None` where there is none."""
+    """The quantization config of a Transformers config, or of its text part; `None` if there is none."""
     text_config = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
-    found = (getattr(config, field, None) for config in (hf_config, text_config) for field in _FIELDS)
-    return next((config for config in found if config), None)
+    candidates = (getattr(config, field, None) for config in (hf_config, text_config) for field in _FIELDS)
+    return next((candidate for candidate in candidates if candidate), None)
 
 
 def require_supported(quantization_config: Any) -> Mapping[str, Any]:
     """The quantization config as a mapping.
 
     Raises:
-        UnsupportedModelError: weights that cannot be read; the message names the field that says so.
+        UnsupportedModelError: the weights cannot be read; the message names the field that shows it.
     """
     config = quantization_config if isinstance(quantization_config, Mapping) else quantization_config.to_dict()
     method = config.get("quant_method")
@@ -52,16 +52,16 @@ def require_supported(quantization_config: Any) -> Mapping[str, Any]:
             f"quantization_config has quant_method={method!r}; checkpoints quantized by {', '.join(SUPPORTED)} can be "
             f"imported, dequantize this one first"
         )
-    for name, found, expected in _unread(config) if method == "compressed-tensors" else ():
+    for name, value, expected in _unsupported_fields(config) if method == "compressed-tensors" else ():
         raise UnsupportedModelError(
-            f"quantization_config has quant_method='compressed-tensors' and {name}={found!r}; only {name}={expected} can be "
+            f"quantization_config has quant_method='compressed-tensors' and {name}={value!r}; only {name}={expected} can be "
             f"imported, dequantize this checkpoint first"
         )
     return config
 
 
 def scheme_of(quantization_config: Any) -> Scheme:
-    """How the weights of a checkpoint with this quantization config are stored; raises as `require_supported`."""
+    """How the weights of a checkpoint with this quantization config are stored; raises the errors of `require_supported`."""
     config = require_supported(quantization_config)
     blocks = [config.get("weight_block_size"), *(weights.get("block_structure") for weights in _weights(config))]
     rows, columns = next((block for block in blocks if block), _DEFAULT_BLOCK)
@@ -69,13 +69,14 @@ def scheme_of(quantization_config: Any) -> Scheme:
 
 
 def _weights(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What every group of compressed-tensors says of its weights."""
+    """The description of the weights in every group of compressed-tensors."""
     groups = config.get("config_groups") or {}
     return [group["weights"] for group in groups.values() if isinstance(group, Mapping) and group.get("weights")]
 
 
-def _unread(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Fields of compressed-tensors that ask for something else than fp8 weights: name, value, and what can be read."""
+def _unsupported_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yields the name, the value and the supported values of fields of compressed-tensors that describe something else than fp8
+    weights."""
     groups = config.get("config_groups") or {}
     formats = {"format": config.get("format")}
     formats |= {f"config_groups.{name}.format": group.get("format") for name, group in groups.items()}

@@ -1,7 +1,7 @@
-"""Rectangles of a tensor in a file: reading and writing exactly the bytes that they are made of.
+"""Reads and writes rectangles of a tensor in a file, and exactly their bytes.
 
-A rectangle falls into blocks of adjacent bytes. Where memory is laid out as the file is they go straight there; otherwise they
-pass through a small staging buffer, which also casts. No page beside the rectangle's own is ever asked for.
+A rectangle consists of blocks of adjacent bytes. If the memory has the same layout as the file, blocks are read directly into
+it; otherwise they pass through a small staging buffer, which also casts. Only the rectangle's own pages are read.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 from mbridge_rl.core.segments import Shape
 
 STAGING_BYTES = 8 << 20
-# Blocks with smaller gaps are read as one: storage is read by pages, so that stepping over less saves nothing.
+# Blocks with smaller gaps are read as one: storage is read in pages, so that skipping less than a page saves nothing.
 _PAGE = 4096
-# Of one call: the kernel takes 1,024 pieces of memory, and fewer than 2 GiB.
+# Limits of one call: the kernel takes 1,024 pieces of memory, and fewer than 2 GiB.
 _MOST_NEIGHBOURS = 1024
 _MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
-    """`[*shape]` elements of `dtype`, the first at byte `start` of a file, then in steps of `strides` elements."""
+    """Elements `[*shape]` of `dtype` in a file: the first at byte `start`, the others at steps of `strides` elements."""
 
     dtype: torch.dtype
     start: int
@@ -43,8 +43,8 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """A rectangle as equal blocks: where each begins in the file, their extent in elements, and where elements lie when the
-    blocks stand one after the other in memory (`strides`)."""
+    """A rectangle as blocks of equal size: the position of each in the file, their extent in elements, and the strides of the
+    elements if the blocks follow each other in memory."""
 
     starts: list[int]
     extent: int
@@ -58,7 +58,8 @@ def read_into(descriptor: int, rectangle: Rectangle, target: Tensor) -> None:
     """Fills `target`, `[*shape]` with any strides, dtype and device, from the file.
 
     Raises:
-        EOFError: the file ends inside of the rectangle; OSError: it cannot be read.
+        EOFError: the file ends inside of the rectangle.
+        OSError: the file cannot be read.
     """
     direct = _direct_blocks(rectangle, target)
     if direct is None:
@@ -69,11 +70,11 @@ def read_into(descriptor: int, rectangle: Rectangle, target: Tensor) -> None:
 
 
 def read_many(descriptor: int, requests: Iterable[tuple[str, Rectangle, Tensor]]) -> None:
-    """Fills every target from its rectangle as `read_into` does, in the order of the file, and what lies side by side there
-    in one call. Requests are `(name for the error, rectangle, target)`.
+    """Fills every target from its rectangle as `read_into` does, in the order of the file, with one call for blocks that are
+    adjacent in the file. Requests are `(name for the error, rectangle, target)`.
 
     Raises:
-        EOFError, OSError: as `read_into`, naming the request; targets that come later in the file are not filled.
+        EOFError, OSError: as in `read_into`; the message names the request. Targets that come later in the file are not filled.
     """
     neighbours: list[tuple[memoryview, int, str]] = []
     end, nbytes = -1, 0
@@ -93,11 +94,11 @@ def read_many(descriptor: int, requests: Iterable[tuple[str, Rectangle, Tensor]]
 
 
 def _read_neighbours(descriptor: int, blocks: Sequence[tuple[memoryview, int, str]]) -> None:
-    """Reads blocks that follow each other in the file: at once or, if that gives less than all, one by one."""
+    """Reads blocks that follow each other in the file with one call or, if that reads too few bytes, one by one."""
     if len(blocks) > 1:
         with contextlib.suppress(OSError):
-            got = os.preadv(descriptor, [memory for memory, _, _ in blocks], blocks[0][1])
-            if got == sum(len(memory) for memory, _, _ in blocks):
+            count = os.preadv(descriptor, [memory for memory, _, _ in blocks], blocks[0][1])
+            if count == sum(len(memory) for memory, _, _ in blocks):
                 return
     for memory, position, name in blocks:
         with _named(name):
@@ -128,7 +129,7 @@ def write_from(descriptor: int, rectangle: Rectangle, source: Tensor) -> None:
     """Writes `source`, `[*shape]` with any strides, dtype and device, into the file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     direct = _direct_blocks(rectangle, source)
     if direct is not None:
@@ -147,7 +148,7 @@ def write_from(descriptor: int, rectangle: Rectangle, source: Tensor) -> None:
 
 
 def _blocks(rectangle: Rectangle, gap_bytes: int) -> _Blocks:
-    """Cuts a rectangle where it leaves out `gap_bytes` or more."""
+    """Divides a rectangle into blocks at gaps of `gap_bytes` or more."""
     itemsize = rectangle.dtype.itemsize
     order = sorted((dim for dim, size in enumerate(rectangle.shape) if size > 1), key=lambda dim: rectangle.strides[dim])
     extent, inner = 1, 0
@@ -166,7 +167,7 @@ def _blocks(rectangle: Rectangle, gap_bytes: int) -> _Blocks:
 
 
 def _positions(rectangle: Rectangle, dims: list[int]) -> list[int]:
-    """Bytes into the file at every index of `dims`, the last of them fastest."""
+    """The byte positions in the file of every index of `dims`, the last of them fastest."""
     positions = numpy.array(rectangle.start)
     for dim in dims:
         steps = numpy.arange(rectangle.shape[dim]) * (rectangle.strides[dim] * rectangle.dtype.itemsize)
@@ -175,7 +176,7 @@ def _positions(rectangle: Rectangle, dims: list[int]) -> list[int]:
 
 
 def _bounded(rectangle: Rectangle, tensor: Tensor, gap_bytes: int) -> Iterator[tuple[Rectangle, Tensor]]:
-    """Cuts a rectangle, and the tensor beside it, into parts that fit the staging buffer."""
+    """Divides a rectangle, and its tensor, into parts that fit the staging buffer."""
     packed = _blocks(rectangle, gap_bytes).packed_elements() * rectangle.dtype.itemsize
     if packed <= STAGING_BYTES:
         yield rectangle, tensor
@@ -191,7 +192,8 @@ def _bounded(rectangle: Rectangle, tensor: Tensor, gap_bytes: int) -> Iterator[t
 
 
 def _direct_blocks(rectangle: Rectangle, tensor: Tensor) -> Iterable[tuple[memoryview, int]] | None:
-    """Blocks as `(memory of the tensor, position in the file)`; `None` where they are scattered in memory, or not worth it."""
+    """The blocks as `(memory of the tensor, position in the file)`; `None` if they are not contiguous in memory, or too
+    small."""
     if not tensor.is_cpu or tensor.dtype != rectangle.dtype or tensor.numel() == 0:
         return None
     if _is_one_block(rectangle) and tensor.is_contiguous():
@@ -222,7 +224,7 @@ def _is_one_block(rectangle: Rectangle) -> bool:
 
 
 def _memory(tensor: Tensor, elements: int) -> memoryview:
-    """The bytes of `elements` from the first one of a CPU tensor, which must outlive the view."""
+    """The bytes of the first `elements` elements of a CPU tensor, which must outlive the view."""
     return memoryview((ctypes.c_char * (elements * tensor.element_size())).from_address(tensor.data_ptr())).cast("B")
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints that hold a model's tensors under other names than its mapping says, or several of them in one.
+"""Reads checkpoints that hold a model's tensors under other names than its mapping, or several of them in one tensor.
 
-What Transformers 5 has in memory, and saves when it is asked not to convert (`save_original_format=False`), stacks the experts
-of a layer in two tensors, where the family's checkpoints have two or three tensors per expert. Every one of these is a run of
-adjacent bytes of the stack. So such a checkpoint is read as one of the family's own, and exports and syncs have the family's
-own names, which every engine reads.
+Transformers 5 holds the experts of a layer in two stacked tensors in memory, and saves them so with
+`save_original_format=False`, where the family's checkpoints have two or three tensors per expert. Each of these is a run of
+adjacent bytes of the stack. So such a checkpoint can be read like one in the family's own format, and exports and syncs have
+the family's own names, which every engine reads.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mbridge_rl.hf.state import Described
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A tensor of the mapping as a run of elements of a stored one."""
+class StoredPiece:
+    """A tensor of the mapping that is a run of elements of a stored tensor, from element `first` on."""
 
     hf_name: str
     stored_name: str
@@ -36,38 +36,39 @@ class Piece:
         return stored.reshape(-1)[self.first : self.first + prod(self.shape)].view(self.shape)
 
 
-class Pieces:
-    """Where the tensors of a model lie in what Transformers has in memory.
+class StoredPieces:
+    """The pieces of all tensors that have another name or shape in Transformers' memory than in the mapping.
 
     Attributes:
-        of_stored: the pieces of each tensor that is named or shaped otherwise there, by its name.
-        shapes: of these tensors.
+        of_stored: the pieces of each stored tensor, by its name.
+        shapes: the shapes of these stored tensors.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self.of_stored: dict[str, list[Piece]] = {}
+        self.of_stored: dict[str, list[StoredPiece]] = {}
         self.shapes: dict[str, Shape] = {}
         if (in_memory := in_memory_spec(spec)) is None:
             return
-        for ours, theirs in zip(spec.instances, in_memory.instances, strict=True):
-            parts = zip(ours.hf_names, ours.rule.parts, theirs.hf_names, theirs.rule.parts, strict=True)
+        for own, stored_instance in zip(spec.instances, in_memory.instances, strict=True):
+            stored_parts = (stored_instance.hf_names, stored_instance.rule.parts)
+            parts = zip(own.hf_names, own.rule.parts, *stored_parts, strict=True)
             for hf_name, part, stored_name, stored in parts:
                 if stored_name == hf_name:
                     continue
-                first = _first_element(stored, theirs) - _first_element(part, ours)
-                piece = Piece(hf_name, stored_name, first, part.shape)
+                first = _first_element(stored, stored_instance) - _first_element(part, own)
+                piece = StoredPiece(hf_name, stored_name, first, part.shape)
                 pieces = self.of_stored.setdefault(stored_name, [])
                 if piece not in pieces[-1:]:  # several parts of one tensor follow each other
                     pieces.append(piece)
                 self.shapes[stored_name] = stored.shape
 
-    def found(self, names: Mapping[str, object]) -> list[Piece]:
-        """The pieces of those tensors that are among `names`, where their own names are not."""
+    def among(self, names: Mapping[str, object]) -> list[StoredPiece]:
+        """The pieces of the stored tensors that are in `names`, without pieces whose own names are in `names`."""
         stored = (name for name in self.of_stored if name in names)
         return [piece for name in stored for piece in self.of_stored[name] if piece.hf_name not in names]
 
     def check(self, stored_name: str, shape: Shape, where: str) -> None:
-        """Raises StateMismatchError where a stored tensor is shaped otherwise."""
+        """Raises StateMismatchError if a stored tensor has another shape."""
         if tuple(shape) != self.shapes[stored_name]:
             raise StateMismatchError(
                 f"{where}: {stored_name} has shape {list(shape)}, the config says {list(self.shapes[stored_name])}. "
@@ -76,24 +77,28 @@ class Pieces:
 
 
 class Respelled(Mapping[str, Tensor]):
-    """Stored tensors by the names of the mapping; pieces are views. The stored tensor that was read last is kept: it may be
-    costly to get (dequantized), and its pieces are read one after the other.
+    """Stored tensors by the names of the mapping; pieces are views. The last stored tensor that was read is kept in memory,
+    since it may be expensive to read (dequantized) and its pieces are read one after the other.
 
     Args:
-        described: names and shapes of `tensors`.
+        described: names, dtypes and shapes of `tensors`.
 
     Attributes:
-        tensors: names, dtypes and shapes; nothing is read.
+        tensors: names, dtypes and shapes by the mapping; nothing is read for them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], pieces: list[Piece], described: Mapping[str, Described]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], pieces: list[StoredPiece], described: Mapping[str, Described]) -> None:
         self._tensors, self._pieces = tensors, {piece.hf_name: piece for piece in pieces}
         self._last: tuple[str, Tensor] | None = None
         stored = {piece.stored_name for piece in pieces}
         self._names = [*(name for name in tensors if name not in stored), *self._pieces]
         self.tensors = {
-            **{name: HFTensor(name, one.dtype, tuple(one.shape)) for name, one in described.items() if name not in stored},
-            **{one.hf_name: HFTensor(one.hf_name, described[one.stored_name].dtype, one.shape) for one in pieces},
+            **{
+                name: HFTensor(name, tensor.dtype, tuple(tensor.shape))
+                for name, tensor in described.items()
+                if name not in stored
+            },
+            **{piece.hf_name: HFTensor(piece.hf_name, described[piece.stored_name].dtype, piece.shape) for piece in pieces},
         }
 
     def __getitem__(self, hf_name: str) -> Tensor:
@@ -111,52 +116,52 @@ class Respelled(Mapping[str, Tensor]):
         return len(self._names)
 
 
-class Stored(Protocol):
-    """What a file's header says of a tensor."""
+class StoredEntry(Protocol):
+    """The entry of a tensor in a file's header."""
 
     @property
     def shape(self) -> Shape: ...
 
-    def piece(self, first: int, shape: Shape) -> Stored:
+    def piece(self, first: int, shape: Shape) -> StoredEntry:
         """The entry of `shape` elements from element `first` on."""
 
 
-StoredT = TypeVar("StoredT", bound=Stored)
+StoredT = TypeVar("StoredT", bound=StoredEntry)
 
 
 def respell_entries(spec: ModelSpec, entries: MutableMapping[str, StoredT], where: str) -> None:
-    """Replaces entries of a checkpoint's files that are named or shaped as in Transformers' memory by those of the mapping.
+    """Replaces entries of a checkpoint's files with the names or shapes of Transformers' memory by entries of the mapping.
 
     Raises:
-        StateMismatchError: a stack of experts is of another shape than the config says.
+        StateMismatchError: a stack of experts has another shape than the config says.
     """
     if spec.hf_shapes.keys() <= entries.keys():
         return
-    pieces = Pieces(spec)
-    found = pieces.found(entries)
-    stored = {piece.stored_name: entries.pop(piece.stored_name) for piece in found if piece.stored_name in entries}
+    pieces = StoredPieces(spec)
+    present = pieces.among(entries)
+    stored = {piece.stored_name: entries.pop(piece.stored_name) for piece in present if piece.stored_name in entries}
     for name, entry in stored.items():
         pieces.check(name, entry.shape, where)
-    entries.update({piece.hf_name: stored[piece.stored_name].piece(piece.first, piece.shape) for piece in found})
+    entries.update({piece.hf_name: stored[piece.stored_name].piece(piece.first, piece.shape) for piece in present})
 
 
 def respelled(
     spec: ModelSpec, tensors: Mapping[str, Tensor], described: Mapping[str, Described], where: str
 ) -> Respelled | None:
-    """The tensors of a state dict by the names of the mapping, `None` where they have these anyway; raises as
+    """The tensors of a state dict by the names of the mapping; `None` if they have these names already. Raises the errors of
     `respell_entries`."""
     if spec.hf_shapes.keys() <= tensors.keys():
         return None
-    pieces = Pieces(spec)
-    if not (found := pieces.found(described)):
+    pieces = StoredPieces(spec)
+    if not (present := pieces.among(described)):
         return None
-    for name in {piece.stored_name for piece in found}:
+    for name in {piece.stored_name for piece in present}:
         pieces.check(name, tuple(described[name].shape), where)
-    return Respelled(tensors, found, described)
+    return Respelled(tensors, present, described)
 
 
 def _first_element(part: Part, instance: Instance) -> int:
-    """Of what the part takes of its tensor."""
+    """The index of the first element that the part takes of its tensor."""
     first, step = 0, prod(part.shape)
     for axis in part.axes:
         step //= axis.extent

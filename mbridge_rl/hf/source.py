@@ -1,4 +1,4 @@
-"""Whatever holds a model's HF weights, opened: a checkpoint's directory, a state dict, a live Transformers module."""
+"""Opens every kind of source of a model's HF weights: a checkpoint's directory, a state dict, a live Transformers module."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Opened = Checkpoint | Dequantized | Respelled
 
 
 def open_source(spec: ModelSpec, hf_config: Any, source: HfSource) -> Checkpoint | HFModule | HfState:
-    """The tensors of `source`, checked against the mapping, contiguous when they are read (a module's as they lie). Quantized
-    ones, if the config says that it is, are read as what they stand for.
+    """The tensors of `source`, checked against the mapping. They are contiguous when they are read, except those of a module.
+    If the config describes a quantization, they are dequantized when they are read.
 
     Raises:
-        CheckpointError, StateMismatchError: it cannot be read, or is another model's.
+        CheckpointError, StateMismatchError: the source cannot be read, or belongs to another model.
     """
     if isinstance(source, nn.Module):
         return HFModule(spec, source)
@@ -41,10 +41,10 @@ def open_source(spec: ModelSpec, hf_config: Any, source: HfSource) -> Checkpoint
 
 
 def open_checkpoint(spec: ModelSpec, hf_config: Any, directory: Path) -> Opened:
-    """The tensors of a checkpoint directory by the names of the mapping, and checked against it.
+    """The tensors of a checkpoint directory by the names of the mapping, checked against it.
 
     Raises:
-        CheckpointError, StateMismatchError: it cannot be read, or is another model's.
+        CheckpointError, StateMismatchError: the checkpoint cannot be read, or belongs to another model.
     """
     opened, where = _opened(spec, hf_config, directory), str(directory)
     check_hf_state(spec, opened.entries if isinstance(opened, Checkpoint) else opened.tensors, where, _scheme(hf_config))
@@ -53,10 +53,10 @@ def open_checkpoint(spec: ModelSpec, hf_config: Any, directory: Path) -> Opened:
 
 
 def checked_state(spec: ModelSpec, hf_config: Any, hf_state: HfState) -> HfState:
-    """The tensors of a state dict, as `open_checkpoint` gives those of a directory.
+    """The tensors of a state dict by the names of the mapping, checked against it, as `open_checkpoint` does for a directory.
 
     Raises:
-        StateMismatchError: they are another model's.
+        StateMismatchError: the tensors belong to another model.
     """
     where, described = "the given state dict", hf_state
     if quantization := quantization_of(hf_config):
@@ -72,12 +72,12 @@ def checked_state(spec: ModelSpec, hf_config: Any, hf_state: HfState) -> HfState
 
 
 def has_own_output_layer(spec: ModelSpec, hf_config: Any, directory: Path) -> bool:
-    """Whether a checkpoint of a model that is tied by its config holds an output layer that is not its embedding."""
+    """Whether a checkpoint whose config ties the embeddings holds an output layer that differs from the embedding."""
     if not spec.aliases:
         return False
     try:
         return bool(own_tensors(spec, _opened(spec, hf_config, directory)))
-    except (CheckpointError, StateMismatchError):  # whoever asks for the weights will hear of it
+    except (CheckpointError, StateMismatchError):  # loading the weights will raise it
         return False
 
 
@@ -97,11 +97,11 @@ def _scheme(hf_config: Any) -> str:
 
 
 def spelled_as_in(spec: ModelSpec, directory: Path | None) -> ModelSpec:
-    """The alternative of `spec` that a checkpoint follows; an export then has the same names and shapes."""
+    """The alternative of `spec` with the names and shapes of a checkpoint, so that an export has the same ones."""
     if directory is None or not spec.alternatives:
         return spec
     try:
         tensors = Checkpoint(directory).tensors
-    except CheckpointError:  # no weights, or broken ones: whoever asks for them will hear of it
+    except CheckpointError:  # there are no weights, or damaged ones: loading them will raise it
         return spec
     return spec.for_checkpoint({hf_name: tuple(tensor.shape) for hf_name, tensor in tensors.items()})

@@ -1,4 +1,4 @@
-"""Does a set of HF tensors match the model? Asked before anything is written."""
+"""Checks, before anything is written, that a set of HF tensors matches the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
 class Described(Protocol):
-    """A tensor, or what its file says of it."""
+    """A tensor, or its description in a file's header."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -27,12 +27,12 @@ def check_hf_state(spec: ModelSpec, hf_state: Mapping[str, Described], where: st
     """Checks names, shapes and dtypes of `hf_state` against the mapping.
 
     Args:
-        hf_state: tensors, or what their file says of them.
-        where: what the state is, for the message (a path, or "the given state dict").
-        quantized: what config.json says of the state's quantization, for the message.
+        hf_state: tensors, or their descriptions in a file's header.
+        where: the name of the state in the message (a path, or "the given state dict").
+        quantized: the quantization in config.json, for the message.
 
     Raises:
-        StateMismatchError: a missing, unexpected or wrongly shaped tensor, or one that is not floating point.
+        StateMismatchError: a tensor is missing, unexpected, has a wrong shape, or is not floating point.
     """
     missing = spec.hf_shapes.keys() - hf_state.keys() - spec.repeated_hf_names
     unknown = hf_state.keys() - spec.hf_shapes.keys() - spec.aliases.keys()
@@ -60,7 +60,7 @@ def check_hf_tensor(spec: ModelSpec, hf_name: str, tensor: Described, where: str
     """Checks shape and dtype of one tensor that the model has.
 
     Raises:
-        StateMismatchError: it is shaped otherwise, or not floating point.
+        StateMismatchError: the tensor has another shape, or is not floating point.
     """
     if tuple(tensor.shape) != spec.hf_shapes[hf_name]:
         raise StateMismatchError(
@@ -74,12 +74,12 @@ def check_hf_tensor(spec: ModelSpec, hf_name: str, tensor: Described, where: str
 
 
 def is_ignored(spec: ModelSpec, hf_name: str) -> bool:
-    """Whether a checkpoint may hold this tensor though the model has no use for it."""
+    """Whether a checkpoint may hold this tensor although the model does not use it."""
     return hf_name.startswith(spec.ignored_hf_prefixes) or hf_name.endswith(_IGNORED_SUFFIXES)
 
 
 class Contiguous(Mapping[str, Tensor]):
-    """Tensors that are made contiguous when they are read; mapped files already are."""
+    """Tensors that are made contiguous when they are read; those of mapped files are contiguous already."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors

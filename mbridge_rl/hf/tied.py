@@ -1,9 +1,9 @@
-"""Tied embeddings as checkpoints really hold them.
+"""Handles the different ways in which checkpoints store tied embeddings.
 
-A tied model's output layer is its embedding, and its checkpoint holds that tensor once, under the embedding's name. Checkpoints
-in use also hold it under the output layer's name alone, or under both names. Under both names the two may be equal, or they may
-not: then the config is wrong, and the model has an output layer of its own. Transformers and vLLM decide by comparing the two,
-and so does this module. `ModelSpec.aliases` names the pairs.
+A tied model's output layer is its embedding, and its checkpoint holds that tensor once, under the embedding's name. Some
+checkpoints hold it under the output layer's name alone, or under both names. If the two tensors differ, the config is wrong,
+and the model has a separate output layer. Transformers and vLLM compare the two tensors to decide this, and so does this
+module. `ModelSpec.aliases` names the pairs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from mbridge_rl.core.model import ModelSpec
 
 T = TypeVar("T")
 
-_ROWS = 4096  # of two tensors of different dtypes that are compared at a time
+_ROWS = 4096  # rows of two tensors of different dtypes that are compared at a time
 
 
 class Renamed(Mapping[str, T]):
-    """Tensors, or what is said of them, of which some are also found under another name.
+    """Tensors, or their descriptions, of which some have an additional name.
 
     Args:
-        names: `{the other name: its name in tensors}`.
+        names: `{additional name: name in tensors}`.
     """
 
     def __init__(self, tensors: Mapping[str, T], names: Mapping[str, str]) -> None:
@@ -45,20 +45,20 @@ class Renamed(Mapping[str, T]):
 
 
 def missing_names(spec: ModelSpec, names: Mapping[str, Any]) -> dict[str, str]:
-    """`{hf_name: alias}` of the tensors that are there under their alias alone."""
+    """`{hf_name: alias}` of the tensors that `names` has only under their alias."""
     return {hf_name: alias for alias, hf_name in spec.aliases.items() if alias in names and hf_name not in names}
 
 
 def add_missing_names(spec: ModelSpec, entries: MutableMapping[str, Any]) -> None:
-    """Enters what is there under an alias alone under its own name, too."""
+    """Adds entries that exist only under an alias under their own name, too."""
     entries.update({hf_name: entries[alias] for hf_name, alias in missing_names(spec, entries).items()})
 
 
 def require_tied(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Checks that what is there under two names is the same.
+    """Checks that tensors that are stored under two names are equal.
 
     Raises:
-        StateMismatchError: it is not, so that this model would lose one of the two.
+        StateMismatchError: they differ, so that this model would lose one of them.
     """
     for alias, hf_name in own_tensors(spec, tensors).items():
         raise StateMismatchError(
@@ -69,7 +69,7 @@ def require_tied(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) -> 
 
 
 def own_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """`{alias: hf_name}` of the aliases whose tensor is there and differs from the one of the name."""
+    """`{alias: hf_name}` of the aliases whose tensor exists and differs from the tensor of the name."""
     return {
         alias: hf_name
         for alias, hf_name in spec.aliases.items()
@@ -78,7 +78,7 @@ def own_tensors(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, str
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors hold the same values, NaN included; of different dtypes, as fp32."""
+    """Whether two tensors hold the same values, NaN included. Tensors of different dtypes are compared in fp32."""
     if first.shape != second.shape:
         return False
     if first.dtype == second.dtype:
@@ -92,7 +92,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def untied(hf_config: Any) -> Any:
-    """The config of the same model with an output layer of its own."""
+    """The config of the same model with a separate output layer."""
     changed = copy.deepcopy(hf_config)
     changed.tie_word_embeddings = False
     changed.get_text_config().tie_word_embeddings = False

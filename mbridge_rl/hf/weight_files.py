@@ -1,7 +1,8 @@
-"""Which files of a checkpoint directory are its weights: refused where Transformers, vLLM and this library would read others.
+"""Checks which files of a checkpoint directory are its weights. A directory is refused if Transformers, vLLM and this library
+would read different files.
 
-Transformers reads `model.safetensors` where there is one, whatever the index says. vLLM reads the files that the index names.
-Of a tensor that lies in several of these files both keep the copy of the last file.
+Transformers reads `model.safetensors` if it exists, whatever the index says. vLLM reads the files that the index names. If a
+tensor is in several of these files, both use the copy in the last file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def require_one_set(directory: Path, weight_map: Mapping[str, str]) -> None:
         weight_map: the file of each tensor, from the index.
 
     Raises:
-        CheckpointError: there is a `model.safetensors`, and the index names other files.
+        CheckpointError: `model.safetensors` exists, and the index names other files.
     """
     others = set(weight_map.values()) - {SINGLE_FILE}
     if others and (directory / SINGLE_FILE).exists():
@@ -35,13 +36,13 @@ def require_one_set(directory: Path, weight_map: Mapping[str, str]) -> None:
 
 
 def require_one_copy(directory: Path, tensors: Mapping[str, Collection[str]]) -> None:
-    """Checks that every tensor lies in one file.
+    """Checks that every tensor is in only one file.
 
     Args:
         tensors: names of the tensors in each file.
 
     Raises:
-        CheckpointError: a tensor lies in two files.
+        CheckpointError: a tensor is in two files.
     """
     file_of: dict[str, str] = {}
     for file, hf_names in tensors.items():
@@ -55,10 +56,10 @@ def require_one_copy(directory: Path, tensors: Mapping[str, Collection[str]]) ->
 
 
 def require_safetensors(directory: Path) -> None:
-    """Checks that `model.safetensors` is there.
+    """Checks that `model.safetensors` exists.
 
     Raises:
-        CheckpointError: it is not; if the weights are pickled files, the message says how to convert them.
+        CheckpointError: it does not; if the weights are pickled files, the message says how to convert them.
     """
     if (directory / SINGLE_FILE).exists():
         return

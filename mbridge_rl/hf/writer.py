@@ -1,5 +1,5 @@
-"""Writing a Hugging Face checkpoint without gathering it: headers are computed from the plan, and every rank writes the
-rectangles that it holds. Files are made in a staging directory, which takes the checkpoint's place when all of it is proven.
+"""Writes a Hugging Face checkpoint without gathering it: headers are computed from the plan, and every rank writes the
+rectangles that it holds. Files are made in a staging directory, which takes the checkpoint's place when all files are verified.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One safetensors file to be: its header, and where each tensor begins, in bytes."""
+    """The plan of one safetensors file: its header, and the offset of each tensor in bytes."""
 
     name: str
     header: bytes
@@ -44,7 +44,7 @@ class ShardFile:
 
 
 def plan_files(tensors: Sequence[HFTensor], shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[ShardFile]:
-    """Deals tensors, in order, to files of at most `shard_bytes` (a larger tensor gets a file of its own)."""
+    """Distributes tensors, in order, over files of at most `shard_bytes` (a larger tensor gets its own file)."""
     groups: list[list[HFTensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -60,7 +60,7 @@ def plan_files(tensors: Sequence[HFTensor], shard_bytes: int = DEFAULT_SHARD_BYT
 
 
 def shard_file(name: str, tensors: Sequence[HFTensor]) -> ShardFile:
-    """One file of all `tensors`."""
+    """The plan of one file with all `tensors`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     # Larger elements first, as safetensors' own writer does, so that every tensor is aligned where dtypes are mixed.
@@ -76,16 +76,16 @@ def shard_file(name: str, tensors: Sequence[HFTensor]) -> ShardFile:
     text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes by padding the header
     start = 8 + len(text)
     offsets = {hf_name: start + offset for hf_name, offset in offsets.items()}
-    of_name = {tensor.hf_name: tensor for tensor in tensors}
-    return ShardFile(name, len(text).to_bytes(8, "little") + text, offsets, of_name, start + end)
+    tensors_by_name = {tensor.hf_name: tensor for tensor in tensors}
+    return ShardFile(name, len(text).to_bytes(8, "little") + text, offsets, tensors_by_name, start + end)
 
 
 @dataclass(frozen=True)
 class Created:
     """Attributes:
-    attempt: by which the other ranks join.
-    mapped: whether files may be mapped: only where the file system can reserve their space, since a mapped write to a full
-        disk kills the process.
+    attempt: the attempt's number, with which the other ranks join.
+    mapped: whether files may be mapped. This requires that the file system can reserve their space, since a mapped write to a
+        full disk kills the process.
     """
 
     attempt: int
@@ -95,12 +95,13 @@ class Created:
 class StagingDirectory:
     """A checkpoint under construction beside `directory`, on a file system that all ranks share.
 
-    One rank creates it, all join and write and finish, all prove, and that rank publishes it, or discards it. What is at
-    `directory` stays until what was staged is read back and is proven to be what the ranks wrote.
+    One rank creates it; all ranks join, write, finish and prove; and the first one publishes or discards it. The old content of
+    `directory` stays until the staged files are read back and compared with what the ranks wrote.
 
     Args:
-        durable: `finish` and `publish` wait for the disk, so that a power failure leaves no complete-looking ruin either.
-        only_new: refuse a directory that has something in it.
+        durable: whether `finish` and `publish` wait for the disk, so that even a power failure leaves no damaged checkpoint
+            that looks complete.
+        only_new: refuse to replace a directory that is not empty.
     """
 
     def __init__(
@@ -116,20 +117,20 @@ class StagingDirectory:
 
     @property
     def path(self) -> Path:
-        """Where this attempt is written to."""
+        """The directory into which this attempt is written."""
         return self._replacement.path
 
     def create(self, *, mapped: bool) -> Created:
-        """Waits until nobody else saves there, and makes the files at their full size, headers written.
+        """Waits until no other process saves there, and makes the files with their headers at their full size.
 
         Args:
-            mapped: all ranks are on one machine. On a network file system machines that map the same page would overwrite each
-                other's part of it.
+            mapped: whether files may be mapped, because all ranks are on one machine. On a network file system machines that
+                map the same page would overwrite each other's part of it.
 
         Raises:
             CheckpointError: another process is saving there, the disk is full, or the place cannot be written.
         """
-        with self._explained("prepared"):
+        with self._as_checkpoint_error("prepared"):
             attempt = self._replacement.begin()
             for file in self._files:
                 with (self.path / file.name).open("wb") as opened:
@@ -139,18 +140,18 @@ class StagingDirectory:
         return Created(attempt, mapped)
 
     def join(self, attempt: int) -> None:
-        """Another rank created the attempt of this number."""
+        """Joins the attempt of this number, which another rank created."""
         self._replacement.join(attempt)
 
     def write(self, view: View, shape: Shape, source: Tensor, *, mapped: bool) -> None:
         """Writes `source`, `[*shape]` of any dtype, as a rectangle of the HF tensor `view.name`.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: the file cannot be written.
         """
         file = self._file_of[view.name]
         tensor = file.tensors[view.name]
-        with self._explained("written"):
+        with self._as_checkpoint_error("written"):
             for part, values in _cast(view, shape, source, tensor.dtype):
                 self._write(file, part, values, mapped=mapped)
                 self._digests[view.name] += digest_strided(
@@ -158,16 +159,16 @@ class StagingDirectory:
                 )
 
     def finish(self) -> Tensor:
-        """This rank has written all it has: its bytes go to the disk.
+        """Ends this rank's writes and flushes them to the disk.
 
         Returns:
-            The digest of what this rank wrote of each tensor, int64 `[tensors]`, to be summed over ranks.
+            The digest of this rank's writes to each tensor, int64 `[tensors]`, to be summed over ranks.
 
         Raises:
-            CheckpointError: the disk refuses the bytes.
+            CheckpointError: the bytes cannot be written to the disk.
         """
         self._memory.clear()
-        with self._explained("written"), contextlib.ExitStack() as closing:
+        with self._as_checkpoint_error("written"), contextlib.ExitStack() as closing:
             for descriptor in self._descriptors.values():
                 closing.callback(os.close, descriptor)
             if self._durable:
@@ -177,47 +178,48 @@ class StagingDirectory:
         return torch.tensor([signed(unsigned(value)) for value in self._digests.values()], dtype=torch.int64)
 
     def prove(self, written: Tensor, *, rank: int = 0, size: int = 1) -> None:
-        """Reads this rank's share of the staged files back and compares it with what all ranks wrote.
+        """Reads this rank's share of the staged files back and compares it with the writes of all ranks.
 
         Args:
-            written: what `finish` returned, summed over ranks.
+            written: the digests that `finish` returned, summed over ranks.
 
         Raises:
-            CheckpointError: other bytes are there; it names the tensor. Nothing was replaced.
+            CheckpointError: the files hold other bytes; the message names the tensor. Nothing was replaced.
         """
-        with self._explained("read back"):
+        with self._as_checkpoint_error("read back"):
             require_written(self.path, self._files, [unsigned(value) for value in written.tolist()], rank=rank, size=size)
 
     def publish(self) -> None:
-        """Writes the index and puts the checkpoint in its place, which `prove` has allowed.
+        """Writes the index and puts the checkpoint in its place; call it after `prove` on all ranks.
 
         Raises:
-            CheckpointError: it cannot be put there.
+            CheckpointError: the checkpoint cannot be put there.
         """
-        with self._explained("published"):
+        with self._as_checkpoint_error("published"):
             self._write_index()
             self._replacement.publish(durable=self._durable)
         self._replacement.end()
 
     def discard(self) -> None:
-        """Removes what was staged, and lets others save there. After `publish` it does nothing."""
+        """Removes the staging directory, and lets other processes save there. After `publish` it does nothing."""
         self._replacement.end()
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _as_checkpoint_error(self, action: str) -> Iterator[None]:
+        """Turns an OSError inside of the block into a CheckpointError; `action` is a participle, such as "written"."""
         try:
             yield
         except OSError as error:
             needed = sum(file.nbytes for file in self._files)
             hint = f"; it needs {needed} bytes" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-            raise CheckpointError(f"{self.directory} was not saved, as it could not be {what}: {error}{hint}") from error
+            raise CheckpointError(f"{self.directory} was not saved, as it could not be {action}: {error}{hint}") from error
 
     def _write(self, file: ShardFile, view: View, values: Tensor, *, mapped: bool) -> None:
         start, shape = file.offsets[view.name], tuple(values.shape)
         if mapped:
             tensor = file.tensors[view.name]
-            whole = self._mapped(file)[start : start + tensor.nbytes].view(tensor.dtype)
-            view.of(whole, shape).copy_(values)
+            target = self._mapped(file)[start : start + tensor.nbytes].view(tensor.dtype)
+            view.of(target, shape).copy_(values)
         else:
             rectangle = Rectangle(values.dtype, start + view.offset * values.dtype.itemsize, shape, view.strides)
             write_from(self._descriptor(file), rectangle, values)
@@ -230,7 +232,7 @@ class StagingDirectory:
     def _mapped(self, file: ShardFile) -> Tensor:
         """The bytes of a file, uint8 `[nbytes]`."""
         if file.name not in self._memory:
-            self._descriptor(file)  # to sync it by
+            self._descriptor(file)  # `finish` flushes the file by its descriptor
             storage = torch.UntypedStorage.from_file(str(self.path / file.name), shared=True, nbytes=file.nbytes)
             self._memory[file.name] = torch.empty(0, dtype=torch.uint8).set_(storage)
         return self._memory[file.name]
@@ -245,8 +247,8 @@ class StagingDirectory:
 
 
 def _cast(view: View, shape: Shape, source: Tensor, dtype: torch.dtype) -> Iterator[tuple[View, Tensor]]:
-    """`source` in the file's dtype, in parts of bounded size where that takes a copy. What is digested is what is written: two
-    casts of one NaN need not give the same bits."""
+    """Yields `source` in the file's dtype, in parts of bounded size if a copy is needed. The digest is computed of the cast
+    values, since two casts of one NaN need not give the same bits."""
     if source.dtype == dtype:
         yield view, source
         return
@@ -261,7 +263,7 @@ def _cast(view: View, shape: Shape, source: Tensor, dtype: torch.dtype) -> Itera
 
 
 def _reserve(descriptor: int, nbytes: int) -> bool:
-    """Claims the space of a whole file; returns whether the file system can. Raises OSError if it has no room."""
+    """Reserves the space of a full file; returns whether the file system can do this. Raises OSError if the disk is full."""
     libc = ctypes.CDLL(None, use_errno=True)
     while libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(nbytes)):
         if ctypes.get_errno() in (errno.EOPNOTSUPP, errno.ENOSYS):

@@ -1,9 +1,8 @@
-"""A stream of named tensors from one process to several others, over a process group of their own.
+"""Sends a stream of named tensors from one process to several others, over their own process group.
 
-For frameworks whose two ends know nothing of each other but what travels; where both know the plan, `sync.weight_sync` moves
-less. Tensors lie in buckets, 64-byte aligned; one that is larger than a bucket travels in chunks. A bucket is two broadcasts:
-sizes, then a header with the payload. Each carries the digest of its payload. While one is on its way the next is filled, or
-read.
+It is for frameworks in which the two ends know only the stream; if both know the plan, `sync.weight_sync` sends less. Tensors
+are in buckets, 64-byte aligned; a tensor that is larger than a bucket is sent in chunks. A bucket is two broadcasts: the sizes,
+then a header with the payload and its digest. While a bucket is sent, the next one is filled, or the last one read.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from mbridge_rl.core.digest import digest
 from mbridge_rl.core.errors import DigestMismatch, IncompleteSync, SyncError, listed
 from mbridge_rl.sync.transports.process_group import device_of, explained, join, leave
 
-_ROW_BYTES = 8192  # of a payload as its digest sees it
+_ROW_BYTES = 8192  # bytes of a row of the payload in the digest
 _ABSENT = "the sender and the receivers of this broadcast did not all come"
 
 
 @dataclass
 class Sent:
     """Attributes:
-    nbytes: of all tensors.
+    nbytes: bytes of all tensors.
     """
 
     tensors: int = 0
@@ -47,23 +46,23 @@ class _Bucket:
     end: int = 0
 
     def has_room_for(self, nbytes: int) -> bool:
-        """For all of them, or for some of a tensor that no bucket could hold."""
+        """Whether all these bytes fit, or some of them if the tensor is larger than a bucket."""
         room = len(self.payload) - self.end
         return not self.entries or nbytes <= room or (nbytes > len(self.payload) and room > 0)
 
     def add(self, name: str, tensor: Tensor, data: Tensor, first: int) -> int:
-        """As much of `data`, the bytes of `tensor`, from byte `first` on as there is room for; returns where it ends."""
+        """Adds as much of `data`, the bytes of `tensor`, from byte `first` on as fits; returns the end of the added part."""
         part = data[first : first + len(self.payload) - self.end]
-        described = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        description = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         self.payload[self.end : self.end + len(part)].copy_(part)
-        self.entries.append({**described, "first": first, "start": self.end, "size": len(part)})
+        self.entries.append({**description, "first": first, "start": self.end, "size": len(part)})
         self.end = min(aligned(self.end + len(part)), len(self.payload))
         return first + len(part)
 
 
 @dataclass
 class _Partial:
-    """A tensor of which some bytes are there."""
+    """A tensor of which some bytes have arrived."""
 
     name: str
     tensor: Tensor
@@ -71,19 +70,19 @@ class _Partial:
 
 
 class Broadcast:
-    """One end: rank 0 of the group sends, all others receive. A member that fails, or that the others wait for longer than the
-    time-out, ends the group; the next one needs another id.
+    """One end of a broadcast: rank 0 of the group sends, all others receive. The group ends if a member fails, or if the others
+    wait for it longer than the time-out; the next group needs another id.
 
     Args:
         group: plain JSON: `group` (an id), `secret`, `host` and `port` of a store (`distributed.rendezvous`), `backend` (gloo
             or nccl), `size`.
-        rank: in the group.
-        bucket_bytes: of one bucket; two are staged at once.
-        verify: digests; the sender's choice counts.
+        rank: this member's rank in the group.
+        bucket_bytes: bytes of one bucket; two are staged at once.
+        verify: whether buckets carry digests; the sender's choice applies.
         timeout: seconds, for every single wait.
 
     Raises:
-        TransferTimeout: not all members came.
+        TransferTimeout: not all members joined.
     """
 
     def __init__(self, group: Mapping[str, Any], rank: int, *, bucket_bytes: int, verify: bool, timeout: float) -> None:
@@ -95,10 +94,11 @@ class Broadcast:
         self._group = join(group, rank, timeout)
 
     async def send(self, tensors: Iterable[tuple[str, Tensor]], version: int | None = None) -> Sent:
-        """Sends all of `tensors`, which may be an asynchronous iterable, too.
+        """Sends all `tensors`, which may be an asynchronous iterable, too.
 
         Raises:
-            TransferTimeout: a receiver did not come. Whatever `tensors` raises comes out, and receivers hear of it.
+            TransferTimeout: a receiver did not take part.
+            Exception: whatever `tensors` raises, which is also sent to the receivers.
         """
         sent, bucket = Sent(), self._empty()
         under_way: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -118,7 +118,7 @@ class Broadcast:
             await under_way
             await self._start(bucket, version, sent, last=True)
         except BaseException as error:
-            with contextlib.suppress(SyncError):  # whoever cannot be told notices by the time-out
+            with contextlib.suppress(SyncError):  # a receiver that cannot be reached notices it by the time-out
                 await under_way
                 await self._start(self._empty(), version, sent, error=f"the sender failed: {type(error).__name__}: {error}")
             leave(self._description, self._rank)
@@ -126,21 +126,22 @@ class Broadcast:
         return sent
 
     async def receive(self, version: int | None = None) -> AsyncIterator[tuple[str, Tensor]]:
-        """Yields what is sent, in order; each tensor is the consumer's to keep.
+        """Yields the sent tensors in order; the consumer may keep each of them. After an error all yielded tensors belong to an
+        incomplete version.
 
         Raises:
-            DigestMismatch: bytes arrived that are not the sender's; SyncError: the sender failed, sends another version than
-                `version`, or a tensor is incomplete; TransferTimeout. Everything yielded so far belongs to a version that
-                is lost.
+            DigestMismatch: other bytes arrived than were sent.
+            SyncError: the sender failed, sends another version than `version`, or a tensor is incomplete.
+            TransferTimeout: the sender or another receiver did not take part.
         """
         partial: _Partial | None = None
         try:
-            coming = asyncio.ensure_future(asyncio.to_thread(self._receive))
+            next_bucket = asyncio.ensure_future(asyncio.to_thread(self._receive))
             while True:
-                header, payload = await coming
+                header, payload = await next_bucket
                 self._check(header, payload, version)
                 if not header["last"]:
-                    coming = asyncio.ensure_future(asyncio.to_thread(self._receive))
+                    next_bucket = asyncio.ensure_future(asyncio.to_thread(self._receive))
                 for entry in header["entries"]:
                     partial = _placed(entry, payload, partial)
                     if partial.arrived == partial.tensor.nbytes:
@@ -160,7 +161,7 @@ class Broadcast:
     def _start(
         self, bucket: _Bucket, version: int | None, sent: Sent, *, last: bool = False, error: str = ""
     ) -> asyncio.Future[None]:
-        """Begins to send a bucket; the one before has left."""
+        """Begins to send a bucket, after the one before has been sent."""
         sent.buckets += 1
         payload = bucket.payload[: -(-bucket.end // _ROW_BYTES) * _ROW_BYTES]
         proof = _proof(payload) if self._verify else ""
@@ -168,10 +169,10 @@ class Broadcast:
         return asyncio.ensure_future(asyncio.to_thread(self._send, json.dumps(header).encode(), payload))
 
     def _send(self, header: bytes, payload: Tensor) -> None:
-        said = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self._device)
-        padding = torch.zeros(aligned(len(said)) - len(said), dtype=torch.uint8, device=self._device)
-        self._cast(torch.tensor([len(said), len(payload)], device=self._device))
-        self._cast(torch.cat([said, padding, payload]))
+        header_bytes = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(self._device)
+        padding = torch.zeros(aligned(len(header_bytes)) - len(header_bytes), dtype=torch.uint8, device=self._device)
+        self._cast(torch.tensor([len(header_bytes), len(payload)], device=self._device))
+        self._cast(torch.cat([header_bytes, padding, payload]))
 
     def _receive(self) -> tuple[dict[str, Any], Tensor]:
         sizes = torch.zeros(2, dtype=torch.int64, device=self._device)
@@ -183,8 +184,8 @@ class Broadcast:
         return json.loads(bytes(data[:header_size].cpu().numpy())), data[start:]
 
     def _cast(self, tensor: Tensor) -> None:
-        here = torch.cuda.device(self._device) if tensor.is_cuda else contextlib.nullcontext()  # threads begin on device 0
-        with here, explained(_ABSENT):
+        device = torch.cuda.device(self._device) if tensor.is_cuda else contextlib.nullcontext()  # new threads use device 0
+        with device, explained(_ABSENT):
             self._group.broadcast(tensor, 0).wait()
             if tensor.is_cuda:
                 torch.cuda.current_stream().synchronize()
@@ -205,7 +206,8 @@ def _proof(payload: Tensor) -> str:
 
 
 def _placed(entry: Mapping[str, Any], payload: Tensor, partial: _Partial | None) -> _Partial:
-    """The tensor that an entry belongs to, with its bytes; a whole one stays where it lies."""
+    """The tensor of an entry, with the entry's bytes copied into it. A complete tensor is not copied but stays in the
+    payload."""
     dtype, shape = getattr(torch, entry["dtype"]), entry["shape"]
     data = payload[entry["start"] : entry["start"] + entry["size"]]
     if partial is None:
@@ -213,8 +215,8 @@ def _placed(entry: Mapping[str, Any], payload: Tensor, partial: _Partial | None)
             return _Partial(entry["name"], data.view(dtype).view(shape), len(data))
         partial = _Partial(entry["name"], torch.empty(shape, dtype=dtype, device=payload.device))
     if (partial.name, partial.arrived) != (entry["name"], entry["first"]):
-        found = f"bytes from {entry['first']} of {entry['name']}"
-        raise IncompleteSync(f"{partial.name}: {partial.arrived} of its bytes have arrived, and what comes next is {found}")
+        following = f"bytes from {entry['first']} of {entry['name']}"
+        raise IncompleteSync(f"{partial.name}: {partial.arrived} of its bytes have arrived, and what comes next is {following}")
     partial.tensor.view(-1).view(torch.uint8)[partial.arrived : partial.arrived + len(data)].copy_(data)
     return _Partial(partial.name, partial.tensor, partial.arrived + len(data))
 

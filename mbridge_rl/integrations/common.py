@@ -1,4 +1,4 @@
-"""What the stand-ins of other bridges share."""
+"""Code that the modules with the interfaces of other bridges share."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mbridge_rl.core.errors import BridgeError
 
 
 class NotOffered(BridgeError, NotImplementedError):
-    """Something that the other bridge has and this one does not."""
+    """The other bridge has a feature that this one does not have."""
 
 
 def refuse(where: str, given: Mapping[str, Any], harmless: Sequence[str] = ()) -> None:
-    """Raises NotOffered for arguments that ask for something; those that are empty, or `harmless`, ask for nothing."""
-    asked = {name: value for name, value in given.items() if value and name not in harmless}
-    if asked:
-        said = ", ".join(f"{name}={value!r}" for name, value in asked.items())
-        raise NotOffered(f"{where} does not offer {said}; leave it out, or use mbridge_rl.AutoBridge itself")
+    """Raises NotOffered if there are arguments that are neither empty nor `harmless`."""
+    refused = {name: value for name, value in given.items() if value and name not in harmless}
+    if refused:
+        descriptions = ", ".join(f"{name}={value!r}" for name, value in refused.items())
+        raise NotOffered(f"{where} does not offer {descriptions}; leave it out, or use mbridge_rl.AutoBridge itself")
 
 
 def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
@@ -27,12 +27,12 @@ def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
 
 
 class HFStream(Iterator[tuple[str, Tensor]]):
-    """An export that has not begun: `(hf_name, tensor)` on all ranks, or on those that it is narrowed to.
+    """An export that begins with its first tensor: `(hf_name, tensor)` on all ranks, or on those that `received_by` chooses.
 
-    All ranks read it to its end. On a rank that receives nothing it ends without yielding, when its contribution is made.
+    All ranks read it to its end. On a rank that receives nothing it ends without yielding, after the rank has sent its part.
 
     Args:
-        start: the export, given the ranks that receive (`None`: all).
+        start: starts the export; takes the ranks that receive, or `None` for all.
     """
 
     def __init__(self, start: Callable[[Sequence[int] | None], Iterator[tuple[str, Tensor]]]) -> None:
@@ -41,7 +41,7 @@ class HFStream(Iterator[tuple[str, Tensor]]):
         self._stream: Iterator[tuple[str, Tensor]] | None = None
 
     def received_by(self, ranks: Sequence[int]) -> HFStream:
-        """Only these ranks receive; all ranks say the same, before the first tensor."""
+        """Makes only these ranks receive. All ranks call it with the same ranks, before the first tensor."""
         if self._stream is not None:
             raise BridgeError("this export is being read already: say who receives before its first tensor")
         self._ranks = tuple(ranks)

@@ -1,7 +1,7 @@
-"""`mbridge.AutoBridge` (0.15) as verl and others call it, over this bridge: change the import to
+"""This bridge with the interface of `mbridge.AutoBridge` (0.15), as verl and others use it: change the import to
 `from mbridge_rl.integrations.mbridge import AutoBridge`.
 
-What is not offered is refused by name: value models (heads of one output), FSDP, `mbridge.ParallelStates` of your own.
+Features that are not offered are refused by name: value models (heads of one output), FSDP, custom `mbridge.ParallelStates`.
 """
 
 from __future__ import annotations
@@ -33,33 +33,34 @@ class AutoBridge:
 
     @classmethod
     def from_pretrained(cls, hf_model_path: str, trust_remote_code: bool = False, **kwargs: Any) -> Bridge:
-        """From a checkpoint directory, or a name on the hub. Remote code is never run."""
+        """Makes the bridge of a checkpoint directory, or of a name on the hub. Remote code is never run."""
         bridge = own.AutoBridge.from_pretrained(hf_model_path)
         return Bridge(bridge.hf_config, bridge=bridge, **kwargs)
 
     @classmethod
     def from_config(cls, hf_config: Any, **kwargs: Any) -> Bridge:
-        """From a Transformers config."""
+        """Makes the bridge of a Transformers config."""
         return Bridge(hf_config, **kwargs)
 
     @classmethod
     def list_supported_models(cls) -> list[str]:
-        """Architectures, as configs name them."""
+        """The architectures, by their names in configs."""
         return list(FAMILIES)
 
 
 class Bridge:
-    """One model's bridge, for the parallel state that is running.
+    """One model's bridge, for the running parallel state.
 
     Args:
-        dtype: of parameters.
-        make_vocab_size_divisible_by: what the vocabulary is padded to a multiple of, times the tensor parallel size.
+        dtype: the parameters' dtype.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this number times the tensor parallel size.
 
     Attributes:
-        config: Megatron's `TransformerConfig`; what is changed in it counts for the next `get_model`.
+        config: Megatron's `TransformerConfig`; changes in it apply to the next `get_model`.
 
     Raises:
-        NotOffered: parallel states of your own. Otherwise as `mbridge_rl.AutoBridge.from_config`.
+        NotOffered: `parallel_states` is given.
+        BridgeError: see `mbridge_rl.AutoBridge.from_config`.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class Bridge:
         self.config = self._build_config()
 
     def set_extra_args(self, **kwargs: Any) -> None:
-        """Further fields of Megatron's config.
+        """Sets further fields of Megatron's config.
 
         Raises:
-            ValueError: one that Megatron does not know, or that contradicts the running parallel state.
+            ValueError: Megatron does not know a field, or it contradicts the running parallel state.
         """
         self.extra_args.update(kwargs)
         self.config = self._build_config()
@@ -107,11 +108,11 @@ class Bridge:
         """This rank's chunks, wrapped as Megatron's training loops expect them; with weights if `weight_path` is given.
 
         Args:
-            post_model_creation_callbacks: called as `callback(model, pre_process=, post_process=, config=, hf_config=)` with
-                every chunk, before it is wrapped.
+            post_model_creation_callbacks: functions that are called as
+                `callback(model, pre_process=, post_process=, config=, hf_config=)` for every chunk, before it is wrapped.
 
         Raises:
-            NotOffered: an argument, or a value head that a callback put into the model.
+            NotOffered: an argument is not supported, or a callback put a value head into the model.
         """
         harmless = ("use_cpu_initialization", "data_parallel_random_init", "use_precision_aware_optimizer")
         refuse("mbridge.get_model", kwargs, harmless)
@@ -120,7 +121,7 @@ class Bridge:
         config.params_dtype = config.pipeline_dtype = dtype
         config.fp16, config.bf16 = fp16, bf16 and not fp16
 
-        def created(chunks: list[nn.Module]) -> None:
+        def call_back(chunks: list[nn.Module]) -> None:
             for chunk in chunks:
                 head = getattr(chunk, "output_layer", None)
                 for callback in post_model_creation_callbacks:
@@ -130,17 +131,18 @@ class Bridge:
                     raise NotOffered("a callback replaced the output layer: value models are not offered")
 
         ddp: bool | dict[str, Any] = (ddp_config or True) if wrap_with_ddp else False
-        models = self.bridge.build_model(self.layout, ddp=ddp, config=config, before_wrapping=created)
+        models = self.bridge.build_model(self.layout, ddp=ddp, config=config, before_wrapping=call_back)
         if weight_path is not None:
             self.load_weights(models, weight_path)
         return models
 
     def load_weights(self, models: Sequence[nn.Module], weights_path: str | Path, memory_efficient: bool = False) -> None:
-        """See `mbridge_rl.AutoBridge.load_weights`. Every rank reads only what it keeps, whatever `memory_efficient` says."""
+        """Fills the model as `mbridge_rl.AutoBridge.load_weights` does. Every rank reads only its own part; `memory_efficient`
+        has no effect."""
         self.bridge.load_weights(chunks_of(models), weights_path)
 
     def export_weights(self, models: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-        """`(hf_name, tensor)`, whole tensors on every rank; see `mbridge_rl.AutoBridge.export_weights`."""
+        """Yields `(hf_name, tensor)` with full tensors on every rank, as `mbridge_rl.AutoBridge.export_weights` does."""
         return HFStream(lambda ranks: self.bridge.export_weights(chunks_of(models), ranks=ranks))
 
     def save_weights(
@@ -150,8 +152,8 @@ class Bridge:
         memory_efficient: bool = False,
         distributed_filesystem: bool = False,
     ) -> None:
-        """Weights and config into a folder, whose other files stay. Every rank writes its own bytes, whatever the flags say:
-        nothing is gathered, and all ranks must see the folder."""
+        """Writes weights and config into a folder, whose other files stay. The flags have no effect: every rank writes its own
+        bytes, nothing is gathered, and all ranks must see the folder."""
         self.bridge.save_pretrained(chunks_of(models), weights_path)
 
     def _build_config(self) -> Any:

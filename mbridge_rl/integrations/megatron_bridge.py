@@ -1,9 +1,10 @@
-"""`megatron.bridge.AutoBridge` (0.5) as verl, SkyRL, slime and NeMo-RL call it, over this bridge: change the import to
-`from mbridge_rl.integrations.megatron_bridge import AutoBridge`.
+"""This bridge with the interface of `megatron.bridge.AutoBridge` (0.5), as verl, SkyRL, slime and NeMo-RL use it: change the
+import to `from mbridge_rl.integrations.megatron_bridge import AutoBridge`.
 
-Arguments that only say how (`show_progress`, `distributed_save`, `strict`) are taken and need not be obeyed: there is no
-progress bar, every rank writes its own bytes, and nothing that is missing is ever let through. What would change the result is
-refused by name: value heads, quantized exports. Adapters are those of `mbridge_rl.training.add_lora`, not of its PEFT.
+Arguments that do not change the result (`show_progress`, `distributed_save`, `strict`) are accepted and have no effect: there
+is no progress bar, every rank writes its own bytes, and missing tensors are always an error. Arguments that would change the
+result are refused by name: value heads, quantized exports. Adapters are those of `mbridge_rl.training.add_lora`, not of
+Megatron-Bridge's PEFT.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ class AutoBridge:
 
     @classmethod
     def from_hf_pretrained(cls, path: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> AutoBridge:
-        """From a checkpoint directory, or a name on the hub. Remote code is never run; of a dtype the provider decides."""
+        """Makes the bridge of a checkpoint directory, or of a name on the hub. Remote code is never run; the provider
+        determines the dtype."""
         refuse("from_hf_pretrained", kwargs, harmless=("dtype", "torch_dtype", "low_cpu_mem_usage"))
         return cls(own.AutoBridge.from_pretrained(path))
 
     @classmethod
     def from_hf_config(cls, config: Any) -> AutoBridge:
-        """From a Transformers config; weights then need a path."""
+        """Makes the bridge of a Transformers config; loading weights then needs a path."""
         return cls(own.AutoBridge.from_config(config))
 
     @classmethod
@@ -71,7 +73,7 @@ class AutoBridge:
 
     @classmethod
     def list_supported_models(cls) -> list[str]:
-        """Architectures, as configs name them."""
+        """The architectures, by their names in configs."""
         return list(FAMILIES)
 
     @property
@@ -80,10 +82,10 @@ class AutoBridge:
         return self.to_megatron_provider(load_weights=False).config()
 
     def to_megatron_provider(self, load_weights: bool = True, hf_path: str | Path | None = None) -> Provider:
-        """What builds the model, once its parallel sizes and the like are set on it.
+        """Makes the provider, which builds the model after its parallel sizes and other fields are set.
 
         Args:
-            load_weights: fill the model when it is built, from `hf_path` or the checkpoint that the bridge came from.
+            load_weights: whether the model is filled when it is built, from `hf_path` or the bridge's own checkpoint.
         """
         provider = Provider(self.bridge.spec)
         if load_weights:
@@ -91,23 +93,24 @@ class AutoBridge:
         return provider
 
     def to_megatron_model(self, load_weights: bool = True, hf_path: str | Path | None = None, **kwargs: Any) -> list[nn.Module]:
-        """The model under the parallel state that is running; see `Provider.provide_distributed_model` for `kwargs`."""
+        """Builds the model for the running parallel state; `Provider.provide_distributed_model` describes `kwargs`."""
         return self.to_megatron_provider(load_weights, hf_path).provide_distributed_model(**kwargs)
 
     def load_hf_weights(
         self, model: Model, hf_path: str | Path | None = None, allowed_mismatched_params: list[str] | None = None
     ) -> list[nn.Module]:
-        """Fills the model; every rank reads only what it keeps. Returns its chunks.
+        """Fills the model and returns its chunks; every rank reads only its own part.
 
         Raises:
-            NotOffered: parameters that may mismatch (value heads). Otherwise as `mbridge_rl.AutoBridge.load_weights`.
+            NotOffered: `allowed_mismatched_params` is given (value heads).
+            BridgeError: see `mbridge_rl.AutoBridge.load_weights`.
         """
         refuse("load_hf_weights", {"allowed_mismatched_params": allowed_mismatched_params})
         return self._loaded(chunks_of(model), hf_path)
 
     def get_conversion_tasks(self, megatron_model: Model, hf_path: str | Path | None = None) -> list[HFTensor]:
-        """The HF tensors that an export yields, in its order. Give some of them to `export_hf_weights` to get only those; there
-        is nothing else to prepare: plans are made once, by themselves."""
+        """The HF tensors that an export yields, in its order. `export_hf_weights` takes some of them and then yields only
+        those. They need no preparation: plans are made once, automatically."""
         from mbridge_rl.megatron.parameters import model_dtype
 
         return self.bridge.metadata(model_dtype(chunks_of(megatron_model)))
@@ -121,19 +124,19 @@ class AutoBridge:
         merge_adapter_weights: bool = True,
         weight_dtype: torch.dtype | None = None,
     ) -> Iterator[HFWeightTuple]:
-        """`(hf_name, tensor)`, whole tensors on every rank; see `mbridge_rl.AutoBridge.export_weights`.
+        """Yields `(hf_name, tensor)` with full tensors on every rank, as `mbridge_rl.AutoBridge.export_weights` does.
 
         Raises:
-            BridgeError: tasks that are not of `get_conversion_tasks`.
+            BridgeError: a task was not made by `get_conversion_tasks`.
         """
-        wanted = None if conversion_tasks is None else self._names(conversion_tasks)
+        hf_names = None if conversion_tasks is None else self._names(conversion_tasks)
 
         def start(ranks: Sequence[int] | None) -> Iterator[tuple[str, Tensor]]:
             stream = self.bridge.export_weights(
                 chunks_of(model), dtype=weight_dtype, ranks=ranks, merge_adapters=merge_adapter_weights
             )
             for hf_name, tensor in stream:
-                if wanted is None or hf_name in wanted:
+                if hf_names is None or hf_name in hf_names:
                     yield HFWeightTuple(hf_name, tensor.cpu() if cpu else tensor)
 
         return HFStream(start)
@@ -141,7 +144,8 @@ class AutoBridge:
     def export_adapter_weights(
         self, model: Model, cpu: bool = True, show_progress: bool = True, **kwargs: Any
     ) -> Iterator[HFWeightTuple]:
-        """The adapters alone, by their names in the base model (`<module>.lora_A.weight`); `save_hf_adapter` gives PEFT's."""
+        """Yields the adapters alone, by their names in the base model (`<module>.lora_A.weight`); `save_hf_adapter` uses PEFT's
+        names."""
         refuse("export_adapter_weights", kwargs)
 
         def start(ranks: Sequence[int] | None) -> Iterator[tuple[str, Tensor]]:
@@ -161,13 +165,14 @@ class AutoBridge:
         save_every_n_ranks: int = 1,
         weight_dtype: torch.dtype | None = None,
     ) -> None:
-        """Weights and config into a folder, whose other files stay; adapters are merged. All ranks must see the folder."""
+        """Writes weights and config into a folder, whose other files stay; adapters are merged. All ranks must see the
+        folder."""
         unmerged = {"merge_adapter_weights=False": not merge_adapter_weights}
         refuse("save_hf_weights", {**unmerged, "weight_dtype": weight_dtype})
         self.bridge.save_pretrained(chunks_of(model), path)
 
     def save_hf_pretrained(self, model: Model, path: str | Path, show_progress: bool = True, **kwargs: Any) -> None:
-        """As `save_hf_weights`, with the tokenizer and other files of the checkpoint that the bridge came from."""
+        """Does the same as `save_hf_weights`, and also writes the tokenizer and other files of the bridge's own checkpoint."""
         source_path = kwargs.pop("source_path", None)
         refuse("save_hf_pretrained", {"source_path": source_path})
         self.save_hf_weights(model, path, show_progress, **kwargs)
@@ -181,7 +186,7 @@ class AutoBridge:
         show_progress: bool = True,
         **kwargs: Any,
     ) -> None:
-        """The adapters as PEFT has them; their config is the one that they were attached with, whatever `peft_config` says."""
+        """Writes the adapters in PEFT's format, with the config with which they were attached; `peft_config` has no effect."""
         refuse("save_hf_adapter", {"base_model_name_or_path": base_model_name_or_path, **kwargs})
         self.bridge.save_adapter(chunks_of(model), path)
 
@@ -190,7 +195,7 @@ class AutoBridge:
         return model
 
     def _names(self, tasks: Sequence[Any]) -> set[str]:
-        strangers = [task for task in tasks if not isinstance(task, HFTensor) or task.hf_name not in self.bridge.spec.hf_shapes]
-        if strangers:
-            raise BridgeError(f"conversion_tasks must be of this bridge's get_conversion_tasks, found {strangers[0]!r}")
+        unknown = [task for task in tasks if not isinstance(task, HFTensor) or task.hf_name not in self.bridge.spec.hf_shapes]
+        if unknown:
+            raise BridgeError(f"conversion_tasks must be of this bridge's get_conversion_tasks, found {unknown[0]!r}")
         return {task.hf_name for task in tasks}

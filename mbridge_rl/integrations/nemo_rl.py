@@ -1,8 +1,9 @@
-"""NeMo-RL's two ends: a mixin for its Megatron policy worker, and a `WeightSynchronizer` for its driver.
+"""Adapters for both ends of NeMo-RL: a mixin for its Megatron policy worker, and a `WeightSynchronizer` for its driver.
 
-With `RefitMixin` and this package's stand-in as `self.megatron_bridge`, NeMo-RL's own transports (`stream_weights_via_ipc_zmq`,
-`broadcast_weights_for_collective`) carry this bridge's streams, and `prepare_refit_info` exports nothing. `MBridgeSynchronizer`
-replaces the transports, too: every engine worker then gets only what it keeps, as one verified transaction.
+With `RefitMixin` and `integrations.megatron_bridge.AutoBridge` as `self.megatron_bridge`, NeMo-RL's own transports
+(`stream_weights_via_ipc_zmq`, `broadcast_weights_for_collective`) send this bridge's streams, and `prepare_refit_info` exports
+nothing. `MBridgeSynchronizer` replaces the transports, too: every engine worker then gets only its own part, in one verified
+transaction.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ except ImportError as error:
 
 
 class RefitMixin:
-    """Put it before `MegatronPolicyWorkerImpl`: `class Worker(RefitMixin, MegatronPolicyWorkerImpl)`.
+    """A mixin that comes before `MegatronPolicyWorkerImpl`: `class Worker(RefitMixin, MegatronPolicyWorkerImpl)`.
 
-    It uses `model`, `megatron_bridge` (an `integrations.megatron_bridge.AutoBridge`), `dtype`, `cfg` and `draft_model` of it.
+    It uses the worker's `model`, `megatron_bridge` (an `integrations.megatron_bridge.AutoBridge`), `dtype`, `cfg` and
+    `draft_model`.
     """
 
     model: Any
@@ -37,10 +39,11 @@ class RefitMixin:
     _mbridge_sync: WeightSync | None = None
 
     def prepare_refit_info(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """`{hf_name: (shape, dtype)}` of what the transports send, in its order; from the mapping, nothing is exported.
+        """`{hf_name: (shape, dtype)}` of the tensors that the transports send, in their order. It follows from the mapping;
+        nothing is exported for it.
 
         Raises:
-            NotOffered: a draft model, or scales of an fp8 KV cache.
+            NotOffered: there is a draft model, or an fp8 KV cache with scales.
         """
         generation = self.cfg.get("generation") or {}
         kv_cache = (generation.get("vllm_cfg") or {}).get("kv_cache_dtype", "auto")
@@ -50,13 +53,13 @@ class RefitMixin:
         return {task.hf_name: (torch.Size(task.shape), task.dtype) for task in self.refit_conversion_tasks}
 
     def mbridge_connect(self, engines: Callable[[], Sequence[Any]], options: dict[str, Any]) -> None:
-        """On all workers: meets the engines. `engines` makes their clients, and is called on rank 0 alone."""
+        """Connects to the engines; all workers call it. `engines` makes the engines' clients, and is called on rank 0 only."""
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         client = list(engines()) if first else None
         self._mbridge_sync = WeightSync(self.megatron_bridge.bridge, chunks_of(self.model), client, dtype=self.dtype, **options)
 
     def mbridge_sync(self, version: int) -> dict[str, float]:
-        """On all workers: commits the live weights as `version`; numbers for NeMo-RL's log."""
+        """Commits the live weights as `version`; all workers call it. Returns metrics for NeMo-RL's log."""
         if self._mbridge_sync is None:
             raise SyncError("mbridge_connect comes before mbridge_sync: init_communicator calls it")
         report = self._mbridge_sync.sync(version)
@@ -76,13 +79,14 @@ class RefitMixin:
 
 
 class MBridgeSynchronizer(WeightSynchronizer):
-    """Assign it to `policy_generation.weight_synchronizer`. Policy workers have `RefitMixin`.
+    """A `WeightSynchronizer` for `policy_generation.weight_synchronizer`. The policy workers must have `RefitMixin`.
 
     Args:
         policy: NeMo-RL's `Policy`; its `worker_group` runs the workers.
-        engines: picklable; makes the engines' clients (`sync.trainer.engines.Engine`) in the first policy worker.
-        options: of `sync.weight_sync.SyncOptions`.
-        collect: of the workers' results; `None` means `ray.get`.
+        engines: a picklable function that makes the engines' clients (`sync.trainer.engines.Engine`) in the first policy
+            worker.
+        options: fields of `sync.weight_sync.SyncOptions`.
+        collect: the function that waits for the workers' results; `None` means `ray.get`.
     """
 
     def __init__(
@@ -101,25 +105,27 @@ class MBridgeSynchronizer(WeightSynchronizer):
         self._stale = True
 
     def init_communicator(self) -> None:
-        """The plan is made: once, after policy and engines are up."""
+        """Connects the workers to the engines and makes the plan. Call it once, after policy and engines are up."""
         self._run("mbridge_connect", engines=self._engines, options=self._options)
 
     def sync_weights(self, *, timer: Any = None, kv_scales: dict[str, float] | None = None) -> dict[str, float]:
-        """One transaction; its numbers, of rank 0. The engines pause by themselves, for its commit.
+        """Syncs the weights in one transaction, and returns the metrics of rank 0. The engines pause by themselves for its
+        commit.
 
         Raises:
-            NotOffered: scales of an fp8 KV cache; SyncError (a RuntimeError): it failed, and what the engines serve now.
+            NotOffered: `kv_scales` of an fp8 KV cache are given.
+            SyncError: (a RuntimeError) the sync failed; the message says which weights the engines serve now.
         """
         refuse("sync_weights", {"kv_scales": kv_scales})
         self._stale = True
         with contextlib.nullcontext() if timer is None else timer.time("prepare_for_generation/transfer_and_update_weights"):
-            told = self._run("mbridge_sync", version=self._version + 1)
+            metrics = self._run("mbridge_sync", version=self._version + 1)
         self._version, self._stale = self._version + 1, False
-        return {f"weight_sync/{name}": value for name, value in told[0].items()}
+        return {f"weight_sync/{name}": value for name, value in metrics[0].items()}
 
     @property
     def is_stale(self) -> bool:
-        """Whether the last sync failed, or none was made yet."""
+        """Whether the last sync failed, or there was none yet."""
         return self._stale
 
     def shutdown(self) -> None:

@@ -1,4 +1,4 @@
-"""Megatron-Bridge's model provider: a model's configuration as an object that is set field by field, then builds the model."""
+"""Megatron-Bridge's model provider: an object with a model's configuration as attributes, which builds the model."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ _IGNORED = ("seq_length", "should_pad_vocab", "use_cpu_initialization", "init_me
 
 
 class Provider:
-    """Fields are those of Megatron's `TransformerConfig`, read and set as attributes.
+    """A provider whose attributes are the fields of Megatron's `TransformerConfig`.
 
     Raises:
-        AttributeError: a field that Megatron does not know; NotOffered: one that would make it another model.
+        AttributeError: Megatron does not know a field.
+        NotOffered: a field would make it another model.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -72,7 +73,7 @@ class Provider:
     def apply_overrides_and_finalize(
         self, dtype: torch.dtype | None = None, overrides: Mapping[str, Any] | None = None
     ) -> Provider:
-        """Sets the dtype and fields, then `finalize`."""
+        """Sets the dtype and fields, and calls `finalize`."""
         if dtype is not None:
             self.params_dtype = dtype
             self.fp16, self.bf16 = dtype == torch.float16, dtype == torch.bfloat16
@@ -82,23 +83,24 @@ class Provider:
         return self
 
     def finalize(self) -> None:
-        """Checks what was set, as far as it can be before there are ranks.
+        """Checks the fields, as far as this is possible without ranks.
 
         Raises:
-            ValueError, LayoutError: fields that contradict each other, or the model.
+            ValueError, LayoutError: fields contradict each other, or the model.
         """
         self._config_for(self.layout())
 
     def register_pre_wrap_hook(self, hook: Hook, prepend: bool = False) -> None:
-        """Called with the list of bare chunks before they are wrapped; it may return it."""
+        """Registers a function that is called with the list of bare chunks before they are wrapped; it may return the list."""
         self._before.insert(0, hook) if prepend else self._before.append(hook)
 
     def register_post_wrap_hook(self, hook: Hook, prepend: bool = False) -> None:
-        """Called with the list of wrapped chunks; it may return another."""
+        """Registers a function that is called with the list of wrapped chunks; it may return another list."""
         self._after.insert(0, hook) if prepend else self._after.append(hook)
 
     def initialize_model_parallel(self, seed: int | None = None, seed_kwargs: Any = None, **kwargs: Any) -> None:
-        """Starts Megatron's parallel state for the sizes that are set; the ranks that are left are data parallel."""
+        """Starts Megatron's parallel state for the parallel sizes in the fields; data parallelism takes the remaining
+        factor."""
         refuse("initialize_model_parallel", {"seed_kwargs": seed_kwargs, **kwargs})
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         layout = self.layout()
@@ -116,14 +118,14 @@ class Provider:
         post_wrap_hook: Hook | None = None,
         **kwargs: Any,
     ) -> list[nn.Module]:
-        """This rank's chunks; starts the parallel state if there is none.
+        """Builds this rank's chunks; starts the parallel state if there is none.
 
         Args:
             ddp_config: Megatron's `DistributedDataParallelConfig`, or its fields.
 
         Raises:
-            NotOffered: FSDP, or a hook that replaced the output layer (value models).
-            LayoutError: the sizes that are set are not those of the running parallel state.
+            NotOffered: an argument is not supported (FSDP), or a hook replaced the output layer (value models).
+            LayoutError: the parallel sizes in the fields are not those of the running parallel state.
         """
         harmless = (
             "model_type",
@@ -161,10 +163,10 @@ class Provider:
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> nn.Module:
-        """One bare chunk, for loops that wrap it themselves (Megatron-LM's `get_model`). Hooks are not called.
+        """Builds one bare chunk, for training loops that wrap it themselves (Megatron-LM's `get_model`). Hooks are not called.
 
         Raises:
-            NotOffered: embedding or head elsewhere than on the first and the last stage.
+            NotOffered: embedding or output layer would be elsewhere than on the first and the last stage.
         """
         from mbridge_rl.megatron.model import build_chunk
 
@@ -177,7 +179,7 @@ class Provider:
         return chunk
 
     def layout(self) -> ParallelLayout:
-        """What the fields say of the layout, with one data-parallel rank."""
+        """The layout in the fields, with the smallest data parallelism that the expert axes allow."""
         sizes = {axis: self._given[name] for name, axis in _AXES.items() if self._given.get(name)}
         dealing = {axis: self._given[name] for name, axis in _DEALING.items() if self._given.get(name)}
         expert = sizes.get("ep", 1) * sizes.get("etp", sizes.get("tp", 1))
@@ -186,7 +188,7 @@ class Provider:
         return ParallelLayout(**sizes, **dealing, dp=max(1, -(-expert // dense)), vocab_multiple=multiple)
 
     def config(self) -> Any:
-        """Megatron's `TransformerConfig` of what is set."""
+        """Megatron's `TransformerConfig` of the fields."""
         return self._config_for(self.layout())
 
     def _running_layout(self) -> ParallelLayout:

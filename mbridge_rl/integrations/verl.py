@@ -3,8 +3,8 @@
     actor_rollout_ref.rollout.checkpoint_engine.backend=mbridge
     actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=mbridge_rl.integrations.verl
 
-Weights go from actor rank 0 to all rollout workers in verified buckets (`integrations.broadcast`), over gloo or NCCL, without
-cupy or ZeroMQ. Actors whose bridge is one of this package's gather them on rank 0 only.
+Weights are sent from actor rank 0 to all rollout workers in verified buckets (`integrations.broadcast`), over gloo or NCCL,
+without cupy or ZeroMQ. Actors with a bridge of this package gather the weights on rank 0 only.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 @CheckpointEngineRegistry.register("mbridge")
 class MBridgeCheckpointEngine(CheckpointEngine):
-    """One per actor and per rollout worker.
+    """The checkpoint engine of one actor or one rollout worker.
 
     Args:
         bucket_size: bytes of one bucket (verl's `update_weights_bucket_megabytes`); two are staged at once.
-        is_master: actor rank 0, which sends.
-        verify: a digest with every bucket, checked by every receiver.
+        is_master: whether this is actor rank 0, which sends.
+        verify: whether every bucket has a digest, which every receiver checks.
         timeout: seconds, for every single wait.
-        backend: of torch.distributed; `None` means nccl where every worker has a GPU.
+        backend: the backend of torch.distributed; `None` means nccl if every worker has a GPU, otherwise gloo.
     """
 
     def __init__(
@@ -63,17 +63,18 @@ class MBridgeCheckpointEngine(CheckpointEngine):
         self._rank: int | None = None
 
     def prepare(self) -> dict[str, Any]:
-        """What `build_topology` needs of this worker, in plain JSON types. Buckets are allocated as they are filled."""
-        told = {"member": self._member, "cuda": torch.cuda.is_available(), "backend": self._backend}
+        """This worker's metadata for `build_topology`, in plain JSON types. Buckets are allocated when they are filled."""
+        metadata = {"member": self._member, "cuda": torch.cuda.is_available(), "backend": self._backend}
         if self._server is None:
-            return told
-        return {**told, "host": self._server.host, "port": self._server.port, "secret": self._secret}
+            return metadata
+        return {**metadata, "host": self._server.host, "port": self._server.port, "secret": self._secret}
 
     @classmethod
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """Rank 0 is actor rank 0, then come the rollout workers; the other actors (-1) only take part in the export.
+        """Makes the arguments of every worker's `init_process_group`. Rank 0 is actor rank 0, then come the rollout workers;
+        the other actors (-1) only take part in the export.
 
         Raises:
             SyncError: actor rank 0 was not made with `is_master`, or workers are missing.
@@ -84,7 +85,7 @@ class MBridgeCheckpointEngine(CheckpointEngine):
         if "port" not in master:
             raise SyncError("actor rank 0 must be made with is_master=True: it is the one that sends")
         on_gpus = all(member["cuda"] for member in members)
-        # The same members meet in the group that they have; with any other of them it is another group.
+        # The same members use their existing group again; with other members it is another group.
         name = hashlib.blake2b("".join(member["member"] for member in members).encode(), digest_size=8).hexdigest()
         group = {
             "group": name,
@@ -99,10 +100,10 @@ class MBridgeCheckpointEngine(CheckpointEngine):
         return actors, rollout
 
     def init_process_group(self, rank: int, group: dict[str, Any]) -> None:
-        """All members together; a group that lives is kept.
+        """Joins the group; all members call it together. A group that exists already is kept.
 
         Raises:
-            TransferTimeout: not all members came.
+            TransferTimeout: not all members joined.
         """
         if self._group is not None and self._rank is not None and group != self._group:
             leave(self._group, self._rank)
@@ -111,18 +112,19 @@ class MBridgeCheckpointEngine(CheckpointEngine):
             self._channel = Broadcast(group, rank, bucket_bytes=self._bucket_size, verify=self._verify, timeout=self._timeout)
 
     def finalize(self) -> None:
-        """Between two updates nothing is held but the group."""
+        """Frees everything but the group until the next update."""
         self._channel = None
 
     @torch.no_grad()
     async def send_weights(self, weights: Any, global_steps: int | None = None) -> dict[str, float]:
-        """Sends what an actor's `get_per_tensor_param` yields; all actors call it, and read their streams to the end.
+        """Sends the tensors of an actor's `get_per_tensor_param`; all actors call it, and read their streams to the end.
 
         Returns:
-            On the actor that sends, numbers for verl's log.
+            Metrics for verl's log on the actor that sends; empty on the others.
 
         Raises:
-            TransferTimeout: a receiver did not come. What `weights` raises comes out, and the receivers hear of it.
+            TransferTimeout: a receiver did not take part.
+            Exception: whatever `weights` raises, which is also sent to the receivers.
         """
         if self._rank is None or self._rank > 0:
             raise SyncError("only actors send weights, after init_process_group")
@@ -136,7 +138,7 @@ class MBridgeCheckpointEngine(CheckpointEngine):
             with _new_member_on_failure(self):
                 sent = await self._channel.send(weights, global_steps)
         except BaseException:
-            _read_to_the_end(weights)  # the other actors are in the same export, and must not wait for this one
+            _read_to_the_end(weights)  # the other actors take part in the same export, and would wait for this one
             raise
         seconds = time.perf_counter() - started
         return {
@@ -148,7 +150,7 @@ class MBridgeCheckpointEngine(CheckpointEngine):
 
     @torch.no_grad()
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, Tensor]]:
-        """Yields `(name, tensor)`, each the consumer's to keep; see `Broadcast.receive` for what is raised."""
+        """Yields `(name, tensor)`; the consumer may keep each tensor. Raises the errors of `Broadcast.receive`."""
         if self._channel is None or self._rank == 0:
             raise SyncError("only rollout workers receive weights, after init_process_group")
         with _new_member_on_failure(self):
@@ -162,7 +164,8 @@ def _read_to_the_end(weights: Any) -> None:
 
 
 class _new_member_on_failure:
-    """The group of a failed update is of no more use; under another name this worker makes a new one of the next."""
+    """Gives the worker another member name if the block fails. The group of a failed update cannot be used any more, and with
+    the new name the next update makes a new group."""
 
     def __init__(self, engine: MBridgeCheckpointEngine) -> None:
         self._engine = engine
@@ -178,13 +181,15 @@ class _new_member_on_failure:
 def per_tensor_param(
     bridge: AutoBridge, model: Sequence[nn.Module], *, adapters_only: bool = False
 ) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any] | None]:
-    """What `BaseEngine.get_per_tensor_param` returns, of a live Megatron model: the stream, and adapters' PEFT config.
+    """The return value of `BaseEngine.get_per_tensor_param` for a live Megatron model: the stream, and the adapters' PEFT
+    config.
 
     Args:
-        adapters_only: the adapters alone, for rollout engines that hold the base weights; otherwise they are merged.
+        adapters_only: whether only the adapters are exported, for rollout engines that hold the base weights; otherwise they
+            are merged.
 
     Raises:
-        StateMismatchError: `adapters_only`, and the model has none.
+        StateMismatchError: `adapters_only` is set, and the model has no adapters.
     """
     if not adapters_only:
         return HFStream(lambda ranks: bridge.export_weights(model, ranks=ranks)), None
@@ -201,7 +206,7 @@ def per_tensor_param(
         "lora_alpha": config.peft_alpha,
         **patterns_in_peft(bridge.spec, config),
         "use_rslora": config.rslora,
-        "target_modules": "all-linear",  # rollout engines adapt what they are sent
+        "target_modules": "all-linear",  # rollout engines adapt the modules of the received adapters
         "lora_dropout": 0.0,
         "bias": "none",
     }

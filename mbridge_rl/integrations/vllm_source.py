@@ -1,7 +1,7 @@
 """A live Megatron model as vLLM's own `WeightSource`, so that vLLM's backends (`nccl`, `ipc`, `sharded_rdt`) can send it.
 
-They move whole HF tensors, gathered on trainer ranks; `sync.weight_sync.WeightSync` moves shards, as a transaction. This is for
-deployments that have chosen one of vLLM's backends already.
+These backends send full HF tensors, gathered on trainer ranks; `sync.weight_sync.WeightSync` sends shards, in a transaction.
+This module is for deployments that already use one of vLLM's backends.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ _NEED_GPU = ("nccl", "sparse_nccl", "nccl_m2n", "ipc", "sharded_rdt", "modelexpr
 
 
 class MegatronWeightSource(WeightSource):
-    """Made once by all trainer ranks together; every pass is collective, and reads the weights as they are then.
+    """A source that all trainer ranks make once and together. Every iteration is collective, and reads the weights at that
+    time.
 
     Args:
-        bridge: of the model.
-        model: this rank's chunks; adapters are merged on the way.
-        dtype: of the yielded tensors; `None` means the model's.
-        by_stage: each pipeline stage yields its own tensors and holds no others (`held_names`), for `sharded_rdt`; otherwise
-            every rank yields all of them.
-        ranks: that get tensors, where not `by_stage`: `(0,)` spares the others the gather where only rank 0 sends (`nccl`).
-            They iterate along and yield nothing.
+        bridge: the model's bridge.
+        model: this rank's chunks; adapters are merged for the export.
+        dtype: the dtype of the yielded tensors; `None` means the model's.
+        by_stage: whether each pipeline stage yields only its own tensors (`held_names`), for `sharded_rdt`; otherwise every
+            rank yields all tensors.
+        ranks: the ranks that get tensors, if not `by_stage`: `(0,)` saves the others the gather if only rank 0 sends (`nccl`).
+            The other ranks iterate, too, but yield nothing.
         bucket_bytes: see `AutoBridge.export_weights`.
 
     Raises:
-        StateMismatchError: the model is not the bridge's; SyncError: on all ranks, where they disagree.
+        StateMismatchError: the model is not the bridge's.
+        SyncError: on all ranks, if they disagree.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class MegatronWeightSource(WeightSource):
         self._spec, self._model, self._layout = spec, model, layout_of(model, spec)
         world = RankGroup()
         self._rank = world.rank
-        self._metadata = _in_group_order([ParamMeta(*told) for told in _told(spec, dtype or model_dtype(model))])
+        self._metadata = _in_group_order(_param_metadata(spec, dtype or model_dtype(model)))
         self._held: frozenset[str] | None = None
         group = world
         if by_stage:
@@ -77,11 +79,11 @@ class MegatronWeightSource(WeightSource):
             self._held = frozenset(plan.hf_shapes)
         else:
             plan = compile_plan(spec, megatron_side(spec, self._layout), hf_side(spec))
-        order = [told.name for told in self._metadata if told.name in plan.hf_shapes]
+        order = [metadata.name for metadata in self._metadata if metadata.name in plan.hf_shapes]
         live = self._live()
         self._stream = TensorStream(
             replace(plan, hf_shapes={name: plan.hf_shapes[name] for name in order}),
-            {told.name: told.dtype for told in self._metadata},
+            {metadata.name: metadata.dtype for metadata in self._metadata},
             group,
             device=next((live.base(name).device for name in live), group.device),
             bucket_bytes=bucket_bytes,
@@ -89,14 +91,15 @@ class MegatronWeightSource(WeightSource):
         )
 
     def metadata(self) -> list[ParamMeta]:
-        """Of the whole model, on every rank: it follows from the mapping, and nothing is exported for it."""
+        """The metadata of the whole model, on every rank. It follows from the mapping, and nothing is exported for it."""
         return list(self._metadata)
 
     def held_names(self) -> frozenset[str] | None:
         return self._held
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:  # type: ignore[override]
-        """`(hf_name, tensor)` in the order of `metadata`; by stage in that of `groups`, with `None` for what others hold."""
+        """Yields `(hf_name, tensor)` in the order of `metadata`; by stage in the order of `groups`, with `None` for tensors of
+        other stages."""
         stream = self._stream.run(self._live())
         if self._held is None:
             yield from stream
@@ -114,14 +117,15 @@ class MegatronWeightSource(WeightSource):
 
 
 def start_trainer(init_info: Any, *, client: Any, source: WeightSource) -> Any:
-    """One of vLLM's trainer engines over `source`: `WeightTransferTrainerFactory.trainer_init`, on all trainer ranks.
+    """Makes one of vLLM's trainer engines for `source` by `WeightTransferTrainerFactory.trainer_init`; call it on all trainer
+    ranks.
 
     Args:
-        init_info: such as `NCCLTrainerInitInfo`; names the backend.
+        init_info: an init info of vLLM, such as `NCCLTrainerInitInfo`, which names the backend.
         client: vLLM's `HTTPVLLMWeightSyncClient`, `RayVLLMWeightSyncClient`, or anything with their methods.
 
     Raises:
-        SyncError: the backend needs a GPU, and there is none.
+        SyncError: the backend needs a GPU, and this machine has none.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
@@ -133,14 +137,14 @@ def start_trainer(init_info: Any, *, client: Any, source: WeightSource) -> Any:
     return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
 
 
-def _told(spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-    return ((tensor.hf_name, tensor.dtype, tuple(tensor.shape)) for tensor in spec.hf_tensors(dtype))
+def _param_metadata(spec: ModelSpec, dtype: torch.dtype) -> list[ParamMeta]:
+    return [ParamMeta(tensor.hf_name, tensor.dtype, tuple(tensor.shape)) for tensor in spec.hf_tensors(dtype)]
 
 
 def _in_group_order(metadata: Sequence[ParamMeta]) -> list[ParamMeta]:
-    """vLLM goes through a model group by group; whatever it iterates must come in that order."""
-    by_name = {told.name: told for told in metadata}
-    return [by_name[name] for group in layerwise_groups([told.name for told in metadata]) for name in group]
+    """The metadata in the order of vLLM's groups of layers, in which vLLM expects all tensors."""
+    by_name = {param.name: param for param in metadata}
+    return [by_name[name] for group in layerwise_groups([param.name for param in metadata]) for name in group]
 
 
 class _Members:
@@ -151,7 +155,7 @@ class _Members:
 
 
 def _stage_members(layout: ParallelLayout, world: RankGroup) -> _Members:
-    """Of this rank's stage. All ranks together, as torch.distributed makes every group on all of them."""
+    """The members of this rank's stage. All ranks call it together, since torch.distributed makes every group on all ranks."""
     stages: dict[int, list[int]] = {}
     for rank in range(world.size):
         stages.setdefault(layout.coordinates(rank).pp, []).append(rank)
@@ -163,24 +167,24 @@ def _stage_members(layout: ParallelLayout, world: RankGroup) -> _Members:
 
 
 def _stage_plan(spec: ModelSpec, layout: ParallelLayout, ranks: Sequence[int]) -> Plan:
-    """From the ranks of a stage, counted within it, to the HF tensors that they hold between them."""
-    whole = megatron_side(spec, layout)
+    """The plan from the ranks of a stage, numbered within the stage, to the HF tensors that these ranks hold together."""
+    all_stages = megatron_side(spec, layout)
     position = {rank: index for index, rank in enumerate(ranks)}
     segments = tuple(
-        replace(segment, ranks=mine)
-        for segment in whole.segments
-        if (mine := tuple(position[rank] for rank in segment.ranks if rank in position))
+        replace(segment, ranks=stage_ranks)
+        for segment in all_stages.segments
+        if (stage_ranks := tuple(position[rank] for rank in segment.ranks if rank in position))
     )
-    boxes: Mapping[str, set[Any]] = _boxes(whole)
-    held = {name for name, found in _boxes(Side(segments, {}, {})).items() if found == boxes[name]}
-    shapes = {name: shape for name, shape in spec.hf_shapes.items() if name in held}
-    target = hf_side(spec)
-    mine = Side(tuple(one for one in target.segments if one.hf_name in held), shapes, dict.fromkeys(shapes, (0,)))
-    return compile_plan(spec, Side(segments, whole.shapes, whole.holders), mine)
+    boxes: Mapping[str, set[Any]] = _boxes(all_stages)
+    hf_names = {hf_name for hf_name, stage_boxes in _boxes(Side(segments, {}, {})).items() if stage_boxes == boxes[hf_name]}
+    shapes = {hf_name: shape for hf_name, shape in spec.hf_shapes.items() if hf_name in hf_names}
+    target_segments = tuple(segment for segment in hf_side(spec).segments if segment.hf_name in hf_names)
+    target = Side(target_segments, shapes, dict.fromkeys(shapes, (0,)))
+    return compile_plan(spec, Side(segments, all_stages.shapes, all_stages.holders), target)
 
 
 def _boxes(side: Side) -> dict[str, set[Any]]:
-    found: dict[str, set[Any]] = {}
+    boxes: dict[str, set[Any]] = {}
     for segment in side.segments:
-        found.setdefault(segment.hf_name, set()).add(segment.box)
-    return found
+        boxes.setdefault(segment.hf_name, set()).add(segment.box)
+    return boxes

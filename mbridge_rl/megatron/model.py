@@ -1,8 +1,7 @@
 """Builds Megatron-core models from a `ModelSpec`.
 
 The modules are Megatron's own (`GPTModel` or `MambaModel` with their Transformer Engine layer specs), built for the running
-parallel
-state: with a GPU on the GPU, otherwise on the CPU with the pure-torch Transformer Engine of `megatron.cpu`.
+parallel state: with a GPU on the GPU, otherwise on the CPU with the pure-torch Transformer Engine of `megatron.cpu`.
 """
 
 from __future__ import annotations

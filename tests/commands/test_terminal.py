@@ -108,7 +108,7 @@ def test_a_run_goes_on_whatever_a_completion_holds(
 def test_commands_show_names_as_they_are(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected = STEERING.get(text, text)
     train.print_summary({"model": text, text: 1}, Path("x"))
-    verify._print(Path(text), ParallelLayout(), [{"what": "logits", "equal": True, "said": text}], [text])
+    verify._print(Path(text), ParallelLayout(), [{"check": "logits", "equal": True, "result": text}], [text])
     facts = {
         **{"model": text, "architecture": text, "parameters": 1, "tensors": 1, "model_bytes": 1, "dtype": "bf16"},
         **{"trainer_ranks": 1, "trainer": text, "rollout_ranks": 1, "replicas": 1, "engine": text},

@@ -10,7 +10,7 @@ from tiny import tiny_checkpoint, tiny_config
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.cli import app
-from mbridge_rl.commands.verify_lengths import kept_positions, lengths_for, longest
+from mbridge_rl.commands.verify_lengths import compared_positions, lengths_for, longest
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
@@ -90,8 +90,8 @@ def test_memory_bounds_a_sequence() -> None:
 
 
 def test_logits_of_long_sequences_are_compared_in_part() -> None:
-    assert kept_positions(256) == list(range(256))
-    kept = kept_positions(5000)
+    assert compared_positions(256) == list(range(256))
+    kept = compared_positions(5000)
     assert len(kept) == len(set(kept)) == 256
     assert kept == sorted(kept)
     assert kept[-128:] == list(range(4872, 5000))

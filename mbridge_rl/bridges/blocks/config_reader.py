@@ -1,14 +1,15 @@
-"""How a family reads a Hugging Face config: only fields that the model obeys, each of the right kind, none overlooked.
+"""Reads Hugging Face configs for families: only fields that the model uses, each with a checked value, and without overlooking
+one.
 
-A bridge that reads `sliding_window` of every config would obey it in a Llama, which ignores it; a bridge that overlooks
-`clip_qkv` would ignore it in an OLMoE, which obeys it. Both are another model, without a word. So a family reads through a
+A bridge that read `sliding_window` in every config would apply it to a Llama, which ignores it; a bridge that overlooked
+`clip_qkv` would ignore it in an OLMoE, which uses it. Both would silently be another model. A family therefore reads through a
 `ConfigReader`:
 
-* It answers fields that the config's own Transformers class declares. A field that the class doesn't know is without effect
-  in Transformers, and is answered only to who asks for it as `undeclared` (the few that a model looks for all the same).
-* It remembers what was read. When the family is done, every other field must be declared to be without effect
-  (`WITHOUT_EFFECT` for all families, `ignore` for one), or hold what its class says if nothing is said: else the model is
-  refused by the field's name.
+* It returns only fields that the config's own Transformers class declares. A field that the class does not declare has no
+  effect in Transformers, and is returned only by `undeclared` (for the few that a model reads all the same).
+* It records which fields were read. When the family has finished, every other field must be declared to be without effect
+  (`WITHOUT_EFFECT` for all families, `ignore` for one), or have its class's default value. Otherwise the model is refused, and
+  the error names the field.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from mbridge_rl.core.errors import CheckpointError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
 
-# Fields that change no logit of any family: what a forward pass returns, generation, initialization, losses of pretraining, and
-# dropout and noise, which are off: the policy that is trained must be the one that sampled.
+# Fields that change no logits of any family: outputs of a forward pass, generation, initialization, losses of pretraining, and
+# dropout and noise, which are off, since the trained policy must be the one that sampled.
 _COMMON = """
     transformers_version architectures output_hidden_states return_dict dtype
     id2label label2id problem_type chunk_size_feed_forward
@@ -36,8 +37,8 @@ _COMMON = """
 """
 WITHOUT_EFFECT = frozenset(_COMMON.split())
 
-# What config.json holds beside the fields of the class, without a word: where it came from, quantization (which has its own
-# checks), and other spellings of rotary positions and windows, which Transformers has put into its own fields.
+# Fields of config.json that its class does not declare and that need no warning: its origin, quantization (which is checked
+# elsewhere), and other names for rotary positions and windows, which Transformers has copied into its own fields.
 _ELSEWHERE = """
     model_type auto_map torch_dtype name_or_path quantization_config
     rope_theta rope_scaling rope_type partial_rotary_factor use_sliding_window max_window_layers
@@ -46,12 +47,12 @@ _UNREMARKABLE = frozenset(_ELSEWHERE.split())
 
 
 class ConfigReader:
-    """A config, as its family may read it: `reader.hidden_size` is the checked value of a field.
+    """Gives a family access to a config: `reader.hidden_size` is the checked value of a field.
 
     Attributes:
         architecture: the model's class, for messages.
-        config: the Transformers config itself, for Transformers' own functions. Who hands it on says with `ignore`, or by
-            reading them too, which fields these read.
+        config: the Transformers config itself, for Transformers' own functions. A family that passes it on must read the fields
+            that these functions use, too, or declare them with `ignore`.
     """
 
     def __init__(self, config: Any, *, architecture: str | None = None, where: str = "") -> None:
@@ -72,55 +73,56 @@ class ConfigReader:
         return self._checked(name)
 
     def declares(self, name: str) -> bool:
-        """Whether the config's class has such a field, under this name or one that it stands for."""
+        """Whether the config's class declares the field, under this name or under the name for which it is an alias."""
         return name in self._values or self._canonical(name) in set(map(self._canonical, self._declared()))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field's value where the class declares it, else `default`."""
+        """The field's value if the class declares it, otherwise `default`."""
         return self._checked(name) if self.declares(name) else default
 
     def undeclared(self, name: str, default: Any = None) -> Any:
-        """The value of a field that the config holds, whether its class declares it or not: for the few that a model of
-        Transformers, of vLLM or of the checkpoint's own code looks for though Transformers' class has no such field."""
+        """The value of a field that the config has, even if its class does not declare it. It is for the few fields that a
+        model of Transformers, of vLLM or of the checkpoint's own code reads although Transformers' class does not declare
+        them."""
         return self._checked(name) if self._holds(name) else default
 
     def ignore(self, *names: str) -> None:
-        """Declares fields to be without effect on this model's logits, whatever they say."""
+        """Declares that fields have no effect on this model's logits, whatever their values."""
         self._read.update(map(self._canonical, names))
 
     def require(self, name: str, *admitted: Any) -> None:
-        """Refuses a config whose field, declared or not, holds something else than one of `admitted`.
+        """Refuses a config in which the field, declared or not, has another value than one of `admitted`.
 
         Raises:
-            UnsupportedModelError: naming the field and what its bridge can express.
+            UnsupportedModelError: it has; the message names the field and the supported values.
         """
-        found = self.undeclared(name, admitted[0])
-        if not any(_same(found, value) for value in admitted):
+        value = self.undeclared(name, admitted[0])
+        if not any(_same(value, supported) for supported in admitted):
             raise UnsupportedModelError(
-                f"{self.architecture}: {self._where}{name}={found!r} is not supported by its bridge, which needs "
-                f"{' or '.join(f'{name}={value!r}' for value in admitted)}"
+                f"{self.architecture}: {self._where}{name}={value!r} is not supported by its bridge, which needs "
+                f"{' or '.join(f'{name}={supported!r}' for supported in admitted)}"
             )
 
     def refuse(self, name: str, reason: str) -> UnsupportedModelError:
-        """The error for a field that holds what the bridge can't express."""
+        """Makes the error for a field with a value that the bridge does not support."""
         return UnsupportedModelError(f"{self.architecture}: {self._where}{name}: {reason}")
 
     def nested(self, name: str) -> ConfigReader:
-        """The reader of a config inside of this one; what it leaves unread counts as unread here."""
+        """The reader of a config inside of this one; fields that it does not read count as unread here."""
         if name not in self._nested:
             config, where = getattr(self, name), f"{self._where}{name}."
             self._nested[name] = reader_of(config, self.architecture, where)
         return self._nested[name]
 
     def with_values(self, **values: Any) -> ConfigReader:
-        """A reader that answers these instead of the config's own; what it reads counts as read here."""
+        """A reader that returns these values instead of the config's own; fields that it reads count as read here."""
         other = ConfigReader.__new__(ConfigReader)
         other.__dict__.update(self.__dict__, _values={**self._values, **values})
         return other
 
     def unread(self) -> Iterator[tuple[str, Any, Any]]:
-        """Fields that nobody read or declared to be without effect, and that don't say what their class says if nothing is
-        said: their name, value and that default."""
+        """Yields the name, the value and the default of every field that was neither read nor declared to be without effect,
+        and that does not have its default value."""
         for name, default in self._declared().items():
             canonical = self._canonical(name)
             if {name, canonical} & (self._read | WITHOUT_EFFECT):
@@ -132,7 +134,7 @@ class ConfigReader:
             yield from reader.unread()
 
     def unknown(self) -> Iterator[str]:
-        """Fields that the config holds though its class doesn't know them, and that nobody asked for."""
+        """Yields the names of fields in the config that its class does not declare and that were not read."""
         known = {*_attributes(type(self.config)), *self._read, *_UNREMARKABLE, *WITHOUT_EFFECT}
         for name, value in vars(self.config).items():
             if not name.startswith("_") and name not in known and value is not None:
@@ -151,7 +153,7 @@ class ConfigReader:
         return self.declares(name) or self._canonical(name) in vars(self.config)
 
     def _canonical(self, name: str) -> str:
-        """The attribute under which Transformers keeps a field that has several names."""
+        """The attribute in which Transformers stores a field that has several names."""
         return type(self.config).attribute_map.get(name, name)
 
     def _declared(self) -> dict[str, Any]:
@@ -160,7 +162,7 @@ class ConfigReader:
 
 @cache
 def _defaults(config_class: type[Any]) -> dict[str, Any]:
-    """The fields of a Transformers config class and what they hold if nothing is said; `None` where it is made up."""
+    """The fields of a Transformers config class with their default values; `None` for a default that a function makes."""
     return {
         field.name: None if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(config_class)
@@ -169,22 +171,24 @@ def _defaults(config_class: type[Any]) -> dict[str, Any]:
 
 @cache
 def _attributes(config_class: type[Any]) -> frozenset[str]:
-    """What a config has whatever config.json says: its class's fields, what the class makes of them, and class attributes."""
+    """The attributes that every config of a class has: its fields, attributes that it derives from them, and class
+    attributes."""
     return frozenset({*vars(config_class()), *dir(config_class)})
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Equality of JSON values, where lists and tuples are the same, and true isn't 1."""
+    """Whether two JSON values are equal; a list may equal a tuple, but true does not equal 1."""
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(_same, first, second))
     return isinstance(first, bool) == isinstance(second, bool) and first == second
 
 
 def reader_of(config: Any, architecture: str, where: str = "") -> ConfigReader:
-    """The reader of a whole config, or of the language model's inside of one, which `where` names.
+    """The reader of a full config, or of the language model's config inside of one, which `where` names.
 
     Raises:
-        UnsupportedModelError: what no family can express: an encoder, attention to later tokens, fields that differ by layer.
+        UnsupportedModelError: the config has a feature that no family supports: an encoder, attention to later tokens, fields
+            that differ by layer.
         CheckpointError: it is no Transformers config.
     """
     if not dataclasses.is_dataclass(config):
@@ -198,10 +202,10 @@ def reader_of(config: Any, architecture: str, where: str = "") -> ConfigReader:
 
 
 def refuse_unread(reader: ConfigReader) -> None:
-    """Refuses a model whose config says something that its bridge has not read, and says which fields are without effect.
+    """Refuses a model whose config has a field that its bridge has not read, and warns about fields without effect.
 
     Raises:
-        UnsupportedModelError: naming the first such field.
+        UnsupportedModelError: there is such a field; the message names the first one.
     """
     for name, value, default in reader.unread():
         raise UnsupportedModelError(
@@ -213,7 +217,7 @@ def refuse_unread(reader: ConfigReader) -> None:
 
 @cache
 def _warn_of_unknown(architecture: str, config_class: str, names: tuple[str, ...]) -> None:
-    """Once per process and config."""
+    """Warns about fields without effect, once per process and config."""
     _log.warning(
         "%s: config fields without effect, which Transformers' %s does not know: %s",
         architecture,
@@ -226,7 +230,7 @@ def rope_value(reader: ConfigReader, parameters: Mapping[str, Any], name: str, d
     """A checked field of `rope_parameters`.
 
     Raises:
-        CheckpointError: it is missing, where `default` is `...`, or not of its kind.
+        CheckpointError: the field is missing and `default` is `...`, or its value is not allowed.
     """
     value = parameters.get(name, default)
     if value is ...:

@@ -1,5 +1,5 @@
-"""What decoder families share, block by block. A block is both halves of a bridge at once: the Megatron config fields it sets
-and the tensors it maps. A family is a composition of blocks.
+"""Blocks that decoder families share. A block contains both halves of a bridge: the Megatron config fields that it sets and the
+tensors that it maps. A family is a composition of blocks.
 
 Sizes: `hidden` (h), `ffn` (f), `vocab`, query heads x head_dim (q), KV heads x head_dim (kv).
 """
@@ -37,8 +37,8 @@ HF_LAYER = "model.layers.{layer}"
 
 @dataclass(frozen=True)
 class Block:
-    """Config fields, rules and extras that belong together. `rotates` marks an attention whose `config` says all about its
-    rotary positions (latent attention); elsewhere they are the model's."""
+    """Config fields, rules and extras that belong together. `rotates` marks an attention whose `config` fully describes its
+    rotary positions (latent attention); otherwise they are described by the model."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
@@ -55,7 +55,7 @@ class Block:
         return replace(self, rules=renamed(self.rules, prefixes))
 
 
-# Linear attention has blocks of its own, which read where it is.
+# Linear attention has its own blocks, which read in which layers it is.
 _LAYER_TYPES = {"full_attention", "sliding_attention", "linear_attention"}
 
 
@@ -64,7 +64,7 @@ def squared_relu(x: Tensor) -> Tensor:
     return functional.relu(x).square()
 
 
-# Transformers' activation names as the function inside of Megatron's (gated or plain) MLP.
+# The functions in Megatron's (gated or plain) MLP, by Transformers' names of activations.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -77,7 +77,7 @@ def decoder(hf: ConfigReader, *blocks: Block, extras: tuple[Extra, ...] = (), pa
     """A decoder-only model with rotary positions: embeddings, `blocks` in every layer, final norm, output layer.
 
     Args:
-        partial_rotation: the family rotates the share of each head that `partial_rotary_factor` says; others rotate all of it.
+        partial_rotation: whether the family rotates only the share of each head that `partial_rotary_factor` gives.
     """
     h, tied = hf.hidden_size, hf.tie_word_embeddings
     embedding = "model.embed_tokens.weight"
@@ -95,7 +95,7 @@ def decoder(hf: ConfigReader, *blocks: Block, extras: tuple[Extra, ...] = (), pa
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps if hf.declares("rms_norm_eps") else hf.norm_eps,
         "activation_func": activation(hf),
-        "bias_activation_fusion": activation(hf) is functional.silu,  # of the others Megatron has no fused form, or another one
+        "bias_activation_fusion": activation(hf) is functional.silu,  # Megatron fuses the others not, or differently
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
@@ -121,8 +121,8 @@ def decoder(hf: ConfigReader, *blocks: Block, extras: tuple[Extra, ...] = (), pa
 def _positions(
     hf: ConfigReader, blocks: Sequence[Block], config: dict[str, Any], partial: bool
 ) -> tuple[dict[str, Any], tuple[Extra, ...]]:
-    """Arguments of Megatron's `GPTModel`, and extras. A factor that all attention scores have goes into the softmax, where it
-    costs nothing."""
+    """The arguments of Megatron's `GPTModel`, and extras. A factor that applies to all attention scores becomes part of the
+    softmax's scale, where it costs nothing."""
     if any(block.rotates for block in blocks):
         return {"position_embedding_type": "rope"}, ()
     dim = config["kv_channels"]
@@ -137,10 +137,10 @@ def _positions(
 
 
 def activation(hf: ConfigReader) -> Callable[[Tensor], Tensor]:
-    """The function that the class's field for it names.
+    """The activation function that the config names.
 
     Raises:
-        UnsupportedModelError: none that Megatron's MLPs are known to compute as Transformers does.
+        UnsupportedModelError: it is no function that Megatron's MLPs are known to compute like Transformers.
     """
     field = next(field for field in ("hidden_act", "hidden_activation", "mlp_hidden_act") if hf.declares(field))
     name = hf.get(field)
@@ -161,35 +161,36 @@ def attention(
     """Grouped-query attention, its norm fused into QKV as Transformer Engine lays it out.
 
     Args:
-        qkv_bias, output_bias: `None` means what `attention_bias` says of all four projections, and none where the family's
-            configs have no such field.
-        fused: the HF tensor that stacks queries, keys and values; `None` where they are three.
-        norm: HF's norm before it, `None` for none.
+        qkv_bias, output_bias: `None` takes the value of `attention_bias`, or no bias if the family's configs have no such
+            field.
+        fused: the HF tensor that stacks queries, keys and values; `None` if they are three tensors.
+        norm: HF's norm before the attention, `None` for none.
     """
     biased = hf.get("attention_bias", False)
     qkv_bias, output_bias = biased if qkv_bias is None else qkv_bias, biased if output_bias is None else output_bias
     h, heads, kv_heads, dim = hf.hidden_size, hf.num_attention_heads, kv_heads_of(hf), head_dim(hf)
-    ours, theirs = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
+    megatron_prefix, hf_prefix = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
     sizes = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
-    rules = _input_norm(f"{ours}.linear_qkv", norm, h)
-    rules.append(grouped_parallel(f"{ours}.linear_qkv.weight", _parts(theirs, "weight", sizes, fused, (h,)), kv_heads, (h,)))
+    rules = _input_norm(f"{megatron_prefix}.linear_qkv", norm, h)
+    weights = _parts(hf_prefix, "weight", sizes, fused, (h,))
+    rules.append(grouped_parallel(f"{megatron_prefix}.linear_qkv.weight", weights, kv_heads, (h,)))
     if qkv_bias:
-        rules.append(grouped_parallel(f"{ours}.linear_qkv.bias", _parts(theirs, "bias", sizes, fused), kv_heads))
+        rules.append(grouped_parallel(f"{megatron_prefix}.linear_qkv.bias", _parts(hf_prefix, "bias", sizes, fused), kv_heads))
     if qk_norm:
         rules += [
-            replicated(f"{ours}.q_layernorm.weight", f"{theirs}.q_norm.weight", (dim,)),
-            replicated(f"{ours}.k_layernorm.weight", f"{theirs}.k_norm.weight", (dim,)),
+            replicated(f"{megatron_prefix}.q_layernorm.weight", f"{hf_prefix}.q_norm.weight", (dim,)),
+            replicated(f"{megatron_prefix}.k_layernorm.weight", f"{hf_prefix}.k_norm.weight", (dim,)),
         ]
-    rules.append(row_parallel(f"{ours}.linear_proj.weight", f"{theirs}.o_proj.weight", (h, heads * dim)))
+    rules.append(row_parallel(f"{megatron_prefix}.linear_proj.weight", f"{hf_prefix}.o_proj.weight", (h, heads * dim)))
     if output_bias:
-        rules.append(replicated(f"{ours}.linear_proj.bias", f"{theirs}.o_proj.bias", (h,)))
+        rules.append(replicated(f"{megatron_prefix}.linear_proj.bias", f"{hf_prefix}.o_proj.bias", (h,)))
     config = {
         "num_attention_heads": heads,
         "num_query_groups": kv_heads,
         "kv_channels": dim,
         "add_qkv_bias": qkv_bias,
         "qk_layernorm": qk_norm,
-        "attention_dropout": 0.0,  # whatever the config says: the policy that is trained must be the one that sampled
+        "attention_dropout": 0.0,  # for every config, since the trained policy must be the one that sampled
         **sliding_windows(hf),
     }
     extras = (LinearBiases(("linear_proj",)),) if output_bias else ()
@@ -197,22 +198,23 @@ def attention(
 
 
 def projection_norms(hf: ConfigReader) -> Block:
-    """Queries and keys normalised over all heads together, beside `attention`."""
-    dim, ours, theirs = head_dim(hf), f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
+    """Norms of queries and keys over all heads together, to be combined with `attention`."""
+    dim, megatron_prefix, hf_prefix = head_dim(hf), f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
     rules = (
-        replicated(f"{ours}.q_layernorm.weight", f"{theirs}.q_norm.weight", (hf.num_attention_heads * dim,)),
-        replicated(f"{ours}.k_layernorm.weight", f"{theirs}.k_norm.weight", (kv_heads_of(hf) * dim,)),
+        replicated(f"{megatron_prefix}.q_layernorm.weight", f"{hf_prefix}.q_norm.weight", (hf.num_attention_heads * dim,)),
+        replicated(f"{megatron_prefix}.k_layernorm.weight", f"{hf_prefix}.k_norm.weight", (kv_heads_of(hf) * dim,)),
     )
     return Block({"qk_layernorm": True}, rules, extras=(ProjectionNorm(hf.rms_norm_eps),))
 
 
 def sliding_windows(hf: ConfigReader) -> dict[str, Any]:
-    """Megatron's fields for attention that sees the last `sliding_window` tokens only: in all layers, or in those that
-    `layer_types` names. A family whose configs lack one of the fields has no windows, or has them in all layers. Further fields
-    that say where windows are have no effect beside these two, into which Transformers' classes have put what they say.
+    """Megatron's fields for attention to only the last `sliding_window` tokens: in all layers, or in those that `layer_types`
+    names. A family whose configs lack `sliding_window` has no windows, and one whose configs lack `layer_types` has them in all
+    layers. Other fields about windows have no effect beside these two, since Transformers' classes have copied their values
+    into them.
 
     Raises:
-        UnsupportedModelError: layers of a kind that is neither that nor full attention.
+        UnsupportedModelError: a layer has another kind of attention.
     """
     hf.ignore("use_sliding_window", "max_window_layers", "sliding_window_pattern")
     layer_types, window = hf.get("layer_types"), hf.get("sliding_window")
@@ -238,16 +240,16 @@ def gated_mlp(
     """`down(silu(gate(x)) * up(x))`, its norm fused into the first linear.
 
     Args:
-        bias: `None` means what `mlp_bias` says, and none where the family's configs have no such field.
-        fused: the HF tensor that stacks gate and up; `None` where they are two.
-        norm: HF's norm before it, `None` for none.
+        bias: `None` takes the value of `mlp_bias`, or no bias if the family's configs have no such field.
+        fused: the HF tensor that stacks gate and up; `None` if they are two tensors.
+        norm: HF's norm before the MLP, `None` for none.
     """
     f = hf.intermediate_size
     return _mlp(hf, {"gate_proj": f, "up_proj": f}, bias, fused, norm)
 
 
 def plain_mlp(hf: ConfigReader, *, bias: bool | None = None, norm: str | None = "post_attention_layernorm") -> Block:
-    """`down(act(up(x)))`, its norm fused into the first linear; arguments as `gated_mlp`'s."""
+    """`down(act(up(x)))`, its norm fused into the first linear; takes the arguments of `gated_mlp`."""
     block = _mlp(hf, {"up_proj": hf.intermediate_size}, bias, None, norm)
     return replace(block, config={**block.config, "gated_linear_unit": False})
 
@@ -255,14 +257,14 @@ def plain_mlp(hf: ConfigReader, *, bias: bool | None = None, norm: str | None = 
 def _mlp(hf: ConfigReader, sizes: dict[str, int], bias: bool | None, fused: str | None, norm: str | None) -> Block:
     bias = hf.get("mlp_bias", False) if bias is None else bias
     h, f = hf.hidden_size, hf.intermediate_size
-    ours, theirs = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
-    rules = _input_norm(f"{ours}.linear_fc1", norm, h)
-    rules.append(column_parallel(f"{ours}.linear_fc1.weight", _parts(theirs, "weight", sizes, fused, (h,)), (h,)))
+    megatron_prefix, hf_prefix = f"{MEGATRON_LAYER}.mlp", f"{HF_LAYER}.mlp"
+    rules = _input_norm(f"{megatron_prefix}.linear_fc1", norm, h)
+    rules.append(column_parallel(f"{megatron_prefix}.linear_fc1.weight", _parts(hf_prefix, "weight", sizes, fused, (h,)), (h,)))
     if bias:
-        rules.append(column_parallel(f"{ours}.linear_fc1.bias", _parts(theirs, "bias", sizes, fused)))
-    rules.append(row_parallel(f"{ours}.linear_fc2.weight", f"{theirs}.down_proj.weight", (h, f)))
+        rules.append(column_parallel(f"{megatron_prefix}.linear_fc1.bias", _parts(hf_prefix, "bias", sizes, fused)))
+    rules.append(row_parallel(f"{megatron_prefix}.linear_fc2.weight", f"{hf_prefix}.down_proj.weight", (h, f)))
     if bias:
-        rules.append(replicated(f"{ours}.linear_fc2.bias", f"{theirs}.down_proj.bias", (h,)))
+        rules.append(replicated(f"{megatron_prefix}.linear_fc2.bias", f"{hf_prefix}.down_proj.bias", (h,)))
     extras = (LinearBiases(("linear_fc1", "linear_fc2")),) if bias else ()
     return Block({"ffn_hidden_size": f}, tuple(rules), extras=(*extras, *_no_norm(norm)))
 
@@ -270,11 +272,11 @@ def _mlp(hf: ConfigReader, sizes: dict[str, int], bias: bool | None, fused: str 
 def output_norms(
     hf: ConfigReader, attention: str = "post_attention_layernorm", mlp: str = "post_feedforward_layernorm"
 ) -> Block:
-    """Norms of what attention and MLP add to the residual stream, by HF's names."""
+    """Norms of the outputs of attention and MLP, with HF's names."""
     names = {"post_self_attn_layernorm": attention, "post_mlp_layernorm": mlp}
     rules = [
-        replicated(f"{MEGATRON_LAYER}.{ours}.weight", f"{HF_LAYER}.{theirs}.weight", (hf.hidden_size,))
-        for ours, theirs in names.items()
+        replicated(f"{MEGATRON_LAYER}.{megatron_norm}.weight", f"{HF_LAYER}.{hf_norm}.weight", (hf.hidden_size,))
+        for megatron_norm, hf_norm in names.items()
     ]
     return Block(rules=tuple(rules), extras=(OutputNorms(),))
 
@@ -294,14 +296,14 @@ def _no_norm(norm: str | None) -> tuple[Extra, ...]:
 
 
 def head_dim(hf: ConfigReader) -> int:
-    """Every model of Transformers looks for `head_dim`, also those whose config class has no such field."""
-    given = hf.undeclared("head_dim")
-    if given is None and hf.hidden_size % hf.num_attention_heads:
+    """The size of a head. Every model of Transformers reads `head_dim`, even if its config class does not declare it."""
+    dim = hf.undeclared("head_dim")
+    if dim is None and hf.hidden_size % hf.num_attention_heads:
         raise CheckpointError(
             f"{hf.architecture}: hidden_size={hf.hidden_size} does not divide by num_attention_heads={hf.num_attention_heads}; "
             "expected a multiple, or a head_dim"
         )
-    return given or hf.hidden_size // hf.num_attention_heads
+    return dim or hf.hidden_size // hf.num_attention_heads
 
 
 def kv_heads_of(hf: ConfigReader) -> int:

@@ -1,4 +1,5 @@
-"""Mixtures of experts: how tokens choose (Megatron's config, or a `Routing` beside it) and where the experts' weights are."""
+"""Mixtures of experts: the routing of tokens (by Megatron's config, or by a `Routing`) and the mapping of the experts'
+weights."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ ROUTER = f"{MEGATRON_LAYER}.mlp.router"
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """What a family's checkpoints call the parts of a layer of experts. Experts without a gate have `up` alone."""
+    """The names of the parts of a layer of experts in a family's checkpoints. Experts without a gate have only `up`."""
 
     block: str = "mlp"
     gate: str | None = "gate_proj"
@@ -30,7 +31,7 @@ class ExpertNames:
 
     @property
     def first(self) -> tuple[str, ...]:
-        """Of the linears that see an expert's input."""
+        """The names of the linears that take an expert's input."""
         return (self.gate, self.up) if self.gate else (self.up,)
 
 
@@ -52,26 +53,27 @@ def gated_experts(
     """Experts that are MLPs of inner size `ffn`, gated if `names` have a gate, in `layers`.
 
     Args:
-        latent: size of what experts see and give, where that isn't the hidden size.
-        bias_shape: HF's shape of the bias that only choosing sees; `None` where the routers have none.
-        fp32_router: the family computes routers' logits in fp32 whatever the model's dtype.
+        latent: size of the experts' inputs and outputs, if it is not the hidden size.
+        bias_shape: HF's shape of the bias that affects only the choice; `None` if the routers have none.
+        fp32_router: whether the family computes routers' logits in fp32, whatever the model's dtype.
     """
     if experts % routing.groups or routing.chosen_groups > routing.groups:
         raise CheckpointError(
             f"{hf.architecture}: n_group={routing.groups}, topk_group={routing.chosen_groups}; expected a divisor of the "
             f"{experts} experts, and no more chosen groups than groups"
         )
-    h, theirs = hf.hidden_size, f"{HF_LAYER}.{names.block}"
-    ours, one = f"{MEGATRON_LAYER}.mlp.experts", f"{theirs}.experts.{{expert}}"
-    gate_up = {f"{one}.{name}.weight": ffn for name in names.first}
+    h, hf_prefix = hf.hidden_size, f"{HF_LAYER}.{names.block}"
+    megatron_prefix, hf_expert = f"{MEGATRON_LAYER}.mlp.experts", f"{hf_prefix}.experts.{{expert}}"
+    gate_up = {f"{hf_expert}.{name}.weight": ffn for name in names.first}
+    down = f"{hf_expert}.{names.down}.weight"
     rules = [
         replicated(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight", (h,)),
-        replicated(f"{ROUTER}.weight", f"{theirs}.gate.weight", (experts, h)),
-        column_parallel(f"{ours}.linear_fc1.weight{{expert}}", gate_up, (latent or h,), axis="etp"),
-        row_parallel(f"{ours}.linear_fc2.weight{{expert}}", f"{one}.{names.down}.weight", (latent or h, ffn), axis="etp"),
+        replicated(f"{ROUTER}.weight", f"{hf_prefix}.gate.weight", (experts, h)),
+        column_parallel(f"{megatron_prefix}.linear_fc1.weight{{expert}}", gate_up, (latent or h,), axis="etp"),
+        row_parallel(f"{megatron_prefix}.linear_fc2.weight{{expert}}", down, (latent or h, ffn), axis="etp"),
     ]
     if bias_shape:
-        rules.append(_expert_bias(f"{theirs}.{names.bias}", bias_shape))
+        rules.append(_expert_bias(f"{hf_prefix}.{names.bias}", bias_shape))
     config = {
         **expert_config(hf, layers, experts=experts, ffn=ffn),
         "moe_router_dtype": "fp32" if fp32_router else None,
@@ -82,7 +84,7 @@ def gated_experts(
 
 
 def expert_config(hf: ConfigReader, layers: tuple[int, ...], *, experts: int, ffn: int) -> dict[str, Any]:
-    """What every layer of experts sets; balancing is for pretraining and off."""
+    """The config fields of every layer of experts. Load balancing is off, since it is for pretraining."""
     if hf.num_experts_per_tok > experts:
         raise CheckpointError(
             f"{hf.architecture}: num_experts_per_tok={hf.num_experts_per_tok}; expected at most the number of experts, "
@@ -104,7 +106,7 @@ def expert_config(hf: ConfigReader, layers: tuple[int, ...], *, experts: int, ff
 
 
 def sigmoid_experts(hf: ConfigReader, layers: tuple[int, ...]) -> tuple[Block, ...]:
-    """Experts as DeepSeek-V3 and GLM-4.5 have them: chosen by sigmoid scores plus a bias, beside shared ones."""
+    """The experts of DeepSeek-V3 and GLM-4.5: chosen by sigmoid scores plus a bias, beside shared experts."""
     hf.require("scoring_func", "sigmoid")
     hf.require("topk_method", "noaux_tc")
     routing = Routing(
@@ -127,15 +129,16 @@ def shared_experts(
     names: ExpertNames = ExpertNames(),
     gate: str | None = None,
 ) -> Block:
-    """A gated MLP beside the experts that sees every token; `gate` names the linear whose sigmoid weighs it."""
-    h, ours, theirs = hf.hidden_size, f"{MEGATRON_LAYER}.mlp.shared_experts", f"{HF_LAYER}.{names.block}"
-    mlp = f"{theirs}.{names.shared}"
+    """A gated MLP beside the experts that processes every token; its output is multiplied by the sigmoid of the linear `gate`,
+    if there is one."""
+    h, megatron_prefix, hf_prefix = hf.hidden_size, f"{MEGATRON_LAYER}.mlp.shared_experts", f"{HF_LAYER}.{names.block}"
+    mlp = f"{hf_prefix}.{names.shared}"
     rules = [
-        column_parallel(f"{ours}.linear_fc1.weight", {f"{mlp}.{name}.weight": ffn for name in names.first}, (h,)),
-        row_parallel(f"{ours}.linear_fc2.weight", f"{mlp}.{names.down}.weight", (h, ffn)),
+        column_parallel(f"{megatron_prefix}.linear_fc1.weight", {f"{mlp}.{name}.weight": ffn for name in names.first}, (h,)),
+        row_parallel(f"{megatron_prefix}.linear_fc2.weight", f"{mlp}.{names.down}.weight", (h, ffn)),
     ]
     if gate:
-        rules.append(replicated(f"{ours}.gate_weight", f"{theirs}.{gate}.weight", (1, h)))
+        rules.append(replicated(f"{megatron_prefix}.gate_weight", f"{hf_prefix}.{gate}.weight", (1, h)))
     config = {"moe_shared_expert_intermediate_size": ffn, "moe_shared_expert_gate": gate is not None}
     return Block(config, tuple(rules)).only_in(layers)
 
@@ -152,24 +155,24 @@ def _expert_bias(hf_name: str, shape: tuple[int, ...]) -> Rule:
 
 
 def _is_megatrons(routing: Routing, topk: int, *, biased: bool) -> bool:
-    """Whether Megatron's own function does the same; it ranks a group by its `topk // chosen_groups` best."""
+    """Whether Megatron's own function computes the same; it ranks a group by its `topk // chosen_groups` best scores."""
     grouped = routing.chosen_groups < routing.groups
     if grouped and topk // routing.chosen_groups != routing.group_experts:
         return False
-    if routing.normalized and topk == 1:  # Megatron leaves a single score as it is
+    if routing.normalized and topk == 1:  # Megatron does not normalise a single score
         return False
     return routing.normalized if routing.score == "sigmoid" else not biased and not (grouped and routing.normalized)
 
 
 def _routing_config(routing: Routing, topk: int, *, biased: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
-        # Megatron has a bias with sigmoid scores only; where they are others, `Routing` computes them.
+        # Megatron supports a bias only with sigmoid scores; `Routing` computes other scores.
         "moe_router_score_function": "sigmoid" if biased else routing.score,
         # Softmax over the chosen logits equals choosing from the softmax and renormalising; without renormalisation the
         # softmax has to come first.
         "moe_router_pre_softmax": routing.score == "softmax" and not biased and not (routing.normalized and topk > 1),
         "moe_router_enable_expert_bias": biased,
-        # Balancing is for pretraining: here the bias moves only if it is asked to (an override of build_model).
+        # Load balancing is for pretraining: here the bias changes only by an override of build_model.
         "moe_router_bias_update_rate": 0.0,
         "moe_router_topk_scaling_factor": None if routing.scaling_factor == 1.0 else routing.scaling_factor,
     }

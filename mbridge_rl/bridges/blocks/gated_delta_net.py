@@ -1,5 +1,5 @@
-"""What Qwen3-Next's descendants put in place of plain attention: gated delta nets (arXiv 2412.06464) in most layers, attention
-whose output is gated in the others."""
+"""The attention of Qwen3-Next and its successors: gated delta nets (arXiv 2412.06464) in most layers, attention with a gated
+output in the others."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import PlainNorm
 from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, replicated, row_parallel, stacked, whole
 
-_OURS, _THEIRS = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.linear_attn"
+_MEGATRON_PREFIX, _HF_PREFIX = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.linear_attn"
 
 
 def gated_delta_net(hf: ConfigReader, projection: tuple[Part, ...]) -> Block:
-    """Linear attention in the layers that `layer_types` says.
+    """Linear attention in the layers that `layer_types` names.
 
     Args:
-        projection: rows of the input projection in Megatron's order: query, key, value, gate z, beta, alpha.
+        projection: the parts of the input projection's rows in Megatron's order: query, key, value, gate z, beta, alpha.
     """
-    hf.require("hidden_act", "silu")  # of the convolution too, which Megatron has built in
+    hf.require("hidden_act", "silu")  # the activation of the convolution, too, which is fixed in Megatron
     layers = _layers(hf, "linear_attention")
     key, value = hf.linear_num_key_heads * hf.linear_key_head_dim, hf.linear_num_value_heads * hf.linear_value_head_dim
     h, heads, width = hf.hidden_size, hf.linear_num_value_heads, hf.linear_conv_kernel_dim
@@ -30,13 +30,13 @@ def gated_delta_net(hf: ConfigReader, projection: tuple[Part, ...]) -> Block:
             f"linear_num_value_heads={heads}"
         )
     rules = (
-        replicated(f"{_OURS}.in_proj.layer_norm_weight", f"{HF_LAYER}.input_layernorm.weight", (h,)),
-        Rule(f"{_OURS}.in_proj.weight", projection, (0, h), axis="tp"),
-        Rule(f"{_OURS}.conv1d.weight", _rows("conv1d", (key, key, value), (1, width)), (0, 1, width), axis="tp"),
-        column_parallel(f"{_OURS}.dt_bias", {f"{_THEIRS}.dt_bias": heads}),
-        column_parallel(f"{_OURS}.A_log", {f"{_THEIRS}.A_log": heads}),
-        replicated(f"{_OURS}.out_norm.weight", f"{_THEIRS}.norm.weight", (hf.linear_value_head_dim,)),
-        row_parallel(f"{_OURS}.out_proj.weight", f"{_THEIRS}.out_proj.weight", (h, value)),
+        replicated(f"{_MEGATRON_PREFIX}.in_proj.layer_norm_weight", f"{HF_LAYER}.input_layernorm.weight", (h,)),
+        Rule(f"{_MEGATRON_PREFIX}.in_proj.weight", projection, (0, h), axis="tp"),
+        Rule(f"{_MEGATRON_PREFIX}.conv1d.weight", _rows("conv1d", (key, key, value), (1, width)), (0, 1, width), axis="tp"),
+        column_parallel(f"{_MEGATRON_PREFIX}.dt_bias", {f"{_HF_PREFIX}.dt_bias": heads}),
+        column_parallel(f"{_MEGATRON_PREFIX}.A_log", {f"{_HF_PREFIX}.A_log": heads}),
+        replicated(f"{_MEGATRON_PREFIX}.out_norm.weight", f"{_HF_PREFIX}.norm.weight", (hf.linear_value_head_dim,)),
+        row_parallel(f"{_MEGATRON_PREFIX}.out_proj.weight", f"{_HF_PREFIX}.out_proj.weight", (h, value)),
     )
     config = {
         "experimental_attention_variant": "gated_delta_net",
@@ -52,30 +52,31 @@ def gated_delta_net(hf: ConfigReader, projection: tuple[Part, ...]) -> Block:
 
 
 def projections_by_head(hf: ConfigReader) -> tuple[Part, ...]:
-    """Qwen3-Next: for every key head its query, key, values and gates together; betas and alphas likewise."""
+    """The projections of Qwen3-Next: for every key head its query, key, values and gates together; betas and alphas
+    likewise."""
     values = hf.linear_num_value_heads // hf.linear_num_key_heads
     key, value = hf.linear_key_head_dim, values * hf.linear_value_head_dim
     return (
-        *_of_each_head(hf, "in_proj_qkvz", (key, key, value, value)),
-        *_of_each_head(hf, "in_proj_ba", (values, values)),
+        *_parts_by_head(hf, "in_proj_qkvz", (key, key, value, value)),
+        *_parts_by_head(hf, "in_proj_ba", (values, values)),
     )
 
 
 def projections_apart(hf: ConfigReader) -> tuple[Part, ...]:
-    """Qwen3.5: query, key and value in one tensor, the others in tensors of their own."""
+    """The projections of Qwen3.5: query, key and value in one tensor, the others in separate tensors."""
     h, heads = hf.hidden_size, hf.linear_num_value_heads
     key, value = hf.linear_num_key_heads * hf.linear_key_head_dim, heads * hf.linear_value_head_dim
     return (
         *_rows("in_proj_qkv", (key, key, value), (h,)),
-        whole(f"{_THEIRS}.in_proj_z.weight", (value, h)),
-        whole(f"{_THEIRS}.in_proj_b.weight", (heads, h)),
-        whole(f"{_THEIRS}.in_proj_a.weight", (heads, h)),
+        whole(f"{_HF_PREFIX}.in_proj_z.weight", (value, h)),
+        whole(f"{_HF_PREFIX}.in_proj_b.weight", (heads, h)),
+        whole(f"{_HF_PREFIX}.in_proj_a.weight", (heads, h)),
     )
 
 
 def gated_attention(hf: ConfigReader) -> Block:
-    """Attention in the layers that `layer_types` says, its output times the sigmoid of a gate. HF's `q_proj` holds, head by
-    head, the query and its gate; Megatron has a group's queries, then their gates, then its key and value."""
+    """Attention in the layers that `layer_types` names, with its output multiplied by the sigmoid of a gate. HF's `q_proj`
+    holds, head by head, the query and its gate; Megatron has a group's queries, then their gates, then its key and value."""
     hf.require("attention_bias", False)
     plain = attention(hf, qk_norm=True)
     h, heads, groups, dim = hf.hidden_size, hf.num_attention_heads, kv_heads_of(hf), head_dim(hf)
@@ -84,7 +85,7 @@ def gated_attention(hf: ConfigReader) -> Block:
         Part(q_proj, (Axis(heads, 0), Axis(2, start=half), Axis(dim, 0), Axis(h, 1)), (2 * heads * dim, h)) for half in (0, 1)
     )
     parts = (query, gate, *(whole(hf_name, (groups * dim, h)) for hf_name in keys))
-    fused = Rule(f"{_OURS}.linear_qkv.weight", parts, (0, h), axis="tp", groups=groups)
+    fused = Rule(f"{_MEGATRON_PREFIX}.linear_qkv.weight", parts, (0, h), axis="tp", groups=groups)
     rules = tuple(fused if rule.megatron_name == fused.megatron_name else rule for rule in plain.rules)
     return replace(plain, config={**plain.config, "attention_output_gate": True}, rules=rules).only_in(
         _layers(hf, "full_attention")
@@ -92,18 +93,18 @@ def gated_attention(hf: ConfigReader) -> Block:
 
 
 def _layers(hf: ConfigReader, kind: str) -> tuple[int, ...]:
-    return tuple(layer for layer, found in enumerate(hf.layer_types) if found == kind)
+    return tuple(layer for layer, layer_type in enumerate(hf.layer_types) if layer_type == kind)
 
 
 def _rows(name: str, sizes: tuple[int, ...], inner: tuple[int, ...]) -> tuple[Part, ...]:
-    return stacked(f"{_THEIRS}.{name}.weight", sizes, inner)
+    return stacked(f"{_HF_PREFIX}.{name}.weight", sizes, inner)
 
 
-def _of_each_head(hf: ConfigReader, name: str, sizes: tuple[int, ...]) -> tuple[Part, ...]:
-    """A tensor that holds `sizes` rows of each part for every key head, as one part each."""
+def _parts_by_head(hf: ConfigReader, name: str, sizes: tuple[int, ...]) -> tuple[Part, ...]:
+    """The parts of a tensor that holds, for every key head, `sizes` rows of each part."""
     heads, rows, h = hf.linear_num_key_heads, sum(sizes), hf.hidden_size
     starts = (sum(sizes[:index]) for index in range(len(sizes)))
     return tuple(
-        Part(f"{_THEIRS}.{name}.weight", (Axis(heads, 0), Axis(rows, 0, start, size), Axis(h, 1)), (heads * rows, h))
+        Part(f"{_HF_PREFIX}.{name}.weight", (Axis(heads, 0), Axis(rows, 0, start, size), Axis(h, 1)), (heads * rows, h))
         for start, size in zip(starts, sizes, strict=True)
     )

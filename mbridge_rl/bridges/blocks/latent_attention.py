@@ -1,4 +1,4 @@
-"""Multi-head latent attention, as DeepSeek's families and their descendants have it."""
+"""The multi-head latent attention of DeepSeek's families and their successors."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import LatentNormEpsilon
 from mbridge_rl.core.rules import Axis, Part, Rule, replicated
 
-# Transformers', like the models' own code, whatever `rms_norm_eps` is; Megatron and vLLM take that.
+# The epsilon in Transformers and the models' own code, for every `rms_norm_eps`; Megatron and vLLM use `rms_norm_eps`.
 _LATENT_EPSILON = 1e-6
 
 
 def latent_attention(hf: ConfigReader) -> Block:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values, and with `q_lora_rank` queries too, pass
-    through low-rank projections whose norms are fused into the up-projections. Only these are cut, by whole heads."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values, and with `q_lora_rank` queries, too, pass
+    through low-rank projections whose norms are fused into the up-projections. Only the up-projections are sharded, by full
+    heads."""
     hf.require("attention_bias", False)
     hf.require("num_key_value_heads", hf.num_attention_heads, None)
     hf.ignore("head_dim")
     hf.require("rope_interleave", True)
     h, heads, rope, lora = hf.hidden_size, hf.num_attention_heads, hf.qk_rope_head_dim, hf.kv_lora_rank
     key, value = hf.qk_nope_head_dim, hf.v_head_dim
-    ours, theirs = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
+    megatron_prefix, hf_prefix = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.self_attn"
     rules = [
         replicated(f"{MEGATRON_LAYER}.input_layernorm.weight", f"{HF_LAYER}.input_layernorm.weight", (h,)),
-        *_queries(hf, ours, theirs),
-        replicated(f"{ours}.linear_kv_down_proj.weight", f"{theirs}.kv_a_proj_with_mqa.weight", (lora + rope, h)),
-        replicated(f"{ours}.linear_kv_up_proj.layer_norm_weight", f"{theirs}.kv_a_layernorm.weight", (lora,)),
-        _by_head(f"{ours}.linear_kv_up_proj.weight", f"{theirs}.kv_b_proj.weight", heads, key + value, lora),
-        _output(f"{ours}.linear_proj.weight", f"{theirs}.o_proj.weight", h, heads, value),
+        *_queries(hf, megatron_prefix, hf_prefix),
+        replicated(f"{megatron_prefix}.linear_kv_down_proj.weight", f"{hf_prefix}.kv_a_proj_with_mqa.weight", (lora + rope, h)),
+        replicated(f"{megatron_prefix}.linear_kv_up_proj.layer_norm_weight", f"{hf_prefix}.kv_a_layernorm.weight", (lora,)),
+        _by_head(f"{megatron_prefix}.linear_kv_up_proj.weight", f"{hf_prefix}.kv_b_proj.weight", heads, key + value, lora),
+        _output(f"{megatron_prefix}.linear_proj.weight", f"{hf_prefix}.o_proj.weight", h, heads, value),
     ]
     config = {
         "multi_latent_attention": True,
@@ -48,25 +49,25 @@ def latent_attention(hf: ConfigReader) -> Block:
     return Block(config, tuple(rules), rotates=True, extras=extras)
 
 
-def _queries(hf: ConfigReader, ours: str, theirs: str) -> list[Rule]:
+def _queries(hf: ConfigReader, megatron_prefix: str, hf_prefix: str) -> list[Rule]:
     heads, dim, lora = hf.num_attention_heads, hf.qk_nope_head_dim + hf.qk_rope_head_dim, hf.q_lora_rank
     if lora is None:
-        return [_by_head(f"{ours}.linear_q_proj.weight", f"{theirs}.q_proj.weight", heads, dim, hf.hidden_size)]
+        return [_by_head(f"{megatron_prefix}.linear_q_proj.weight", f"{hf_prefix}.q_proj.weight", heads, dim, hf.hidden_size)]
     return [
-        replicated(f"{ours}.linear_q_down_proj.weight", f"{theirs}.q_a_proj.weight", (lora, hf.hidden_size)),
-        replicated(f"{ours}.linear_q_up_proj.layer_norm_weight", f"{theirs}.q_a_layernorm.weight", (lora,)),
-        _by_head(f"{ours}.linear_q_up_proj.weight", f"{theirs}.q_b_proj.weight", heads, dim, lora),
+        replicated(f"{megatron_prefix}.linear_q_down_proj.weight", f"{hf_prefix}.q_a_proj.weight", (lora, hf.hidden_size)),
+        replicated(f"{megatron_prefix}.linear_q_up_proj.layer_norm_weight", f"{hf_prefix}.q_a_layernorm.weight", (lora,)),
+        _by_head(f"{megatron_prefix}.linear_q_up_proj.weight", f"{hf_prefix}.q_b_proj.weight", heads, dim, lora),
     ]
 
 
 def _by_head(megatron_name: str, hf_name: str, heads: int, dim: int, columns: int) -> Rule:
-    """`[heads * dim, columns]`, dealt by whole heads."""
+    """A rule for `[heads * dim, columns]`, sharded by full heads."""
     part = Part(hf_name, (Axis(heads, 0), Axis(dim, 0), Axis(columns, 1)), hf_shape=(heads * dim, columns))
     return Rule(megatron_name, (part,), (0, columns), axis="tp")
 
 
 def _output(megatron_name: str, hf_name: str, rows: int, heads: int, dim: int) -> Rule:
-    """`[rows, heads * dim]`, dealt by whole heads."""
+    """A rule for `[rows, heads * dim]`, sharded by full heads."""
     part = Part(hf_name, (Axis(rows, 0), Axis(heads, 1), Axis(dim, 1)), hf_shape=(rows, heads * dim))
     return Rule(megatron_name, (part,), (rows, 0), dim=1, axis="tp")
 
@@ -105,7 +106,7 @@ def _rotary(hf: ConfigReader) -> dict[str, Any]:
         "original_max_position_embeddings": original,
         "beta_fast": rope_value(hf, rope, "beta_fast") or 32,
         "beta_slow": rope_value(hf, rope, "beta_slow") or 1,
-        # Transformers looks at mscale only where mscale_all_dim is there too, and takes 1 otherwise.
+        # Transformers reads mscale only if mscale_all_dim is set, too, and uses 1 otherwise.
         "mscale": mscale if mscale_all_dim else 1.0,
         "mscale_all_dim": mscale_all_dim or 0.0,
     }

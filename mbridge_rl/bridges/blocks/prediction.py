@@ -1,8 +1,9 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437): layers after the last that predict the tokens after the next.
+"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437): layers after the last decoder layer that predict the tokens after the
+next.
 
-A prediction layer is an ordinary one behind `eh_proj [hidden, 2 * hidden]`, which takes the normalised embedding of the next
-token and the normalised output of what came before. It shares the model's embedding and output layer, of which checkpoints
-hold copies under its name.
+A prediction layer is an ordinary layer after `eh_proj [hidden, 2 * hidden]`, which takes the normalised embedding of the next
+token and the normalised output of the layer before. It shares the model's embedding and output layer; checkpoints hold copies
+of them under the prediction layer's name.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def with_prediction(hf: ConfigReader, spec: ModelSpec, blocks: Sequence[Block]) -> ModelSpec:
-    """`spec`, of whose checkpoints the prediction layers are ignored, and which knows itself with them (`prediction`).
+    """`spec` for checkpoints with prediction layers: it ignores these layers, and its `prediction` is the same model with them.
 
     Args:
-        blocks: what an ordinary layer of a prediction layer is made of; Megatron builds it like the model's last layer.
+        blocks: the blocks of the ordinary layer in a prediction layer; Megatron builds it like the model's last layer.
     """
     count = hf.undeclared("num_mtp_layers") or hf.undeclared("num_nextn_predict_layers") or 0
     if not count:
@@ -45,24 +46,24 @@ def _predicting(spec: ModelSpec, names: Sequence[str], blocks: Sequence[Block]) 
     return replace(spec, rules=tuple(rules), transformer_config={**spec.transformer_config, "mtp_num_layers": len(names)})
 
 
-def _prediction_layer(spec: ModelSpec, index: int, theirs: str, blocks: Sequence[Block]) -> Iterator[Rule]:
-    h, ours = spec.transformer_config["hidden_size"], f"mtp.layers.{index}"
+def _prediction_layer(spec: ModelSpec, index: int, hf_prefix: str, blocks: Sequence[Block]) -> Iterator[Rule]:
+    h, megatron_prefix = spec.transformer_config["hidden_size"], f"mtp.layers.{index}"
     vocab = (spec.vocab_size, h)
-    repeated = vocabulary_parallel(_EMBEDDING, f"{theirs}.embed_tokens.weight", vocab, placement="first_stage")
+    repeated = vocabulary_parallel(_EMBEDDING, f"{hf_prefix}.embed_tokens.weight", vocab, placement="first_stage")
     yield replace(repeated, repeats=True)
     own = [
-        replicated(f"{ours}.enorm.weight", f"{theirs}.enorm.weight", (h,)),
-        replicated(f"{ours}.hnorm.weight", f"{theirs}.hnorm.weight", (h,)),
-        column_parallel(f"{ours}.eh_proj.weight", {f"{theirs}.eh_proj.weight": h}, (2 * h,)),
-        *(_moved(rule, f"{ours}.transformer_layer", theirs) for block in blocks for rule in block.rules),
-        replicated(f"{ours}.final_layernorm.weight", f"{theirs}.shared_head.norm.weight", (h,)),
+        replicated(f"{megatron_prefix}.enorm.weight", f"{hf_prefix}.enorm.weight", (h,)),
+        replicated(f"{megatron_prefix}.hnorm.weight", f"{hf_prefix}.hnorm.weight", (h,)),
+        column_parallel(f"{megatron_prefix}.eh_proj.weight", {f"{hf_prefix}.eh_proj.weight": h}, (2 * h,)),
+        *(_moved(rule, f"{megatron_prefix}.transformer_layer", hf_prefix) for block in blocks for rule in block.rules),
+        replicated(f"{megatron_prefix}.final_layernorm.weight", f"{hf_prefix}.shared_head.norm.weight", (h,)),
     ]
     yield from (replace(rule, placement="prediction_stage", layers=None) for rule in own)
-    repeated = vocabulary_parallel(_OUTPUT, f"{theirs}.shared_head.head.weight", vocab, placement="last_stage")
+    repeated = vocabulary_parallel(_OUTPUT, f"{hf_prefix}.shared_head.head.weight", vocab, placement="last_stage")
     yield replace(repeated, repeats=True)
 
 
-def _moved(rule: Rule, ours: str, theirs: str) -> Rule:
-    """A rule of every layer as the rule of one that has these names."""
-    parts = tuple(replace(part, hf_name=part.hf_name.replace(HF_LAYER, theirs)) for part in rule.parts)
-    return replace(rule, megatron_name=rule.megatron_name.replace(MEGATRON_LAYER, ours), parts=parts)
+def _moved(rule: Rule, megatron_prefix: str, hf_prefix: str) -> Rule:
+    """The rule of an ordinary layer, changed to the names of a prediction layer."""
+    parts = tuple(replace(part, hf_name=part.hf_name.replace(HF_LAYER, hf_prefix)) for part in rule.parts)
+    return replace(rule, megatron_name=rule.megatron_name.replace(MEGATRON_LAYER, megatron_prefix), parts=parts)

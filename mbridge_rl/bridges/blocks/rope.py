@@ -1,4 +1,5 @@
-"""Rotary positions: Transformers computes the frequencies, so that every scaling that it knows is its formula, not our copy."""
+"""Rotary positions. Transformers computes the frequencies, so that its own formula is used for every scaling, and not a copy of
+it."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ class Rope:
     """How a model rotates queries and keys.
 
     Attributes:
-        theta: base of the plain frequencies `theta^(-2i/d)`.
-        percent: of the head's channels that are rotated, the first ones.
-        score_factor: of the products of rotated queries and rotated keys.
-        extras: frequencies other than the plain ones.
+        theta: the base of the plain frequencies `theta^(-2i/d)`.
+        percent: the share of the head's channels that are rotated, which are the first ones.
+        score_factor: the factor of the products of rotated queries and rotated keys.
+        extras: extras for other frequencies than the plain ones.
     """
 
     theta: float
@@ -34,10 +35,10 @@ def rope(hf: ConfigReader, head_dim: int, *, partial: bool = False) -> Rope:
     """The rotary positions of every layer.
 
     Args:
-        partial: the family rotates the share of the head that `partial_rotary_factor` says.
+        partial: whether the family rotates only the share of the head that `partial_rotary_factor` gives.
 
     Raises:
-        UnsupportedModelError: a rope type that no bridge can express, or a partial rotation that the family doesn't have.
+        UnsupportedModelError: no bridge supports the rope type, or the family has no partial rotation.
     """
     parameters = hf.rope_parameters
     if any(isinstance(value, Mapping) for value in parameters.values()):
@@ -67,7 +68,7 @@ def rope(hf: ConfigReader, head_dim: int, *, partial: bool = False) -> Rope:
 
 
 def _by_layer(hf: ConfigReader, parameters: Mapping[str, Any], head_dim: int) -> Rope:
-    """One set of parameters for each of the kinds that `layer_types` names."""
+    """The rotary positions with one set of parameters for each kind of layer in `layer_types`."""
     layer_types = hf.get("layer_types")
     kinds = sorted(set(layer_types or ()))
     if not kinds:
@@ -77,13 +78,13 @@ def _by_layer(hf: ConfigReader, parameters: Mapping[str, Any], head_dim: int) ->
         )
     if missing := [kind for kind in kinds if not isinstance(parameters.get(kind), Mapping)]:
         raise CheckpointError(f"{hf.architecture}: rope_parameters has no object for {missing[0]}, which layer_types names")
-    inv_freqs = [_of_kind(hf, parameters[kind], kind, head_dim) for kind in kinds]
+    inv_freqs = [_frequencies(hf, parameters[kind], kind, head_dim) for kind in kinds]
     by_layer = RotaryFrequenciesByLayer(tuple(inv_freqs), tuple(kinds.index(kind) for kind in layer_types))
     return Rope(rope_value(hf, parameters[kinds[0]], "rope_theta", ...), extras=(by_layer,))
 
 
-def _of_kind(hf: ConfigReader, parameters: Mapping[str, Any], kind: str, head_dim: int) -> tuple[float, ...]:
-    """Inverse frequencies of the layers of one kind."""
+def _frequencies(hf: ConfigReader, parameters: Mapping[str, Any], kind: str, head_dim: int) -> tuple[float, ...]:
+    """The inverse frequencies of the layers of one kind."""
     theta, rope_type, factor = rope_value(hf, parameters, "rope_theta", ...), parameters.get("rope_type", "default"), 1.0
     if rope_type == "default":
         inv_freq = _plain(theta, head_dim)
@@ -104,7 +105,7 @@ def _plain(theta: float, dim: int) -> tuple[float, ...]:
 
 
 def _scaled(hf: ConfigReader, rope_type: str, **options: Any) -> tuple[tuple[float, ...], float]:
-    """Inverse frequencies `[rotary_dim / 2]`, and what cosine and sine are multiplied with."""
+    """The inverse frequencies `[rotary_dim / 2]`, and the factor of cosine and sine."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if rope_type not in (*_STATIC_TYPES, "longrope"):
@@ -121,7 +122,7 @@ def _scaled(hf: ConfigReader, rope_type: str, **options: Any) -> tuple[tuple[flo
         RuntimeError,
         TypeError,
         ValueError,
-    ) as error:  # of a foreign function
+    ) as error:  # Transformers' function may raise any of these
         raise CheckpointError(
             f"{hf.architecture}: Transformers cannot compute rope type {rope_type!r} from "
             f"rope_parameters={hf.rope_parameters!r}: {error!r}"

@@ -1,5 +1,5 @@
-"""Vision-language models: the language model in Megatron, all that makes features of pixels carried along as Transformers built
-it, frozen. Training sees text alone: a forward pass refuses pixels and tokens that stand for them."""
+"""Vision-language models: the language model is Megatron's; the modules that compute features from pixels are Transformers'
+own, carried along and frozen. Training is on text alone: a forward pass refuses pixels and placeholder tokens for them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Tower:
     """A module of Transformers' model, by its path there.
 
     Attributes:
-        build: makes it from the Transformers config; on the meta device when only shapes are asked for.
-        hf_name: how its tensors' names begin in a checkpoint.
+        build: makes the module from the Transformers config; called under the meta device if only shapes are needed.
+        hf_name: the prefix of its tensors' names in a checkpoint.
     """
 
     build: Callable[[Any], nn.Module]
@@ -36,9 +36,9 @@ def with_vision(
     """The spec of a vision-language model.
 
     Args:
-        family: of the language model, which `hf.text_config` describes.
-        prefixes: beginnings of the language model's names on its own, and in these checkpoints.
-        towers: by their name in the Megatron model.
+        family: the family of the language model, which `hf.text_config` describes.
+        prefixes: prefixes of the names in the language model's own checkpoints, with those in these checkpoints.
+        towers: the towers, by their names in the Megatron model.
     """
     hf.ignore("vision_config", "vision_start_token_id", "vision_end_token_id")  # the towers' own code reads vision_config
     rules = tuple(rule for name, tower in towers.items() for rule in _tower_rules(hf.config, name, tower))
@@ -54,14 +54,14 @@ def with_vision(
 
 
 def text_only(hf: ConfigReader) -> TextOnly:
-    """Refuses what stands for pixels in these models' tokens."""
+    """The extra that refuses placeholder tokens for pixels."""
     fields = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
     return TextOnly(tuple(sorted({token for name in fields if (token := hf.undeclared(name)) is not None})))
 
 
 def language_config(hf: ConfigReader) -> ConfigReader:
-    """The language model's config as if it stood alone. Whether its embeddings are tied is said by the outer config, as
-    Transformers reads it: `text_config` need not have the field, and what it says has no effect."""
+    """The config of the language model on its own. The outer config determines whether its embeddings are tied, as in
+    Transformers: `text_config` need not have the field, and its value there has no effect."""
     return hf.nested("text_config").with_values(tie_word_embeddings=hf.undeclared("tie_word_embeddings", False))
 
 
@@ -75,11 +75,11 @@ class _Build:
 
 
 def _tower_rules(config: Any, name: str, tower: Tower) -> list[Rule]:
-    """One per tensor that a checkpoint holds."""
+    """The rules of a tower, one for each of its tensors in a checkpoint."""
     try:
         with torch.device("meta"):
             tensors = tower.build(config).state_dict(keep_vars=True)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of foreign code
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # foreign code
         raise CheckpointError(
             f"{tower.hf_name}: Transformers cannot build it from the config's vision_config: {error!r}"
         ) from error

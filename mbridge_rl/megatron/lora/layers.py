@@ -71,8 +71,7 @@ def merged_weight(module: nn.Module, name: str = "weight", norm: Tensor | None =
 
 def merging(module: nn.Module) -> Callable[[str], Tensor]:
     """Returns a function that computes `merged_weight` by name, without communication. All ranks that share the module call
-    this
-    together: with DoRA they sum the norms of rows that ranks cut."""
+    this together: with DoRA they sum the norms of rows that ranks cut."""
     adapter = module.lora
     needs_norms = adapter.base is None and _magnitude(module, adapter.suffixes[0]) is not None
     norms = {f"weight{suffix}": row_norms(module, suffix) for suffix in adapter.suffixes} if needs_norms else {}
