@@ -55,6 +55,14 @@ from mbridge_rl.core.segments import hf_side, megatron_side  # noqa: E402
 from mbridge_rl.distributed.group import RankGroup  # noqa: E402
 from mbridge_rl.distributed.stream import TensorStream  # noqa: E402
 from mbridge_rl.megatron.parameters import live_side  # noqa: E402
+from mbridge_rl.sync.payload.messages import (  # noqa: E402
+    Announcement,
+    CommitReport,
+    Introduction,
+    WorkerDescription,
+    WorkerReport,
+    WorkerStatus,
+)
 from mbridge_rl.sync.weight_sync import SyncReport, WeightSync  # noqa: E402
 from mbridge_rl.sync.worker.payload_receiver import merged_report  # noqa: E402
 
@@ -105,10 +113,10 @@ class _Worker(StandInEngine):
         self.workers, self.receivers = self.workers[rank : rank + 1], self.receivers[rank : rank + 1]
         self._rank = rank
 
-    def adopt_route(self, introduction: dict[str, Any]) -> None:
+    def adopt(self, introduction: Introduction) -> None:
         self.receivers[0].adopt(self._rank, introduction)
 
-    def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
+    def commit(self, version: int, requests: str = "keep", timeout: float = 600.0) -> WorkerReport:  # type: ignore[override]
         self._end_watch()
         return self.receivers[0].commit(version)
 
@@ -123,14 +131,14 @@ class _Engine:
         self._workers = [RemoteEngine(folder / f"worker-{rank}", timeout=600.0) for rank in range(ENGINE.size)]
         self._threads = ThreadPoolExecutor(ENGINE.size)
 
-    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        return [said[0] for said in self._all("describe_workers", info)]
+    def describe(self, announcement: Announcement) -> list[WorkerDescription]:
+        return [workers[0] for workers in self._all("describe", announcement)]
 
-    def update_status(self) -> list[dict[str, Any]]:
-        return [said[0] for said in self._all("update_status")]
+    def status(self) -> list[WorkerStatus]:
+        return [workers[0] for workers in self._all("status")]
 
-    def commit_update(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return merged_report(self._all("commit_update", *args, **kwargs))
+    def commit(self, *args: Any, **kwargs: Any) -> CommitReport:
+        return merged_report(self._all("commit", *args, **kwargs))
 
     def processor_seconds(self) -> float:
         return sum(self._all("processor_seconds"))

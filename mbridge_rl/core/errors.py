@@ -88,6 +88,10 @@ class NonFiniteWeights(SyncError):
     """The policy holds NaN or infinite weights; nothing was sent."""
 
 
+class MessageError(SyncError):
+    """A message of another process is of another schema version or malformed; it was not acted upon."""
+
+
 class DeltaRefused(SyncError):
     """A delta does not apply to the weights that its receiver holds, or is damaged; nothing was changed."""
 

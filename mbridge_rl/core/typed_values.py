@@ -164,6 +164,8 @@ class _Reader:
         if origin is Annotated:
             return self._annotated(hint, given, path)
         if is_dataclass(hint):
+            if isinstance(given, hint):  # type: ignore[arg-type]
+                return given
             return self.dataclass(hint, {} if given is None else given, path)  # type: ignore[arg-type]
         if origin is Literal:
             if any(given == choice and type(given) is type(choice) for choice in arguments):

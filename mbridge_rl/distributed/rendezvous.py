@@ -15,9 +15,10 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -64,11 +65,32 @@ def own_address() -> str:
         return LOOPBACK
 
 
-def make_group(wire: Mapping[str, Any], rank: int, timeout: timedelta) -> Any:
-    """Makes the process group of `wire`. All members call it together.
+@dataclass(frozen=True)
+class GroupAddress:
+    """Where the members of a process group meet.
+
+    Attributes:
+        host: the host of the store.
+        port: the port of the store.
+        group: the name of the group, which is used once.
+        secret: the secret of the group.
+        backend: `gloo` or `nccl`.
+        size: number of members.
+    """
+
+    host: str
+    port: int
+    group: str
+    secret: str = field(repr=False)
+    backend: Literal["gloo", "nccl"]
+    size: int
+
+
+def make_group(address: GroupAddress, rank: int, timeout: timedelta) -> Any:
+    """Makes the process group of `address`. All members call it together.
 
     Args:
-        wire: `host` and `port` of the store, `group` (a name that is used once), `secret`, `backend` (gloo or nccl), `size`.
+        address: where the members meet.
         rank: this member's rank in the group.
         timeout: how long to wait for the other members.
 
@@ -76,21 +98,21 @@ def make_group(wire: Mapping[str, Any], rank: int, timeout: timedelta) -> Any:
         SyncError: a member does not have the secret, or somebody else wrote into the store. RuntimeError: a member did not
             come.
     """
-    if not wire.get("secret"):
-        raise SyncError(f"the group {wire['group']} has no secret: is the mbridge_rl of its other end older?")
-    store = dist.TCPStore(wire["host"], wire["port"], is_master=False, timeout=timeout)
-    if wire["backend"] == "nccl":
-        group = dist.ProcessGroupNCCL(dist.PrefixStore(wire["group"], store), rank, wire["size"], timeout)
+    if not address.secret:
+        raise SyncError(f"the group {address.group} has no secret: is the mbridge_rl of its other end older?")
+    store = dist.TCPStore(address.host, address.port, is_master=False, timeout=timeout)
+    if address.backend == "nccl":
+        group = dist.ProcessGroupNCCL(dist.PrefixStore(address.group, store), rank, address.size, timeout)
         device = torch.device("cuda", torch.cuda.current_device())
     else:
-        sealed = SealedStore(store, wire["secret"])
+        sealed = SealedStore(store, address.secret)
         try:
-            options = _gloo_options(wire["host"], timeout)
-            group = dist.ProcessGroupGloo(dist.PrefixStore(wire["group"], sealed), rank, wire["size"], options)
+            options = _gloo_options(address.host, timeout)
+            group = dist.ProcessGroupGloo(dist.PrefixStore(address.group, sealed), rank, address.size, options)
         finally:
             sealed.raise_if_tampered()
         device = torch.device("cpu")
-    require_members(lambda own: _gathered(group, own, wire["size"], device), rank, wire["secret"], wire["group"])
+    require_members(lambda own: _gathered(group, own, address.size, device), rank, address.secret, address.group)
     return group
 
 

@@ -30,6 +30,8 @@ from mbridge_rl.distributed.host_memory import shared_arena
 from mbridge_rl.megatron.lora.adapter_side import live_adapter_side, lora_config_of
 from mbridge_rl.megatron.parameters import layout_of
 from mbridge_rl.sync.options import SyncOptions
+from mbridge_rl.sync.payload.adapter_messages import AdapterReport, AdapterSlotsInfo, AdapterUpdate
+from mbridge_rl.sync.payload.message_codec import dtype_of
 from mbridge_rl.sync.record import phases
 from mbridge_rl.sync.record.report import EngineOutcome, SyncReport
 from mbridge_rl.sync.record.sinks import Sink
@@ -45,8 +47,8 @@ _WORD = torch.int64.itemsize
 class AdapterClient(Protocol):
     """The methods that an adapter sync calls on an engine; every engine class has them (`vllm.lora.adaptable_engine`)."""
 
-    def adapter_info(self) -> Mapping[str, Any]: ...
-    def put_adapter(self, update: dict[str, Any]) -> Mapping[str, Any]: ...
+    def adapter_info(self) -> AdapterSlotsInfo: ...
+    def put_adapter(self, update: AdapterUpdate) -> AdapterReport: ...
 
 
 class AdaptedEngine:
@@ -78,7 +80,7 @@ class _Committed(NamedTuple):
 
     digest: str
     outcomes: Sequence[EngineOutcome]
-    engine_reports: Sequence[Mapping[str, Any]]
+    engine_reports: Sequence[AdapterReport]
     other_spans: Sequence[Span]
 
 
@@ -162,17 +164,17 @@ class AdapterSync:
     def _ask_engines(self) -> tuple[torch.dtype, list[bool]]:
         """The dtype of the slots, and whether each engine can map the first rank's memory."""
 
-        def ask() -> list[Mapping[str, Any]]:
+        def ask() -> tuple[str, list[str]]:
             if not self._engines.all:
                 raise SyncError("rank 0 has no engine client: give AdapterSync(client=...) an engine there")
-            infos = self._engines.each(lambda _, engine: engine.adapter_info())
-            dtypes = {info["dtype"] for info in infos}
+            infos: list[AdapterSlotsInfo] = self._engines.each(lambda _, engine: engine.adapter_info())
+            dtypes = {info.dtype for info in infos}
             if len(dtypes) > 1:
                 raise EngineMismatch(f"the engines' LoRA slots are of different dtypes: {sorted(dtypes)}")
-            return infos
+            return infos[0].dtype, [info.host for info in infos]
 
-        infos = self._group.on_first_rank(ask)
-        return getattr(torch, infos[0]["dtype"]), [info["host"] == machine_id() for info in infos]
+        dtype, hosts = self._group.on_first_rank(ask)
+        return dtype_of(dtype), [host == machine_id() for host in hosts]
 
     def _make_arena(self, nbytes: int) -> Arena:
         """One arena for all ranks, or one for each rank if they are not on one machine."""
@@ -200,7 +202,7 @@ class AdapterSync:
             other_spans = phases.of_other_ranks(watch.spans, self._group)
         committed = [outcome.engine for outcome in outcomes if outcome.error is None]
         for index, report in zip(committed, reports, strict=False):  # there are reports on rank 0 only
-            other_spans += of_engine(report["spans"], index)
+            other_spans += of_engine(report.spans, index)
         return _Committed(combine(digests), outcomes, reports, other_spans)
 
     def _write(self, live: Mapping[str, Tensor]) -> list[int]:
@@ -225,17 +227,17 @@ class AdapterSync:
             words = self._arena.view(0, (self._arena.nbytes // _WORD,), torch.int64)
             words.copy_(self._group.sum(words.clone()))
 
-    def _put(self, update: dict[str, Any]) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
+    def _put(self, update: AdapterUpdate) -> tuple[Sequence[EngineOutcome], list[AdapterReport]]:
         """Commits `update` in every engine. Returns the outcome of every engine on all ranks, and the reports of the engines
         that committed on rank 0."""
 
-        def put(index: int, engine: AdapterClient) -> dict[str, Any]:
+        def put(index: int, engine: AdapterClient) -> AdapterReport:
             watch = Stopwatch("engine")
             with watch("pause"):  # with the time of the call itself
-                report = engine.put_adapter(update if self._is_local[index] else self._with_payload(update))
-            return {**report, "spans": [span.to_json() for span in watch.spans]}
+                report = engine.put_adapter(update if self._is_local[index] else self._with_content(update))
+            return replace(report, spans=tuple(watch.spans))
 
-        version = update["version"]
+        version = update.version
         outcomes, reports = outcomes_of(
             self._group, version, len(self._is_local), lambda: self._engines.each_alone(version, put)
         )
@@ -262,7 +264,7 @@ class AdapterSync:
             seconds=watches[-1].now() - watches[0].created,
             transport="shared_memory",
             attempts=len(watches),
-            engines=[{name: value for name, value in report.items() if name != "spans"} for report in reports],
+            engines=[report.to_record() for report in reports],
             outcomes=[] if committed is None else committed.outcomes,
             error=error,
             started=watches[0].created,
@@ -270,25 +272,22 @@ class AdapterSync:
             spans=own_spans if committed is None else [*own_spans, *committed.other_spans],
         )
 
-    def _update(self, version: int, digests: Mapping[str, int]) -> dict[str, Any]:
-        """What `put_adapter` takes, in plain JSON types."""
-        return {
-            "adapter": self.adapter,
-            "version": version,
-            "is_policy": self._is_policy,
-            "requests": self.options.requests,
-            "timeout": self.options.timeout,
-            "rank": lora_config_of(self._model).largest_peft_rank,
-            "arena_path": self._arena.path,
-            "arena_nbytes": self._arena.nbytes,
-            "names": [tensor.hf_name for tensor in self._tensors],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in self._tensors],
-            "shapes": [list(tensor.shape) for tensor in self._tensors],
-            "offsets": self._offsets,
-            "digests": [f"{digests[tensor.hf_name]:016x}" for tensor in self._tensors],
-        }
+    def _update(self, version: int, digests: Mapping[str, int]) -> AdapterUpdate:
+        return AdapterUpdate(
+            adapter=self.adapter,
+            version=version,
+            is_policy=self._is_policy,
+            requests=self.options.requests,
+            timeout=self.options.timeout,
+            rank=lora_config_of(self._model).largest_peft_rank,
+            tensors=tuple(self._tensors),
+            offsets=tuple(self._offsets),
+            digests=tuple(f"{digests[tensor.hf_name]:016x}" for tensor in self._tensors),
+            arena_path=self._arena.path,
+            arena_bytes=self._arena.nbytes,
+        )
 
-    def _with_payload(self, update: dict[str, Any]) -> dict[str, Any]:
+    def _with_content(self, update: AdapterUpdate) -> AdapterUpdate:
         """The update with the bytes of the factors, for an engine that cannot map this machine's memory."""
         content = self._arena.view(0, (self._arena.nbytes,), torch.uint8).numpy().tobytes()
-        return {**update, "payload": base64.b64encode(content).decode()}
+        return replace(update, content=base64.b64encode(content).decode())

@@ -12,7 +12,7 @@ from mbridge_rl.sync.store.weight_store import WeightStore
 
 DEFAULT_BUCKET_BYTES = 32 << 20
 
-Transport = Literal["auto", "shared_memory", "process_group", "files", "cuda_ipc"]
+TransportName = Literal["auto", "shared_memory", "process_group", "files", "cuda_ipc"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SyncOptions:
     """
 
     mode: Mode = "staged"
-    transport: Transport = "auto"
+    transport: TransportName = "auto"
     bucket_bytes: Bytes = DEFAULT_BUCKET_BYTES
     verify: bool = True
     nonfinite: Literal["refuse", "pass"] = "refuse"

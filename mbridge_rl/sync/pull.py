@@ -28,6 +28,7 @@ from mbridge_rl.sync.payload.engine_side import boxes_of
 from mbridge_rl.sync.payload.landing import Landing, View
 from mbridge_rl.sync.payload.route import Piece, WorkerRoute
 from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.trainer.joining import introduction_of
 
 _log = logging.getLogger(__name__)
 
@@ -46,13 +47,13 @@ def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightSto
             head = store.head()
             if head is None:
                 raise StoreError(f"nothing was committed to the weight store {store.name!r} in {store.directory}")
-            description = store.description(head.fingerprint)
-            if description["model"] != bridge.spec.fingerprint:
+            introduction = introduction_of(store, head)
+            if introduction.model != bridge.spec.fingerprint:
                 raise EngineMismatch(
-                    f"the weight store {store.name!r} is of the model {description['model']}, this bridge is of "
+                    f"the weight store {store.name!r} is of the model {introduction.model}, this bridge is of "
                     f"{bridge.spec.fingerprint}: give it the bridge of the checkpoint that the engine was started from"
                 )
-            routes = [WorkerRoute.from_json(worker) for worker in description["route"]]
+            routes = introduction.routes
             by_worker = {route.rank: readings.enter_context(store.read(route.rank, head.fill)) for route in routes}
             for route in routes if head.proofs is not None else ():
                 packing.require_proof(route, by_worker[route.rank].image, head.version, head.proofs[route.rank])

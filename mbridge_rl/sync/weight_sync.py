@@ -14,21 +14,16 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mbridge_rl.bridge import AutoBridge
-from mbridge_rl.core.errors import (
-    EngineMismatch,
-    RanksUnreachable,
-    SyncError,
-)
+from mbridge_rl.core.errors import EngineMismatch, RanksUnreachable, SyncError
 from mbridge_rl.core.finite import refuse_nonfinite, require_finite
 from mbridge_rl.core.segments import megatron_side
 from mbridge_rl.distributed.group import RankGroup
@@ -37,49 +32,28 @@ from mbridge_rl.distributed.live_fp8 import QuantizedLive
 from mbridge_rl.megatron.parameters import LiveParameters, live_side
 from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.sync.payload.delta import Delta, carried_bytes
+from mbridge_rl.sync.payload.messages import CommitReport, HostStore, UpdateRequest
 from mbridge_rl.sync.payload.route import Route
+from mbridge_rl.sync.payload.wires import StoreWire, Wire
 from mbridge_rl.sync.pull import published, restore
 from mbridge_rl.sync.record import phases
 from mbridge_rl.sync.record.report import EngineOutcome, SyncReport
 from mbridge_rl.sync.record.sinks import Sink
-from mbridge_rl.sync.record.timeline import Span, Stopwatch, of_engine
+from mbridge_rl.sync.record.timeline import Stopwatch
 from mbridge_rl.sync.store.image import new_fill
 from mbridge_rl.sync.store.weight_store import WeightStore
+from mbridge_rl.sync.trainer.committed import Committed, report_of
 from mbridge_rl.sync.trainer.delta_sender import DeltaSender
 from mbridge_rl.sync.trainer.engines import Engine, Engines, outcomes_of
-from mbridge_rl.sync.trainer.joining import bring_up, introduce
-from mbridge_rl.sync.trainer.meeting import ON_ONE_HOST, Connection, connect, held_store, meet
+from mbridge_rl.sync.trainer.joining import introduce, load_committed
+from mbridge_rl.sync.trainer.meeting import ON_ONE_HOST, Connection, connect, held_store, meet, session_of
 from mbridge_rl.sync.trainer.packer import Packer
 from mbridge_rl.sync.trainer.retries import with_retries
-from mbridge_rl.sync.transports import Outlet, Wire, fails_with
+from mbridge_rl.sync.trainer.sending import send_parts
+from mbridge_rl.sync.transports import fails_with
 from mbridge_rl.sync.transports.waiting import Timeout
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Committed:
-    """The results of an attempt that committed.
-
-    Attributes:
-        digest: the digest of all weights; `None` without verification.
-        delta: the delta that was sent; `None` if everything was sent.
-        outcomes: the outcome of every engine.
-        engine_reports: the reports of the engines that committed, on rank 0 (empty elsewhere).
-        other_spans: the time spans of the other ranks.
-    """
-
-    digest: str | None
-    delta: Delta | None
-    outcomes: Sequence[EngineOutcome]
-    engine_reports: Sequence[Mapping[str, Any]]
-    other_spans: Sequence[Span]
-
-    @property
-    def reports_by_engine(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Pairs `(engine index, report)`; there are some on rank 0 only."""
-        committed = [outcome.engine for outcome in self.outcomes if outcome.error is None]
-        return zip(committed, self.engine_reports, strict=False)
 
 
 class WeightSync:
@@ -137,7 +111,9 @@ class WeightSync:
         try:
             with self._planning(phases.PLAN):
                 self._meeting = meet(bridge, model, self._engines, self._group, self.options, dtype)
-                self._group.first_rank_does(lambda: self._store.describe(self.route.fingerprint, self._meeting.introduction))
+                self._group.first_rank_does(
+                    lambda: self._store.describe(self.route.fingerprint, self._meeting.introduction.as_json)
+                )
                 self._connection = self._connected(self._meeting.hosts, self._meeting.replicas)
         except BaseException:
             self._store.close()
@@ -172,7 +148,7 @@ class WeightSync:
         Raises:
             EngineMismatch: the engine's model or layout differs from the others', or the chosen transport does not reach it.
         """
-        hosts = introduce(engine, self._meeting.introduction)
+        hosts = {worker.host for worker in introduce(engine, self._meeting.introduction)}
         is_local = hosts == {machine_id()}
         if not is_local and self.options.transport in ON_ONE_HOST:
             raise EngineMismatch(
@@ -180,8 +156,9 @@ class WeightSync:
             )
         version = None
         with self._engines.turn:
-            if is_local:
-                version = bring_up(engine, self._store, self.route.fingerprint, self.options.requests, self.options.timeout)
+            head = self._store.head() if is_local else None
+            if head is not None and head.fingerprint == self.route.fingerprint:
+                version = load_committed(engine, self._store, head, self.options.requests, self.options.timeout).version
             self._engines.admit(engine, hosts)
         return version
 
@@ -211,14 +188,14 @@ class WeightSync:
             raise SyncError("the engines hold quantized weights, which a trainer cannot go on from: restore a checkpoint")
 
         def publish(paths: Sequence[str]) -> None:
-            self._engines.all[engine].publish_weights(paths)
+            self._engines.all[engine].publish(paths)
 
         with published(self.route.workers, publish, self._group) as images:
             restore(self._bridge, self._model, self.route.workers, images, self._group)
 
     def close(self) -> None:
         """Frees shared memory; a store with a name stays. The engines keep their weights."""
-        self._connection.way.close()
+        self._connection.transport.close()
         self._engines.close()
         if self._group.rank == 0:
             self._store.close()
@@ -242,14 +219,14 @@ class WeightSync:
         return with_retries(
             version,
             lambda watch, is_first: self._attempt(version, watch, can_be_delta=is_first),
-            lambda watches, committed, error: self._report(version, watches, committed, error),
+            partial(self._report, version),
             lane=phases.lane(self._group.rank),
             retries=self.options.retries,
             sinks=self._sinks,
             goes_on=self._goes_on_without_lost,
         )
 
-    def _attempt(self, version: int, watch: Stopwatch, *, can_be_delta: bool) -> _Committed:
+    def _attempt(self, version: int, watch: Stopwatch, *, can_be_delta: bool) -> Committed:
         """One transaction: begin, transfer, verify, and commit or abort."""
         with watch("check"):
             packer = self._examined()
@@ -261,7 +238,7 @@ class WeightSync:
                     delta = self._encoded(self._deltas, packer)
             sent = self.route if delta is None else delta.route
             with watch("begin"):
-                wire, outlet = self._connection.way.open(version, sent)
+                wire, outlet = self._connection.transport.open(version, sent)
                 began = True
                 self._group.first_rank_does(lambda: self._begin(version, wire, delta))
             with (
@@ -270,11 +247,11 @@ class WeightSync:
                 self._group.fail_together(),
                 fails_with(outlet),
             ):
-                self._transfer(outlet, packer, sent, watch)
+                send_parts(self._group.rank, self.route, sent, outlet, packer, self._deltas, watch)
             with watch("verify"):
                 digest, proofs = self._verify(version, packer)
             with watch("decide"):
-                self._group.first_rank_does(lambda: self._connection.way.commit(version, digest, proofs))
+                self._group.first_rank_does(lambda: self._connection.transport.commit(version, digest, proofs))
                 if self._deltas is not None:
                     self._deltas.commit(version, proofs)
         except BaseException as error:
@@ -286,7 +263,7 @@ class WeightSync:
         self._slot = 1 - self._slot
         with watch("report"):
             other_spans = phases.of_other_ranks(watch.spans, self._group)
-        return _Committed(digest, delta, outcomes, reports, other_spans)
+        return Committed(digest, delta, outcomes, reports, other_spans)
 
     def _examined(self) -> Packer:
         """The packer of this rank, after its checks: the model is the one that the bridge maps and holds no NaN or infinity."""
@@ -325,49 +302,28 @@ class WeightSync:
 
     def _begin(self, version: int, wire: Wire, delta: Delta | None) -> None:
         """Opens the update in all engines. On rank 0 alone."""
-        landing = {
-            "store": self._store.name,
-            "directory": str(self._store.directory),
-            "temporary": self._store.temporary,
-            "session": _session_of(os.getpid()),
-            "token": f"{self._images}x{self._slot}",
-            "fill": new_fill(),
-            "version": version,
-            "fingerprint": self.route.fingerprint,
-            "sizes": [worker.nbytes for worker in self.route.workers],
-        }
-        if wire["kind"] == "store":
-            landing = {}
-        self._engines.begin(
-            {
-                "version": version,
-                "fingerprint": self.route.fingerprint,
-                "mode": self.options.mode,
-                "wire": {**landing, **wire},
-                "timeout": self.options.timeout,
-                "requests": self.options.requests,
-                "delta": None if delta is None else delta.for_workers,
-            }
+        request = UpdateRequest(
+            version=version,
+            fill=wire.fill if isinstance(wire, StoreWire) else new_fill(),
+            fingerprint=self.route.fingerprint,
+            mode=self.options.mode,
+            wire=wire,
+            timeout=self.options.timeout,
+            requests=self.options.requests,
+            store=None if isinstance(wire, StoreWire) else self._store_on_other_hosts(),
+            delta=None if delta is None else delta.message,
         )
+        self._engines.begin(request)
 
-    def _transfer(self, outlet: Outlet, packer: Packer, sent: Route, watch: Stopwatch) -> None:
-        """Packs and sends this rank's parts: the encoded changes of a part where there are some, else the full part."""
-        own = self.route.parts_of(self._group.rank)
-        for (worker, index, part), (_, _, as_sent) in zip(own, sent.parts_of(self._group.rank), strict=True):
-            changes = self._deltas.take(worker, index) if self._deltas is not None else None
-            with watch("wire"):
-                into = outlet.place(worker.rank, index, as_sent)
-            with watch("pack"):
-                if changes is not None:
-                    into.copy_(changes)
-                else:
-                    packer.pack(worker, part, into)
-                    if self._deltas is not None and part.pieces:
-                        self._deltas.hold(worker, index, into)
-            with watch("wire"):
-                outlet.send(worker.rank, index, as_sent)
-        with watch("wire"):
-            outlet.finish()
+    def _store_on_other_hosts(self) -> HostStore:
+        return HostStore(
+            name=self._store.name,
+            directory=str(self._store.directory),
+            temporary=self._store.temporary,
+            session=session_of(os.getpid()),
+            token=f"{self._images}x{self._slot}",
+            sizes=tuple(worker.nbytes for worker in self.route.workers),
+        )
 
     def _verify(self, version: int, packer: Packer) -> tuple[str | None, list[str]]:
         """Waits until the weights have arrived and are verified.
@@ -376,11 +332,11 @@ class WeightSync:
             The digest of all weights, and the proof of every worker's weights; `(None, [])` without verification.
         """
         with self._group.fail_together():
-            self._connection.way.verify(self.options.verify)
+            self._connection.transport.verify(self.options.verify)
         self._group.first_rank_does(lambda: self._engines.wait_for_arrival(self._timeout))
         return packer.proven(version, self._group) if self.options.verify else (None, [])
 
-    def _commit(self, version: int) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
+    def _commit(self, version: int) -> tuple[Sequence[EngineOutcome], list[CommitReport]]:
         """Commits in every engine. Returns the outcome of every engine on all ranks, and the reports of the engines that
         committed on rank 0."""
         options, replicas = self.options, self._connection.replicas
@@ -394,42 +350,26 @@ class WeightSync:
 
     def _abort(self, version: int, error: BaseException) -> None:
         """Gives the update up on this rank and, on rank 0, in all engines."""
-        self._connection.way.abandon()
+        self._connection.transport.abort()
         if self._deltas is not None:
             self._deltas.abort()
         if self._group.rank == 0:
             self._engines.abort(f"version {version} was given up: {type(error).__name__}: {error}")
 
-    def _report(
-        self, version: int, watches: Sequence[Stopwatch], committed: _Committed | None = None, error: str = ""
-    ) -> SyncReport:
+    def _report(self, version: int, watches: Sequence[Stopwatch], committed: Committed | None, error: str) -> SyncReport:
         """The report of a sync whose last attempt ended just now; `committed` is `None` if that failed with `error`."""
-        committed = committed or _Committed(None, None, (), (), ())
-        full_nbytes = sum(worker.payload_bytes for worker in self.route.workers)
-        own_spans = [span for watch in watches for span in watch.spans]
-        engine_spans = [
-            span for index, report in committed.reports_by_engine for span in of_engine(report.get("spans", ()), index)
-        ]
         planning, self._planning = self._planning.spans, Stopwatch("")
-        return SyncReport(
-            version=version,
+        return report_of(
+            version,
+            watches,
+            committed or Committed(),
+            error,
+            options=self.options,
+            route=self.route,
+            transport=self._connection.name,
             tensors=len(self._meeting.spec.hf_shapes),
-            nbytes=full_nbytes if committed.delta is None else committed.delta.nbytes,
-            full_nbytes=full_nbytes,
-            base=None if committed.delta is None else committed.delta.base,
-            buckets=sum(len(worker.buckets) for worker in self.route.workers),
-            digest=committed.digest,
-            verified=self.options.verify and not error,
-            seconds=watches[-1].now() - watches[0].created,
-            mode=self.options.mode,
-            transport=self._connection.transport,
-            attempts=len(watches),
-            engines=[{name: value for name, value in report.items() if name != "spans"} for report in committed.engine_reports],
-            outcomes=committed.outcomes,
-            error=error,
-            started=watches[0].created,
             rank=self._group.rank,
-            spans=[*planning, *own_spans, *committed.other_spans, *engine_spans],
+            planning=planning,
         )
 
     def _connect_members(self) -> None:
@@ -440,20 +380,13 @@ class WeightSync:
         replicas, hosts = self._group.share_plain((len(self._engines.all), self._engines.hosts))
         if not replicas:
             raise SyncError("no engine takes part any more: add_engine comes first")
-        self._connection.way.close()
+        self._connection.transport.close()
         self._connection = self._connected(hosts, replicas)
         self._generation = generation
 
     def _connected(self, engine_hosts: AbstractSet[str], replicas: int) -> Connection:
-        return connect(
-            self._meeting,
-            self._model,
-            self._store,
-            self._group,
-            self.options,
-            engine_hosts=engine_hosts,
-            replicas=replicas,
-        )
+        meeting, store, group = self._meeting, self._store, self._group
+        return connect(meeting, self._model, store, group, self.options, engine_hosts=engine_hosts, replicas=replicas)
 
     def _goes_on_without_lost(self, error: Exception) -> bool:
         """Whether the sync failed because engines died, and can go on with the others. Removes the dead ones."""
@@ -463,11 +396,3 @@ class WeightSync:
             return False
         self._connect_members()
         return True
-
-
-@cache
-def _session_of(pid: int) -> str:
-    """The name of this trainer for the stores that engine workers fill on their own hosts (`writer_lock`). It is the same for
-    all syncs of a process, because an engine that takes no part in the next sync keeps its lock; it depends on the pid, because
-    a forked process is another trainer."""
-    return secrets.token_hex(16)

@@ -8,6 +8,7 @@ import socket
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,18 @@ import torch.distributed as dist
 
 from mbridge_rl.core.errors import SyncError
 from mbridge_rl.distributed import rendezvous
-from mbridge_rl.distributed.rendezvous import LOOPBACK, SealedStore, make_group, new_secret, own_address, serve_store
+from mbridge_rl.distributed.rendezvous import (
+    LOOPBACK,
+    GroupAddress,
+    SealedStore,
+    make_group,
+    new_secret,
+    own_address,
+    serve_store,
+)
 from mbridge_rl.sync.record.sinks import Prometheus
 from mbridge_rl.sync.transports import Context
-from mbridge_rl.sync.transports.process_group import GroupWay
+from mbridge_rl.sync.transports.process_group import GroupTransport
 
 SOON = timedelta(seconds=20)
 
@@ -57,28 +66,27 @@ def test_a_store_listens_on_the_one_address_that_it_is_told(opened: Callable[[],
         socket.create_connection((LOOPBACK, server.port))
 
 
-def wire(server: dist.TCPStore, **others: Any) -> dict[str, Any]:
-    where = {"host": server.host, "port": server.port, "backend": "gloo", "size": 2}
-    return {"group": "g", "secret": new_secret(), **where, **others}
+def meeting_place(server: dist.TCPStore) -> GroupAddress:
+    return GroupAddress(server.host, server.port, "g", new_secret(), "gloo", 2)
 
 
-def met(wires: list[dict[str, Any]], seconds: float = 20.0) -> list[Any]:
+def met(addresses: list[GroupAddress], seconds: float = 20.0) -> list[Any]:
     """What becomes of the members, which come at the same time."""
 
     def member(rank: int) -> Any:
         try:
-            return make_group(wires[rank], rank, timedelta(seconds=seconds))
+            return make_group(addresses[rank], rank, timedelta(seconds=seconds))
         except (SyncError, RuntimeError) as error:
             return error
 
-    with ThreadPoolExecutor(len(wires)) as pool:
-        return list(pool.map(member, range(len(wires))))
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        return list(pool.map(member, range(len(addresses))))
 
 
 def test_members_of_one_host_meet_and_listen_on_the_loopback_only(opened: Callable[[], set[tuple[str, int]]]) -> None:
     server = serve_store(LOOPBACK)
-    told = wire(server)
-    first, second = met([told, told])
+    address = meeting_place(server)
+    first, second = met([address, address])
     got = [torch.zeros(3)]
     receiving = second.recv(got, 0, 0)
     first.send([torch.ones(3)], 1, 0).wait()
@@ -92,15 +100,15 @@ def test_a_member_with_another_secret_is_refused_by_all(monkeypatch: pytest.Monk
     monkeypatch.setattr(SealedStore, "set", lambda self, key, value: self._store.set(key, value))
     monkeypatch.setattr(SealedStore, "get", lambda self, key: self._store.get(key))
     server = serve_store(LOOPBACK)
-    stranger, member = met([wire(server), wire(server)])
+    stranger, member = met([meeting_place(server), meeting_place(server)])
     assert "member 1 of the process group g does not have its secret" in str(stranger)
     assert "member 0 of the process group g does not have its secret: a stranger is in it. Nothing was sent" in str(member)
 
 
 def test_what_a_stranger_says_in_the_store_is_not_believed() -> None:
     server = serve_store(LOOPBACK)
-    told = wire(server)
-    for outcome in met([told, {**told, "secret": new_secret()}]):
+    address = meeting_place(server)
+    for outcome in met([address, replace(address, secret=new_secret())]):
         assert isinstance(outcome, SyncError)
         assert "somebody without the group's secret wrote" in str(outcome)
 
@@ -117,10 +125,10 @@ class Bomb:
 
 def test_a_stranger_who_writes_first_stops_the_group_and_nothing_is_unpickled(tmp_path: Path) -> None:
     server = serve_store(LOOPBACK)
-    told = wire(server)
+    address = meeting_place(server)
     stranger = dist.TCPStore(LOOPBACK, server.port, is_master=False, timeout=SOON)
     stranger.set("g/0/1", pickle.dumps(Bomb(tmp_path / "bomb")))  # in place of the second member
-    outcome = met([{**told, "size": 2}], seconds=5)[0]
+    outcome = met([address], seconds=5)[0]
     assert isinstance(outcome, SyncError)
     assert "somebody without the group's secret wrote 'g/0/1'" in str(outcome)
     assert not (tmp_path / "bomb").exists()
@@ -133,14 +141,13 @@ def test_junk_under_other_names_changes_nothing() -> None:
     stranger.set("0/0", b"anything")
     with socket.create_connection((LOOPBACK, server.port)) as raw:
         raw.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
-        told = wire(server)
-        assert all(hasattr(group, "allgather") for group in met([told, told]))
+        address = meeting_place(server)
+        assert all(hasattr(group, "allgather") for group in met([address, address]))
 
 
 def test_a_group_without_a_secret_is_not_joined() -> None:
-    told = {name: value for name, value in wire(serve_store(LOOPBACK)).items() if name != "secret"}
     with pytest.raises(SyncError, match="has no secret"):
-        make_group(told, 0, SOON)
+        make_group(replace(meeting_place(serve_store(LOOPBACK)), secret=""), 0, SOON)
 
 
 @pytest.mark.parametrize(("one_host", "address"), [(True, LOOPBACK), (False, "127.0.0.3")])
@@ -150,7 +157,7 @@ def test_the_transport_listens_where_its_members_are(
     monkeypatch.setattr("mbridge_rl.sync.transports.process_group.own_address", lambda: "127.0.0.3")
 
     class Route:
-        workers = ()
+        workers = (None,)
 
         @staticmethod
         def parts_of(rank: int) -> list[Any]:
@@ -158,18 +165,18 @@ def test_the_transport_listens_where_its_members_are(
 
     class Group:
         rank, size = 0, 1
-        share_plain = staticmethod(lambda value: value)
+        share_plain = staticmethod(lambda value, types=(): value)
 
     device = torch.device("cpu")
     context = Context(Group(), Route(), 1, None, None, None, device)  # type: ignore[arg-type]
-    way = GroupWay(context, one_host=one_host)
-    told, _ = way.open(1, Route())  # type: ignore[arg-type]
-    assert opened() == {(address, told["port"])}
-    assert told["host"] == address
-    assert len(bytes.fromhex(told["secret"])) == 32
-    other, _ = GroupWay(context, one_host=one_host).open(1, Route())  # type: ignore[arg-type]
-    assert other["secret"] != told["secret"]
-    way.close()
+    transport = GroupTransport(context, one_host=one_host)
+    wire, _ = transport.open(1, Route())  # type: ignore[arg-type]
+    assert opened() == {(address, wire.address.port)}
+    assert wire.address.host == address
+    assert len(bytes.fromhex(wire.address.secret)) == 32
+    other, _ = GroupTransport(context, one_host=one_host).open(1, Route())  # type: ignore[arg-type]
+    assert other.address.secret != wire.address.secret
+    transport.close()
 
 
 def test_own_address_follows_the_interface_of_gloo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,13 @@ from mbridge_rl.core.digest import combine, digest
 from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
+from mbridge_rl.core.model import HFTensor
 from mbridge_rl.distributed.arena import Arena
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.megatron.lora.attach import adapted_modules, add_lora
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.sync.adapter_sync import AdaptedEngine, AdapterSync
+from mbridge_rl.sync.payload.adapter_messages import AdapterReport, AdapterUpdate
 from mbridge_rl.sync.trainer.engines import Engines
 from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
 from mbridge_rl.sync.vllm.engines.process import EngineProcess
@@ -56,26 +58,26 @@ def adapter(start: Path, seed: int, rank: int = 4, **config: Any) -> dict[str, T
 
 
 def put(
-    engine: InProcessEngine, name: str, version: int, tensors: dict[str, Tensor], rank: int = 4, **said: Any
-) -> dict[str, Any]:
+    engine: InProcessEngine, name: str, version: int, tensors: dict[str, Tensor], rank: int = 4, is_policy: bool = False
+) -> AdapterReport:
     starts, nbytes = offsets(tensor.nbytes for tensor in tensors.values())
     with Arena.create(nbytes) as arena:
         for tensor, start in zip(tensors.values(), starts, strict=True):
             arena.view(start, tensor.shape, tensor.dtype).copy_(tensor)
         return engine.put_adapter(
-            {
-                "adapter": name,
-                "version": version,
-                "rank": rank,
-                "arena_path": arena.path,
-                "arena_nbytes": nbytes,
-                "names": list(tensors),
-                "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
-                "shapes": [list(tensor.shape) for tensor in tensors.values()],
-                "offsets": starts,
-                "digests": [f"{digest(tensor):016x}" for tensor in tensors.values()],
-                **said,
-            }
+            AdapterUpdate(
+                adapter=name,
+                version=version,
+                is_policy=is_policy,
+                requests="keep",
+                timeout=600.0,
+                rank=rank,
+                tensors=tuple(HFTensor(hf_name, tensor.dtype, tuple(tensor.shape)) for hf_name, tensor in tensors.items()),
+                offsets=tuple(starts),
+                digests=tuple(f"{digest(tensor):016x}" for tensor in tensors.values()),
+                arena_path=arena.path,
+                arena_bytes=nbytes,
+            )
         )
 
 
@@ -89,7 +91,7 @@ def slots_are_proven_and_reverted(start: Path) -> None:
 
     base, first, second = answers(None), adapter(start, 1), adapter(start, 2)
     report = put(engine, "a", 1, first)
-    assert report["digest"] == combine({name: digest(tensor) for name, tensor in first.items()})
+    assert report.digest == combine({name: digest(tensor) for name, tensor in first.items()})
     assert engine.adapter_digests("a") == {name: f"{digest(tensor):016x}" for name, tensor in first.items()}
     served = answers("a")
     assert served != base
@@ -364,8 +366,8 @@ class TearsABit:
     def __init__(self, engine: EngineProcess, sync: AdapterSync) -> None:
         self._engine, self._sync = engine, sync
 
-    def put_adapter(self, update: dict[str, Any]) -> Any:
-        self._sync._arena.view(update["offsets"][3], (1,), torch.uint8).bitwise_xor_(1)
+    def put_adapter(self, update: AdapterUpdate) -> AdapterReport:
+        self._sync._arena.view(update.offsets[3], (1,), torch.uint8).bitwise_xor_(1)
         return self._engine.put_adapter(update)
 
 

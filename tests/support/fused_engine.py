@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.payload.engine_side import WorkerDescription
+from mbridge_rl.sync.payload.messages import WorkerDescription
 from mbridge_rl.sync.vllm.worker.tracer import trace_load_weights
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")

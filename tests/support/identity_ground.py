@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mbridge_rl.core.errors import BridgeError, EngineUnusable
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.sync.payload.messages import Announcement, Introduction, WorkerDescription
 from mbridge_rl.sync.weight_sync import WeightSync
 from mbridge_rl.sync.worker.payload_receiver import PayloadReceiver
 from mbridge_rl.sync.worker.serving_state import Serving
@@ -90,13 +91,13 @@ class _Parameters:
 class Replica(StandInEngine):
     """A replica of the real engine, in any process: plain tensors of the same names and shapes, and the library's receiver."""
 
-    def __init__(self, described: list[dict[str, Any]], parameters: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, described: list[WorkerDescription], parameters: Sequence[Mapping[str, Any]]) -> None:
         self._described = described
         self.workers = [_Parameters(shapes) for shapes in parameters]  # type: ignore[misc]
         self.receivers = [PayloadReceiver(PlainModel(worker), Serving(Latch())) for worker in self.workers]  # type: ignore[arg-type]
         self.version, self._watch = 0, None
 
-    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+    def describe(self, announcement: Announcement) -> list[WorkerDescription]:
         return self._described
 
     def shas(self) -> list[str]:
@@ -188,9 +189,8 @@ class Ground:
     def _learn(self) -> None:
         """What each worker holds for each policy, and what the engine answers, of syncs that nobody disturbs."""
         trainer = Trainer(self.states, [self.engine])
-        self.described = self.engine.describe_workers(
-            trainer.sync.store.description(trainer.sync.route.fingerprint)["init_info"]
-        )
+        introduction = Introduction.from_json(trainer.sync.store.description(trainer.sync.route.fingerprint))
+        self.described = self.engine.describe(introduction.announcement)
         self.parameters = self.engine.ask("parameters")
         trainer.close()
         replica = Replica(self.described, self.parameters)

@@ -158,7 +158,7 @@ class _Trainers:
                 self._outcome.faults.append(f"lost: the store has no version any more: {str(error)[:200]}")
         look = ground.look()
         self._judge("the engine", look)
-        if report is not None and not look.refusal and report["version"] != look.version:
+        if report is not None and not look.refusal and report.version != look.version:
             self._outcome.faults.append(f"other version: {report['version']} was reported: {look}")
         if not look.fault() and not look.refusal:
             ground.serves = look.version

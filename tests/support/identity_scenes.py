@@ -73,7 +73,7 @@ class EngineScene:
                 trainer.commits(self._versions(2, self.case.commits), [])
                 self._go_on()
                 report = self._said(call, "catch_up")
-            look = self._judge(report["version"] if report else None)
+            look = self._judge(report.version if report else None)
             if report is None and not look.refusal and look.version != self._before:
                 self._fault("other version", f"catch_up failed, and {look} is served")
             self._require_recovery(lambda: self.engine.catch_up(self.store), self._version(1 + self.case.commits))
@@ -91,7 +91,7 @@ class EngineScene:
             while self.strike is not None and not tracer.arrived.wait(0.01) and call.is_alive():
                 pass
             report = self._said(Call(lambda: self.engine.catch_up(self.store)), "catch_up")
-            self._judge(report["version"] if report else None)
+            self._judge(report.version if report else None)
             tracer.released.set()
             call.result(self.ground.hang, "the trainer")
             self._learn(tracer.place, tracer.reached)

@@ -24,7 +24,8 @@ from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.sync.payload import packing
-from mbridge_rl.sync.payload.engine_side import WorkerDescription, engine_side, local_dtypes
+from mbridge_rl.sync.payload.engine_side import engine_side, local_dtypes
+from mbridge_rl.sync.payload.message_codec import decode, encode
 from mbridge_rl.sync.payload.route import Route, WorkerRoute, fingerprint_of, plan_route
 from mbridge_rl.sync.trainer.packer import Packer
 
@@ -79,8 +80,7 @@ class _Engine:
     def __init__(self, case: _Case, layout: EngineLayout) -> None:
         self.case, self.layout = case, layout
         self.workers = [FusedWorker(case.config, case.spec.hf_shapes, layout, rank) for rank in range(layout.size)]
-        said = [worker.describe(case.metadata).to_json() for worker in self.workers]
-        self.descriptions = [WorkerDescription.from_json(worker) for worker in said]
+        self.descriptions = decode(encode([worker.describe(case.metadata) for worker in self.workers]))
         self.side = engine_side(case.spec, self.descriptions, case.dtypes)
         self.expected: list[dict[str, Tensor]] = []
         for worker in self.workers:
@@ -100,7 +100,7 @@ class _Engine:
             said = told.to_json()
             heard = WorkerRoute.from_json(said)
             _load_and_compare(heard, images[told.rank], worker, expected, digests)
-            assert not digests or fingerprint_of([said]) == fingerprint_of([heard.to_json()])
+            assert not digests or fingerprint_of([told]) == fingerprint_of([heard])
 
 
 def _packed(route: Route, ranks: dict[int, dict[str, Tensor]], with_digests: bool) -> tuple[dict[int, Tensor], dict[str, int]]:

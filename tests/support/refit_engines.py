@@ -18,7 +18,9 @@ from mbridge_rl.core.digest import combine, digest
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.payload.compatibility import config_summary
+from mbridge_rl.sync.payload.messages import UpdateRequest
 from mbridge_rl.sync.record.report import SyncReport
+from mbridge_rl.sync.store.image import new_fill
 from mbridge_rl.sync.transports.shared_memory import RingOutlet, SlotOutlet
 from mbridge_rl.sync.vllm.engines.in_process import Completion, InProcessEngine
 from mbridge_rl.sync.weight_sync import WeightSync
@@ -132,19 +134,10 @@ class Trainer:
         set_weights(self._bridge, self._model, 0, weights)
         return self._sync.sync(version)
 
-    def update(self, version: int) -> dict[str, Any]:
-        """What the engine is told when a sync begins."""
-        wire, _ = self._sync._connection.way.open(version, self._sync.route)
-        fingerprint = self._sync.route.fingerprint
-        return {
-            "version": version,
-            "fingerprint": fingerprint,
-            "mode": self._sync.options.mode,
-            "wire": {**wire, "replica": 0},
-            "timeout": 20.0,
-            "requests": "keep",
-            "delta": None,
-        }
+    def request(self, version: int) -> UpdateRequest:
+        """The request with which a sync begins."""
+        wire, _ = self._sync._connection.transport.open(version, self._sync.route)
+        return UpdateRequest(version, new_fill(), self._sync.route.fingerprint, self._sync.options.mode, wire, timeout=20.0)
 
     @property
     def parts(self) -> int:
@@ -205,8 +198,8 @@ def _before_sending(number: int, action: Callable[[Any, int, int, Any], None]) -
 @contextmanager
 def left_open(engine: Any) -> Iterator[None]:
     """Nobody tells the engine that an update was given up, as where its trainer was killed."""
-    engine.abort_update = lambda reason: None
+    engine.abort = lambda reason: None
     try:
         yield
     finally:
-        del engine.abort_update
+        del engine.abort

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +33,10 @@ from refit_engines import (
 
 from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, EngineUnusable, SyncError
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.payload.compatibility import init_info
+from mbridge_rl.sync.payload.messages import Announcement
 from mbridge_rl.sync.vllm.engines.in_process import Completion, InProcessEngine
+from mbridge_rl.sync.vllm.worker import calls as worker_calls
+from mbridge_rl.sync.vllm.worker.landing_map import LandingMap
 from mbridge_rl.sync.vllm.worker.loading import _LayerwiseLoader
 
 
@@ -73,7 +76,7 @@ def trace_covers_everything_and_changes_nothing(directory: Path, family: str) ->
     engine = engine_of(directory, family)
     before, expected = parameters_of(engine), without_versions(greedy(engine))
     weights = weights_of(directory, family, "A")
-    engine.describe_workers(init_info(metadata_of(weights), config_of(directory, family)))
+    engine.describe(Announcement.of(metadata_of(weights), config_of(directory, family)))
     after = parameters_of(engine)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -136,7 +139,7 @@ def corrupted_live_weights(directory: Path, family: str, parameter_name: str, hf
         receiver.model.get_parameter(parameter_name).data.view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
 
     with Trainer(engine, directory, family, retries=0) as trainer:
-        receiver.shards._writes_are_final = False
+        receiver.payload._adopted = replace(receiver.payload._adopted, writes_are_final=False)
         receiver.settle = flip  # type: ignore[method-assign]
         with pytest.raises(DigestMismatch, match=rf"1 tensors of worker 0 are not.*{hf_name} \(in {parameter_name}\)"):
             trainer.sync(weights, 40)
@@ -153,7 +156,7 @@ def other_config_is_refused(directory: Path) -> None:
     config = config_of(directory, "qwen3")
     wrong = config | {"num_hidden_layers": 4, "rope_theta": 5e5, "architecture": "Qwen2ForCausalLM"}
     with pytest.raises(EngineMismatch) as caught:
-        engine.describe_workers(init_info(metadata_of(weights), wrong))
+        engine.describe(Announcement.of(metadata_of(weights), wrong))
     for text in (
         "architecture: the trainer has 'Qwen2ForCausalLM', the engine 'Qwen3ForCausalLM'",
         "num_hidden_layers: the trainer has 4, the engine 3",
@@ -195,7 +198,7 @@ def unfitting_metadata_is_refused(directory: Path) -> None:
     }
     for message, metadata in cases.items():
         with pytest.raises(EngineMismatch) as caught:
-            engine.describe_workers(init_info(metadata))
+            engine.describe(Announcement.of(metadata))
         assert message in str(caught.value)
         assert without_versions(greedy(engine)) == expected
 
@@ -205,18 +208,18 @@ def misuse_of_an_update(directory: Path) -> None:
     with Trainer(engine, directory, "qwen3", mode="streaming", retries=0) as trainer:
         trainer.sync(weights, 60)
         with pytest.raises(SyncError, match="has to come before commit"):
-            engine.commit_update(61)
+            engine.commit(61)
         with pytest.raises(SyncError, match=r"takes weights by planned syncs \(mbridge_rl.WeightSync\)"):
             engine.llm.start_weight_update()
-        update = trainer.update(61)
+        request = trainer.request(61)
         with pytest.raises(EngineMismatch, match="the sender's plan has fingerprint 'feed'"):
-            engine.begin_update(update | {"fingerprint": "feed"})
+            engine.begin(replace(request, fingerprint="feed"))
         assert_serves(engine, directory, "qwen3", "A")  # nothing of the above wrote a weight
-        engine.begin_update(update)
+        engine.begin(request)
         with pytest.raises(EngineUnusable, match="an update from version 60 to version 61 is under way"):
             engine.require_usable()
         with pytest.raises(SyncError, match="version 62 cannot be committed: the open update is to version 61"):
-            engine.commit_update(62)
+            engine.commit(62)
         trainer.sync(weights, 63)
         assert_serves(engine, directory, "qwen3", "A")
 
@@ -264,21 +267,20 @@ def layerwise_reload_is_exact(directory: Path) -> None:
     """The way that accelerators take, over vLLM's layerwise reload, on a CPU engine whose weights are plain: written directly,
     and as complete tensors through the engine's own loader."""
     engine = engine_of(directory, "qwen3")
-    receiver, prepare = engine.receiver, engine.receiver.prepare
+    receiver, learn = engine.receiver, LandingMap.learn
     loader = receiver._loader
     receiver._loader = _LayerwiseLoader(receiver.model, receiver.vllm_config)
 
-    def prepare_without_trace(*args: Any) -> None:
-        prepare(*args)
-        landings = receiver._landings
-        assert landings is not None
-        landings.untraceable |= dict.fromkeys(landings.tensors, "a test wants it so")
+    def learn_without_trace(*args: Any) -> LandingMap:
+        landing_map = learn(*args)
+        landing_map.untraceable |= dict.fromkeys(landing_map.tensors, "a test wants it so")
+        return landing_map
 
     version, total = 79, len(weights_of(directory, "qwen3", "A"))
     try:
-        for prepared, proven_live, mode in ((prepare, total, "staged"), (prepare_without_trace, 0, "staged"),
-                                            (prepare_without_trace, 0, "streaming")):  # fmt: skip
-            receiver.prepare = prepared  # type: ignore[method-assign]
+        for learned, proven_live, mode in ((learn, total, "staged"), (learn_without_trace, 0, "staged"),
+                                           (learn_without_trace, 0, "streaming")):  # fmt: skip
+            LandingMap.learn = learned  # type: ignore[method-assign]
             with Trainer(engine, directory, "qwen3", mode=mode, bucket_bytes=1 << 16, retries=0) as trainer:
                 for tag in "BA":
                     version += 1
@@ -384,10 +386,13 @@ def unmodified_vllm_loads_the_backend(directory: Path) -> None:
         )
     worker = llm.llm_engine.model_executor.driver_worker.worker
     assert type(worker.weight_transfer_engine).__name__ == "PlannedSyncEngine"
-    llm.init_weight_transfer_engine({"init_info": init_info(metadata_of(weights_of(directory, "llama_tied", "A")))})
-    info = init_info(metadata_of(weights_of(directory, "llama_tied", "A"))) | {"fingerprint": "feed"}
+    announcement = Announcement.of(metadata_of(weights_of(directory, "llama_tied", "A")))
+    (description,) = worker_calls.in_workers(llm, worker_calls.describe, announcement)
+    assert set(description.landings) == {tensor.hf_name for tensor in announcement.tensors}
     with pytest.raises(EngineMismatch, match="fingerprint"):
-        llm.init_weight_transfer_engine({"init_info": info})
+        worker_calls.in_workers(llm, worker_calls.describe, replace(announcement, fingerprint="feed"))
+    with pytest.raises(SyncError, match=r"takes weights by planned syncs \(mbridge_rl.WeightSync\)"):
+        llm.init_weight_transfer_engine({"init_info": {}})
 
 
 def sampling(directory: Path) -> list[list[Completion]]:

@@ -11,7 +11,8 @@ from tiny import hf_state, tiny_checkpoint
 
 from mbridge_rl.core.errors import TransferTimeout
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.sync.payload.engine_side import WorkerDescription, kept_bytes
+from mbridge_rl.sync.payload.engine_side import kept_bytes
+from mbridge_rl.sync.payload.messages import Introduction
 from mbridge_rl.sync.vllm.engines.in_process import Completion, InProcessEngine
 from mbridge_rl.sync.weight_sync import WeightSync
 
@@ -91,10 +92,10 @@ def a_pipeline_of_two(directory: Path) -> dict[str, Any]:
     ends = {tag: light_model("qwen3", ParallelLayout(), 0, hf_state(directory / tag), SIZES) for tag in "AB"}
     engine = InProcessEngine(directory / "A", max_model_len=256, max_num_seqs=4, pipeline_parallel_size=2)
     sync = WeightSync(*ends["B"], engine, bucket_bytes=1 << 16)
-    workers = sync.store.description(sync.route.fingerprint)["workers"]
+    workers = Introduction.from_json(sync.store.description(sync.route.fingerprint)).workers
     found: dict[str, Any] = {"before": _greedy(engine, PROMPT, 8), "report": sync.sync(1), "after": _greedy(engine, PROMPT, 8)}
     found["kept"] = [set(worker["landings"]) for worker in workers]
-    found["kept_bytes"] = [kept_bytes(WorkerDescription.from_json(worker)) for worker in workers]
+    found["kept_bytes"] = [kept_bytes(worker) for worker in workers]
     sync.close()
     sync = WeightSync(*ends["A"], engine, mode="streaming", bucket_bytes=1 << 16)
     completion, _ = _generate_while(engine, lambda: sync.sync(2))

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from threading import Thread
@@ -27,15 +28,23 @@ from mbridge_rl.core import virtual
 from mbridge_rl.core.errors import EngineMismatch, EngineProcessError, EngineUnusable, SyncError
 from mbridge_rl.core.failure import Failure
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.core.model import HFTensor, ModelSpec
+from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan
 from mbridge_rl.core.segments import hf_side, megatron_side
 from mbridge_rl.distributed.host import machine_id
 from mbridge_rl.sync.payload.compatibility import require_same_config
-from mbridge_rl.sync.payload.engine_side import alike
+from mbridge_rl.sync.payload.message_codec import decode, encode
+from mbridge_rl.sync.payload.messages import (
+    Announcement,
+    CommitReport,
+    Introduction,
+    UpdateRequest,
+    WorkerDescription,
+    WorkerStatus,
+)
 from mbridge_rl.sync.record.timeline import Stopwatch
 from mbridge_rl.sync.store.weight_store import WeightStore
-from mbridge_rl.sync.trainer.joining import live_update
+from mbridge_rl.sync.trainer.joining import load_live_version
 from mbridge_rl.sync.worker.payload_receiver import PayloadReceiver, merged_report
 from mbridge_rl.sync.worker.serving_state import Serving
 from mbridge_rl.sync.worker.update_watch import UpdateWatch
@@ -57,7 +66,7 @@ class Latch:
 
 
 class PlainModel:
-    """What `PayloadReceiver` asks of an engine's model; tensors named in `whole` are placed by the worker's own loader."""
+    """What `PayloadReceiver` asks of an engine's model; tensors named in `unsplit` are placed by the worker's own loader."""
 
     settles = False
 
@@ -74,7 +83,7 @@ class PlainModel:
     def open(self) -> None:
         pass
 
-    def load_whole(self, hf_name: str, tensor: Tensor) -> None:
+    def load_unsplit(self, hf_name: str, tensor: Tensor) -> None:
         self.worker.load_weights([(hf_name, tensor.view(self.worker.hf_shapes[hf_name]))])
 
     def settle(self) -> None:
@@ -108,7 +117,7 @@ class StandInEngine:
             worker.load_weights(state.items())
         self.version = 0
         self._watch: UpdateWatch | None = None
-        self._open: tuple[int, str | None] | None = None
+        self._open: UpdateRequest | None = None
 
     def generate(self) -> tuple[int, str]:
         for receiver in self.receivers:
@@ -118,69 +127,55 @@ class StandInEngine:
             raise EngineUnusable("the workers hold weights of different syncs")
         return self.version, weights_digest([worker.parameters_by_name() for worker in self.workers])
 
-    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        require_same_config(info["config"], self.config)
-        dtypes = [getattr(torch, dtype) for dtype in info["dtypes"]]
-        tensors = zip(info["names"], dtypes, info["shapes"], strict=True)
-        metadata = [HFTensor(name, dtype, tuple(shape)) for name, dtype, shape in tensors]
-        if wide := [tensor.hf_name for tensor in metadata if tensor.dtype == torch.float64]:
+    def describe(self, announcement: Announcement) -> list[WorkerDescription]:
+        require_same_config(announcement.config, self.config)
+        if wide := [tensor.hf_name for tensor in announcement.tensors if tensor.dtype == torch.float64]:
             raise EngineMismatch(f"{wide[0]}: the trainer sends torch.float64, the engine holds torch.float32")
-        said = [worker.describe(metadata).to_json() for worker in self.workers]
-        for worker in said:
-            worker["host"] = machine_id()
-            worker["whole"] = {name: "a test wants it so" for name in self._untraceable if name in worker["landings"]}
-            worker["landings"] = {name: parts for name, parts in worker["landings"].items() if name not in worker["whole"]}
-        return said
+        return [self._description(worker.describe(list(announcement.tensors))) for worker in self.workers]
 
-    def adopt_route(self, introduction: dict[str, Any]) -> None:
+    def _description(self, worker: WorkerDescription) -> WorkerDescription:
+        unsplit = {name: "a test wants it so" for name in self._untraceable if name in worker.landings}
+        landings = {name: parts for name, parts in worker.landings.items() if name not in unsplit}
+        return replace(worker, host=machine_id(), unsplit=unsplit, landings=landings)
+
+    def adopt(self, introduction: Introduction) -> None:
         for rank, receiver in enumerate(self.receivers):
             receiver.adopt(rank, introduction)
 
-    def begin_update(self, update: dict[str, Any]) -> None:
+    def begin(self, request: UpdateRequest) -> None:
         self._open = None
         for receiver in self.receivers:
-            receiver.receive(*(update[name] for name in ("version", "fingerprint", "mode", "wire", "timeout", "delta")))
-        self._open = update["version"], update["wire"].get("fill")
-        if update["mode"] == "streaming":
-            self._watch = UpdateWatch(self.update_status, self.abort_update, update["timeout"])
+            receiver.begin(request)
+        self._open = request
+        if request.mode == "streaming":
+            self._watch = UpdateWatch(self.status, self.abort, request.timeout)
 
-    def update_status(self) -> list[dict[str, Any]]:
+    def status(self) -> list[WorkerStatus]:
         return [receiver.status() for receiver in self.receivers]
 
-    def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
+    def commit(self, version: int, requests: str = "keep", timeout: float = 600.0) -> CommitReport:
         self._end_watch()
-        if self._open is None or self._open[0] != version:
+        if self._open is None or self._open.version != version:
             raise SyncError(f"version {version} cannot be committed: open is {self._open}")
-        (_, fill), self._open = self._open, None
+        request, self._open = self._open, None
         watch = Stopwatch("engine")
         with watch("pause"):
-            report = self._commit(version, fill)
-        report["spans"] += [span.to_json() for span in watch.spans]
-        return report
+            report = self._commit(version, request.fill)
+        return replace(report, spans=(*report.spans, *watch.spans))
 
-    def abort_update(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
         self._end_watch()
         self._open = None
         for receiver in self.receivers:
             receiver.abort(reason)
 
-    def publish_weights(self, paths: Sequence[str]) -> list[str]:
+    def publish(self, paths: Sequence[str]) -> list[str]:
         for receiver, path in zip(self.receivers, paths, strict=True):
             receiver.publish_to(path)
         return [receiver.fingerprint for receiver in self.receivers]
 
-    def catch_up(self, name: str, directory: str) -> dict[str, Any]:
-        store = WeightStore(name, directory)
-        update, kept = live_update(store)
-        if not alike(self.describe_workers(kept["init_info"]), kept["workers"]):
-            raise EngineMismatch(f"the weight store {name!r} is of another engine")
-        self.adopt_route(kept)
-        try:
-            self.begin_update(update)
-        except Exception as error:
-            self.abort_update(str(error))
-            raise
-        return self.commit_update(update["version"])
+    def catch_up(self, name: str, directory: str) -> CommitReport:
+        return load_live_version(self, WeightStore(name, directory))
 
     def close(self) -> None:
         for receiver in self.receivers:
@@ -191,7 +186,7 @@ class StandInEngine:
             self._watch.end()
             self._watch = None
 
-    def _commit(self, version: int, fill: str | None) -> dict[str, Any]:
+    def _commit(self, version: int, fill: str) -> CommitReport:
         """As `TransactionalEngine`: if one worker fails, none serves the update alone."""
         try:
             report = merged_report([receiver.commit(version, fill) for receiver in self.receivers])
@@ -303,7 +298,7 @@ def _serve_client(engine: StandInEngine, connection: Any) -> None:
                 engine.close()
                 connection.send((True, [thread.name for thread in enumerate_threads() if thread.name.startswith("mbridge")]))
                 os._exit(0)
-            reply = (True, getattr(engine, method)(*args, **kwargs))
+            reply = (True, encode(getattr(engine, method)(*decode(args), **decode(kwargs))))
         except Exception as error:
             reply = (False, Failure.of(error).to_json())
         try:
@@ -333,7 +328,7 @@ class RemoteEngine:
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                self._connection.send((method, args, kwargs))
+                self._connection.send((method, encode(args), encode(kwargs)))
                 if not self._connection.poll(self._timeout):
                     raise EngineProcessError(f"the engine did not answer {method} within {self._timeout:g} s")
                 succeeded, result = self._connection.recv()
@@ -341,6 +336,6 @@ class RemoteEngine:
                 raise EngineProcessError(f"the engine died at {method}") from error
             if not succeeded:
                 Failure.from_json(result).raise_()
-            return result
+            return decode(result)
 
         return call

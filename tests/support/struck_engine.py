@@ -116,7 +116,7 @@ def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _name in ("describe_workers", "adopt_route", "begin_update", "update_status", "commit_update", "abort_update", "catch_up"):
+for _name in ("describe", "adopt", "begin", "status", "commit", "abort", "catch_up"):
     setattr(StruckEngine, _name, _counted(getattr(InProcessEngine, _name)))
 
 

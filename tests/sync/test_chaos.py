@@ -88,7 +88,7 @@ def test_many_killed_owners_leave_what_docs_say_and_the_next_one_sweeps_it() -> 
     with Arena.create(1 << 12):
         assert not leftovers.arenas(pids)
     other = WeightStore(f"chaos.{os.getpid()}.next")
-    other.abandon(other.begin([1 << 12]))
+    other.abort(other.begin([1 << 12]))
     other.remove()
     assert not leftovers.files_of(name)
 

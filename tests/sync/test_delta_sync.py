@@ -20,6 +20,8 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import DeltaRefused, DigestMismatch, SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.sync.payload.messages import DeltaBase, UpdateRequest
+from mbridge_rl.sync.payload.wires import FilesWire
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.engines import Engines
 from mbridge_rl.sync.transports.shared_memory import RingOutlet
@@ -139,9 +141,10 @@ def test_engines_with_another_baseline_get_everything(name: str) -> None:
     assert run.sync().base == run.version - 1
     before = run.engines[0].generate()
     receiver = run.engines[0].receivers[0]
-    told = {"base": ["another", "another"], "sizes": []}
+    delta = DeltaBase(proofs=("another", "another"), sizes=())
+    request = UpdateRequest(6, "a fill", receiver.fingerprint, "staged", FilesWire(url="nowhere"), timeout=1.0, delta=delta)
     with pytest.raises(DeltaRefused, match=r"do not start from what worker 0 holds \(version 5\): a full sync has to come"):
-        receiver.receive(6, receiver.fingerprint, "staged", {"kind": "none"}, 1.0, told)
+        receiver.begin(request)
     assert run.engines[0].generate() == before
     run.close()
 

@@ -88,19 +88,19 @@ def join_amid(rank: int) -> None:
     joined: list[int | None] = []
     joining = threading.Thread(target=lambda: joined.append(trainer.weights.add_engine(late)))
     if first is not None:
-        begin = first.begin_update
+        begin = first.begin
 
         def begin_and_be_joined(update: dict[str, Any]) -> None:
             joining.start()
             begin(update)
 
-        first.begin_update = begin_and_be_joined
+        first.begin = begin_and_be_joined
     trainer.sync(1)
     if first is not None:
         joining.join(20)
         assert joined == [1]
         assert late.generate() == expected(1)
-        first.begin_update = begin
+        first.begin = begin
     trainer.sync(2)
     if first is not None:
         assert [first.generate(), late.generate()] == [expected(2)] * 2
@@ -122,12 +122,12 @@ class Mortal:
             raise AttributeError(method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = getattr(self._engine, method)(*args, **kwargs) if method != "commit_update" else None
+            found = getattr(self._engine, method)(*args, **kwargs) if method != "commit" else None
             if method == self._last_call:
                 os.kill(self._pid, signal.SIGKILL)
                 os.waitpid(self._pid, 0)
                 raise EngineProcessError("the engine was killed")
-            return found if method != "commit_update" else self._engine.commit_update(*args, **kwargs)
+            return found if method != "commit" else self._engine.commit(*args, **kwargs)
 
         return call
 
@@ -148,9 +148,9 @@ def die(rank: int, address: Path, mode: str, transport: str, last_call: str) -> 
         survivors = [engine for engine in engines if engine is not dead]
         assert list(trainer.weights.engines) == survivors
         assert [engine.generate() for engine in survivors] == [expected(2)] * 2
-        assert report.attempts == (1 if last_call == "commit_update" else 2)
-        survivors[0].begin_update = survivors[1].begin_update = gone
-        survivors[0].update_status = survivors[1].update_status = gone
+        assert report.attempts == (1 if last_call == "commit" else 2)
+        survivors[0].begin = survivors[1].begin = gone
+        survivors[0].status = survivors[1].status = gone
     with pytest.raises(
         EngineProcessError, match="2 of 2 engines failed"
     ):  # all are lost: none is dropped, and the error stands
@@ -166,10 +166,10 @@ def gone(*_: Any) -> Any:
 
 
 def die_each_way(rank: int, folder: Path) -> None:
-    die(rank, folder / "1", "staged", "shared_memory", "begin_update")
-    die(rank, folder / "2", "staged", "shared_memory", "commit_update")
-    die(rank, folder / "3", "streaming", "shared_memory", "begin_update")
-    die(rank, folder / "4", "streaming", "process_group", "update_status")
+    die(rank, folder / "1", "staged", "shared_memory", "begin")
+    die(rank, folder / "2", "staged", "shared_memory", "commit")
+    die(rank, folder / "3", "streaming", "shared_memory", "begin")
+    die(rank, folder / "4", "streaming", "process_group", "status")
 
 
 def test_a_sync_goes_on_without_an_engine_that_died(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def die_and_tell(rank: int) -> None:
     trainer = Trainer(rank, engines, mode="streaming")
     trainer.sync(1)
     if engines is not None:
-        engines[1].update_status = gone
+        engines[1].status = gone
     with pytest.raises(EngineProcessError, match="engine 1: EngineProcessError: it died"):
         trainer.sync(2)
     if engines is not None:

@@ -14,8 +14,9 @@ from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.digest import contiguous_strides
 from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.payload.engine_side import WorkerDescription, boxes_of, engine_side, kept_bytes
+from mbridge_rl.sync.payload.engine_side import boxes_of, engine_side, kept_bytes
 from mbridge_rl.sync.payload.landing import Landing, View
+from mbridge_rl.sync.payload.messages import WorkerDescription
 
 
 def test_random_pairs_of_layouts_are_bit_exact() -> None:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.distributed.arena import Arena, remove_stale
 from mbridge_rl.sync.store.stale_stores import remove_stale_stores
 from mbridge_rl.sync.transports.files import FilesOutlet
-from mbridge_rl.sync.transports.shared_memory import Ring, RingInlet, RingOutlet, RingWay
+from mbridge_rl.sync.transports.shared_memory import Ring, RingInlet, RingOutlet, RingTransport
 from mbridge_rl.sync.weight_sync import WeightSync
 from mbridge_rl.sync.worker.update import Update
 from mbridge_rl.sync.worker.update_watch import _LOOK_SECONDS
@@ -52,7 +53,7 @@ def worker_fails(rank: int, way: str) -> None:
     taken = Update._take
 
     def fails(update: Update, inlet: Any, index: int) -> Any:
-        if update._route.rank == 1 and update._wire["replica"] == 1 and index == 4:
+        if update._route.rank == 1 and update._wire.replica == 1 and index == 4:
             raise EngineMismatch("worker 1 has no place for bucket 4")
         return taken(update, inlet, index)
 
@@ -94,7 +95,7 @@ def rank_fails(rank: int) -> None:
     if engine is not None:
         with pytest.raises(EngineUnusable, match=r"rank 1 f(ound NaN|ailed)"):
             engine.generate()
-        assert "trainer rank 1 failed" in str(engine.update_status())
+        assert "trainer rank 1 failed" in str(engine.status())
     sync.sync(2)
     assert engine is None or engine.generate() == (2, served(random_weights("qwen3", 1)))
     sync.close()
@@ -107,8 +108,8 @@ def test_a_trainer_rank_that_fails_amid_a_stream_is_known_at_once() -> None:
 class Stubborn(StandInEngine):
     """Its trouble on the way back is not the trainer's."""
 
-    def abort_update(self, reason: str) -> None:
-        super().abort_update(reason)
+    def abort(self, reason: str) -> None:
+        super().abort(reason)
         if reason.startswith("version 1 was given up"):
             raise RuntimeError("there is no way back")
 
@@ -140,14 +141,14 @@ def rings_are_elsewhere(rank: int) -> None:
     """As in another container, with a /dev/shm of its own."""
     engine = StandInEngine() if rank == 0 else None
     sync = sync_of(rank, engine, mode="streaming")
-    opened = RingWay.open
+    opened = RingTransport.open
 
-    def open_elsewhere(way: RingWay, version: int, route: Any) -> Any:
+    def open_elsewhere(way: RingTransport, version: int, route: Any) -> Any:
         wire, outlet = opened(way, version, route)
-        return {**wire, "paths": [f"{path}.elsewhere" for path in wire["paths"]]}, outlet
+        return replace(wire, paths=tuple(f"{path}.elsewhere" for path in wire.paths)), outlet
 
     with pytest.MonkeyPatch.context() as patch, at_once():
-        patch.setattr(RingWay, "open", open_elsewhere)
+        patch.setattr(RingTransport, "open", open_elsewhere)
         with pytest.raises(ArenaError, match=r"no arena at .*\.elsewhere: .* in another container"):
             sync.sync(1)
     sync.sync(2)
@@ -274,14 +275,14 @@ def test_a_trainer_rank_that_is_killed_amid_a_stream_is_known_at_once(tmp_path: 
         assert scene.said(1 - victim).startswith("RanksUnreachable")
         for number in range(2):
             chaos._wait_for(lambda number=number: gave_up(scene.engine(number)), "an engine's verdict", PATIENCE / 3)
-            assert f"trainer rank {victim} failed or died" in str(scene.engine(number).update_status())
+            assert f"trainer rank {victim} failed or died" in str(scene.engine(number).status())
             if way == "staged":
                 assert scene.engine(number).generate() == (0, served(random_weights("qwen3", 0)))
 
 
 def gave_up(engine: RemoteEngine) -> bool:
     """Without a word from any trainer: who waits for weights refuses, and does not wait any longer."""
-    return any(worker["error"] for worker in engine.update_status())
+    return any(worker.failure for worker in engine.status())
 
 
 def test_an_engine_that_is_killed_amid_a_stream_is_known_at_once(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def poisoned(rank: int, url: str) -> None:
                 assert calls == [[], []]  # no engine heard of it
                 assert [engine.generate() for engine in engines] == before
                 for engine in engines:
-                    del engine.begin_update
+                    del engine.begin
             sync.sync(3)
             assert placed
             sync.close()
@@ -61,8 +61,8 @@ def poisoned(rank: int, url: str) -> None:
 def _told(engine: StandInEngine) -> list[Any]:
     """What it is told of updates from now on."""
     calls: list[Any] = []
-    begin = engine.begin_update
-    engine.begin_update = lambda update: (calls.append(update), begin(update))[1]  # type: ignore[method-assign]
+    begin = engine.begin
+    engine.begin = lambda update: (calls.append(update), begin(update))[1]  # type: ignore[method-assign]
     return calls
 
 

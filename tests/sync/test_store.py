@@ -95,7 +95,7 @@ def test_the_live_slot_is_never_written(tmp_path: Path) -> None:
         slot = store.begin(SIZES)
         fill(slot, value)
         assert held(store) == 1
-        store.abandon(slot)
+        store.abort(slot)
     assert held(store) == 1
 
 
@@ -144,7 +144,7 @@ def test_a_dead_trainers_slot_is_not_reused(tmp_path: Path) -> None:
     commit(dead, 1)
     slot = dead.begin(SIZES)
     straggler = slot.open()
-    dead.abandon(slot)  # its locks end with the process
+    dead.abort(slot)  # its locks end with the process
     dead.close()
     store = WeightStore("policy", tmp_path)
     mine = store.begin(SIZES)

@@ -17,6 +17,9 @@ from mbridge_rl.core.errors import ArenaError, DigestMismatch, EngineUnusable, P
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.distributed.arena import Arena
 from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.sync.payload.message_codec import encode
+from mbridge_rl.sync.payload.messages import Announcement, CommitReport, Introduction, UpdateRequest, WorkerDescription
+from mbridge_rl.sync.payload.wires import StoreWire
 from mbridge_rl.sync.pull import published
 from mbridge_rl.sync.store.image import LABEL_BYTES, Label, new_fill
 from mbridge_rl.sync.store.slots import Head
@@ -141,7 +144,7 @@ def test_a_store_that_is_removed_amid_a_version_does_not_get_it(tmp_path: Path) 
     WeightStore("policy", tmp_path).remove()
     with pytest.raises(StoreError, match="was removed while version 1 was written"):
         store.commit(slot, 1, "feed", None)
-    store.abandon(slot)
+    store.abort(slot)
     assert store.head() is None
     assert commit(store, 2).version == 2
 
@@ -179,7 +182,7 @@ def test_a_slow_worker_does_not_catch_up_to_a_later_version_than_the_others(name
     trainer.sync(1)
     late = StandInEngine()
     before = late.generate()
-    meanwhile(monkeypatch, late, 1, "receive", lambda: [trainer.sync(2), trainer.sync(3)])
+    meanwhile(monkeypatch, late, 1, "begin", lambda: [trainer.sync(2), trainer.sync(3)])
     with pytest.raises(StoreError, match="has moved on to version 3"):
         late.catch_up(name, "/dev/shm")
     assert late.generate() == before
@@ -204,16 +207,22 @@ def test_a_commit_that_comes_late_finds_out_and_writes_nothing(name: str) -> Non
     trainer = Trainer([given_up, other], name, lost_engines="drop")
     trainer.sync(1)
     calls: list[int] = []
-    given_up.commit_update = lambda version, *_: (calls.append(version), {"spans": [], "seconds": {}})[1]  # type: ignore[assignment]
+
+    def lost(version: int, *_: Any) -> CommitReport:
+        calls.append(version)
+        assert given_up._open is not None
+        return CommitReport(version, given_up._open.fill, 2, 0, (0, 0), None, 0, 0, {})
+
+    given_up.commit = lost  # type: ignore[assignment]
     trainer.sync(2)  # its answer is lost on the way, and so is the call
-    del given_up.commit_update
+    del given_up.commit
     trainer.weights.remove_engine(given_up)
     trainer.sync(3)
     trainer.sync(4)
     held = [worker.parameters_by_name() for worker in given_up.workers]
     before = [{name: tensor.clone() for name, tensor in parameters.items()} for parameters in held]
     with pytest.raises(StoreError, match="has moved on to version 4"):
-        given_up.commit_update(calls[0])
+        given_up.commit(calls[0])
     assert all(torch.equal(held[worker][name], before[worker][name]) for worker in range(2) for name in before[worker])
     with pytest.raises(EngineUnusable, match=r"version 2 was lost \(before it: version 1\)"):
         given_up.generate()
@@ -227,8 +236,8 @@ def test_a_commit_of_an_earlier_attempt_does_not_commit_a_later_one(name: str) -
     trainer = Trainer(engine, name)
     trainer.sync(1)
     receiver = engine.receivers[0]
-    wire = {"kind": "store", "name": name, "directory": "/dev/shm", "token": "a"}
-    receiver.receive(2, receiver.fingerprint, "staged", wire | {"fill": "second"}, 1.0)
+    wire = StoreWire(name=name, directory="/dev/shm", token="a", fill="second")
+    receiver.begin(UpdateRequest(2, "second", receiver.fingerprint, "staged", wire, timeout=1.0))
     with pytest.raises(SyncError, match="fill first of version 2 cannot be committed: the open update brings fill second"):
         receiver.commit(2, "first")
     receiver.abort("it ends here")
@@ -282,11 +291,11 @@ class PlainEngine(TransactionalEngine):
         self.inner, self.version = inner, 0
         self.workers = [SimpleNamespace(receiver=_Worker(receiver)) for receiver in inner.receivers]
 
-    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        return self.inner.describe_workers(info)
+    def describe(self, announcement: Announcement) -> list[WorkerDescription]:
+        return self.inner.describe(announcement)
 
-    def adopt_route(self, introduction: dict[str, Any]) -> None:
-        self.inner.adopt_route(introduction)
+    def adopt(self, introduction: Introduction) -> None:
+        self.inner.adopt(introduction)
 
     def generate(self) -> tuple[int, str]:
         self.require_usable()
@@ -294,7 +303,7 @@ class PlainEngine(TransactionalEngine):
         return self.inner.generate()
 
     def _call_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
-        return worker_calls.results_of([worker_calls.answering(worker, call, *args) for worker in self.workers])
+        return worker_calls.results_of([worker_calls.answering(worker, call, *map(encode, args)) for worker in self.workers])
 
     def _hold(self, requests: str, timeout: float) -> None: ...
     def _resume(self) -> None: ...
@@ -305,15 +314,12 @@ class PlainEngine(TransactionalEngine):
 
 
 class _Worker:
-    def __init__(self, shards: Any) -> None:
-        self.shards, self.serving = shards, shards.serving
+    def __init__(self, payload: Any) -> None:
+        self.payload, self.serving = payload, payload.serving
 
     @property
     def unusable(self) -> str | None:
         return self.serving.guard.reason
-
-    def abort(self, reason: str) -> None:
-        self.shards.abort(reason)
 
 
 @pytest.fixture
@@ -326,7 +332,7 @@ def test_an_engine_decides_for_all_of_its_workers(name: str, engine: PlainEngine
     trainer = Trainer(StandInEngine(), name)
     trainer.sync(1)
     before = engine.generate()
-    meanwhile(monkeypatch, engine.inner, 1, "receive", lambda: [trainer.sync(2), trainer.sync(3)])
+    meanwhile(monkeypatch, engine.inner, 1, "begin", lambda: [trainer.sync(2), trainer.sync(3)])
     with pytest.raises(StoreError, match="has moved on to version 3"):
         engine.catch_up(name)
     assert engine.generate() == before
@@ -362,7 +368,7 @@ def test_an_engine_whose_workers_hold_different_fills_refuses(name: str, engine:
     with pytest.raises(EngineUnusable, match="the engine's workers hold weights of different syncs"):
         engine.generate()
     with pytest.raises(EngineUnusable, match="the engine's workers hold weights of different syncs"):
-        engine.publish_weights([])
+        engine.publish([])
     trainer.sync(2)
     assert engine.generate() == expected(2)
     trainer.weights.close()
@@ -390,7 +396,7 @@ def test_a_commit_without_an_update_changes_nothing(name: str, engine: PlainEngi
     trainer.sync(1)
     for version in (1, 2):
         with pytest.raises(SyncError, match=f"version {version} cannot be committed: none is open"):
-            engine.commit_update(version)
+            engine.commit(version)
     assert engine.generate() == expected(1)
     trainer.weights.close()
 
@@ -404,17 +410,17 @@ def test_calls_that_were_given_up_do_not_run_after_later_ones(monkeypatch: pytes
         def shared_memory_files(self) -> list[str]:
             return []
 
-        def commit_update(self, version: int) -> None:
+        def commit(self, version: int) -> None:
             time.sleep(0.2)
             order.append(f"commit {version}")
 
-        def begin_update(self, version: int) -> None:
+        def begin(self, version: int) -> None:
             order.append(f"begin {version}")
 
         def close(self) -> None: ...
 
     class Connection:
-        calls = [(1, "commit_update", (2,), {}), (2, "begin_update", (3,), {})]  # noqa: RUF012
+        calls = [process._Call(1, "commit", (2,)), process._Call(2, "begin", (3,))]  # noqa: RUF012
 
         def send(self, _: Any) -> None: ...
         def recv(self) -> Any:
@@ -457,8 +463,8 @@ def test_what_a_worker_publishes_late_reaches_nobody() -> None:
     trainer.sync(1)
     paths: list[str] = []
     with published(trainer.weights.route.workers, lambda given: paths.extend(given), RankGroup()):
-        engine.publish_weights(paths)
+        engine.publish(paths)
     with pytest.raises(ArenaError, match="no arena at"):
-        engine.publish_weights(paths)
+        engine.publish(paths)
     trainer.weights.close()
     trainer.weights.store.remove()

@@ -15,6 +15,7 @@ from mbridge_rl.core.errors import ArenaError, StoreError
 from mbridge_rl.distributed.arena import Arena, allocate, remove_stale
 from mbridge_rl.distributed.private_files import open_file
 from mbridge_rl.sync.payload.route import Part
+from mbridge_rl.sync.payload.wires import FilesWire
 from mbridge_rl.sync.store.image import new_fill
 from mbridge_rl.sync.store.weight_store import WeightStore, remove_stale_stores
 from mbridge_rl.sync.store.writer_lock import Holder
@@ -233,7 +234,7 @@ def test_everything_is_made_for_its_user_alone(tmp_path: Path) -> None:
         from fsspec.implementations.local import LocalFileSystem
 
         _make_folder(LocalFileSystem(), str(folder))
-        outlet = FilesOutlet({"url": str(folder)}, 64, Timeout(10.0))
+        outlet = FilesOutlet(FilesWire(url=str(folder)), 64, Timeout(10.0))
         part = Part(0, 0, 64, ())
         outlet.place(0, 0, part).fill_(1)
         outlet.send(0, 0, part)

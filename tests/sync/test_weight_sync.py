@@ -281,11 +281,11 @@ def one_commit_fails(rank: int) -> None:
         assert sync.sync(3).failed == {}
         if engines is not None:
             assert [engine.generate() for engine in engines] == [(3, served(random_weights("qwen3", 2)))] * 2
-            engines[0].commit_update = engines[1].commit_update = _out_of_memory
+            engines[0].commit = engines[1].commit = _out_of_memory
         with pytest.raises(SyncError, match="out of memory"):  # no engine has it
             sync.sync(4)
         for engine in engines or ():
-            del engine.commit_update
+            del engine.commit
         sync.sync(5)
         sync.close()
 

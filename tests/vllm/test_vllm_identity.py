@@ -7,12 +7,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from mbridge_rl.sync.payload.messages import (
+    Announcement,
+    CommitReport,
+    Introduction,
+    UpdateRequest,
+    WorkerDescription,
+    WorkerStatus,
+)
+from mbridge_rl.sync.payload.wires import StoreWire
 
 pytest.importorskip("vllm")
 
@@ -34,24 +44,26 @@ VERSIONS = (1, 2, 3, 4)
 class Replica:
     """Another engine of the same layout, as a trainer sees it: it answers at once and commits everything."""
 
-    def __init__(self, described: list[dict[str, Any]]) -> None:
+    def __init__(self, described: Sequence[WorkerDescription]) -> None:
         self._described = described
         self.tokens: list[str] = []
 
-    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+    def describe(self, announcement: Announcement) -> Sequence[WorkerDescription]:
         return self._described
 
-    def adopt_route(self, introduction: dict[str, Any]) -> None: ...
-    def begin_update(self, update: dict[str, Any]) -> None:
-        self.tokens.append(update["wire"]["token"])
+    def adopt(self, introduction: Introduction) -> None: ...
+    def begin(self, request: UpdateRequest) -> None:
+        assert isinstance(request.wire, StoreWire)
+        self.tokens.append(request.wire.token)
+        self._fill = request.fill
 
-    def update_status(self) -> list[dict[str, Any]]:
-        return [{"arrived": True, "error": None, "proof": None} for _ in self._described]
+    def status(self) -> list[WorkerStatus]:
+        return [WorkerStatus(arrived=True) for _ in self._described]
 
-    def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]:
-        return {"version": version, "workers": len(self._described), "bytes": 0, "digest": None, "seconds": {}, "spans": []}
+    def commit(self, version: int, requests: str = "keep", timeout: float = 600.0) -> CommitReport:
+        return CommitReport(version, self._fill, len(self._described), 0, (), None, 0, 0, {})
 
-    def abort_update(self, reason: str) -> None: ...
+    def abort(self, reason: str) -> None: ...
 
 
 def weights_of(worker: Any) -> str:
@@ -88,7 +100,7 @@ class Scene:
         self._bridge, self._model = light_model("qwen3", ParallelLayout(), 0, self._states[1], SIZES)
         sync = WeightSync(self._bridge, self._model, self.engine, store=name)
         self._known = {version: self._synced(sync, version) for version in VERSIONS}
-        self._described = sync.store.description(sync.route.fingerprint)["workers"]
+        self._described = Introduction.from_json(sync.store.description(sync.route.fingerprint)).workers
         sync.close()
 
     def catch_up_while_stopped_at(self, call_name: str) -> dict[str, Any]:
@@ -105,7 +117,7 @@ class Scene:
 
         def late() -> None:
             try:
-                said.append(f"version {self.engine.catch_up(self._name)['version']}")
+                said.append(f"version {self.engine.catch_up(self._name).version}")
             except Exception as error:
                 said.append(f"{type(error).__name__}: {error}")
 
@@ -146,7 +158,7 @@ class Scene:
 def stopped_workers(folder: Path) -> list[dict[str, Any]]:
     scene = Scene(folder, f"identity.vllm.{os.getpid()}")
     try:
-        return [scene.catch_up_while_stopped_at(call_name) for call_name in ("catch_up", "commit_shards")]
+        return [scene.catch_up_while_stopped_at(call_name) for call_name in ("begin", "commit")]
     finally:
         scene.close()
 

@@ -19,7 +19,8 @@ from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.errors import SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
-from mbridge_rl.sync.payload.engine_side import WorkerDescription, kept_bytes
+from mbridge_rl.sync.payload.engine_side import kept_bytes
+from mbridge_rl.sync.payload.messages import Introduction
 from mbridge_rl.sync.vllm.engines.process import EngineProcess
 from mbridge_rl.sync.weight_sync import SyncReport, WeightSync
 from mbridge_rl.training.batch import Batch
@@ -46,7 +47,7 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
         probe.mkdir()
         engine.wait_ready()
         with pytest.raises(SyncError, match="has to come before commit"):  # in both workers, and neither is left with an answer
-            engine.commit_update(9)
+            engine.commit(9)
     found: dict[str, Any] = {"answers": [], "largest": 0, "reports": [], "in_workers": []}
     for version, (mode, transport) in enumerate(WAYS[:1] if half else WAYS, start=1):
         bridge.load_weights(model, trained if version % 2 else start)
@@ -55,8 +56,8 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
             report = sync.sync(version)
         if version == 1:  # with digests, their constants would be the largest
             found["largest"] = largest.nbytes
-            workers = sync.store.description(sync.route.fingerprint)["workers"] if rank == 0 else []
-            found["kept"] = [kept_bytes(WorkerDescription.from_json(worker)) for worker in workers]
+            workers = Introduction.from_json(sync.store.description(sync.route.fingerprint)).workers if rank == 0 else ()
+            found["kept"] = [kept_bytes(worker) for worker in workers]
         found["reports"].append(report)
         if engine is not None:
             found["in_workers"].append(sorted(worker_probe.largest(probe).values()))

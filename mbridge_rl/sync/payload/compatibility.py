@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mbridge_rl.core.errors import EngineMismatch
-from mbridge_rl.core.model import HFTensor
 
 # Summary key -> the names that configs use for it. Only fields that change weights or logits; a field that both sides lack is
 # equal.
@@ -82,30 +80,3 @@ def require_same_config(trainer: Mapping[str, Any], engine_hf_config: Any, *, ti
             + "; ".join(differences)
             + (_ABOUT_TYING if trainer.get("tie_word_embeddings") != engine.get("tie_word_embeddings") else "")
         )
-
-
-def metadata_fingerprint(metadata: Iterable[HFTensor]) -> str:
-    """Short hex digest of names, dtypes and shapes, independent of their order. Nothing is sent unless both ends have it."""
-    lines = sorted(f"{tensor.hf_name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n" for tensor in metadata)
-    return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()
-
-
-def init_info(
-    metadata: Sequence[HFTensor], config: Mapping[str, Any] | None = None, optional: Collection[str] = ()
-) -> dict[str, Any]:
-    """`backend.InitInfo` in plain JSON types.
-
-    Args:
-        metadata: the HF tensors that are announced.
-        config: the trainer's `config_summary`.
-        optional: names of announced tensors for which the engine may have no place (`ModelSpec.optional_hf_names`).
-    """
-    tensors = list(metadata)
-    return {
-        "names": [tensor.hf_name for tensor in tensors],
-        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
-        "shapes": [list(tensor.shape) for tensor in tensors],
-        "optional": sorted(optional),
-        "fingerprint": metadata_fingerprint(tensors),
-        "config": dict(config or {}),
-    }

@@ -26,7 +26,8 @@ from mbridge_rl.core.buckets import aligned
 from mbridge_rl.sync.payload import difference as delta
 from mbridge_rl.sync.payload import packing
 from mbridge_rl.sync.payload.difference import Difference, Kind
-from mbridge_rl.sync.payload.engine_side import WHOLE_TENSOR
+from mbridge_rl.sync.payload.engine_side import UNSPLIT_TENSOR
+from mbridge_rl.sync.payload.messages import DeltaBase
 from mbridge_rl.sync.payload.route import Bucket, Part, Route, WorkerRoute
 
 _log = logging.getLogger(__name__)
@@ -60,12 +61,12 @@ class Delta:
     Attributes:
         base: the version that the changes start from.
         route: the route with shrunk parts.
-        for_workers: what the workers need, in plain JSON types: by worker, the proof of `base` and the sizes of the parts.
+        message: what the workers need: by worker, the proof of `base` and the sizes of the parts.
     """
 
     base: int
     route: Route
-    for_workers: dict[str, Any]
+    message: DeltaBase
 
     @classmethod
     def of(cls, route: Route, base: int, proofs: Sequence[str], sizes: Sequence[int]) -> Delta:
@@ -80,7 +81,7 @@ class Delta:
         remaining = iter(sizes)
         worker_sizes = [[next(remaining) for bucket in worker.buckets for _ in bucket.parts] for worker in route.workers]
         workers = tuple(shrunk(worker, own_sizes) for worker, own_sizes in zip(route.workers, worker_sizes, strict=True))
-        return cls(base, Route(workers), {"base": list(proofs), "sizes": worker_sizes})
+        return cls(base, Route(workers), DeltaBase(tuple(proofs), tuple(map(tuple, worker_sizes))))
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +91,7 @@ class Delta:
 
 def compressed_changes(part: Part, old: Tensor, new: Tensor) -> Tensor | None:
     """The compressed differences of the pieces of a packed part (uint8); `None` if they are not smaller than the part."""
-    if any(piece.target.name.startswith(WHOLE_TENSOR) for piece in part.pieces):
+    if any(piece.target.name.startswith(UNSPLIT_TENSOR) for piece in part.pieces):
         return None  # only the worker's own loader knows where it keeps the old values
     frames = []
     for piece in part.pieces:

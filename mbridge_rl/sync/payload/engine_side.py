@@ -1,15 +1,14 @@
 """An engine as a side of a plan: the parameters that its workers describe, as segments in HF coordinates.
 
-A worker describes itself once per start, in plain JSON types: which strided view of which HF tensor its own loader copies into
-which strided view of which parameter. This module does not know how an engine fuses, pads or distributes its tensors.
+A worker describes itself once per start (`messages.WorkerDescription`): its own loader copies which strided view of which HF
+tensor into which strided view of which parameter. This module does not know how an engine fuses, pads or distributes tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 
@@ -17,66 +16,15 @@ from mbridge_rl.core.digest import contiguous_strides
 from mbridge_rl.core.errors import EngineMismatch, listed
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.segments import Box, Segment, Shape, Side
-from mbridge_rl.sync.payload.landing import Landing, View
+from mbridge_rl.sync.payload.landing import Landing
+from mbridge_rl.sync.payload.messages import WorkerDescription
 
-WHOLE_TENSOR = "hf_tensor:"  # prefix of the local names of tensors that only a worker's own loader can place
-
-
-@dataclass(frozen=True)
-class WorkerDescription:
-    """One worker of an engine.
-
-    Attributes:
-        rank: the rank of the worker in its engine.
-        size: the number of workers of the engine.
-        host: the machine id, which is equal for processes that can share memory.
-        parameters: `{name: (dtype, shape)}` of the parameters that landings write to.
-        landings: the landings by `hf_name`, in the loader's order.
-        whole: `{hf_name: reason}` of the tensors that only the worker's own loader can place.
-    """
-
-    rank: int
-    size: int
-    host: str
-    parameters: Mapping[str, tuple[torch.dtype, Shape]]
-    landings: Mapping[str, tuple[Landing, ...]]
-    whole: Mapping[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "rank": self.rank,
-            "size": self.size,
-            "host": self.host,
-            "parameters": {name: [_dtype_name(dtype), list(shape)] for name, (dtype, shape) in self.parameters.items()},
-            "landings": {
-                hf_name: [
-                    [part.parameter_name, part.source.shape, part.source.offset, part.source.strides, part.target.offset,
-                     part.target.strides]
-                    for part in parts
-                ]
-                for hf_name, parts in self.landings.items()
-            },
-            "whole": dict(self.whole),
-        }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> WorkerDescription:
-        parameters = {name: (getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in fields["parameters"].items()}
-        landings = {
-            hf_name: tuple(
-                Landing(hf_name, name, View(offset, tuple(shape), tuple(strides)), View(to, tuple(shape), tuple(to_strides)))
-                for name, shape, offset, strides, to, to_strides in parts
-            )
-            for hf_name, parts in fields["landings"].items()
-        }
-        return cls(fields["rank"], fields["size"], fields["host"], parameters, landings, fields["whole"])
+UNSPLIT_TENSOR = "hf_tensor:"  # prefix of the local names of tensors that only a worker's own loader can place
 
 
-def alike(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether two engines have the same layout, by the descriptions of their workers (JSON); their hosts may differ."""
-    first_layout, second_layout = (
-        [replace(WorkerDescription.from_json(worker), host="") for worker in workers] for workers in (first, second)
-    )
+def alike(first: Sequence[WorkerDescription], second: Sequence[WorkerDescription]) -> bool:
+    """Whether two engines have the same layout, by the descriptions of their workers; their hosts may differ."""
+    first_layout, second_layout = ([replace(worker, host="") for worker in workers] for workers in (first, second))
     return first_layout == second_layout
 
 
@@ -106,9 +54,9 @@ def engine_side(spec: ModelSpec, workers: Sequence[WorkerDescription], dtypes: M
                 for landing in worker.landings.get(hf_name, ())
                 for box, offset, strides in boxes_of(landing, grid)
             ]
-            if hf_name in worker.whole:
+            if hf_name in worker.unsplit:
                 box = Box((0,) * len(grid), grid)
-                name = WHOLE_TENSOR + hf_name
+                name = UNSPLIT_TENSOR + hf_name
                 worker_segments = [Segment(hf_name, box, name, 0, contiguous_strides(grid), (worker.rank,))]
                 shapes[name] = hf_shape
             for segment in worker_segments:
@@ -125,7 +73,7 @@ def engine_side(spec: ModelSpec, workers: Sequence[WorkerDescription], dtypes: M
 def local_dtypes(workers: Sequence[WorkerDescription], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
     """The dtype of every local tensor of the side: of the parameters, and of the HF tensors that only a loader can place."""
     parameter_dtypes = {name: dtype for worker in workers for name, (dtype, _) in worker.parameters.items()}
-    return parameter_dtypes | {WHOLE_TENSOR + hf_name: dtypes[hf_name] for worker in workers for hf_name in worker.whole}
+    return parameter_dtypes | {UNSPLIT_TENSOR + hf_name: dtypes[hf_name] for worker in workers for hf_name in worker.unsplit}
 
 
 def boxes_of(landing: Landing, grid: Shape) -> Iterator[tuple[Box, int, Shape]]:
@@ -185,7 +133,3 @@ def kept_bytes(worker: WorkerDescription) -> int:
         for parts in worker.landings.values()
         for part in parts
     )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

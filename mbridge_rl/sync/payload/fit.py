@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.errors import EngineMismatch
-from mbridge_rl.sync.payload.engine_side import WHOLE_TENSOR
+from mbridge_rl.sync.payload.engine_side import UNSPLIT_TENSOR
 from mbridge_rl.sync.payload.route import Piece, WorkerRoute
 
 
-def is_whole(piece: Piece) -> bool:
+def goes_unsplit(piece: Piece) -> bool:
     """Whether the piece belongs to a tensor that only the engine's own loader can place; the loader gets the full tensor."""
-    return piece.target.name.startswith(WHOLE_TENSOR)
+    return piece.target.name.startswith(UNSPLIT_TENSOR)
 
 
 def require_place(piece: Piece, parameters: Mapping[str, Tensor]) -> None:
@@ -24,7 +24,7 @@ def require_place(piece: Piece, parameters: Mapping[str, Tensor]) -> None:
     Raises:
         EngineMismatch: the worker lacks the parameter, or it has another dtype or is too small.
     """
-    if is_whole(piece):
+    if goes_unsplit(piece):
         return
     name, parameter = piece.target.name, parameters.get(piece.target.name)
     if parameter is None:
@@ -41,7 +41,7 @@ def each_written_once(route: WorkerRoute, parameters: Mapping[str, Tensor]) -> b
     """Whether no piece overwrites what another one wrote, so that each may be proven as soon as it is written."""
     by_storage: dict[int, list[Piece]] = {}
     for piece in route.pieces:
-        if is_whole(piece):
+        if goes_unsplit(piece):
             return False
         by_storage.setdefault(parameters[piece.target.name].untyped_storage().data_ptr(), []).append(piece)
     return all(_disjoint(pieces, parameters) for pieces in by_storage.values())

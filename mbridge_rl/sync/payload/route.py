@@ -158,7 +158,7 @@ class Route:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the routes that the workers get; both ends compare it before the first byte is sent."""
-        return fingerprint_of([worker.to_json() for worker in self.workers])
+        return fingerprint_of(self.workers)
 
     def parts_of(self, source_rank: int) -> Iterator[tuple[WorkerRoute, int, Part]]:
         """All parts that one trainer rank packs, as `(worker, bucket index, part)`, in the order in which workers load them."""
@@ -170,9 +170,9 @@ class Route:
                             yield worker, index, part
 
 
-def fingerprint_of(workers: Sequence[Mapping[str, Any]]) -> str:
-    """Hex digest of the routes of all workers, each as `WorkerRoute.to_json` gives it."""
-    return hashlib.blake2b(json.dumps(list(workers)).encode(), digest_size=8).hexdigest()
+def fingerprint_of(workers: Sequence[WorkerRoute]) -> str:
+    """Hex digest of the routes of all workers."""
+    return hashlib.blake2b(json.dumps([worker.to_json() for worker in workers]).encode(), digest_size=8).hexdigest()
 
 
 def plan_route(plan: Plan, workers: Sequence[int], dtypes: Mapping[str, torch.dtype], bucket_bytes: int) -> Route:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -117,8 +117,7 @@ def slowest(spans: Iterable[Span]) -> dict[str, dict[str, float]]:
     return longest
 
 
-def of_engine(engine_spans: Sequence[Mapping[str, Any]], index: int) -> list[Span]:
+def of_engine(spans: Iterable[Span], index: int) -> list[Span]:
     """The spans that an engine reports, of itself ("engine") and of its workers ("worker 1"), with lanes that name engine
     `index`."""
-    spans = [Span.from_json(span) for span in engine_spans]
     return [replace(span, lane=f"engine {index}" if span.lane == "engine" else f"engine {index} {span.lane}") for span in spans]

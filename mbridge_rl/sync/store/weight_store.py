@@ -182,12 +182,12 @@ class WeightStore:
         plan = self._plans.get(fingerprint)
         worker_proofs = None if proofs is None else tuple(proofs)
         self.set_head(Head(version, fingerprint, slot.token, slot.fill, slot.sizes, digest, worker_proofs, plan))
-        self.abandon(slot)
+        self.abort(slot)
 
     def set_head(self, head: Head) -> None:
         self._replace(self._head, head.to_json())
 
-    def abandon(self, slot: Slot) -> None:
+    def abort(self, slot: Slot) -> None:
         """Releases a slot. Its bytes stay, but no reader finds them."""
         while slot.locks:
             release(slot.locks.pop())
@@ -283,7 +283,7 @@ class WeightStore:
         with ExitStack() as opened:
             readings = [opened.enter_context(self.read(worker, head.fill)) for worker in range(len(head.sizes))]
             slot = other.begin(head.sizes)
-            opened.callback(other.abandon, slot)
+            opened.callback(other.abort, slot)
             for reading, arena in zip(readings, slot.open(), strict=True):
                 arena.view(0, (arena.nbytes,), torch.uint8).copy_(reading.image)
                 reading.require_same()

@@ -9,36 +9,68 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from mbridge_rl.core.errors import BridgeError, EngineMismatch, EngineProcessError, PeerFailed, RanksUnreachable, SyncError
-from mbridge_rl.core.failure import Failure
 from mbridge_rl.distributed.group import RankGroup
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.payload.engine_side import alike
+from mbridge_rl.sync.payload.message_codec import require_message
+from mbridge_rl.sync.payload.messages import (
+    Announcement,
+    CommitReport,
+    Introduction,
+    UpdateRequest,
+    WorkerDescription,
+    WorkerStatus,
+)
 from mbridge_rl.sync.record.report import EngineOutcome
 from mbridge_rl.sync.transports.waiting import Timeout
 
 _log = logging.getLogger(__name__)
 
+Report = TypeVar("Report")  # an engine's report: `CommitReport`, or `AdapterReport`
+
 _MOST_AT_ONCE = 256  # engines that are called at the same time
 
 
 class Engine(Protocol):
-    """The methods that a sync calls on an engine; every engine class in `sync.vllm` has them. A dead engine raises
+    """The seven methods that a sync calls on an engine; every engine class in `sync.vllm` has them. A dead engine raises
     `EngineProcessError`.
 
-    All arguments and results are plain JSON types, so that they cross processes, Ray or HTTP alike.
+    Arguments and results are messages (`payload.messages`) and plain JSON types. A client whose engine is in another process
+    sends them through `payload.message_codec`.
     """
 
-    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]: ...
-    def adopt_route(self, introduction: dict[str, Any]) -> None: ...
-    def begin_update(self, update: dict[str, Any]) -> None: ...
-    def update_status(self) -> list[dict[str, Any]]: ...
-    def commit_update(self, version: int, requests: str = "keep", timeout: float = 600.0) -> dict[str, Any]: ...
-    def abort_update(self, reason: str) -> None: ...
-    def publish_weights(self, paths: Sequence[str]) -> list[str]: ...
+    def describe(self, announcement: Announcement) -> Sequence[WorkerDescription]:
+        """Learns which tensors every sync brings; returns where each worker keeps them."""
+        ...
+
+    def adopt(self, introduction: Introduction) -> None:
+        """Learns what every later update brings to each worker."""
+        ...
+
+    def begin(self, request: UpdateRequest) -> None:
+        """Starts to receive a version and returns."""
+        ...
+
+    def status(self) -> Sequence[WorkerStatus]:
+        """The progress of every worker."""
+        ...
+
+    def commit(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> CommitReport:
+        """Serves the version that arrived."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """Drops the update that is open."""
+        ...
+
+    def publish(self, paths: Sequence[str]) -> Sequence[str]:
+        """Lets every worker write its image to its own path; returns the fingerprints of their routes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +130,7 @@ class Engines:
 
         def death_of(_: int, engine: Engine) -> EngineProcessError | None:
             try:
-                engine.update_status()
+                engine.status()
             except EngineProcessError as error:
                 return error
             except BridgeError:
@@ -114,13 +146,18 @@ class Engines:
             self.dismiss(member.engine)
         return len(lost)
 
-    def describe(self, info: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    def describe(self, announcement: Announcement) -> list[Sequence[WorkerDescription]]:
         """The descriptions of the workers of every engine.
 
         Raises:
-            EngineMismatch: the engines have different layouts.
+            EngineMismatch: the engines have different layouts. MessageError: an engine is of another mbridge_rl.
         """
-        descriptions = self.each(lambda _, engine: engine.describe_workers(info))
+
+        def call(index: int, engine: Engine) -> list[WorkerDescription]:
+            workers = engine.describe(announcement)
+            return [require_message(worker, WorkerDescription, f"engine {index}") for worker in workers]
+
+        descriptions = self.each(call)
         for index, workers in enumerate(descriptions):
             if not alike(workers, descriptions[0]):
                 raise EngineMismatch(
@@ -128,22 +165,22 @@ class Engines:
                     "WeightSync of their own"
                 )
         self._members = [
-            replace(member, hosts=frozenset(worker["host"] for worker in workers))
+            replace(member, hosts=frozenset(worker.host for worker in workers))
             for member, workers in zip(self._members, descriptions, strict=True)
         ]
         return descriptions
 
-    def adopt(self, introduction: dict[str, Any]) -> None:
-        self.each(lambda _, engine: engine.adopt_route(introduction))
+    def adopt(self, introduction: Introduction) -> None:
+        self.each(lambda _, engine: engine.adopt(introduction))
 
-    def begin(self, update: dict[str, Any]) -> None:
-        self._fill = update["wire"]["fill"]
+    def begin(self, request: UpdateRequest) -> None:
+        self._fill = request.fill
 
         def call(index: int, engine: Engine) -> None:
-            wire = {**update["wire"], "replica": index}
-            if "store" in wire:  # every replica on a host keeps its own images
-                wire["store"] = f"{wire['store']}.{self._members[index].number}"
-            engine.begin_update({**update, "wire": wire})
+            store = request.store
+            if store is not None:  # every replica on a host keeps its own images
+                store = replace(store, name=f"{store.name}.{self._members[index].number}")
+            engine.begin(replace(request, wire=replace(request.wire, replica=index), store=store))
 
         self.each(call)
 
@@ -154,17 +191,17 @@ class Engines:
             SyncError: the error of a worker that failed. TransferTimeout: the wait was too long.
         """
         timeout.wait_for(
-            lambda: all(worker["arrived"] for worker in self.require_healthy()), "not everything arrived at all engines"
+            lambda: all(worker.arrived for worker in self.require_healthy()), "not everything arrived at all engines"
         )
 
-    def require_healthy(self) -> list[dict[str, Any]]:
+    def require_healthy(self) -> list[WorkerStatus]:
         """The status of every worker of every engine.
 
         Raises:
             SyncError: the error of a worker that failed. EngineProcessError: an engine died.
         """
-        statuses = [worker for workers in self.each(lambda _, engine: engine.update_status()) for worker in workers]
-        failures = [Failure.from_json(worker["error"]) for worker in statuses if worker["error"]]
+        statuses = [worker for workers in self.each(lambda _, engine: engine.status()) for worker in workers]
+        failures = [worker.failure for worker in statuses if worker.failure is not None]
         for failure in sorted(failures, key=lambda failure: failure.error_class is PeerFailed):  # causes come first
             error = failure.error()
             raise error if isinstance(error, BridgeError) else SyncError(str(failure))
@@ -188,22 +225,22 @@ class Engines:
 
     def proofs(self) -> list[list[str | None]]:
         """The proofs of the weights that every worker of every engine serves (`packing.proof_of`)."""
-        return self.each(lambda _, engine: [worker["proof"] for worker in engine.update_status()])
+        return self.each(lambda _, engine: [worker.proof for worker in engine.status()])
 
-    def commit(self, version: int, requests: str, timeout: float) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
+    def commit(self, version: int, requests: InFlight, timeout: float) -> tuple[list[EngineOutcome], list[CommitReport]]:
         """Commits `version` in every engine; results and errors are those of `each_alone`."""
 
-        def call(_: int, engine: Engine) -> dict[str, Any]:
-            report = engine.commit_update(version, requests, timeout)
-            if (fill := report.get("fill", self._fill)) != self._fill:
-                raise SyncError(f"the engine committed fill {fill} as version {version}, the trainer meant fill {self._fill}")
+        def call(_: int, engine: Engine) -> CommitReport:
+            report = engine.commit(version, requests, timeout)
+            if report.fill != self._fill:
+                raise SyncError(
+                    f"the engine committed fill {report.fill} as version {version}, the trainer meant fill {self._fill}"
+                )
             return report
 
         return self.each_alone(version, call)
 
-    def each_alone(
-        self, version: int, action: Callable[[int, Any], dict[str, Any]]
-    ) -> tuple[list[EngineOutcome], list[dict[str, Any]]]:
+    def each_alone(self, version: int, action: Callable[[int, Any], Report]) -> tuple[list[EngineOutcome], list[Report]]:
         """Calls `action`, which brings `version`, for each engine on its own: a failure of one does not stop the others.
 
         Returns:
@@ -213,7 +250,7 @@ class Engines:
             BridgeError: no engine committed.
         """
 
-        def call(index: int, engine: Engine) -> tuple[EngineOutcome, dict[str, Any] | None]:
+        def call(index: int, engine: Engine) -> tuple[EngineOutcome, Report | None]:
             try:
                 return EngineOutcome(index, version), action(index, engine)
             except BridgeError as error:
@@ -231,7 +268,7 @@ class Engines:
 
         def call(index: int, engine: Engine) -> None:
             try:
-                engine.abort_update(reason)
+                engine.abort(reason)
             except (
                 Exception
             ) as error:  # all ranks raise the error that caused the abort; rank 0 must not raise this one instead
@@ -266,8 +303,8 @@ def outcomes_of(
     group: RankGroup,
     version: int,
     replicas: int,
-    commit: Callable[[], tuple[list[EngineOutcome], list[dict[str, Any]]]],
-) -> tuple[Sequence[EngineOutcome], list[dict[str, Any]]]:
+    commit: Callable[[], tuple[list[EngineOutcome], list[Report]]],
+) -> tuple[Sequence[EngineOutcome], list[Report]]:
     """Runs `commit` on rank 0 and shares the outcomes of all `replicas` engines with every rank. If all engines committed,
     which is the usual case, this takes one number. All ranks call it together.
 

@@ -8,10 +8,12 @@ transport is chosen.
 from __future__ import annotations
 
 import logging
+import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,12 +31,14 @@ from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.host import machine_id
 from mbridge_rl.megatron.parameters import LiveParameters, layout_of, model_dtype
 from mbridge_rl.sync.options import SyncOptions
-from mbridge_rl.sync.payload.compatibility import config_summary, init_info
-from mbridge_rl.sync.payload.engine_side import WorkerDescription, engine_side, local_dtypes
+from mbridge_rl.sync.payload.compatibility import config_summary
+from mbridge_rl.sync.payload.engine_side import engine_side, local_dtypes
+from mbridge_rl.sync.payload.message_codec import decode, encode
+from mbridge_rl.sync.payload.messages import Announcement, Introduction, WorkerDescription
 from mbridge_rl.sync.payload.route import Route, plan_route
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.engines import Engines
-from mbridge_rl.sync.transports import Context, Way, open_way
+from mbridge_rl.sync.transports import Context, Transport, open_transport
 from mbridge_rl.sync.transports.waiting import Timeout
 
 _log = logging.getLogger(__name__)
@@ -52,7 +56,7 @@ class Meeting:
         layout: the parallel layout of the trainer.
         hf_dtypes: the dtypes of the tensors that travel, by `hf_name`.
         route: what every engine worker receives from which rank.
-        introduction: what `Engine.adopt_route` takes, in plain JSON types.
+        introduction: what the engines adopt.
         hosts: machine ids of all engine workers at the time of the meeting.
         replicas: number of engines at the time of the meeting.
     """
@@ -61,7 +65,7 @@ class Meeting:
     layout: ParallelLayout
     hf_dtypes: Mapping[str, torch.dtype]
     route: Route
-    introduction: Mapping[str, Any]
+    introduction: Introduction
     hosts: frozenset[str]
     replicas: int
 
@@ -71,13 +75,13 @@ class Connection:
     """The open transport to the engines that take part now.
 
     Attributes:
-        transport: the name of the transport.
-        way: this rank's end of the transport.
+        name: the name of the transport.
+        transport: this rank's end of the transport.
         replicas: number of engines.
     """
 
-    transport: str
-    way: Way
+    name: str
+    transport: Transport
     replicas: int
 
 
@@ -99,21 +103,21 @@ def meet(
     layout, dtype = layout_of(model, bridge.spec), dtype or model_dtype(model)
     _require_same((spec.fingerprint, layout, str(dtype), options), group)
     summary = config_summary(bridge.hf_config, tied=spec.tied_embeddings)
-    information = init_info(spec.hf_tensors(dtype), summary, spec.optional_hf_names)
-    descriptions = group.on_first_rank(lambda: _described(engines, information))
-    workers = [WorkerDescription.from_json(worker) for worker in descriptions[0]]
+    announcement = Announcement.of(spec.hf_tensors(dtype), summary, spec.optional_hf_names)
+    descriptions = decode(group.on_first_rank(lambda: encode(_described(engines, announcement))))
+    workers = descriptions[0]
     _warn_of_tensors_that_go_unsplit(workers)
     route = _planned(spec, layout, spec.hf_dtypes(dtype), workers, options.bucket_bytes, group)
-    introduction = {
-        "route": [worker.to_json() for worker in route.workers],
-        "fingerprint": route.fingerprint,
-        "verify": options.verify,
-        "workers": [worker.to_json() for worker in workers],
-        "init_info": information,
-        "model": spec.fingerprint,
-    }
+    introduction = Introduction(
+        routes=route.workers,
+        fingerprint=route.fingerprint,
+        verify=options.verify,
+        workers=tuple(workers),
+        announcement=announcement,
+        model=spec.fingerprint,
+    )
     group.first_rank_does(lambda: engines.adopt(introduction))
-    hosts = frozenset(worker["host"] for engine in descriptions for worker in engine)
+    hosts = frozenset(worker.host for engine in descriptions for worker in engine)
     return Meeting(spec, layout, spec.hf_dtypes(dtype), route, introduction, hosts, len(descriptions))
 
 
@@ -133,17 +137,17 @@ def connect(
         SyncError: the transport does not reach these hosts.
     """
     hosts = set(group.gather_plain(machine_id())) | engine_hosts
-    kind = options.transport
-    if kind == "auto":
-        kind = "shared_memory" if len(hosts) == 1 else "process_group"
-    if kind in ON_ONE_HOST and len(hosts) > 1:
-        raise SyncError(f"the transport {kind!r} needs one host, found {sorted(hosts)}; use 'process_group'")
+    name = options.transport
+    if name == "auto":
+        name = "shared_memory" if len(hosts) == 1 else "process_group"
+    if name in ON_ONE_HOST and len(hosts) > 1:
+        raise SyncError(f"the transport {name!r} needs one host, found {sorted(hosts)}; use 'process_group'")
     live = LiveParameters(model, 0)
     device = next((live.base(name).device for name in live), group.device)
     context = Context(group, meeting.route, replicas, store, Timeout(options.timeout), options.url, device)
-    staged_here = kind == "shared_memory" and options.mode == "staged" and not options.delta
-    transport = open_way("store" if staged_here else kind, context, one_host=len(hosts) == 1)
-    return Connection(kind, transport, replicas)
+    staged_here = name == "shared_memory" and options.mode == "staged" and not options.delta
+    transport = open_transport("store" if staged_here else name, context, one_host=len(hosts) == 1)
+    return Connection(name, transport, replicas)
 
 
 def held_store(options: SyncOptions, group: RankGroup) -> WeightStore:
@@ -158,16 +162,16 @@ def held_store(options: SyncOptions, group: RankGroup) -> WeightStore:
     return store
 
 
-def _described(engines: Engines, information: dict[str, Any]) -> list[list[dict[str, Any]]]:
+def _described(engines: Engines, announcement: Announcement) -> list[Sequence[WorkerDescription]]:
     if not engines.all:
         raise SyncError("rank 0 has no engine client: give WeightSync(client=...) an engine there")
-    return engines.describe(information)
+    return engines.describe(announcement)
 
 
 def _warn_of_tensors_that_go_unsplit(workers: Sequence[WorkerDescription]) -> None:
-    reasons = {hf_name: reason for worker in workers for hf_name, reason in worker.whole.items()}
+    reasons = {hf_name: reason for worker in workers for hf_name, reason in worker.unsplit.items()}
     for hf_name, reason in reasons.items():
-        _log.warning("%s goes whole to every worker that keeps some of it: %s", hf_name, reason)
+        _log.warning("%s goes unsplit to every worker that keeps some of it: %s", hf_name, reason)
 
 
 def _planned(
@@ -194,3 +198,11 @@ def _require_same(values: tuple[Any, ...], group: RankGroup) -> None:
                 f"rank {rank} brings {own_values}, rank 0 {values_by_rank[0]}: give every rank the same model, layout, dtype "
                 "and options"
             )
+
+
+@cache
+def session_of(pid: int) -> str:
+    """The name of this trainer for the stores that engine workers fill on their own hosts (`writer_lock`). It is the same for
+    all syncs of a process, because an engine that takes no part in the next sync keeps its lock; it depends on the pid, because
+    a forked process is another trainer."""
+    return secrets.token_hex(16)

@@ -4,12 +4,12 @@
     inlet (an engine worker):  take(index) -> its parts' bytes;                  give_back(index);            fail()
 
 Packing part n + 1 overlaps with moving part n and loading part n - 1, as far as a transport has room for them. Every wait has a
-time-out. The *wire* is plain JSON and holds what a worker needs to open its inlet.
+time-out. The *wire* is the message that holds what a worker needs to open its inlet (`payload.wires`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +21,9 @@ from torch import Tensor
 from mbridge_rl.core.errors import SyncError
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
+from mbridge_rl.sync.payload.wires import FilesWire, GroupWire, IpcWire, RingWire, StoreWire, Wire
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.transports.waiting import Timeout
-
-Wire = Mapping[str, Any]
 
 
 class Outlet(Protocol):
@@ -102,7 +101,7 @@ class Context:
         return self.group.share_plain(value)
 
 
-class Way(Protocol):
+class Transport(Protocol):
     """A trainer's end of a transport, on every rank. It is made once and used for every version."""
 
     def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
@@ -117,18 +116,18 @@ class Way(Protocol):
         """Makes `version` the committed one, on rank 0, before the engines commit it."""
         ...
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Gives the transfer up that is open."""
         ...
 
     def close(self) -> None: ...
 
 
-def open_way(kind: str, context: Context, *, one_host: bool = False) -> Way:
+def open_transport(name: str, context: Context, *, one_host: bool = False) -> Transport:
     """Opens the trainer's end of a transport.
 
     Args:
-        kind: the name of the transport.
+        name: the name of the transport.
         context: what the transport needs to know.
         one_host: whether trainer and engines are all on one host.
 
@@ -137,16 +136,16 @@ def open_way(kind: str, context: Context, *, one_host: bool = False) -> Way:
     """
     from mbridge_rl.sync.transports import cuda_ipc, files, process_group, shared_memory
 
-    kinds: dict[str, Callable[[Context], Way]] = {
-        "store": shared_memory.StoreWay,
-        "shared_memory": shared_memory.RingWay,
-        "process_group": partial(process_group.GroupWay, one_host=one_host),
-        "files": files.FilesWay,
-        "cuda_ipc": cuda_ipc.IpcWay,
+    transports: dict[str, Callable[[Context], Transport]] = {
+        "store": shared_memory.StoreTransport,
+        "shared_memory": shared_memory.RingTransport,
+        "process_group": partial(process_group.GroupTransport, one_host=one_host),
+        "files": files.FilesTransport,
+        "cuda_ipc": cuda_ipc.IpcTransport,
     }
-    if kind not in kinds:
-        raise SyncError(f"there is no transport {kind!r}; choose among {', '.join(kinds)}")
-    return kinds[kind](context)
+    if name not in transports:
+        raise SyncError(f"there is no transport {name!r}; choose among {', '.join(transports)}")
+    return transports[name](context)
 
 
 def open_inlet(wire: Wire, route: WorkerRoute, timeout: Timeout) -> Inlet:
@@ -157,13 +156,13 @@ def open_inlet(wire: Wire, route: WorkerRoute, timeout: Timeout) -> Inlet:
     """
     from mbridge_rl.sync.transports import cuda_ipc, files, process_group, shared_memory
 
-    kinds = {
-        "store": shared_memory.SlotInlet,
-        "shared_memory": shared_memory.RingInlet,
-        "process_group": process_group.GroupInlet,
-        "files": files.FilesInlet,
-        "cuda_ipc": cuda_ipc.IpcInlet,
+    inlets: dict[type[Wire], Callable[[Any, WorkerRoute, Timeout], Inlet]] = {
+        StoreWire: shared_memory.SlotInlet,
+        RingWire: shared_memory.RingInlet,
+        GroupWire: process_group.GroupInlet,
+        FilesWire: files.FilesInlet,
+        IpcWire: cuda_ipc.IpcInlet,
     }
-    if wire["kind"] not in kinds:
-        raise SyncError(f"this engine knows no transport {wire['kind']!r}; is the trainer's mbridge_rl newer?")
-    return kinds[wire["kind"]](wire, route, timeout)
+    if type(wire) not in inlets:
+        raise SyncError(f"this engine knows no transport with the wire {type(wire).__name__}")
+    return inlets[type(wire)](wire, route, timeout)

@@ -10,6 +10,7 @@ has no GPU.
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from mbridge_rl.core.buckets import aligned
 from mbridge_rl.core.errors import SyncError
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
-from mbridge_rl.sync.transports import Context, Outlet, Wire
-from mbridge_rl.sync.transports.shared_memory import RING_BUCKETS, Ring, RingInlet, RingOutlet, RingWay
+from mbridge_rl.sync.payload.wires import IpcWire
+from mbridge_rl.sync.transports import Context, Outlet
+from mbridge_rl.sync.transports.shared_memory import RING_BUCKETS, Ring, RingInlet, RingOutlet, RingTransport
 from mbridge_rl.sync.transports.waiting import Timeout
 
 
@@ -57,9 +59,9 @@ class IpcOutlet(RingOutlet):
 class IpcInlet(RingInlet):
     """Reads the buckets from the trainer ranks' GPU memory."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
+    def __init__(self, wire: IpcWire, route: WorkerRoute, timeout: Timeout) -> None:
         super().__init__(wire, route, timeout)
-        self._cells = {int(rank): opened(handle).view(RING_BUCKETS, -1) for rank, handle in wire["handles"][route.rank].items()}
+        self._cells = {int(rank): opened(handle).view(RING_BUCKETS, -1) for rank, handle in wire.handles[route.rank].items()}
 
     def take(self, index: int) -> Sequence[Tensor]:
         self.wait_for_parts(index)
@@ -75,7 +77,7 @@ class IpcInlet(RingInlet):
         super().close()
 
 
-class IpcWay(RingWay):
+class IpcTransport(RingTransport):
     """The trainer's end: counters in shared memory, buckets on the GPU."""
 
     def __init__(self, context: Context) -> None:
@@ -97,7 +99,8 @@ class IpcWay(RingWay):
             for worker in context.route.workers
         ]
 
-    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[IpcWire, Outlet]:
         wire, _ = super().open(version, route)
         outlet = IpcOutlet(self._rings, self._cells, route, self._context.timeout)
-        return {**wire, "kind": "cuda_ipc", "handles": self._handles}, outlet
+        fields = {field.name: getattr(wire, field.name) for field in dataclasses.fields(wire)}
+        return IpcWire(**fields, handles=tuple(self._handles)), outlet

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mbridge_rl.distributed.private_files import write_new_file
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
-from mbridge_rl.sync.transports import Context, Outlet, Wire
+from mbridge_rl.sync.payload.wires import FilesWire
+from mbridge_rl.sync.transports import Context, Outlet
 from mbridge_rl.sync.transports.waiting import Timeout
 
 _DEPTH = 3  # files under way per process
@@ -55,8 +56,8 @@ def _name(worker: int, index: int, part: Part) -> str:
 class FilesOutlet:
     """Writes one file while the next part is packed."""
 
-    def __init__(self, wire: Wire, largest: int, timeout: Timeout) -> None:
-        self._files, self._root = _file_system(wire["url"])
+    def __init__(self, wire: FilesWire, largest: int, timeout: Timeout) -> None:
+        self._files, self._root = _file_system(wire.url)
         self._buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(_DEPTH)]
         self._writing: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(_DEPTH, thread_name_prefix="mbridge-files")
@@ -93,8 +94,8 @@ class FilesOutlet:
 class FilesInlet:
     """Reads the next bucket while the worker uses the current one."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
-        self._files, self._root = _file_system(wire["url"])
+    def __init__(self, wire: FilesWire, route: WorkerRoute, timeout: Timeout) -> None:
+        self._files, self._root = _file_system(wire.url)
         self._route, self._timeout = route, timeout
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mbridge-files")
         self._ahead: dict[int, Future[list[Tensor]]] = {}
@@ -132,14 +133,14 @@ class FilesInlet:
         return -1
 
 
-class FilesWay:
+class FilesTransport:
     """The trainer's end: a folder per version, which is removed when the next version but one begins."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._folders: list[str] = []
 
-    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[FilesWire, Outlet]:
         """Makes the folder of the version. All ranks call it together."""
         context = self._context
         url = context.from_first_rank(f"{context.url}/{version}-{secrets.token_hex(16)}")
@@ -153,7 +154,7 @@ class FilesWay:
 
         context.group.first_rank_does(make)
         largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
-        wire = {"kind": "files", "url": url}
+        wire = FilesWire(url=url)
         return wire, FilesOutlet(wire, largest, context.timeout)
 
     def verify(self, with_digests: bool) -> None:
@@ -162,7 +163,7 @@ class FilesWay:
     def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
         """Does nothing: the workers commit."""
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Does nothing: the next version gets another folder."""
 
     def close(self) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from mbridge_rl.core.buckets import aligned
 from mbridge_rl.core.errors import SyncError, TransferTimeout
-from mbridge_rl.distributed.rendezvous import LOOPBACK, make_group, new_secret, own_address, serve_store
+from mbridge_rl.distributed.rendezvous import LOOPBACK, GroupAddress, make_group, new_secret, own_address, serve_store
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
-from mbridge_rl.sync.transports import Context, Outlet, Wire
+from mbridge_rl.sync.payload.wires import GroupWire
+from mbridge_rl.sync.transports import Context, Outlet
 from mbridge_rl.sync.transports.waiting import Timeout
 
 _DEPTH = 3  # messages under way per process
@@ -30,35 +31,35 @@ _MOST_JOINED = 16
 _joined: dict[tuple[str, int], Any] = {}  # this process's process groups, by id and rank; they outlive a version
 
 
-def join(wire: Wire, rank: int, seconds: float) -> Any:
+def join(wire: GroupWire, rank: int, seconds: float) -> Any:
     """Joins the process group of `wire`.
 
     Raises:
         TransferTimeout: not all members came within `seconds`.
     """
-    if (member := (wire["group"], rank)) in _joined:
+    if (member := (wire.address.group, rank)) in _joined:
         return _joined[member]
     with explained("cannot meet the trainer and the other workers"):
-        group = make_group(wire, rank, timedelta(seconds=seconds))
+        group = make_group(wire.address, rank, timedelta(seconds=seconds))
     while len(_joined) >= _MOST_JOINED:
         _joined.pop(next(iter(_joined)))  # its trainer is gone, or has made another group since
     _joined[member] = group
     return group
 
 
-def leave(wire: Wire, rank: int) -> None:
+def leave(wire: GroupWire, rank: int) -> None:
     """Forgets the process group of `wire`, because it failed or is not needed any more."""
-    _joined.pop((wire["group"], rank), None)
+    _joined.pop((wire.address.group, rank), None)
 
 
-def device_of(wire: Wire) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if wire["backend"] == "nccl" else torch.device("cpu")
+def device_of(wire: GroupWire) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if wire.address.backend == "nccl" else torch.device("cpu")
 
 
 class GroupOutlet:
     """A trainer rank's end. It joins the group when it sends for the first time; the workers join at the same time."""
 
-    def __init__(self, wire: Wire, rank: int, largest: int, timeout: Timeout) -> None:
+    def __init__(self, wire: GroupWire, rank: int, largest: int, timeout: Timeout) -> None:
         self._wire, self._rank, self._timeout = wire, rank, timeout
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
         self._works: deque[Any] = deque()
@@ -73,7 +74,7 @@ class GroupOutlet:
         group = join(self._wire, self._rank, self._timeout.seconds)
         message = self._buffers[self._sent % _DEPTH][: part.nbytes]
         with explained(f"cannot send to worker {worker}"):
-            self._works.append(group.send([message], self._wire["trainers"] + worker, index))
+            self._works.append(group.send([message], self._wire.trainers + worker, index))
         self._sent += 1
 
     def finish(self) -> None:
@@ -90,11 +91,11 @@ class GroupOutlet:
 class GroupInlet:
     """A worker's end. It receives from trainer ranks, or from the replica before its own."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
+    def __init__(self, wire: GroupWire, route: WorkerRoute, timeout: Timeout) -> None:
         self._wire, self._route, self._timeout = wire, route, timeout
-        first = wire["trainers"] + wire["replica"] * wire["workers"]
-        self._before = first - wire["workers"] + route.rank if wire["replica"] else None
-        self._after = first + wire["workers"] + route.rank if wire["replica"] + 1 < wire["replicas"] else None
+        first = wire.trainers + wire.replica * wire.workers
+        self._before = first - wire.workers + route.rank if wire.replica else None
+        self._after = first + wire.workers + route.rank if wire.replica + 1 < wire.replicas else None
         self._rank = first + route.rank
         self._group: Any = None
         size = aligned(route.bucket_bytes)
@@ -134,7 +135,7 @@ class GroupInlet:
         return [(part, buffer[part.start - bucket.start :][: part.nbytes]) for part in bucket.parts]
 
 
-class GroupWay:
+class GroupTransport:
     """The trainer's end. A group that failed is replaced by another one at the next version.
 
     Args:
@@ -145,34 +146,36 @@ class GroupWay:
     def __init__(self, context: Context, *, one_host: bool = False) -> None:
         self._context, self._one_host = context, one_host
         self._server: dist.TCPStore | None = None
-        self._wire: dict[str, Any] | None = None
+        self._wire: GroupWire | None = None
 
-    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[GroupWire, Outlet]:
         """Describes the process group to the workers. All ranks call it together."""
         context = self._context
         if self._wire is None:
             if context.group.rank == 0 and self._server is None:
                 self._server = serve_store(LOOPBACK if self._one_host else own_address())
-            self._wire = context.from_first_rank(self._described() if self._server is not None else None)
-        assert self._wire is not None
+            own_address_of_group = self._address() if self._server is not None else None
+            address = context.group.share_plain(own_address_of_group, (GroupAddress,))
+            self._wire = GroupWire(
+                address=address,
+                trainers=context.group.size,
+                workers=len(context.route.workers),
+                replicas=context.replicas,
+            )
         largest = max((part.nbytes for _, _, part in context.route.parts_of(context.group.rank)), default=0)
         return self._wire, GroupOutlet(self._wire, context.group.rank, largest, context.timeout)
 
-    def _described(self) -> dict[str, Any]:
-        context, workers = self._context, len(self._context.route.workers)
+    def _address(self) -> GroupAddress:
+        context = self._context
         assert self._server is not None
-        return {
-            "kind": "process_group",
-            "host": self._server.host,
-            "port": self._server.port,
-            "group": secrets.token_hex(16),
-            "secret": new_secret(),
-            "backend": "nccl" if context.device.type == "cuda" else "gloo",
-            "trainers": context.group.size,
-            "workers": workers,
-            "replicas": context.replicas,
-            "size": context.group.size + workers * context.replicas,
-        }
+        return GroupAddress(
+            host=self._server.host,
+            port=self._server.port,
+            group=secrets.token_hex(16),
+            secret=new_secret(),
+            backend="nccl" if context.device.type == "cuda" else "gloo",
+            size=context.group.size + len(context.route.workers) * context.replicas,
+        )
 
     def verify(self, with_digests: bool) -> None:
         """Does nothing: the workers verify."""
@@ -180,13 +183,13 @@ class GroupWay:
     def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
         """Does nothing: the workers commit."""
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         if self._wire is not None:
             leave(self._wire, self._context.group.rank)
         self._wire = None
 
     def close(self) -> None:
-        self.abandon()
+        self.abort()
         self._server = None
 
 

@@ -16,7 +16,6 @@ import secrets
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +27,10 @@ from mbridge_rl.distributed.locks import keep, release
 from mbridge_rl.distributed.private_files import open_file
 from mbridge_rl.sync.payload import packing
 from mbridge_rl.sync.payload.route import Part, Route, WorkerRoute
+from mbridge_rl.sync.payload.wires import RingWire, StoreWire
 from mbridge_rl.sync.store.image import Label
 from mbridge_rl.sync.store.weight_store import Slot, WeightStore
-from mbridge_rl.sync.transports import Context, Outlet, Wire
+from mbridge_rl.sync.transports import Context, Outlet
 from mbridge_rl.sync.transports.waiting import Timeout
 
 RING_BUCKETS = 3  # one is packed, one is full, one is loaded
@@ -79,9 +79,9 @@ class SlotOutlet:
 class SlotInlet:
     """Reads the live slot, which is complete. Nobody fills the slot anew until the inlet is closed."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
+    def __init__(self, wire: StoreWire, route: WorkerRoute, timeout: Timeout) -> None:
         self._route = route
-        self._reading = WeightStore(wire["name"], wire["directory"]).read(route.rank, wire["fill"])
+        self._reading = WeightStore(wire.name, wire.directory).read(route.rank, wire.fill)
 
     def require_version(self, version: int, *, verify: bool, again: bool) -> None:
         """Checks that the image which was opened is the version that this worker has to load.
@@ -259,11 +259,11 @@ class RingOutlet:
 class RingInlet:
     """A worker's end: its ring."""
 
-    def __init__(self, wire: Wire, route: WorkerRoute, timeout: Timeout) -> None:
+    def __init__(self, wire: RingWire, route: WorkerRoute, timeout: Timeout) -> None:
         self._route, self._timeout = route, timeout
-        sizes = wire["sources"], wire["replicas"], wire["cell_bytes"][route.rank]
-        arena = Arena.attach(wire["paths"][route.rank], Ring.nbytes(*sizes), writable=True)
-        self._ring = Ring(arena, *sizes, own_counter=wire["sources"] + wire["replica"], update=wire["update"])
+        sizes = wire.sources, wire.replicas, wire.cell_bytes[route.rank]
+        arena = Arena.attach(wire.paths[route.rank], Ring.nbytes(*sizes), writable=True)
+        self._ring = Ring(arena, *sizes, own_counter=wire.sources + wire.replica, update=wire.update)
 
     def take(self, index: int) -> Sequence[Tensor]:
         bucket = self._route.buckets[index]
@@ -288,12 +288,12 @@ class RingInlet:
         self._ring.close()
 
 
-def store_wire(store: WeightStore, token: str, fill: str) -> dict[str, Any]:
+def store_wire(store: WeightStore, token: str, fill: str, *, committed: bool = False) -> StoreWire:
     """The wire with which a worker finds a fill of a slot."""
-    return {"kind": "store", "name": store.name, "directory": str(store.directory), "token": token, "fill": fill}
+    return StoreWire(name=store.name, directory=str(store.directory), token=token, fill=fill, committed=committed)
 
 
-class StoreWay:
+class StoreTransport:
     """The trainer's end of the weight store: every rank packs into the idle slot, and verifies its share of the images."""
 
     def __init__(self, context: Context) -> None:
@@ -303,7 +303,7 @@ class StoreWay:
         self._outlet: SlotOutlet | None = None
         self._opened: dict[str, SlotOutlet] = {}
 
-    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[StoreWire, Outlet]:
         """Begins a fill of the idle slot. All ranks call it together."""
         context, sizes = self._context, [worker.nbytes for worker in self._context.route.workers]
         slot = context.group.first_rank_does(lambda: self._store.begin(sizes))
@@ -334,12 +334,12 @@ class StoreWay:
         assert self._slot is not None
         self._store.commit(self._slot, version, self._context.route.fingerprint, digest, proofs or None)
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         if self._slot is not None:
-            self._store.abandon(self._slot)
+            self._store.abort(self._slot)
 
     def close(self) -> None:
-        self.abandon()
+        self.abort()
         self._close_outlets(keep=0)
 
     def _close_outlets(self, keep: int) -> None:
@@ -347,7 +347,7 @@ class StoreWay:
             self._opened.pop(next(iter(self._opened))).close()
 
 
-class RingWay:
+class RingTransport:
     """The trainer's end of rings of buckets in shared memory."""
 
     def __init__(self, context: Context) -> None:
@@ -355,7 +355,7 @@ class RingWay:
         self._cell_bytes = [worker.bucket_bytes for worker in context.route.workers]
         self._rings: list[Ring] = []
 
-    def open(self, version: int, route: Route) -> tuple[Wire, Outlet]:
+    def open(self, version: int, route: Route) -> tuple[RingWire, Outlet]:
         """Sets the counters of all rings to zero for this version. All ranks call it together."""
         context, rank = self._context, self._context.group.rank
         sizes = [(context.group.size, context.replicas, cell_bytes) for cell_bytes in self._cell_bytes]
@@ -373,14 +373,13 @@ class RingWay:
                 self._rings = [Ring(arena, *size, own_counter=rank) for arena, size in zip(arenas, sizes, strict=True)]
         for ring in self._rings:
             ring.turn_to(update)
-        wire = {
-            "kind": "shared_memory",
-            "paths": paths,
-            "update": update,
-            "sources": context.group.size,
-            "replicas": context.replicas,
-            "cell_bytes": self._cell_bytes,
-        }
+        wire = RingWire(
+            paths=tuple(paths),
+            update=update,
+            sources=context.group.size,
+            replicas=context.replicas,
+            cell_bytes=tuple(self._cell_bytes),
+        )
         return wire, RingOutlet(self._rings, route, context.timeout)
 
     def verify(self, with_digests: bool) -> None:
@@ -389,7 +388,7 @@ class RingWay:
     def commit(self, version: int, digest: str | None, proofs: Sequence[str]) -> None:
         """Does nothing: the workers hold the version already."""
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Closes the rings, because a late rank may still write to them; the next version gets others."""
         self.close()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from mbridge_rl.core.errors import MessageError
+from mbridge_rl.core.typed_values import shown
 from mbridge_rl.sync.vllm.lora import adapter_slots
 from mbridge_rl.sync.vllm.worker import calls as worker_calls
 
@@ -12,18 +15,15 @@ METHOD = "mbridge_rl_call"
 _CALLS = {
     call.__name__: call
     for call in (
-        worker_calls.initialize,
         worker_calls.describe,
         worker_calls.adopt,
-        worker_calls.receive_shards,
+        worker_calls.begin,
         worker_calls.status,
-        worker_calls.commit_shards,
-        worker_calls.abandon,
-        worker_calls.unusable,
-        worker_calls.identity,
-        worker_calls.lose,
+        worker_calls.commit,
+        worker_calls.abort,
         worker_calls.publish,
-        worker_calls.catch_up,
+        worker_calls.lose,
+        worker_calls.identity,
         adapter_slots.in_slots,
         adapter_slots.served_adapters,
     )
@@ -33,9 +33,16 @@ _CALLS = {
 class WorkerExtension:
     """A class that vLLM mixes into its worker (`worker_extension_cls`)."""
 
-    def mbridge_rl_call(self, call: str, *args: Any) -> list[Any]:
-        """Runs one of the calls of this module by its name; arguments and the answer are plain JSON types."""
-        return list(worker_calls.answering(self, _CALLS[call], *args))
+    def mbridge_rl_call(self, call: str, *args: Any) -> dict[str, Any]:
+        """Runs one of the calls of this module by its name; arguments and the answer are encoded messages."""
+        return worker_calls.answering(self, _CALLS.get(call, partial(_unknown, call)), *args)
+
+
+def _unknown(call: str, *_: object) -> None:
+    raise MessageError(
+        f"this engine's mbridge_rl knows no call {shown(call)}, only {', '.join(_CALLS)}: install the same mbridge_rl on "
+        "trainer and engines"
+    )
 
 
 def engine_args() -> dict[str, Any]:

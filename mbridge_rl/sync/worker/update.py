@@ -10,22 +10,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mbridge_rl.core.digest import add, digest
 from mbridge_rl.core.errors import DigestMismatch, SyncError, listed
-from mbridge_rl.sync.options import Mode
 from mbridge_rl.sync.payload import packing
-from mbridge_rl.sync.payload.fit import is_whole
+from mbridge_rl.sync.payload.fit import goes_unsplit
+from mbridge_rl.sync.payload.messages import Introduction, UpdateRequest
 from mbridge_rl.sync.payload.packing import Digests
 from mbridge_rl.sync.payload.route import Bucket, Piece, WorkerRoute
+from mbridge_rl.sync.payload.wires import StoreWire
 from mbridge_rl.sync.record.timeline import Stopwatch
 from mbridge_rl.sync.store.weight_store import StorePart, WeightStore
-from mbridge_rl.sync.transports import Inlet, Wire, open_inlet
+from mbridge_rl.sync.transports import Inlet, open_inlet
 from mbridge_rl.sync.transports.shared_memory import SlotInlet
 from mbridge_rl.sync.transports.waiting import Timeout
 from mbridge_rl.sync.worker.delta_inlet import DeltaInlet
@@ -48,7 +50,7 @@ class Model(Protocol):
     def open(self) -> None:
         """Prepares the parameters for writing; called once, before the first write of an update."""
 
-    def load_whole(self, hf_name: str, tensor: Tensor) -> None:
+    def load_unsplit(self, hf_name: str, tensor: Tensor) -> None:
         """Hands a complete HF tensor to the engine's own loader, which may keep it."""
 
     def settle(self) -> None:
@@ -58,20 +60,31 @@ class Model(Protocol):
         """Lets the engine compute what it derives from its parameters; called once, after `settle`."""
 
 
+@dataclass(frozen=True)
+class Adopted:
+    """The trainer that a worker has adopted.
+
+    Attributes:
+        introduction: the trainer's introduction.
+        route: the route of this worker.
+        writes_are_final: whether nothing changes what was written, so that it may be digested as it is written.
+    """
+
+    introduction: Introduction
+    route: WorkerRoute
+    writes_are_final: bool
+
+
 class Update:
     """Receives one version and writes it into the parameters.
 
     Args:
         model: the model that is written.
         serving: the state of the worker.
-        route: the route of the worker.
-        arriving: the route that arrives: `route`, or the shrunk route of a delta.
-        introduction: the trainer's introduction.
-        writes_are_final: whether nothing changes what was written, so that it may be digested as it is written.
+        adopted: the trainer whose version arrives.
+        arriving: the route that arrives: the worker's route, or the shrunk route of a delta.
+        request: the request that began the update.
         store: the store that keeps the image, if it comes from another host.
-        mode: how the bytes replace the live weights.
-        wire: what the inlet needs to find the sender.
-        timeout: seconds, for every single wait.
 
     Attributes:
         fill: the name of the update; its version may come again.
@@ -87,27 +100,23 @@ class Update:
         self,
         model: Model,
         serving: Serving,
-        route: WorkerRoute,
+        adopted: Adopted,
         arriving: WorkerRoute,
-        introduction: Mapping[str, Any],
-        writes_are_final: bool,
+        request: UpdateRequest,
         store: WeightStore | None,
-        mode: Mode,
-        wire: Wire,
-        timeout: float,
     ) -> None:
-        self._model, self._serving, self._route, self._arriving, self.mode = model, serving, route, arriving, mode
-        self._introduction, self._verify, self._store = introduction, introduction["verify"], store
-        self._verify_at_once = self._verify and writes_are_final
-        self._wire = wire
-        self.fill: str | None = wire.get("fill")
+        self._model, self._serving, self._route, self._arriving = model, serving, adopted.route, arriving
+        self._introduction, self._verify, self._store = adopted.introduction, adopted.introduction.verify, store
+        self._verify_at_once = self._verify and adopted.writes_are_final
+        self._request, self._wire = request, request.wire
+        self.mode, self.fill = request.mode, request.fill
         self._slot: SlotInlet | None = None
         self.error: BaseException | None = None
         self.expected: Digests | None = None
         self.finished = False
         self.opened = False
         self.received = 0
-        self.watch = Stopwatch(f"worker {route.rank}")
+        self.watch = Stopwatch(f"worker {adopted.route.rank}")
         self._stopping = threading.Event()
         self._tables: list[Tensor] = []
         self._collected: dict[str, tuple[Tensor, int]] = {}  # tensors for the engine's loader, and the elements they lack
@@ -115,18 +124,19 @@ class Update:
         self._live: dict[bool, Digests] = {}  # digests of what was written, by whether this worker counts it
         self._part: StorePart | None = None
         self._thread: threading.Thread | None = None
-        self._timeout = Timeout(timeout, self._stopping)
+        self._timeout = Timeout(request.timeout, self._stopping)
 
     def start(self) -> None:
         """Starts to receive, in a thread of its own; does nothing if the image is in a store of this host."""
-        if self.mode == "staged" and self._wire["kind"] == "store":
-            if self._wire.get("committed"):  # it may be old: nobody has verified the image just now
+        if self.mode == "staged" and isinstance(self._wire, StoreWire):
+            if self._wire.committed:  # it may be old: nobody has verified the image just now
                 self._open_slot(again=True)
             self.finished = True  # otherwise trainer ranks fill and verify the slot, and it is opened at commit
             return
         if self.mode == "staged":
             assert self._store is not None
-            self._part = self._store.part(self._wire["token"], self._route.rank, self._route.nbytes, self._wire["fill"])
+            assert self._request.store is not None
+            self._part = self._store.part(self._request.store.token, self._route.rank, self._route.nbytes, self.fill)
         else:
             self._open()
         action, inlet = self._stage if self.mode == "staged" else self._write_all, self._open_inlet()
@@ -165,6 +175,7 @@ class Update:
 
     def _open_slot(self, *, again: bool) -> SlotInlet:
         """The image in the weight store, which nobody fills anew until this update is closed."""
+        assert isinstance(self._wire, StoreWire)
         self._slot = SlotInlet(self._wire, self._route, self._timeout)
         self._slot.require_version(self._version, verify=self._verify, again=again)
         return self._slot
@@ -178,8 +189,16 @@ class Update:
         self.opened = True
         self._model.open()
 
-    def prove(self) -> dict[str, Any]:
-        """Compares the live weights with the trainer's digests; returns the part of the worker's report that follows from it.
+    @property
+    def unsplit_names(self) -> tuple[str, ...]:
+        """The names of the tensors that only the engine's own loader can place."""
+        return tuple(sorted({piece.hf_name for piece in self._route.pieces if goes_unsplit(piece)}))
+
+    def prove(self) -> Digests:
+        """Compares the live weights with the trainer's digests.
+
+        Returns:
+            The digests, by `hf_name`, of what this worker holds and no other worker counts; none without verification.
 
         Raises:
             DigestMismatch: they differ.
@@ -187,9 +206,8 @@ class Update:
         with self.watch("verify"):
             return self._proven()
 
-    def _proven(self) -> dict[str, Any]:
+    def _proven(self) -> Digests:
         expected = packing.read_digests(self._route, self._tables)
-        loader_names = {piece.hf_name for piece in self._route.pieces if is_whole(piece)}
         counted: Digests = {}
         if self._verify:
             self.expected = expected
@@ -206,26 +224,22 @@ class Update:
                     f"{len(wrong_names)} tensors of worker {self._route.rank} are not in the live weights as they were sent: "
                     f"{listed(f'{hf_name} (in {listed(self._places(hf_name))})' for hf_name in wrong_names)}"
                 )
-            counted_by_loader = {piece.hf_name for piece in self._route.pieces if is_whole(piece) and piece.counted}
+            counted_by_loader = {piece.hf_name for piece in self._route.pieces if goes_unsplit(piece) and piece.counted}
             counted |= {hf_name: self._proven_received[hf_name] for hf_name in counted_by_loader}
-        return {
-            "tensors": len(self._route.hf_names),
-            "bytes": self.received,
-            "digests": {hf_name: f"{value:016x}" for hf_name, value in counted.items()},
-            "whole": sorted(loader_names),
-        }
+        return counted
 
     def _digest_again(self) -> None:
         """Computes the digests from the parameters, because a loader may have changed them after they were written."""
         parameters = self._model.parameters()
-        traced = [piece for piece in self._route.pieces if not is_whole(piece)]
+        traced = [piece for piece in self._route.pieces if not goes_unsplit(piece)]
         for counts in (True, False):
             self._live[counts] = packing.live_digests((piece for piece in traced if piece.counted == counts), parameters)
 
     def keep(self) -> None:
         """Makes the image live in this host's weight store, if this update brought one."""
         if self._part is not None:
-            self._part.commit(self._wire["version"], self._introduction, self._wire["sizes"])
+            assert self._request.store is not None
+            self._part.commit(self._request.version, self._introduction.as_json, self._request.store.sizes)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -292,7 +306,7 @@ class Update:
                 self._tables.append(data.cpu().clone())
             for piece in part.pieces:
                 values = packing.rectangle(piece, data, part.start)
-                if is_whole(piece):
+                if goes_unsplit(piece):
                     self._collect(piece, values)
                 else:
                     place = packing.placed(piece.target, piece.shape, parameters)
@@ -313,7 +327,7 @@ class Update:
             del self._collected[hf_name]
             shape = (tensor.numel() // piece.columns, piece.columns)
             self._proven_received[hf_name] = digest(tensor.view(shape))
-            self._model.load_whole(hf_name, tensor)
+            self._model.load_unsplit(hf_name, tensor)
 
     def _places(self, hf_name: str) -> set[str]:
         return {piece.target.name for piece in self._route.pieces if piece.hf_name == hf_name}

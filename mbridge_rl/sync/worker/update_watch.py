@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from mbridge_rl.core.failure import Failure
+from mbridge_rl.sync.payload.messages import WorkerStatus
 
 _LOOK_SECONDS = 0.2
 
@@ -21,7 +20,7 @@ class UpdateWatch:
         timeout: seconds between the arrival of everything and the commit.
     """
 
-    def __init__(self, status: Callable[[], Sequence[dict[str, Any]]], abort: Callable[[str], object], timeout: float) -> None:
+    def __init__(self, status: Callable[[], Sequence[WorkerStatus]], abort: Callable[[str], object], timeout: float) -> None:
         self._status, self._abort, self._timeout = status, abort, timeout
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="mbridge-watch", daemon=True).start()
@@ -34,12 +33,12 @@ class UpdateWatch:
         arrived: float | None = None
         while not self._over.wait(_LOOK_SECONDS):
             workers = self._status()
-            failed = [worker["error"] for worker in workers if worker["error"]]
-            if arrived is None and all(worker["arrived"] for worker in workers):
+            failures = [worker.failure for worker in workers if worker.failure is not None]
+            if arrived is None and all(worker.arrived for worker in workers):
                 arrived = time.monotonic()
             late = arrived is not None and time.monotonic() - arrived > self._timeout
-            if (failed or late) and not self._over.is_set():
+            if (failures or late) and not self._over.is_set():
                 self._over.set()
-                reason = str(Failure.from_json(failed[0])) if failed else f"it was not committed within {self._timeout:g} s"
+                reason = str(failures[0]) if failures else f"it was not committed within {self._timeout:g} s"
                 self._abort(f"its trainer is gone ({reason})")
                 return

@@ -9,6 +9,7 @@ from typing import Any
 
 from mbridge_rl.core.errors import SyncError
 from mbridge_rl.sync.options import InFlight
+from mbridge_rl.sync.payload.message_codec import encode
 from mbridge_rl.sync.vllm.engines.completions import Completion, as_version, sampling
 from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
 from mbridge_rl.sync.vllm.extension import EXTENSION, METHOD
@@ -67,11 +68,11 @@ class AttachedEngine(TransactionalEngine):
         """Disconnects from the engine, which goes on running."""
 
     def _call_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
-        return worker_calls.results_of(self._rpc(METHOD, [call.__name__, *args]))
+        return worker_calls.results_of(self._rpc(METHOD, [call.__name__, *map(encode, args)]))
 
     def _require_reachable(self) -> None:
         try:
-            self._call_workers(worker_calls.unusable)
+            self._call_workers(worker_calls.identity)
         except Exception as error:
             raise SyncError(
                 f"the workers of {self} do not answer to a trainer ({error}). Start it with the weight-transfer backend "

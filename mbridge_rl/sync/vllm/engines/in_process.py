@@ -14,6 +14,7 @@ import torch
 
 from mbridge_rl.core.errors import SyncError
 from mbridge_rl.sync.options import InFlight
+from mbridge_rl.sync.payload.messages import CommitReport, UpdateRequest
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion_of, sampling
 from mbridge_rl.sync.vllm.engines.requests import RequestRunner
 from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
@@ -191,18 +192,18 @@ class InProcessEngine(TransactionalEngine):
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise SyncError("the prefix cache could not be dropped")
 
-    def begin_update(self, update: dict[str, Any]) -> None:
-        super().begin_update(update)
-        if update["mode"] == "streaming":
-            self._watch = UpdateWatch(self.update_status, self.abort_update, update["timeout"])
+    def begin(self, request: UpdateRequest) -> None:
+        super().begin(request)
+        if request.mode == "streaming":
+            self._watch = UpdateWatch(self.status, self.abort, request.timeout)
 
-    def commit_update(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> dict[str, Any]:
+    def commit(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> CommitReport:
         self._end_watch()
-        return super().commit_update(version, requests, timeout)
+        return super().commit(version, requests, timeout)
 
-    def abort_update(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
         self._end_watch()
-        super().abort_update(reason)
+        super().abort(reason)
 
     def _hold(self, requests: InFlight, timeout: float) -> None:
         self._requests.hold(requests, timeout)

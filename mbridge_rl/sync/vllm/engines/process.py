@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ from typing import Any
 from mbridge_rl.core.errors import EngineProcessError
 from mbridge_rl.core.failure import Failure
 from mbridge_rl.sync.options import InFlight
+from mbridge_rl.sync.payload.adapter_messages import AdapterReport, AdapterSlotsInfo, AdapterUpdate
+from mbridge_rl.sync.payload.message_codec import decode, encode
+from mbridge_rl.sync.payload.messages import (
+    Announcement,
+    CommitReport,
+    Introduction,
+    UpdateRequest,
+    WorkerDescription,
+    WorkerStatus,
+)
 from mbridge_rl.sync.vllm.engines.in_process import Completion
 
 logger = logging.getLogger(__name__)
@@ -37,16 +48,35 @@ PROOF_OF_LIFE = 5.0  # seconds for a call while an earlier one is unanswered, so
 _CALLS_AT_ONCE = 8
 _IN_ORDER = frozenset(
     (
-        "describe_workers",
-        "adopt_route",
-        "begin_update",
-        "commit_update",
-        "abort_update",
-        "publish_weights",
+        "describe",
+        "adopt",
+        "begin",
+        "commit",
+        "abort",
+        "publish",
         "catch_up",
         "put_adapter",
     )
 )  # calls that change what is served; they run in the order in which they were made, even if the caller gave one up
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a method of the child's engine; arguments are encoded (`message_codec.encode`)."""
+
+    number: int
+    method: str
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """The reply to the call of this number: its encoded result, or its failure."""
+
+    call: int
+    result: object = None
+    failure: Failure | None = None
 
 
 class EngineProcess:
@@ -85,7 +115,7 @@ class EngineProcess:
         self._ready = False
         self._segments: list[str] = []  # shared-memory files of the engine's workers, which stay if they are killed
         self._calls = 0
-        self._replies: dict[int, tuple[bool, Any]] = {}
+        self._replies: dict[int, _Reply] = {}
         self._awaited: set[int] = set()
         self._reading = False
         self._silent = False
@@ -130,37 +160,37 @@ class EngineProcess:
         """The version that is served now, or was served last."""
         return self._call("weight_version")
 
-    def describe_workers(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        return self._call("describe_workers", info)
+    def describe(self, announcement: Announcement) -> list[WorkerDescription]:
+        return self._call("describe", announcement)
 
-    def adopt_route(self, introduction: dict[str, Any]) -> None:
-        self._call("adopt_route", introduction)
+    def adopt(self, introduction: Introduction) -> None:
+        self._call("adopt", introduction)
 
-    def begin_update(self, update: dict[str, Any]) -> None:
-        self._call("begin_update", update)
+    def begin(self, request: UpdateRequest) -> None:
+        self._call("begin", request)
 
-    def update_status(self) -> list[dict[str, Any]]:
-        return self._call("update_status")
+    def status(self) -> list[WorkerStatus]:
+        return self._call("status")
 
-    def commit_update(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> dict[str, Any]:
-        return self._call("commit_update", version, requests, timeout)
+    def commit(self, version: int, requests: InFlight = "keep", timeout: float = 600.0) -> CommitReport:
+        return self._call("commit", version, requests, timeout)
 
-    def abort_update(self, reason: str) -> None:
-        self._call("abort_update", reason)
+    def abort(self, reason: str) -> None:
+        self._call("abort", reason)
 
-    def publish_weights(self, paths: Sequence[str]) -> list[str]:
-        return self._call("publish_weights", list(paths))
+    def publish(self, paths: Sequence[str]) -> list[str]:
+        return self._call("publish", list(paths))
 
-    def catch_up(self, name: str, directory: str | None = None) -> dict[str, Any]:
+    def catch_up(self, name: str, directory: str | None = None) -> CommitReport:
         return self._call("catch_up", name, directory)
 
     def reset_prefix_cache(self) -> None:
         self._call("reset_prefix_cache")
 
-    def adapter_info(self) -> dict[str, Any]:
+    def adapter_info(self) -> AdapterSlotsInfo:
         return self._call("adapter_info")
 
-    def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
+    def put_adapter(self, update: AdapterUpdate) -> AdapterReport:
         return self._call("put_adapter", update)
 
     def remove_adapter(self, adapter: str) -> None:
@@ -204,7 +234,7 @@ class EngineProcess:
             assert self._connection is not None
             self._awaited.add(call)
             try:
-                self._connection.send((call, method, args, kwargs))
+                self._connection.send(_Call(call, method, encode(args), encode(kwargs)))
             except OSError as error:
                 raise self._failed(f"is gone, so that {method} could not be called") from error
             timeout = min(PROOF_OF_LIFE, self._call_timeout) if self._silent else self._call_timeout
@@ -235,28 +265,28 @@ class EngineProcess:
                     raise self._failed(f"{complaint} within {timeout:g} s")
         finally:
             self._awaited.discard(call)
-        succeeded, result = self._replies.pop(call)
-        if not succeeded:
-            Failure.from_json(result).raise_()
-        return result
+        reply = self._replies.pop(call)
+        if reply.failure is not None:
+            reply.failure.raise_()
+        return decode(reply.result)
 
     def _read(self, seconds: float) -> None:
         """Reads one answer, and releases the lock meanwhile."""
         assert self._connection is not None
         self._reading = True
         self._lock.release()
-        answer = None
+        reply: _Reply | None = None
         try:
             if self._connection.poll(seconds):
-                answer = self._connection.recv()
+                reply = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._failed("died") from error
         finally:
             self._lock.acquire()
             self._reading = False
-            self._silent = self._silent and answer is None
-            if answer is not None and answer[0] in self._awaited:
-                self._replies[answer[0]] = answer[1:]
+            self._silent = self._silent and reply is None
+            if reply is not None and reply.call in self._awaited:
+                self._replies[reply.call] = reply
             self._lock.notify_all()
 
     def _failed(self, complaint: str) -> EngineProcessError:
@@ -281,29 +311,30 @@ def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]
         gc.freeze()  # vLLM collects garbage again and again as it starts, which takes seconds of going through imported modules
         engine = InProcessEngine(**settings)
     except Exception as error:
-        connection.send((_READY, False, Failure.of(error).to_json()))
+        connection.send(_Reply(_READY, failure=Failure.of(error)))
         raise
     segments += engine.shared_memory_files()
-    connection.send((_READY, True, segments))
+    connection.send(_Reply(_READY, segments))
     sending = threading.Lock()
 
-    def answer(call: int, method: str, args: Any, kwargs: Any) -> None:
+    def answer(call: _Call) -> None:
         try:
-            member = getattr(engine, method)
-            reply = (call, True, member(*args, **kwargs) if callable(member) else member)
+            member = getattr(engine, call.method)
+            result = member(*decode(call.args), **decode(call.kwargs)) if callable(member) else member
+            reply = _Reply(call.number, encode(result))
         except Exception as error:
-            logger.exception("%s failed", method)
-            reply = (call, False, Failure.of(error).to_json())
+            logger.exception("%s failed", call.method)
+            reply = _Reply(call.number, failure=Failure.of(error))
         with sending:
             connection.send(reply)
 
     with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool, ThreadPoolExecutor(1) as in_order:
         while True:
             try:
-                call, method, args, kwargs = connection.recv()
+                call: _Call = connection.recv()
             except EOFError:
                 break
-            (in_order if method in _IN_ORDER else pool).submit(answer, call, method, args, kwargs)
+            (in_order if call.method in _IN_ORDER else pool).submit(answer, call)
     engine.close()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mbridge_rl.core.errors import BridgeError, EngineProcessError
+from mbridge_rl.sync.payload.message_codec import decode, encode
 from mbridge_rl.sync.vllm.engines.completions import Completion
 from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
 from mbridge_rl.sync.vllm.engines.process import PROOF_OF_LIFE
@@ -40,7 +41,7 @@ class EngineActor:
 
     def call(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         member = getattr(self.engine, method)
-        return member(*args, **options) if callable(member) else member
+        return encode(member(*decode(list(args)), **decode(options)) if callable(member) else member)
 
 
 class RayEngine:
@@ -99,7 +100,7 @@ class RayEngine:
         return self._call("generate", [list(prompt) for prompt in prompts], **options)
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
-        """The calls of a weight sync (`sync.trainer.engines.Engine`), whose arguments and results are plain JSON types."""
+        """The calls of a weight sync (`sync.trainer.engines.Engine`), which are sent as encoded messages."""
         if method.startswith("_"):
             raise AttributeError(method)
         return partial(self._call, method)
@@ -111,7 +112,7 @@ class RayEngine:
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
         ray, timeout = import_ray(), min(PROOF_OF_LIFE, self._first_timeout) if self._silent else self._first_timeout
         try:
-            result = ray.get(self._actor.call.remote(method, args, options), timeout=timeout)
+            result = ray.get(self._actor.call.remote(method, encode(args), encode(options)), timeout=timeout)
         except ray.exceptions.GetTimeoutError as error:
             self._silent = True
             raise EngineProcessError(f"the engine actor did not answer {method} within {timeout:g} s") from error
@@ -120,7 +121,7 @@ class RayEngine:
         except ray.exceptions.RayError as error:  # the actor died, or cannot be reached
             raise EngineProcessError(f"the engine actor was lost during {method}: {error}") from error
         self._first_timeout, self._silent = self._call_timeout, False
-        return result
+        return decode(result)
 
 
 def import_ray() -> Any:

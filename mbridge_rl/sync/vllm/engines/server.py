@@ -22,6 +22,7 @@ from mbridge_rl.core.errors import EngineProcessError, SyncError, TransferTimeou
 from mbridge_rl.core.json_text import JSONTextError, parse_json
 from mbridge_rl.core.typed_values import read_fields
 from mbridge_rl.sync.options import InFlight
+from mbridge_rl.sync.payload.adapter_messages import AdapterModule, AdapterUpdate
 from mbridge_rl.sync.vllm.engines.attached import AttachedEngine
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion
 from mbridge_rl.sync.vllm.engines.server_answers import Choice, Choices, Models, Results, Success, WeightInfo, WorldSize
@@ -114,7 +115,7 @@ class ServerEngine(AttachedEngine):
     def _reset_caches(self) -> bool:
         return self._post("/reset_prefix_cache?reset_running_requests=true", {}, Success).success
 
-    def _claim_slot(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served]) -> int:
+    def _claim_slot(self, name: str, update: AdapterUpdate, served: Mapping[str, Served]) -> int:
         """Lets the server load an adapter that changes nothing, because it only knows adapters from files; the server chooses
         its number.
 
@@ -135,7 +136,7 @@ class ServerEngine(AttachedEngine):
             raise SyncError(f"{self} loaded other adapters while {name!r} was loaded: try again")
         return newest
 
-    def _load(self, name: str, update: Mapping[str, Any], **options: bool) -> list[int]:
+    def _load(self, name: str, update: AdapterUpdate, **options: bool) -> list[int]:
         """Loads an adapter without effect. Returns all slot ids; that of the loaded adapter comes last."""
         paths = self._call_workers(in_slots, "write_without_effect", _first_module(update))  # on the host of the workers
         try:
@@ -203,8 +204,7 @@ def _completion(prompt_index: int, choice: Choice, version: int) -> Completion:
     return completion(prompt_index, choice.token_ids, logprobs, str(choice.finish_reason), spans, version)
 
 
-def _first_module(update: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The names, dtypes and shapes of the two factors of an update's first module."""
-    module = update["names"][0].rpartition(".lora_")[0]
-    chosen = [index for index, name in enumerate(update["names"]) if name.startswith(f"{module}.lora_")]
-    return {key: [update[key][index] for index in chosen] for key in ("names", "dtypes", "shapes")}
+def _first_module(update: AdapterUpdate) -> AdapterModule:
+    """The two factors of an update's first module."""
+    module = update.tensors[0].hf_name.rpartition(".lora_")[0]
+    return AdapterModule(tuple(tensor for tensor in update.tensors if tensor.hf_name.startswith(f"{module}.lora_")))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError, listed
 from mbridge_rl.sync.options import InFlight
+from mbridge_rl.sync.payload.adapter_messages import AdapterReport, AdapterSlotsInfo, AdapterUpdate
 from mbridge_rl.sync.vllm.lora.adapter_slots import BASE, in_slots, served_adapters
 
 _HOLD_SECONDS = 600.0  # until an engine must have stopped generating
@@ -50,39 +51,36 @@ class AdapterSlots:
     def __init__(
         self,
         in_workers: Callable[..., list[Any]],
-        claim: Callable[[str, Mapping[str, Any], Mapping[str, Served]], int],
+        claim: Callable[[str, AdapterUpdate, Mapping[str, Served]], int],
         release: Callable[[str], None],
     ) -> None:
         self._in_workers, self._claim, self._release = in_workers, claim, release
         self._without_lora = False
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> AdapterSlotsInfo:
         """The result of `WorkerAdapters.info` in the first worker."""
         return self._call("info")[0]
 
-    def put(self, update: Mapping[str, Any]) -> dict[str, Any]:
-        """Installs adapter `update["adapter"]`, or replaces it, as `update["version"]`: on all workers, or on none.
-
-        Returns:
-            `adapter`, `version`, `tensors`, `bytes`, `digest` (as `core.digest.combine` gives it) and `proven`, the number of
-            tensors that were read back from the slots.
+    def put(self, update: AdapterUpdate) -> AdapterReport:
+        """Installs an adapter, or replaces it: on all workers, or on none.
 
         Raises:
             DigestMismatch, EngineMismatch: the adapter before it serves on.
         """
-        name, version = update["adapter"], int(update["version"])
+        name = update.adapter
         if name == BASE:
             raise EngineMismatch(f"{BASE!r} names what base rows have: give the adapter another name")
         served = self._served()
         if name in served:
-            reports = self._replace(served[name].slot_id, "stage", dict(update))
+            reports = self._replace(served[name].slot_id, "stage", update)
         else:
             self._require_room(served)
             if BASE not in served:
                 self._install(BASE, update, served, "stage_zero")
                 served = self._served()
-            reports = self._install(name, update, served, "stage", dict(update))
-        return {"adapter": name, "version": version, **reports[0]}
+            reports = self._install(name, update, served, "stage", update)
+        first = reports[0]
+        return AdapterReport(name, update.version, first.tensors, first.bytes, first.digest, first.proven)
 
     def withdraw(self, name: str) -> Served:
         """Stops serving the adapter; its slot has to be freed afterwards (`free`)."""
@@ -125,12 +123,12 @@ class AdapterSlots:
     def _served(self) -> dict[str, Served]:
         slots = None if self._without_lora else self._in_workers(served_adapters)[0]
         self._without_lora = slots is None
-        return {name: Served(name, slot_id, version) for name, (slot_id, version) in (slots or {}).items()}
+        return {slot.name: Served(slot.name, slot.slot_id, slot.version) for slot in slots or ()}
 
     def _call(self, call: str, *args: Any) -> list[Any]:
         return self._in_workers(in_slots, call, *args)
 
-    def _install(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served], stage: str, *args: Any) -> list[Any]:
+    def _install(self, name: str, update: AdapterUpdate, served: Mapping[str, Served], stage: str, *args: Any) -> list[Any]:
         """Installs an adapter in a slot of its own."""
         slot_id = self._claim(name, update, served)
         try:
@@ -150,7 +148,7 @@ class AdapterSlots:
         return reports
 
     def _require_room(self, served: Mapping[str, Served]) -> None:
-        slots, others = self.info()["slots"], served.keys() - {BASE}
+        slots, others = self.info().slots, served.keys() - {BASE}
         if len(others) + 2 > slots:
             raise EngineMismatch(
                 f"the engine has {slots} LoRA slots, one of them for base rows, and holds {listed(others) or 'no adapter'}: "
@@ -173,17 +171,17 @@ class AdaptableEngine(ABC):
     def _adapters(self) -> AdapterSlots:
         return AdapterSlots(self._call_workers, self._claim_slot, self._release_slot)
 
-    def adapter_info(self) -> dict[str, Any]:
+    def adapter_info(self) -> AdapterSlotsInfo:
         """The dtype and number of the LoRA slots, and the largest rank; see `adapter_slots.WorkerAdapters.info`."""
         return self._adapters.info()
 
-    def put_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
-        """Installs an adapter, or replaces one in place; see `AdapterSlots.put`, and `sync.adapter_sync` for `update`. Requests
+    def put_adapter(self, update: AdapterUpdate) -> AdapterReport:
+        """Installs an adapter, or replaces one in place; see `AdapterSlots.put`. Requests
         in flight that are kept (`RequestRunner.hold`) go on with the new adapter and compute their keys and values anew."""
-        with self._holding(update.get("requests", "keep"), update.get("timeout", _HOLD_SECONDS)):
+        with self._holding(update.requests, update.timeout):
             report = self._adapters.put(update)
-            if update.get("is_policy"):
-                self._serve(int(update["version"]))
+            if update.is_policy:
+                self._serve(update.version)
             else:
                 self._forget()
         return report
@@ -202,7 +200,7 @@ class AdaptableEngine(ABC):
         """The digest of every factor of an adapter as its slot holds it now."""
         return self._adapters.digests(adapter)
 
-    def _claim_slot(self, name: str, update: Mapping[str, Any], served: Mapping[str, Served]) -> int:
+    def _claim_slot(self, name: str, update: AdapterUpdate, served: Mapping[str, Served]) -> int:
         taken = {adapter.slot_id for adapter in served.values()}
         return next(number for number in count(self._first_slot_id) if number not in taken)
 

@@ -30,6 +30,8 @@ from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, SyncError, li
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.distributed.arena import Arena
 from mbridge_rl.distributed.host import machine_id
+from mbridge_rl.sync.payload.adapter_messages import AdapterModule, AdapterSlotsInfo, AdapterUpdate, ServedAdapter, SlotReport
+from mbridge_rl.sync.payload.message_codec import name_of
 
 _STACKS = ("lora_a_stacked", "lora_b_stacked")
 _UNUSED = 1 << 30  # a slot id that no adapter has
@@ -69,7 +71,7 @@ class WorkerAdapters:
         self._folder: TemporaryDirectory[str] | None = None
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> AdapterSlotsInfo:
         """The dtype and number of the slots and the largest rank, which an adapter must fit, and the machine id.
 
         Raises:
@@ -81,17 +83,16 @@ class WorkerAdapters:
                 "vLLM computes experts beside LoRA with Triton kernels, which have no CPU form: start the engine without LoRA "
                 "and sync merged weights (WeightSync)"
             )
-        return {
-            "dtype": str(config.lora_dtype).removeprefix("torch."),
-            "slots": min(config.max_loras, config.max_cpu_loras or config.max_loras),
-            "max_rank": config.max_lora_rank,
-            "host": machine_id(),
-        }
+        return AdapterSlotsInfo(
+            dtype=name_of(config.lora_dtype),
+            slots=min(config.max_loras, config.max_cpu_loras or config.max_loras),
+            max_rank=config.max_lora_rank,
+            host=machine_id(),
+        )
 
     @property
-    def served(self) -> dict[str, list[int]]:
-        """The slot id and version of every adapter, by name."""
-        return {adapter.name: [slot_id, adapter.version] for slot_id, adapter in self._live.items()}
+    def served(self) -> list[ServedAdapter]:
+        return [ServedAdapter(adapter.name, slot_id, adapter.version) for slot_id, adapter in self._live.items()]
 
     @property
     def slot_ids(self) -> list[int]:
@@ -99,17 +100,12 @@ class WorkerAdapters:
         comes last."""
         return list(self._manager.list_adapters())
 
-    def write_without_effect(self, factors: Mapping[str, Any]) -> str:
-        """Writes PEFT's files of an adapter of one module, all zeros; returns their folder.
-
-        Args:
-            factors: `names`, `dtypes` and `shapes` of the module's factors.
-        """
+    def write_without_effect(self, adapted: AdapterModule) -> str:
+        """Writes PEFT's files of an adapter of one module, all zeros; returns their folder."""
         self._folder = TemporaryDirectory(prefix=PLACEHOLDER)
-        rows = zip(factors["names"], factors["dtypes"], factors["shapes"], strict=True)
-        tensors = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in rows}
+        tensors = {tensor.hf_name: torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in adapted.tensors}
         save_file(tensors, Path(self._folder.name) / "adapter_model.safetensors")
-        module = factors["names"][0].rpartition(".lora_")[0]
+        module = adapted.tensors[0].hf_name.rpartition(".lora_")[0]
         rank = tensors[f"{module}.lora_A.weight"].shape[0]
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": [module.rpartition(".")[2]]}
         (Path(self._folder.name) / "adapter_config.json").write_text(json.dumps(config))
@@ -119,33 +115,30 @@ class WorkerAdapters:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def stage(self, slot_id: int, update: Mapping[str, Any]) -> None:
+    def stage(self, slot_id: int, update: AdapterUpdate) -> None:
         """Reads an adapter that was sent and checks all of it; no slot changes.
 
         Raises:
             DigestMismatch: bytes are not the trainer's. EngineMismatch: the engine has no place for the adapter.
         """
-        tensors = tuple(
-            HFTensor(name, getattr(torch, dtype), tuple(shape))
-            for name, dtype, shape in zip(update["names"], update["dtypes"], update["shapes"], strict=True)
-        )
-        self._require_fitting(tensors, update["rank"])
-        digests = {name: int(text, 16) for name, text in zip(update["names"], update["digests"], strict=True)}
+        tensors = update.tensors
+        self._require_fitting(tensors, update.rank)
+        digests = {tensor.hf_name: int(text, 16) for tensor, text in zip(tensors, update.digests, strict=True)}
         with _bytes_of(update) as sent:
-            starts = zip(tensors, update["offsets"], strict=True)
+            starts = zip(tensors, update.offsets, strict=True)
             views = [sent[at : at + tensor.nbytes].view(tensor.dtype) for tensor, at in starts]
             arrived = torch.cat(views)  # a copy, because the trainer will fill its arena again
         _require_digests(_by_name(tensors, arrived), tensors, digests, "arrived with other bytes")
-        self._require_homes(tensors, update["rank"])
-        model = self._lora_model(slot_id, _by_name(tensors, arrived.clone()), update["rank"])
-        self._staged[slot_id] = _Adapter(update["adapter"], int(update["version"]), model, tensors, arrived, digests)
+        self._require_homes(tensors, update.rank)
+        model = self._lora_model(slot_id, _by_name(tensors, arrived.clone()), update.rank)
+        self._staged[slot_id] = _Adapter(update.adapter, update.version, model, tensors, arrived, digests)
 
     def stage_zero(self, slot_id: int) -> None:
         """Stages an adapter that changes nothing, for rows that use only the base model."""
         zero = self._manager.create_dummy_lora(slot_id, 1, self._worker_manager.embedding_modules)
         self._staged[slot_id] = _Adapter(BASE, 0, zero, digests={})
 
-    def commit(self, slot_id: int) -> dict[str, Any]:
+    def commit(self, slot_id: int) -> SlotReport:
         """Puts the staged adapter into its slot, in place of the adapter before, and proves it.
 
         Raises:
@@ -157,8 +150,7 @@ class WorkerAdapters:
         factors = self._read(slot_id, adapter)
         _require_digests(factors, adapter.tensors, adapter.digests or {}, "are not in their slot")
         nbytes = sum(tensor.nbytes for tensor in adapter.tensors)
-        digest_of_all = combine(adapter.digests or {})
-        return {"tensors": len(factors), "bytes": nbytes, "digest": digest_of_all, "proven": len(factors)}
+        return SlotReport(len(factors), nbytes, combine(adapter.digests or {}), proven=len(factors))
 
     def revert(self, slot_id: int) -> None:
         """Undoes `stage` and, if it was called, `commit`: the adapter before serves again."""
@@ -202,13 +194,11 @@ class WorkerAdapters:
 
     def _require_fitting(self, tensors: tuple[HFTensor, ...], rank: int) -> None:
         info = self.info
-        other_dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors} - {info["dtype"]}
+        other_dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors} - {info.dtype}
         if other_dtypes:
-            raise EngineMismatch(f"the engine's LoRA slots are {info['dtype']}, the adapter is {listed(other_dtypes)}")
-        if rank > info["max_rank"]:
-            raise EngineMismatch(
-                f"the adapter has rank {rank}, the engine takes {info['max_rank']}: start it with max_lora_rank"
-            )
+            raise EngineMismatch(f"the engine's LoRA slots are {info.dtype}, the adapter is {listed(other_dtypes)}")
+        if rank > info.max_rank:
+            raise EngineMismatch(f"the adapter has rank {rank}, the engine takes {info.max_rank}: start it with max_lora_rank")
 
     def _require_homes(self, tensors: tuple[HFTensor, ...], rank: int) -> None:
         """Checks that every factor lands in a layer, and in full if no other worker could hold the remaining elements.
@@ -284,13 +274,13 @@ class WorkerAdapters:
 
 
 @contextmanager
-def _bytes_of(update: Mapping[str, Any]) -> Iterator[Tensor]:
+def _bytes_of(update: AdapterUpdate) -> Iterator[Tensor]:
     """The bytes of an adapter (uint8), from the trainer's shared memory or, if it was sent to another machine, from the
     update."""
-    if "payload" in update:
-        yield torch.frombuffer(bytearray(base64.b64decode(update["payload"])), dtype=torch.uint8)
+    if update.content is not None:
+        yield torch.frombuffer(bytearray(base64.b64decode(update.content)), dtype=torch.uint8)
         return
-    with Arena.attach(update["arena_path"], update["arena_nbytes"]) as arena:
+    with Arena.attach(update.arena_path, update.arena_bytes) as arena:
         yield arena.view(0, (arena.nbytes,), torch.uint8)
 
 
@@ -353,7 +343,7 @@ def in_slots(worker: Any, call: str, *args: Any) -> Any:
     return member(*args) if callable(member) else member
 
 
-def served_adapters(worker: Any) -> dict[str, list[int]] | None:
+def served_adapters(worker: Any) -> list[ServedAdapter] | None:
     """`WorkerAdapters.served`; `None` if the engine was started without LoRA."""
     return None if _manager_of(worker) is None else in_slots(worker, "served")
 

@@ -8,39 +8,49 @@ processes arrives there as bare text.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbridge_rl.core.errors import SyncError
 from mbridge_rl.core.failure import Failure
 from mbridge_rl.distributed.host import machine_id
+from mbridge_rl.sync.payload.message_codec import decode, encode, require_message
+from mbridge_rl.sync.payload.messages import (
+    Announcement,
+    Answer,
+    Introduction,
+    UpdateRequest,
+    WorkerDescription,
+    WorkerIdentity,
+    WorkerReport,
+    WorkerStatus,
+)
 
 if TYPE_CHECKING:
     from mbridge_rl.sync.vllm.worker.backend import PlannedSyncEngine
 
-Answer = tuple[bool, Any]  # (True, result) or (False, failure)
 
-
-def answering(worker: Any, call: Callable[..., Any], *args: Any) -> Answer:
-    """Runs `call(worker, *args)` in a worker, and returns its result or its error."""
+def answering(worker: Any, call: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Runs `call(worker, *args)` in a worker; arguments and the `Answer` are encoded (`message_codec.encode`)."""
     try:
-        return True, call(worker, *args)
+        return Answer(encode(call(worker, *map(decode, args)))).to_json()
     except Exception as error:  # every error has to be returned as a value; see above
-        return False, Failure.of(error).to_json()
+        return Answer(failure=Failure.of(error)).to_json()
 
 
-def results_of(answers: Iterable[Answer]) -> list[Any]:
-    """The results of all workers.
+def results_of(answers: Iterable[object]) -> list[Any]:
+    """The results of all workers, whose encoded answers are given.
 
     Raises:
-        Exception: the error of the first worker that failed, as it was raised there.
+        MessageError: a worker is of another mbridge_rl. Exception: the error of the first worker that failed, as it was raised
+            there.
     """
-    answers = list(answers)
-    for succeeded, result in answers:
-        if not succeeded:
-            Failure.from_json(result).raise_()
-    return [result for _, result in answers]
+    read_answers = [require_message(decode(answer), Answer, f"engine worker {rank}") for rank, answer in enumerate(answers)]
+    for answer in read_answers:
+        if answer.failure is not None:
+            answer.failure.raise_()
+    return [answer.result for answer in read_answers]
 
 
 def backend_of(worker: Any) -> PlannedSyncEngine:
@@ -55,19 +65,6 @@ def backend_of(worker: Any) -> PlannedSyncEngine:
     if not isinstance(engine, PlannedSyncEngine):
         raise SyncError(f"this engine's weight transfer is {type(engine).__name__}, expected backend 'mbridge'")
     return engine
-
-
-def initialize(worker: Any, init_info: dict[str, Any]) -> None:
-    worker.init_weight_transfer_engine(init_info)
-
-
-def abandon(worker: Any, reason: str) -> None:
-    """Drops an open update, because another worker or its sender failed."""
-    backend_of(worker).receiver.abort(reason)
-
-
-def unusable(worker: Any) -> str | None:
-    return backend_of(worker).receiver.unusable
 
 
 def shared_memory_ident(_: Any) -> str | None:
@@ -98,52 +95,50 @@ def make_stage_buffers(worker: Any) -> None:
         )
 
 
-def describe(worker: Any) -> dict[str, Any]:
+def describe(worker: Any, announcement: Announcement) -> WorkerDescription:
     inner = _inner(worker)
     size = inner.vllm_config.parallel_config.world_size
-    return backend_of(worker).receiver.describe(inner.rank % size, size, machine_id()).to_json()
+    return backend_of(worker).receiver.describe(announcement, inner.rank % size, size, machine_id())
 
 
-def adopt(worker: Any, introduction: Mapping[str, Any]) -> None:
-    rank = _inner(worker).rank % len(introduction["route"])
-    backend_of(worker).receiver.shards.adopt(rank, introduction)
+def adopt(worker: Any, introduction: Introduction) -> None:
+    rank = _inner(worker).rank % len(introduction.routes)
+    backend_of(worker).receiver.payload.adopt(rank, introduction)
 
 
-def receive_shards(worker: Any, update: Mapping[str, Any]) -> None:
-    receiver = backend_of(worker).receiver
-    receiver.abort("another update started")
-    arguments = (update[name] for name in ("version", "fingerprint", "mode", "wire", "timeout", "delta"))
-    receiver.shards.receive(*arguments)
+def begin(worker: Any, request: UpdateRequest) -> None:
+    payload = backend_of(worker).receiver.payload
+    payload.abort("another update began")
+    payload.begin(request)
 
 
-def status(worker: Any) -> dict[str, Any]:
-    return backend_of(worker).receiver.shards.status()
+def status(worker: Any) -> WorkerStatus:
+    return backend_of(worker).receiver.payload.status()
 
 
-def commit_shards(worker: Any, version: int, fill: str | None = None) -> dict[str, Any]:
-    return backend_of(worker).receiver.shards.commit(version, fill)
+def commit(worker: Any, version: int, fill: str | None = None) -> WorkerReport:
+    return backend_of(worker).receiver.payload.commit(version, fill)
+
+
+def abort(worker: Any, reason: str) -> None:
+    """Drops an open update, because another worker or its sender failed."""
+    backend_of(worker).receiver.payload.abort(reason)
+
+
+def publish(worker: Any, paths: Sequence[str]) -> str:
+    payload = backend_of(worker).receiver.payload
+    payload.publish_to(paths[payload.route.rank])
+    return payload.fingerprint
 
 
 def lose(worker: Any, version: int, reason: str, fill: str | None) -> None:
     """Blocks this worker, because the commit failed in some worker: then none of them serves."""
-    backend_of(worker).receiver.shards.lose(version, reason, fill)
+    backend_of(worker).receiver.payload.lose(version, reason, fill)
 
 
-def identity(worker: Any) -> dict[str, str | None]:
-    """`refuses`: why this worker refuses to generate, or `None`; `fill`: the fill that brought its weights."""
+def identity(worker: Any) -> WorkerIdentity:
     receiver = backend_of(worker).receiver
-    return {"refuses": receiver.unusable, "fill": receiver.serving.fill}
-
-
-def publish(worker: Any, paths: Sequence[str]) -> str:
-    shards = backend_of(worker).receiver.shards
-    shards.publish_to(paths[shards.route.rank])
-    return shards.fingerprint
-
-
-def catch_up(worker: Any, update: Mapping[str, Any]) -> None:
-    """Opens and verifies the image of a committed fill, which the engine chose for all its workers."""
-    receive_shards(worker, update)
+    return WorkerIdentity(receiver.unusable, receiver.serving.fill)
 
 
 def _inner(worker: Any) -> Any:
@@ -154,4 +149,4 @@ def in_workers(llm: Any, call: Callable[..., Any], *args: Any) -> list[Any]:
     """Runs `call(worker, *args)` in all workers of an `LLM`; returns their results, or raises the first error."""
     if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
         return llm.collective_rpc(call, args=args)  # within this process, so errors keep their traceback
-    return results_of(llm.collective_rpc(answering, args=(call, *args)))
+    return results_of(llm.collective_rpc(answering, args=(call, *map(encode, args))))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.errors import EngineMismatch, listed
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.payload.engine_side import WorkerDescription
 from mbridge_rl.sync.payload.landing import times_covered
+from mbridge_rl.sync.payload.messages import WorkerDescription
 from mbridge_rl.sync.vllm.worker.tracer import Trace, is_narrower, parameters_and_buffers, trace_load_weights
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class LandingMap:
             vllm_config: the engine's config.
 
         Raises:
-            EngineMismatch: as `Receiver.prepare`.
+            EngineMismatch: as `Receiver.describe`.
         """
         trace = trace_load_weights(model, tensors, device)
         rejected = {hf_name: reason for hf_name, reason in trace.rejected.items() if hf_name not in optional}

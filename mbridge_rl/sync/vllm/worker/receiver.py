@@ -6,17 +6,16 @@ does not know vLLM. This file gives it the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.errors import SyncError
-from mbridge_rl.core.model import HFTensor
+from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.sync.payload.compatibility import require_same_config
-from mbridge_rl.sync.payload.engine_side import WorkerDescription
+from mbridge_rl.sync.payload.messages import Announcement, WorkerDescription, fingerprint_of_tensors
 from mbridge_rl.sync.vllm.worker import cpu_weights
 from mbridge_rl.sync.vllm.worker.engine_config import config_as_given, is_tied
 from mbridge_rl.sync.vllm.worker.guard import Guard
@@ -46,7 +45,7 @@ class Receiver:
         self._loader = loader_for(model, vllm_config, self._device)
         self._guard = Guard(model)
         self.serving = Serving(self._guard)
-        self.shards = PayloadReceiver(self, self.serving)
+        self.payload = PayloadReceiver(self, self.serving)
         self._landings: LandingMap | None = None
         self._targets: dict[str, Tensor] | None = None
 
@@ -55,46 +54,29 @@ class Receiver:
         """The reason why the engine refuses to generate; `None` if it does not."""
         return self._guard.reason
 
-    def prepare(
-        self, metadata: Iterable[HFTensor], config: Mapping[str, Any] | None = None, optional: Iterable[str] = ()
-    ) -> None:
+    def describe(self, announcement: Announcement, rank: int, size: int, host: str) -> WorkerDescription:
         """Learns where every announced HF tensor lands. No weight is changed. An open update is dropped, because its trainer is
         gone.
 
         Args:
-            metadata: name, dtype and shape of every HF tensor that each sync brings.
-            config: the trainer's `config_summary`, which is compared with the engine's config.
-            optional: names of tensors for which the engine may have no place; then they are not sent.
-
-        Raises:
-            EngineMismatch: the configs differ; the engine does not know a tensor, or has it in another shape or in a dtype
-                that cannot hold it; or no tensor fills one of the engine's parameters.
-        """
-        self.abort("another trainer introduced itself")
-        if config is not None:
-            require_same_config(config, config_as_given(self.vllm_config.model_config), tied=is_tied(self.model))
-        tensors = list(metadata)
-        with self._scope(), self._loader.plain():
-            self._landings = LandingMap.learn(self.model, tensors, frozenset(optional), self._device, self.vllm_config)
-
-    def abort(self, reason: str) -> None:
-        """Drops an open update. If nothing was written, the old version serves on; else the engine is unusable."""
-        self.shards.abort(reason)
-
-    def describe(self, rank: int, size: int, host: str) -> WorkerDescription:
-        """The description of this worker, from the last `prepare`.
-
-        Args:
+            announcement: the tensors that every sync brings.
             rank: rank of the worker in its engine.
             size: number of workers of the engine.
             host: the machine id.
 
         Raises:
-            SyncError: `prepare` was not called before.
+            EngineMismatch: the announcement was damaged on its way; the configs differ; the engine does not know a tensor, or
+                has it in another shape or in a dtype that cannot hold it; or no tensor fills one of the engine's parameters.
         """
-        if self._landings is None:
-            raise SyncError("prepare(metadata) has to come before describe")
-        with self.plain():
+        self.payload.close("another trainer introduced itself")
+        if (fingerprint := fingerprint_of_tensors(announcement.tensors)) != announcement.fingerprint:
+            raise EngineMismatch(f"the announced tensors have fingerprint {fingerprint}, expected {announcement.fingerprint}")
+        if announcement.config:
+            own_config = config_as_given(self.vllm_config.model_config)
+            require_same_config(announcement.config, own_config, tied=is_tied(self.model))
+        with self._scope(), self._loader.plain():
+            optional = frozenset(announcement.optional)
+            self._landings = LandingMap.learn(self.model, announcement.tensors, optional, self._device, self.vllm_config)
             parameters = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.parameters().items()}
         return self._landings.description(rank, size, host, parameters)
 
@@ -119,7 +101,7 @@ class Receiver:
         with self._scope():
             self._targets = self._loader.begin()
 
-    def load_whole(self, hf_name: str, tensor: Tensor) -> None:
+    def load_unsplit(self, hf_name: str, tensor: Tensor) -> None:
         assert self._landings is not None
         with self._scope():
             hf_tensor = tensor.view(self._landings.tensors[hf_name].shape).to(self._device)
