@@ -27,12 +27,15 @@ MOVED = {
     "mbridge_rl.sync.vllm.server": "mbridge_rl.sync.vllm.engines.server",
     "mbridge_rl.sync.vllm.worker_calls": "mbridge_rl.sync.vllm.worker.calls",
     "mbridge_rl.training.config": "mbridge_rl.training.run.config",
+    "mbridge_rl.training.episodes": "mbridge_rl.training.rollout.episodes",
+    "mbridge_rl.training.generator": "mbridge_rl.training.rollout.generator",
+    "mbridge_rl.training.guessing": "mbridge_rl.training.rollout.guessing",
     "mbridge_rl.training.launcher": "mbridge_rl.training.run.launcher",
     "mbridge_rl.training.lora": "mbridge_rl.megatron.lora.attach",
     "mbridge_rl.training.rewards": "mbridge_rl.training.rollout.rewards",
     "mbridge_rl.training.run_log": "mbridge_rl.training.run.run_log",
 }
-"""The present name of each module, by the name that version 0.1 documented."""
+"""The present name of each module, by the name that version 0.1 documented or pickled into checkpoints."""
 
 
 class _OldNames(MetaPathFinder, Loader):

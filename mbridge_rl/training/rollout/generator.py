@@ -77,6 +77,9 @@ class EpisodeGroup:
         return len({verdict.reward for verdict in self.verdicts if verdict.error is None}) > 1
 
 
+Group = EpisodeGroup  # the name in checkpoints of version 0.1, which pickled unfinished groups
+
+
 class Generator:
     """Samples and rewards groups of episodes in a thread. Made on the first rank only; paused until the first `resume`."""
 
