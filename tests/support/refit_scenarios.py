@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -280,8 +281,10 @@ def layerwise_reload_is_exact(directory: Path) -> None:
     try:
         for learned, proven_live, mode in ((learn, total, "staged"), (learn_without_trace, 0, "staged"),
                                            (learn_without_trace, 0, "streaming")):  # fmt: skip
-            LandingMap.learn = learned  # type: ignore[method-assign]
-            with Trainer(engine, directory, "qwen3", mode=mode, bucket_bytes=1 << 16, retries=0) as trainer:
+            with (
+                patch.object(LandingMap, "learn", learned),
+                Trainer(engine, directory, "qwen3", mode=mode, bucket_bytes=1 << 16, retries=0) as trainer,
+            ):
                 for tag in "BA":
                     version += 1
                     (of_engine,) = trainer.sync(weights_of(directory, "qwen3", tag), version).engines
@@ -296,7 +299,6 @@ def layerwise_reload_is_exact(directory: Path) -> None:
                     assert_serves(engine, directory, "qwen3", "B")
     finally:
         receiver._loader = loader
-        del receiver.prepare
 
 
 def process_groups_outlive_an_engine(directory: Path) -> None:

@@ -26,6 +26,7 @@ from mbridge_rl.sync.store.slots import Head
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.transports.shared_memory import Ring
 from mbridge_rl.sync.vllm.engines import process
+from mbridge_rl.sync.vllm.engines.process_calls import Call
 from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
 from mbridge_rl.sync.vllm.worker import calls as worker_calls
 from mbridge_rl.sync.weight_sync import WeightSync
@@ -420,7 +421,7 @@ def test_calls_that_were_given_up_do_not_run_after_later_ones(monkeypatch: pytes
         def close(self) -> None: ...
 
     class Connection:
-        calls = [process._Call(1, "commit", (2,)), process._Call(2, "begin", (3,))]  # noqa: RUF012
+        calls = [Call(1, "commit", (2,)), Call(2, "begin", (3,))]  # noqa: RUF012
 
         def send(self, _: Any) -> None: ...
         def recv(self) -> Any:

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from mbridge_rl.sync.payload.messages import (
     WorkerStatus,
 )
 from mbridge_rl.sync.vllm.engines.in_process import Completion
+from mbridge_rl.sync.vllm.engines.process_calls import Call, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -58,25 +58,6 @@ _IN_ORDER = frozenset(
         "put_adapter",
     )
 )  # calls that change what is served; they run in the order in which they were made, even if the caller gave one up
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a method of the child's engine; arguments are encoded (`message_codec.encode`)."""
-
-    number: int
-    method: str
-    args: Sequence[Any] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """The reply to the call of this number: its encoded result, or its failure."""
-
-    call: int
-    result: object = None
-    failure: Failure | None = None
 
 
 class EngineProcess:
@@ -115,7 +96,7 @@ class EngineProcess:
         self._ready = False
         self._segments: list[str] = []  # shared-memory files of the engine's workers, which stay if they are killed
         self._calls = 0
-        self._replies: dict[int, _Reply] = {}
+        self._replies: dict[int, Reply] = {}
         self._awaited: set[int] = set()
         self._reading = False
         self._silent = False
@@ -234,7 +215,7 @@ class EngineProcess:
             assert self._connection is not None
             self._awaited.add(call)
             try:
-                self._connection.send(_Call(call, method, encode(args), encode(kwargs)))
+                self._connection.send(Call(call, method, encode(args), encode(kwargs)))
             except OSError as error:
                 raise self._failed(f"is gone, so that {method} could not be called") from error
             timeout = min(PROOF_OF_LIFE, self._call_timeout) if self._silent else self._call_timeout
@@ -275,7 +256,7 @@ class EngineProcess:
         assert self._connection is not None
         self._reading = True
         self._lock.release()
-        reply: _Reply | None = None
+        reply: Reply | None = None
         try:
             if self._connection.poll(seconds):
                 reply = self._connection.recv()
@@ -311,27 +292,27 @@ def _serve(connection: Connection, settings: dict[str, Any], segments: list[str]
         gc.freeze()  # vLLM collects garbage again and again as it starts, which takes seconds of going through imported modules
         engine = InProcessEngine(**settings)
     except Exception as error:
-        connection.send(_Reply(_READY, failure=Failure.of(error)))
+        connection.send(Reply(_READY, failure=Failure.of(error)))
         raise
     segments += engine.shared_memory_files()
-    connection.send(_Reply(_READY, segments))
+    connection.send(Reply(_READY, segments))
     sending = threading.Lock()
 
-    def answer(call: _Call) -> None:
+    def answer(call: Call) -> None:
         try:
             member = getattr(engine, call.method)
             result = member(*decode(call.args), **decode(call.kwargs)) if callable(member) else member
-            reply = _Reply(call.number, encode(result))
+            reply = Reply(call.number, encode(result))
         except Exception as error:
             logger.exception("%s failed", call.method)
-            reply = _Reply(call.number, failure=Failure.of(error))
+            reply = Reply(call.number, failure=Failure.of(error))
         with sending:
             connection.send(reply)
 
     with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool, ThreadPoolExecutor(1) as in_order:
         while True:
             try:
-                call: _Call = connection.recv()
+                call: Call = connection.recv()
             except EOFError:
                 break
             (in_order if call.method in _IN_ORDER else pool).submit(answer, call)
