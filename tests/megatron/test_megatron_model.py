@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from functools import cache
@@ -377,35 +376,3 @@ def test_rope_frequencies_are_replaced() -> None:
     # The frequencies are rounded once, positions multiply them.
     assert_near(same, built_in, rounding(len(default), 9), what="logits")
     assert (slower - built_in).abs().max() > 1e-3
-
-
-def _foreign_parallel_state(rank: int, order: str) -> ParallelLayout:
-    """Somebody else, such as an RL framework, initialised Megatron."""
-    with megatron_runtime():
-        from megatron.core import parallel_state
-
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=1, pipeline_model_parallel_size=2, order=order)
-    return current_layout(stage_layers=(1, 3))
-
-
-def test_layout_of_a_parallel_state_that_others_made() -> None:
-    for order in ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"):
-        found = run_ranks(_foreign_parallel_state, 4, order)
-        assert found == [ParallelLayout(pp=2, dp=2, order=order, stage_layers=(1, 3))] * 4
-
-
-def _alone(rank: int) -> tuple[int, bool]:
-    dist.destroy_process_group()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        del os.environ[name]
-    with pytest.raises(LayoutError, match="torchrun"):
-        initialize_parallel(ParallelLayout(tp=2))
-    initialize_parallel(ParallelLayout())
-    size = dist.get_world_size()
-    destroy_parallel()
-    destroy_parallel()
-    return size, dist.is_initialized()
-
-
-def test_one_rank_needs_no_launcher() -> None:
-    assert run_ranks(_alone, 1) == [(1, False)]

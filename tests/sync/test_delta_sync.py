@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.sync.payload.messages import DeltaBase, UpdateRequest
 from mbridge_rl.sync.payload.wires import FilesWire
-from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.engines import Engines
 from mbridge_rl.sync.transports.shared_memory import RingOutlet
 from mbridge_rl.sync.weight_sync import SyncOptions, SyncReport, WeightSync
@@ -111,14 +109,6 @@ def over_every_way(rank: int, url: str) -> None:
 
 def test_every_mode_and_transport_carries_deltas(tmp_path: Path) -> None:
     run_ranks(over_every_way, 2, str(tmp_path), timeout=240)
-
-
-@pytest.fixture
-def name() -> Iterator[str]:
-    name = f"deltas.{os.getpid()}"
-    yield name
-    for replica in ("", ".0", ".1"):
-        WeightStore(name + replica).remove()
 
 
 def test_engines_with_another_baseline_get_everything(name: str) -> None:

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import ray_scenarios
 
 pytest.importorskip("vllm")
 
@@ -55,7 +56,7 @@ def test_an_async_llm(elsewhere: Interpreter, tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_a_ray_actor(elsewhere: Interpreter, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    elsewhere.call(scenarios.a_ray_actor, tmp_path, timeout=500)
+    elsewhere.call(ray_scenarios.a_ray_actor, tmp_path, timeout=500)
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_an_async_llm_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -
 @pytest.mark.nightly
 def test_a_ray_actor_with_two_workers(elsewhere: Interpreter, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    elsewhere.call(scenarios.a_ray_actor_with_two_workers, tmp_path, timeout=500)
+    elsewhere.call(ray_scenarios.a_ray_actor_with_two_workers, tmp_path, timeout=500)
 
 
 @pytest.mark.slow
@@ -85,7 +86,7 @@ def test_a_ray_actor_with_two_workers(elsewhere: Interpreter, tmp_path: Path) ->
 @pytest.mark.nightly
 def test_a_killed_ray_actor_with_two_workers_leaves_nothing(elsewhere: Interpreter, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    elsewhere.call(scenarios.a_killed_ray_actor_with_two_workers, tmp_path, timeout=500)
+    elsewhere.call(ray_scenarios.a_killed_ray_actor_with_two_workers, tmp_path, timeout=500)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import engine_life_scenarios
 import pytest
 import torch
 from tolerance import assert_near, forward
@@ -125,11 +126,11 @@ def test_the_accelerators_layerwise_way_is_exact(engines: Interpreter, checkpoin
 
 
 def test_a_failed_step_leaves_no_requests_behind(engines: Interpreter, checkpoints: Path) -> None:
-    engines.call(scenarios.a_failed_step_leaves_no_requests, checkpoints)
+    engines.call(engine_life_scenarios.a_failed_step_leaves_no_requests, checkpoints)
 
 
 def test_process_groups_outlive_an_engine(engines: Interpreter, checkpoints: Path) -> None:
-    engines.call(scenarios.process_groups_outlive_an_engine, checkpoints)
+    engines.call(engine_life_scenarios.process_groups_outlive_an_engine, checkpoints)
 
 
 def test_the_trainers_end_imports_no_vllm() -> None:
@@ -139,7 +140,7 @@ def test_the_trainers_end_imports_no_vllm() -> None:
 
 
 def test_engines_without_the_backend_are_left_alone(engines: Interpreter, checkpoints: Path) -> None:
-    engines.call(scenarios.other_engines_are_left_alone, checkpoints)
+    engines.call(engine_life_scenarios.other_engines_are_left_alone, checkpoints)
 
 
 def test_an_engine_is_reached_by_names_and_json_alone(engines: Interpreter, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_an_engine_is_reached_by_names_and_json_alone(engines: Interpreter, tmp_
 def test_unmodified_vllm_finds_the_backend(checkpoints: Path) -> None:
     interpreter = Interpreter()
     try:
-        interpreter.call(scenarios.unmodified_vllm_loads_the_backend, checkpoints)
+        interpreter.call(engine_life_scenarios.unmodified_vllm_loads_the_backend, checkpoints)
     finally:
         interpreter.close()
 
