@@ -226,21 +226,21 @@ def _some_overlap(boxes: Sequence[Box]) -> bool:
 
 def _overlaps(target: Segment, offers: Sequence[_Offer], hf_strides: Shape) -> list[_Overlap]:
     """Parts that cover `target` exactly once."""
-    found = []
+    overlaps = []
     covered = 0
     for offer in offers:
         box = target.box.intersect(offer.box)
         if box is not None:
             covered += box.volume
             hf = View(target.hf_name, sum(map(mul, box.start, hf_strides)), hf_strides)
-            found.append(_Overlap(box, offer, View(target.local_name, target.offset_of(box), target.strides), hf))
+            overlaps.append(_Overlap(box, offer, View(target.local_name, target.offset_of(box), target.strides), hf))
     if covered != target.box.volume:
         raise PlanError(
             f"{target.hf_name}: rank {target.ranks[0]} needs {target.box.volume} elements of box {target.box.start}+"
             f"{target.box.size} for {target.local_name}, the sources hold {covered} of them; both sides must come from the "
             f"same model"
         )
-    return found
+    return overlaps
 
 
 def _filled(rank: int, overlaps: Sequence[_Overlap], same_ranks: bool) -> list[Copy]:

@@ -206,7 +206,7 @@ def replicated(
     dtype: torch.dtype | None = None,
 ) -> Rule:
     """A rule for a tensor that is the same on every rank: norms, routers."""
-    return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), placement=placement, dtype=dtype)
+    return Rule(megatron_name, (full_tensor(hf_name, shape),), (0, *shape[1:]), placement=placement, dtype=dtype)
 
 
 def column_parallel(megatron_name: str, parts: Parts, inner: Sequence[int] = (), *, axis: ShardAxis = "tp") -> Rule:
@@ -218,7 +218,7 @@ def column_parallel(megatron_name: str, parts: Parts, inner: Sequence[int] = (),
 
 def row_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, axis: ShardAxis = "tp") -> Rule:
     """A rule for a tensor whose input features are sharded: `[output, input / ranks]`."""
-    return Rule(megatron_name, (whole(hf_name, shape),), (shape[0], 0), dim=1, axis=axis)
+    return Rule(megatron_name, (full_tensor(hf_name, shape),), (shape[0], 0), dim=1, axis=axis)
 
 
 def grouped_parallel(megatron_name: str, parts: Parts, groups: int, inner: Sequence[int] = ()) -> Rule:
@@ -228,7 +228,7 @@ def grouped_parallel(megatron_name: str, parts: Parts, groups: int, inner: Seque
 
 def vocabulary_parallel(megatron_name: str, hf_name: str, shape: Sequence[int], *, placement: Placement) -> Rule:
     """A rule for `[vocab, hidden]`, sharded by rows and padded so that ranks hold equal shares."""
-    return Rule(megatron_name, (whole(hf_name, shape),), (0, *shape[1:]), axis="tp", padded=True, placement=placement)
+    return Rule(megatron_name, (full_tensor(hf_name, shape),), (0, *shape[1:]), axis="tp", padded=True, placement=placement)
 
 
 def renamed(rules: Iterable[Rule], prefixes: Mapping[str, str]) -> tuple[Rule, ...]:
@@ -245,7 +245,7 @@ def renamed_hf_name(hf_name: str, prefixes: Mapping[str, str]) -> str:
     return hf_name if prefix is None else prefixes[prefix] + hf_name.removeprefix(prefix)
 
 
-def whole(hf_name: str, shape: Sequence[int]) -> Part:
+def full_tensor(hf_name: str, shape: Sequence[int]) -> Part:
     """The part that is a full HF tensor with the dimensions of the Megatron tensor."""
     return Part(hf_name, tuple(Axis(extent, along=dim) for dim, extent in enumerate(shape)))
 
@@ -259,4 +259,4 @@ def stacked(hf_name: str, sizes: Sequence[int], inner: Sequence[int] = ()) -> tu
 def _parts(parts: Parts, inner: Sequence[int]) -> tuple[Part, ...]:
     if not isinstance(parts, Mapping):
         return tuple(parts)
-    return tuple(whole(hf_name, (size, *inner)) for hf_name, size in parts.items())
+    return tuple(full_tensor(hf_name, (size, *inner)) for hf_name, size in parts.items())

@@ -98,8 +98,8 @@ def _tensor(path: Path, hf_name: str, fields: object) -> tuple[int, int, str, to
     """The begin and the end of the data in bytes, the name, the dtype and the shape of a header's entry. It is checked here and
     not by `read_fields` for speed: large models have a hundred thousand entries."""
     if not is_text(hf_name) or not isinstance(fields, dict) or fields.keys() != _FIELDS:
-        found = shown(list(fields)) if isinstance(fields, dict) else kind(fields)
-        raise ValueError(f"{shown(hf_name)} must be an object with dtype, shape and data_offsets, found {found}")
+        actual = shown(list(fields)) if isinstance(fields, dict) else kind(fields)
+        raise ValueError(f"{shown(hf_name)} must be an object with dtype, shape and data_offsets, found {actual}")
     shape, offsets, name = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
     if not _are_sizes(shape):
         raise ValueError(f"{hf_name}: shape must be a list of at most {_MOST_DIMS} whole numbers, found {shown(shape)}")

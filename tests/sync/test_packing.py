@@ -13,7 +13,7 @@ from mbridge_rl.sync.payload.route import Bucket, Part, Piece, Route, WorkerRout
 from mbridge_rl.sync.trainer.packer import Packer
 
 
-def whole(shape: tuple[int, ...], dtype: torch.dtype, parameter: str = "w", offset: int = 0) -> Piece:
+def full_tensor(shape: tuple[int, ...], dtype: torch.dtype, parameter: str = "w", offset: int = 0) -> Piece:
     """All of the tensor `w`."""
     view = View("w", 0, contiguous_strides(shape))
     target = View(parameter, 0, view.strides)
@@ -23,7 +23,7 @@ def whole(shape: tuple[int, ...], dtype: torch.dtype, parameter: str = "w", offs
 def test_each_parameter_is_proven_in_its_own_dtype() -> None:
     """Of two that hold the same elements, as tied embeddings may, one keeps bf16."""
     shape = (5, 7)
-    pieces = whole(shape, torch.float32), whole(shape, torch.bfloat16, "v", offset=192)
+    pieces = full_tensor(shape, torch.float32), full_tensor(shape, torch.bfloat16, "v", offset=192)
     parts = Part(0, 0, 192 + prod(shape) * 2, pieces), Part(0, 320, 8, ())
     told = WorkerRoute(0, ("w",), tuple(Bucket(part.start, part.nbytes, (part,)) for part in parts), 328)
     packer = Packer(Route((told,)), 0, {"w": torch.randn(shape)}, {"w": torch.float32})
@@ -37,7 +37,7 @@ def test_each_parameter_is_proven_in_its_own_dtype() -> None:
 def test_a_large_piece_moves_between_devices() -> None:
     """From host memory onto an accelerator, for which the device without data stands."""
     shape = (1024, 1024)
-    piece = whole(shape, torch.float32)
+    piece = full_tensor(shape, torch.float32)
     assert packing.move(piece, torch.ones(shape), torch.empty(shape, device="meta"), with_digest=False) == 0
     held = torch.zeros(shape)
     assert packing.move(piece, torch.ones(shape), held, with_digest=True) == packing.examine(piece, held, with_digest=True)

@@ -9,7 +9,7 @@ from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block, attention, head_dim, kv_heads_of
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import PlainNorm
-from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, replicated, row_parallel, stacked, whole
+from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, full_tensor, replicated, row_parallel, stacked
 
 _MEGATRON_PREFIX, _HF_PREFIX = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.linear_attn"
 
@@ -68,9 +68,9 @@ def projections_apart(hf: ConfigReader) -> tuple[Part, ...]:
     key, value = hf.linear_num_key_heads * hf.linear_key_head_dim, heads * hf.linear_value_head_dim
     return (
         *_rows("in_proj_qkv", (key, key, value), (h,)),
-        whole(f"{_HF_PREFIX}.in_proj_z.weight", (value, h)),
-        whole(f"{_HF_PREFIX}.in_proj_b.weight", (heads, h)),
-        whole(f"{_HF_PREFIX}.in_proj_a.weight", (heads, h)),
+        full_tensor(f"{_HF_PREFIX}.in_proj_z.weight", (value, h)),
+        full_tensor(f"{_HF_PREFIX}.in_proj_b.weight", (heads, h)),
+        full_tensor(f"{_HF_PREFIX}.in_proj_a.weight", (heads, h)),
     )
 
 
@@ -84,7 +84,7 @@ def gated_attention(hf: ConfigReader) -> Block:
     query, gate = (
         Part(q_proj, (Axis(heads, 0), Axis(2, start=half), Axis(dim, 0), Axis(h, 1)), (2 * heads * dim, h)) for half in (0, 1)
     )
-    parts = (query, gate, *(whole(hf_name, (groups * dim, h)) for hf_name in keys))
+    parts = (query, gate, *(full_tensor(hf_name, (groups * dim, h)) for hf_name in keys))
     fused = Rule(f"{_MEGATRON_PREFIX}.linear_qkv.weight", parts, (0, h), axis="tp", groups=groups)
     rules = tuple(fused if rule.megatron_name == fused.megatron_name else rule for rule in plain.rules)
     return replace(plain, config={**plain.config, "attention_output_gate": True}, rules=rules).only_in(

@@ -222,7 +222,7 @@ class Update:
             if wrong_names:
                 raise DigestMismatch(
                     f"{len(wrong_names)} tensors of worker {self._route.rank} are not in the live weights as they were sent: "
-                    f"{listed(f'{hf_name} (in {listed(self._places(hf_name))})' for hf_name in wrong_names)}"
+                    f"{listed(f'{hf_name} (in {listed(self._parameter_names(hf_name))})' for hf_name in wrong_names)}"
                 )
             counted_by_loader = {piece.hf_name for piece in self._route.pieces if goes_unsplit(piece) and piece.counted}
             counted |= {hf_name: self._proven_received[hf_name] for hf_name in counted_by_loader}
@@ -329,7 +329,7 @@ class Update:
             self._proven_received[hf_name] = digest(tensor.view(shape))
             self._model.load_unsplit(hf_name, tensor)
 
-    def _places(self, hf_name: str) -> set[str]:
+    def _parameter_names(self, hf_name: str) -> set[str]:
         return {piece.target.name for piece in self._route.pieces if piece.hf_name == hf_name}
 
 
