@@ -12,22 +12,25 @@ import base64
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.buckets import offsets
 from mbridge_rl.core.digest import add, combine, signed, unsigned
 from mbridge_rl.core.errors import EngineMismatch, SyncError
 from mbridge_rl.core.finite import require_finite
+from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.plan import compile_plan, copy_digest
-from mbridge_rl.core.segments import hf_side, megatron_side
+from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.distributed.arena import Arena
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.host import machine_id
 from mbridge_rl.distributed.host_memory import shared_arena
-from mbridge_rl.megatron.lora.adapter_side import live_adapter_side, lora_config_of
+from mbridge_rl.megatron.lora.adapter_side import LiveAdapters, live_adapter_side, lora_config_of
 from mbridge_rl.megatron.parameters import layout_of
 from mbridge_rl.sync.options import SyncOptions
 from mbridge_rl.sync.payload.adapter_messages import AdapterReport, AdapterSlotsInfo, AdapterUpdate
@@ -106,7 +109,7 @@ class AdapterSync:
 
     def __init__(
         self,
-        bridge: Any,
+        bridge: AutoBridge,
         model: Sequence[nn.Module],
         client: AdapterClient | Sequence[AdapterClient] | None,
         adapter: str = "policy",
@@ -147,7 +150,7 @@ class AdapterSync:
         return with_retries(
             version,
             lambda watch, _: self._attempt(version, watch),
-            lambda watches, committed, error: self._report(version, watches, committed, error),
+            partial(self._report, version),
             lane=phases.lane(self._group.rank),
             retries=self.options.retries,
             sinks=self._sinks,
@@ -158,7 +161,7 @@ class AdapterSync:
         self._arena.close()
         self._engines.close()
 
-    def _live(self) -> Any:
+    def _live(self) -> tuple[LiveAdapters, ModelSpec, Side]:
         return live_adapter_side(self._model, self._base, self._layout, self._group.rank, scaled=True)
 
     def _ask_engines(self) -> tuple[torch.dtype, list[bool]]:

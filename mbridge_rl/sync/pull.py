@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.digest import add, contiguous_strides, digest_strided, signed, unsigned
 from mbridge_rl.core.errors import DigestMismatch, EngineMismatch, StoreError, listed
 from mbridge_rl.core.model import ModelSpec
@@ -33,7 +33,7 @@ from mbridge_rl.sync.trainer.joining import introduction_of
 _log = logging.getLogger(__name__)
 
 
-def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightStore) -> int:
+def restore_from_store(bridge: AutoBridge, model: Sequence[nn.Module], store: WeightStore) -> int:
     """Copies the live version of a store into a live model, and returns that version. All ranks call it together, on the
     store's host.
 
@@ -67,7 +67,11 @@ def restore_from_store(bridge: Any, model: Sequence[nn.Module], store: WeightSto
 
 @torch.no_grad()
 def restore(
-    bridge: Any, model: Sequence[nn.Module], routes: Sequence[WorkerRoute], images: Mapping[int, Tensor], group: RankGroup
+    bridge: AutoBridge,
+    model: Sequence[nn.Module],
+    routes: Sequence[WorkerRoute],
+    images: Mapping[int, Tensor],
+    group: RankGroup,
 ) -> None:
     """Copies the weights in `images` (uint8, by worker) into a live model and proves them. All ranks call it together.
 

@@ -12,7 +12,6 @@ import secrets
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +27,10 @@ from mbridge_rl.sync.transports.waiting import Timeout
 
 _DEPTH = 3  # messages under way per process
 _MOST_JOINED = 16
-_joined: dict[tuple[str, int], Any] = {}  # this process's process groups, by id and rank; they outlive a version
+_joined: dict[tuple[str, int], dist.ProcessGroup] = {}  # this process's process groups, by id and rank; they outlive a version
 
 
-def join(wire: GroupWire, rank: int, seconds: float) -> Any:
+def join(wire: GroupWire, rank: int, seconds: float) -> dist.ProcessGroup:
     """Joins the process group of `wire`.
 
     Raises:
@@ -62,7 +61,7 @@ class GroupOutlet:
     def __init__(self, wire: GroupWire, rank: int, largest: int, timeout: Timeout) -> None:
         self._wire, self._rank, self._timeout = wire, rank, timeout
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
-        self._works: deque[Any] = deque()
+        self._works: deque[dist.Work] = deque()
         self._sent = 0
 
     def place(self, worker: int, index: int, part: Part) -> Tensor:
@@ -97,11 +96,11 @@ class GroupInlet:
         self._before = first - wire.workers + route.rank if wire.replica else None
         self._after = first + wire.workers + route.rank if wire.replica + 1 < wire.replicas else None
         self._rank = first + route.rank
-        self._group: Any = None
+        self._group: dist.ProcessGroup | None = None
         size = aligned(route.bucket_bytes)
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
-        self._posted: deque[list[Any]] = deque()
-        self._forwarded: dict[int, list[Any]] = {}
+        self._posted: deque[list[dist.Work]] = deque()
+        self._forwarded: dict[int, list[dist.Work]] = {}
         self._next = 0
 
     def take(self, index: int) -> Sequence[Tensor]:
@@ -126,7 +125,7 @@ class GroupInlet:
     def close(self) -> None:
         self._posted.clear()
 
-    def _receive(self, index: int, part: Part, data: Tensor) -> Any:
+    def _receive(self, index: int, part: Part, data: Tensor) -> dist.Work:
         with explained(f"cannot receive bucket {index}"):
             return self._group.recv([data], part.source_rank if self._before is None else self._before, index)
 
@@ -193,7 +192,7 @@ class GroupTransport:
         self._server = None
 
 
-def _wait(work: Any, timeout: Timeout, complaint: str) -> None:
+def _wait(work: dist.Work, timeout: Timeout, complaint: str) -> None:
     with explained(complaint):
         work.wait(timedelta(seconds=timeout.seconds))
 
