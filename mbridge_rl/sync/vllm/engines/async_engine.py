@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.vllm.engines.attached import AttachedEngine
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion_of
 from mbridge_rl.sync.vllm.lora.adaptable_engine import Served
+from mbridge_rl.sync.vllm.versions import refused_while_paused
 
+_RETRY_SECONDS = 0.05  # between attempts of a request that is refused while generation is paused
 _LOOP_SECONDS = 10.0  # a running event loop calls a new callback within this time
 
 
@@ -74,12 +77,19 @@ class AsyncEngine(AttachedEngine):
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
-        name = f"mbridge-{id(self):x}-{next(self._numbers)}"
-        last_output = None
         lora_request = adapter and adapter.request
-        async for output in self._llm.generate({"prompt_token_ids": prompt}, parameters, name, lora_request=lora_request):
-            last_output = output
-        return last_output
+        deadline = time.monotonic() + self._call_timeout
+        while True:
+            name, last_output = f"mbridge-{id(self):x}-{next(self._numbers)}", None
+            try:
+                outputs = self._llm.generate({"prompt_token_ids": prompt}, parameters, name, lora_request=lora_request)
+                async for output in outputs:
+                    last_output = output
+                return last_output
+            except refused_while_paused():
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_RETRY_SECONDS)
 
     def _sizes(self) -> tuple[int, int]:
         parallel = self._llm.vllm_config.parallel_config

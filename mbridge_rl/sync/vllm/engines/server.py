@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, overload
@@ -31,12 +32,17 @@ from mbridge_rl.sync.vllm.lora.adapter_slots import PLACEHOLDER, in_slots
 
 T = TypeVar("T")
 
+_RETRY_SECONDS = 0.05  # between attempts of a request that is refused while generation is paused
 _SHOWN = 500  # characters of an error's body
 _NEEDED = {
     "/inference/v1/generate": "--enable-scale-out",
     "/v1/load_lora_adapter": "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
 }
 _MOST_BYTES = 1 << 30  # of an answer, in which workers may describe all their tensors
+
+
+class _Paused(SyncError):
+    """The server refused a request because generation is paused."""
 
 
 class ServerEngine(AttachedEngine):
@@ -83,10 +89,22 @@ class ServerEngine(AttachedEngine):
         def answer(index: int) -> list[Completion]:
             adapter = adapters[index]
             body = {"token_ids": prompts[index], "sampling_params": fields[index], "model": adapter and adapter.name}
-            choices = self._post("/inference/v1/generate", body, Choices).choices
+            choices = self._generated(body).choices
             return [_completion(index, choice, version) for choice in sorted(choices, key=lambda choice: choice.index)]
 
         return [sample for samples in self._pool.map(answer, range(len(prompts))) for sample in samples]
+
+    def _generated(self, body: dict[str, Any]) -> Choices:
+        """The answer to a request for tokens. While generation is paused, vLLM refuses requests since 0.33; they are made
+        again."""
+        deadline = time.monotonic() + self._call_timeout
+        while True:
+            try:
+                return self._post("/inference/v1/generate", body, Choices)
+            except _Paused:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_SECONDS)
 
     def _sizes(self) -> tuple[int, int]:
         paths = ("/get_world_size?include_dp=false", "/get_world_size")
@@ -193,6 +211,8 @@ class ServerEngine(AttachedEngine):
         if answer.status == 404 and '"error"' not in body:  # vLLM's own refusals have an "error"
             needed = _NEEDED.get(path, "VLLM_SERVER_DEV_MODE=1")
             return SyncError(f"{self} has no {path}: start it with {needed}, or vLLM does not serve this route")
+        if answer.status == 503 and "ServiceUnavailable" in body:
+            return _Paused(f"{self} refuses requests while generation is paused: {body}")
         if "EngineDead" in body:
             return EngineProcessError(f"the engine of {self} died: {body}")
         return SyncError(f"{self} answered {path} with status {answer.status}: {body}")

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from mbridge_rl.sync.vllm.versions import cpu_router
 from mbridge_rl.sync.vllm.worker.cpu_weights import is_refittable
 
 
 def install() -> None:
     """Replaces the constructor of the router. Idempotent."""
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-
-    construct = CPURouter.__init__
-    if getattr(construct, "_mbridge", False):
+    router = cpu_router()
+    if router is None or getattr(router.__init__, "_mbridge", False):
         return
+    construct = router.__init__
 
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         construct(self, *arguments, **options)
@@ -29,4 +29,4 @@ def install() -> None:
             self.use_grouped_topk, self.num_expert_group, self.topk_group = True, 1, 1
 
     __init__._mbridge = True  # type: ignore[attr-defined]
-    CPURouter.__init__ = __init__
+    router.__init__ = __init__

@@ -1,0 +1,61 @@
+"""The differences between the releases of vLLM that this library works with (0.29 to 0.33), each with the release that
+brought it.
+
+Nothing else in this library asks for vLLM's version or tries whether vLLM has something. A difference is recognized by what
+vLLM has, not by its number, so that builds between two releases work as well. vLLM is imported inside the functions.
+
+* 0.30 routes experts on a CPU by `CPURouter`; before, the function in `cpu_moe` does it.
+* 0.33 rewrote `WeightSource`: `metadata` became a property, `ParamMeta` got `owners`, and `iter_full` yields what a rank owns.
+* 0.33 refuses new requests while generation is paused with mode `abort` or `wait`; before, they waited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import ParamMeta
+
+
+class Metadata(list):  # type: ignore[type-arg]
+    """The metadata of a `WeightSource`. vLLM reads it as a property since 0.33, and calls it as a method before."""
+
+    def __call__(self) -> list[ParamMeta]:
+        return list(self)
+
+
+def param_meta(name: str, dtype: torch.dtype, shape: tuple[int, ...], owners: Sequence[int] | None) -> ParamMeta:
+    """The metadata of one tensor.
+
+    Args:
+        name: its `hf_name`.
+        dtype: its dtype.
+        shape: its shape.
+        owners: the trainer ranks that yield it; `None` means all. vLLM takes it since 0.33.
+    """
+    from vllm.distributed.weight_transfer.base import ParamMeta
+
+    if owners is None or "owners" not in {field.name for field in fields(ParamMeta)}:
+        return ParamMeta(name, dtype, shape)
+    return ParamMeta(name, dtype, shape, owners=tuple(owners))
+
+
+def cpu_router() -> Any:
+    """The class that routes experts on a CPU; `None` before 0.30."""
+    try:
+        from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    except ModuleNotFoundError:
+        return None
+    return CPURouter
+
+
+def refused_while_paused() -> tuple[type[Exception], ...]:
+    """The errors of a request that came while generation was paused, and may be made again; none before 0.33."""
+    from vllm import exceptions
+
+    error = getattr(exceptions, "RetryableRequestError", None)
+    return () if error is None else (error,)
