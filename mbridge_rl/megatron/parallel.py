@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
+from mbridge_rl.megatron.versions.config import refuse_unmapped_groups
 
 _log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def current_layout(spec_num_layers: int | None = None, stage_layers: tuple[int, 
 
         if not state.model_parallel_is_initialized():
             raise LayoutError("Megatron's parallel state is not initialised: call initialize_parallel(layout)")
+        refuse_unmapped_groups(state)
         known = _State.layout if _State.layout is not None and _describes(_State.layout, state) else None
         layout = known if known is not None else _layout_from_state(state)
     if stage_layers is not None:

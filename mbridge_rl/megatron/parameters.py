@@ -24,6 +24,8 @@ from mbridge_rl.core.tensor_cache import TensorCache
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import current_layout
+from mbridge_rl.megatron.versions.config import refuse_unmapped
+from mbridge_rl.megatron.versions.names import canonical_name
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias|lora_[a-z_]+))(\d+)$")
@@ -116,7 +118,9 @@ def live_side(
 
     Raises:
         StateMismatchError: the model does not hold the tensors that its mapping describes.
+        LayoutError, UnsupportedModelError: it stores them in a way that no mapping describes (`refuse_unmapped`).
     """
+    refuse_unmapped(unwrap(model)[0].config, spec.transformer_config)
     at = layout.coordinates(rank)
     side = megatron_side(spec, layout, rank) if side is None else side
     live = LiveParameters(model, at.ep * (spec.num_experts or 0) // layout.ep, buffer_names=side.shapes.keys())
@@ -166,7 +170,8 @@ def world_rank() -> int:
 
 
 def global_name_of(local_name: str, layers: Sequence[int], experts_before: int) -> str:
-    """The global name of a chunk's tensor: its local name with the layer and expert indices of the whole model."""
-    name = _LAYER.sub(lambda match: f"decoder.layers.{layers[int(match[1])]}.", local_name)
+    """The global name of a chunk's tensor: its local name, as release 0.16 of Megatron spells it, with the layer and expert
+    indices of the whole model."""
+    name = _LAYER.sub(lambda match: f"decoder.layers.{layers[int(match[1])]}.", canonical_name(local_name))
     name = _GROUPED_EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + experts_before}", name)
     return _SEQUENTIAL_EXPERT.sub(lambda match: f".experts.{match[2]}{int(match[1]) + experts_before}", name)

@@ -20,6 +20,7 @@ from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.model import build_model
 from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.megatron.versions.batches import packed_sequences
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.objectives.loss import supervised_loss
 from mbridge_rl.training.trainer.gradients import hf_gradients
@@ -38,8 +39,6 @@ def test_packed_sequences_do_not_see_each_other(variant: str, tmp_path: Path) ->
 
 
 def packed_and_apart(rank: int, directory: Path) -> tuple[Tensor, Tensor]:
-    from mbridge_rl.training.trainer.policy import _packed
-
     initialize_parallel(ParallelLayout())
     bridge = AutoBridge.from_pretrained(directory)
     model = bridge.build_model()
@@ -48,7 +47,7 @@ def packed_and_apart(rank: int, directory: Path) -> tuple[Tensor, Tensor]:
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     offsets = (0, *torch.tensor(LENGTHS).cumsum(0).tolist())
     with megatron_runtime(), torch.no_grad():
-        params = _packed(offsets, torch.device("cpu"))
+        params = packed_sequences(offsets, torch.device("cpu"))
         packed = model[0](torch.cat(sequences, 1), positions, None, packed_seq_params=params)
     apart = torch.cat([forward_logits(model, tokens) for tokens in sequences], 1)
     return packed[..., :515].float(), apart

@@ -1,0 +1,167 @@
+"""The room of Megatron's releases: what each difference is for, on whichever release is installed (`make matrix` runs several).
+
+Changes that raise no error have tests with numbers here, in `tests/bridges/test_hybrid_models.py` (packed Mamba sequences) and
+in `tests/bridges/test_families.py` (a norm of queries that the checkpoint does not have).
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
+from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.megatron.context_parallel import context_parallel_positions
+from mbridge_rl.megatron.cpu.runtime import megatron_runtime
+from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
+from mbridge_rl.megatron.versions import batches, config, names, release
+from mbridge_rl.megatron.versions.layer_specs import submodules_of
+
+
+@pytest.mark.parametrize("version", ["0.15.3", "0.16.0", "0.16.0rc0.dev1", "0.9"])
+def test_an_older_release_is_refused_with_the_reason(version: str) -> None:
+    with pytest.raises(ImportError, match=rf"megatron-core {version} is too old .* Install megatron-core>=0\.16\.1"):
+        release.check_release(version)
+
+
+@pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.18.2", "0.19.2", "0.19.9.post1"])
+def test_a_tested_release_is_silent(version: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        release.check_release(version)
+
+
+def test_a_newer_release_warns_once() -> None:
+    release._warn.cache_clear()
+    with pytest.warns(UserWarning, match=r"megatron-core 0\.20\.0rc0\.dev7 is newer .* \(0\.16\.1 to 0\.19\)"):
+        release.check_release("0.20.0rc0.dev7")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        release.check_release("0.20.0rc0.dev7")
+
+
+def test_what_is_no_version_is_refused() -> None:
+    with pytest.raises(ImportError, match="is 'unknown'; expected a version"):
+        release.check_release("unknown")
+
+
+def test_the_installed_release_is_a_tested_one() -> None:
+    with megatron_runtime():
+        import megatron.core
+
+        number = release._number(megatron.core.__version__)
+    assert number >= release.OLDEST
+    assert number[:2] <= release.NEWEST_TESTED
+
+
+RENAMED = {
+    "mtp.layers.0.mtp_model_layer.self_attention.linear_proj.weight": "mtp.layers.0.transformer_layer.self_attention."
+    "linear_proj.weight",
+    "mtp.layers.12.mtp_model_layer": "mtp.layers.12.transformer_layer",
+    "decoder.layers.3.mixer.conv1d_weight": "decoder.layers.3.mixer.conv1d.weight",
+    "decoder.layers.3.mixer.conv1d_bias": "decoder.layers.3.mixer.conv1d.bias",
+    "decoder.layers.0.self_attention.mamba.conv1d_weight": "decoder.layers.0.self_attention.mamba.conv1d.weight",
+    "mtp.layers.0.mtp_model_layer.mixer.conv1d_bias": "mtp.layers.0.transformer_layer.mixer.conv1d.bias",
+}
+NOT_RENAMED = [
+    "decoder.layers.3.self_attention.conv1d.weight",  # a gated delta net's, which is a module in every release
+    "decoder.layers.3.mtp_model_layer.weight",
+    "decoder.layers.3.mixer.conv1d_weights",
+    "mtp.layers.0.mtp_model_layers.weight",
+    "mtp.layers.0.enorm.weight",
+    "embedding.word_embeddings.weight",
+]
+
+
+@pytest.mark.parametrize("native", [*RENAMED, *NOT_RENAMED])
+def test_names_are_translated_both_ways(native: str) -> None:
+    canonical = RENAMED.get(native, native)
+    assert names.canonical_name(native) == canonical
+    assert names.canonical_name(canonical) == canonical
+    assert names.native_name(canonical, {native}) == native
+    assert names.native_name(canonical, {canonical}) == canonical
+    assert names.native_name(canonical, set()) == canonical
+
+
+def test_packed_sequences_have_what_mamba_layers_keep_them_apart_by() -> None:
+    """Since 0.17 Megatron derives the sequences' numbers from `total_tokens`; 0.16's layers derive them themselves."""
+    with megatron_runtime():
+        params = batches.packed_sequences((0, 3, 4, 9), torch.device("cpu"))
+    assert params.cu_seqlens_q.tolist() == params.cu_seqlens_kv_padded.tolist() == [0, 3, 4, 9]
+    assert params.max_seqlen_q == 5
+    if hasattr(params, "seq_idx"):
+        assert params.seq_idx.tolist() == [[0, 0, 0, 1, 2, 2, 2, 2, 2]]
+
+
+def _parts_of_a_row(rank: int, layout: ParallelLayout) -> tuple[Tensor, Tensor]:
+    initialize_parallel(layout)
+    at = layout.coordinates(rank)
+    rows = torch.arange(32).view(2, 16)
+    with megatron_runtime():
+        part = batches.batch_of_context_rank({"tokens": rows.clone()})["tokens"]
+    destroy_parallel()
+    return part, rows[:, context_parallel_positions([0, 16], at.cp, layout.cp)]
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(cp=2, dp=2), ParallelLayout(cp=2, tp=2), ParallelLayout(dp=2)], ids=str)
+def test_a_batch_is_divided_over_its_context_parallel_ranks_alone(layout: ParallelLayout) -> None:
+    """Not over the world, which Megatron's function takes since 0.18 where no group is given."""
+    for part, expected in run_ranks(_parts_of_a_row, layout.world_size, layout):
+        assert torch.equal(part, expected)
+
+
+def test_submodules_of_both_kinds_of_specs() -> None:
+    submodules = SimpleNamespace(linear_fc1=int)
+    assert submodules_of(SimpleNamespace(submodules=submodules)) is submodules
+    assert submodules_of(partial(dict, submodules=submodules)) is submodules
+    assert submodules_of(partial(dict)) is None
+
+
+NEUTRAL = SimpleNamespace(
+    gtp_weight_remat_size=1,
+    expert_gtp_weight_remat_size=1,
+    moe_single_grouped_weight=False,
+    moe_single_grouped_bias=False,
+    moe_mlp_glu_interleave_size=None,
+)
+
+
+def test_neutral_values_and_missing_fields_are_accepted() -> None:
+    config.refuse_unmapped(NEUTRAL, {})
+    config.refuse_unmapped(SimpleNamespace(), {})
+    config.refuse_unmapped(SimpleNamespace(moe_mlp_glu_interleave_size=32), {"moe_mlp_glu_interleave_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("gtp_weight_remat_size", 2, LayoutError, r"\(GTP, EGTP\), which cuts weights .* leave tensor_parallel_num_weight_sh"),
+        ("expert_gtp_weight_remat_size", 4, LayoutError, "cuts experts' weights .* leave expert_tensor_parallel_num_weight_sh"),
+        ("moe_single_grouped_weight", True, UnsupportedModelError, "all experts of a rank in one parameter"),
+        ("moe_single_grouped_bias", True, UnsupportedModelError, "all experts of a rank in one parameter"),
+        ("moe_mlp_glu_interleave_size", 32, UnsupportedModelError, r"=32 changes the order of the rows .* for None"),
+    ],
+)
+def test_what_is_not_mapped_is_refused(field: str, value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        config.refuse_unmapped(SimpleNamespace(**{**vars(NEUTRAL), field: value}), {})
+
+
+def test_a_parallel_state_with_weight_shards_is_refused() -> None:
+    config.refuse_unmapped_groups(SimpleNamespace())
+    config.refuse_unmapped_groups(SimpleNamespace(get_gtp_weight_remat_world_size=lambda: 1))
+    with pytest.raises(LayoutError, match=r"over 2 more ranks \(EGTP\)"):
+        config.refuse_unmapped_groups(SimpleNamespace(get_expert_gtp_weight_remat_world_size=lambda: 2))
+
+
+def test_only_fields_of_the_release_are_set() -> None:
+    assert config.cpu_fields({"apply_rope_fusion", "other"}) == {"apply_rope_fusion": False}
+    assert config.quiet_fields({"cuda_graph_scope"}) == {"cuda_graph_scope": []}
+    assert config.quiet_fields({"cuda_graph_scope", "cuda_graph_modules"}) == {"cuda_graph_modules": []}
+    assert config.quiet_fields(set()) == {}
