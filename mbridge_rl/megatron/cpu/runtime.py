@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from mbridge_rl.megatron.cpu import device as cpu_device
-from mbridge_rl.megatron.versions.release import check_running_release
+from mbridge_rl.megatron.versions.release import check_release
 
 _MISSING = object()
 _TE = "transformer_engine"
@@ -117,7 +117,7 @@ def _import_megatron() -> tuple[ModuleType, ModuleType, ModuleType]:
             Engine.
     """
     with _without_torch_compile():
-        check_running_release()
+        check_release()
         random = importlib.import_module("megatron.core.tensor_parallel.random")
         moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
         token_dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
@@ -179,7 +179,7 @@ def megatron_runtime() -> Iterator[None]:
     """
     if torch.cuda.is_available():
         _require_real_transformer_engine()
-        check_running_release()
+        check_release()
         yield
         return
     _runtime.enter()
