@@ -70,7 +70,7 @@ def refuse_unmapped(config: Any, mapped: Mapping[str, Any]) -> None:
     if (size := getattr(config, _INTERLEAVING, None)) != (expected := mapped.get(_INTERLEAVING)):
         raise UnsupportedModelError(
             f"{_INTERLEAVING}={size} changes the order of the rows of linear_fc1, and the spec's rules are for {expected}: "
-            f"make the spec with core.interleaved_experts.with_interleaved_experts(spec, {size}) and build the model from it"
+            f"make the bridge with AutoBridge.from_pretrained(..., glu_interleave={size}) and build the model by it"
         )
 
 
