@@ -22,6 +22,7 @@ from mbridge_rl.megatron.decoders import decoder_model, hybrid_model
 from mbridge_rl.megatron.extras import add_extras
 from mbridge_rl.megatron.parallel import current_layout
 from mbridge_rl.megatron.versions import config as versions
+from mbridge_rl.megatron.versions.batches import require_context_parallel_delta_nets
 
 # Fields that are set from the layout and the dtype: an override would contradict these.
 _FROM_LAYOUT = {
@@ -108,7 +109,7 @@ def transformer_config(
     with megatron_runtime():
         spec.validate(layout)
         if layout.cp > 1 and spec.transformer_config.get("experimental_attention_variant") == "gated_delta_net":
-            raise LayoutError(f"cp={layout.cp}: Megatron's gated delta nets have no context parallelism; use cp=1")
+            require_context_parallel_delta_nets(spec.transformer_config, layout)
         return _transformer_config(spec, layout, dtype, sequence_parallel, grouped_experts, overrides or {})
 
 

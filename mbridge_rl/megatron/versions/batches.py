@@ -1,14 +1,17 @@
-"""Packed sequences and the division of a batch over context-parallel ranks: two changes that raise no error."""
+"""Packed sequences, and the division of sequences over context-parallel ranks. Two of these changes raise no error."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mbridge_rl.core.errors import LayoutError
+from mbridge_rl.core.layout import ParallelLayout
 
 
 def packed_sequences(offsets: Sequence[int], device: torch.device) -> Any:
@@ -51,3 +54,28 @@ def batch_of_context_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
         options["is_hybrid_cp"] = False
     return get_batch_on_this_cp_rank(batch, **options)
+
+
+def require_context_parallel_delta_nets(fields: Mapping[str, Any], layout: ParallelLayout) -> None:
+    """Checks that gated delta nets can divide sequences over the layout's context-parallel ranks, as they do since 0.18: each
+    rank then computes some heads of full sequences.
+
+    Args:
+        fields: the config fields of the model's spec.
+
+    Raises:
+        LayoutError: they cannot, in this release or with these numbers of heads.
+    """
+    from megatron.core.ssm import gated_delta_net
+
+    if not hasattr(gated_delta_net, "get_parameter_local_cp"):
+        raise LayoutError(
+            f"cp={layout.cp}: gated delta nets have context parallelism since Megatron-core 0.18, and an older one is "
+            "installed; use cp=1"
+        )
+    for name in ("linear_num_key_heads", "linear_num_value_heads"):
+        if fields[name] % (layout.tp * layout.cp):
+            raise LayoutError(
+                f"{name}={fields[name]} of gated delta nets does not divide by tp*cp={layout.tp}*{layout.cp}; "
+                "choose a smaller cp"
+            )
