@@ -32,7 +32,7 @@ from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.hf.proof import READ_BACK_ADVICE, same_bits
 from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
-from mbridge_rl.megatron.versions.checkpoints import save_asynchronously, write_common_file
+from mbridge_rl.megatron.versions.checkpoints import forgetting_failed_writes, save_asynchronously, write_common_file
 from mbridge_rl.training.checkpoint.random_state import derive_random_state, random_state, restore_random_state
 from mbridge_rl.training.checkpoint.tensors import KINDS, TrainerTensors
 from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer
@@ -182,7 +182,8 @@ def _reserve_space(content: dict[str, Any], partial: Path, world_size: int) -> N
 def _save(content: dict[str, Any], partial: Path) -> None:
     request = save_asynchronously(content, partial)
     request.finalize_fns.insert(0, lambda: (partial / _RESERVED_SPACE).unlink(missing_ok=True))
-    request.execute_sync()
+    with forgetting_failed_writes():
+        request.execute_sync()
 
 
 def _require_saved(content: dict[str, Any], partial: Path, group: RankGroup) -> None:
