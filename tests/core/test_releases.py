@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 
 from mbridge_rl.core import releases
 from mbridge_rl.core.releases import Releases
+from mbridge_rl.hf.versions import TRANSFORMERS
+from mbridge_rl.megatron.versions.release import MEGATRON_CORE
 
 PACKAGE = Releases("megatron-core", oldest=(0, 16, 1), newest_tested=(0, 19), reason="its specs differ")
 
@@ -40,3 +44,12 @@ def test_a_newer_release_warns_once() -> None:
 def test_what_is_no_version_is_refused() -> None:
     with pytest.raises(ImportError, match=r"says that its version is 'unknown'; expected one such as 0\.16\.1"):
         PACKAGE.check("unknown")
+
+
+@pytest.mark.parametrize("package", [MEGATRON_CORE, TRANSFORMERS], ids=lambda package: package.package)
+def test_the_bounds_of_the_installation_are_the_tested_releases(package: Releases) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    [found] = [line for line in project["dependencies"] if line.startswith(package.package)]
+    *major, minor = package.newest_tested
+    oldest, above = ".".join(map(str, package.oldest)), ".".join(map(str, [*major, minor + 1]))
+    assert found == f"{package.package}>={oldest},<{above}"
