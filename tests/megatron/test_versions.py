@@ -13,14 +13,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES
 from ranks import run_ranks
 from torch import Tensor
 
+from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.context_parallel import context_parallel_positions
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
+from mbridge_rl.megatron.model import build_model
 from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
+from mbridge_rl.megatron.parameters import LiveParameters
 from mbridge_rl.megatron.versions import batches, config, names, release
 from mbridge_rl.megatron.versions.layer_specs import submodules_of
 
@@ -72,6 +76,25 @@ def test_names_are_translated_both_ways(native: str) -> None:
     assert names.native_name(canonical, {native}) == native
     assert names.native_name(canonical, {canonical}) == canonical
     assert names.native_name(canonical, set()) == canonical
+
+
+def _names_of_a_live_model(rank: int, variant: str) -> tuple[list[str], list[str], list[str]]:
+    initialize_parallel(ParallelLayout())
+    family = FAMILIES[variant]
+    spec = model_spec(family.hf_config(), mtp=variant == "deepseek-v3")
+    model = build_model(spec)
+    native = [name for name, _ in model[0].named_parameters()]
+    canonical = [names.canonical_name(name) for name in native]
+    back = [names.native_name(name, native) for name in canonical]
+    return native, back, sorted(set(LiveParameters(model, 0)) - {instance.megatron_name for instance in spec.instances})
+
+
+@pytest.mark.parametrize("variant", ["deepseek-v3", "nemotron-h", "falcon-h1", "qwen3-next"])
+def test_names_of_live_models_are_those_of_the_rules_and_lead_back(variant: str) -> None:
+    """With the names of whichever release is installed."""
+    [(native, back, unknown)] = run_ranks(_names_of_a_live_model, 1, variant)
+    assert back == native
+    assert unknown == []
 
 
 def test_packed_sequences_have_what_mamba_layers_keep_them_apart_by() -> None:
