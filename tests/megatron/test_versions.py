@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from mbridge_rl.megatron.context_parallel import context_parallel_positions
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.model import build_model
 from mbridge_rl.megatron.parallel import destroy_parallel, initialize_parallel
-from mbridge_rl.megatron.parameters import LiveParameters
+from mbridge_rl.megatron.parameters import LiveParameters, layout_of
 from mbridge_rl.megatron.versions import batches, config, names, release
 from mbridge_rl.megatron.versions.layer_specs import submodules_of
 
@@ -173,3 +174,45 @@ def test_only_fields_of_the_release_are_set() -> None:
     assert config.quiet_fields({"cuda_graph_scope"}) == {"cuda_graph_scope": []}
     assert config.quiet_fields({"cuda_graph_scope", "cuda_graph_modules"}) == {"cuda_graph_modules": []}
     assert config.quiet_fields(set()) == {}
+
+
+def _places(layout: ParallelLayout, layers: int) -> Any:
+    return [layout.coordinates(rank) for rank in range(layout.world_size)], layout.layers_of_stages(layers)
+
+
+def _layout_without_a_parallel_state(rank: int, layout: ParallelLayout, variant: str) -> Any:
+    """Of a model that another library built, with groups of its own; unset ones raise before 0.19 and are `None` since."""
+    initialize_parallel(layout)
+    spec = model_spec(FAMILIES[variant].hf_config())
+    model = build_model(spec, layout)
+    expected = layout_of(model, spec)
+    for chunk in model:
+        del chunk.parallel_layout
+    destroy_model_parallel()
+    own = layout_of(model, spec)
+    for chunk in model:
+        chunk.pg_collection = SimpleNamespace(**{axis: getattr(chunk.pg_collection, axis) for axis in ("tp", "cp", "pp")})
+    if not spec.num_experts:
+        assert layout_of(model, spec) == own
+    return _places(expected, spec.num_layers), _places(own, spec.num_layers)
+
+
+def destroy_model_parallel() -> None:
+    with megatron_runtime():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        ("qwen3", ParallelLayout(tp=2, pp=2, stage_layers=(2, 1))),
+        ("qwen3", ParallelLayout(tp=2, dp=2)),
+        ("qwen3-moe", ParallelLayout(tp=2, ep=2, etp=1)),
+    ],
+    ids=str,
+)
+def test_a_models_own_groups_say_its_layout_where_there_is_no_parallel_state(variant: str, layout: ParallelLayout) -> None:
+    for expected, found in run_ranks(_layout_without_a_parallel_state, layout.world_size, layout, variant):
+        assert found == expected
