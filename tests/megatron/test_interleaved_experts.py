@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from tiny import assert_same_state, hf_state
 from torch import Tensor
 
 from mbridge_rl.bridge import AutoBridge
+from mbridge_rl.bridges import model_spec
 from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
-from mbridge_rl.core.interleaved_experts import FIELD
+from mbridge_rl.core.interleaved_experts import FIELD, with_interleaved_experts
 from mbridge_rl.core.layout import ParallelLayout
+from mbridge_rl.core.segments import Side
+from mbridge_rl.core.templates import engine_side
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.parallel import initialize_parallel
@@ -49,6 +53,19 @@ def _alternating(rows: Tensor) -> Tensor:
     """`[gate | up]` in blocks of SIZE rows."""
     gate, up = (half.unflatten(0, (-1, SIZE)) for half in rows.chunk(2))
     return torch.stack([gate, up], 1).flatten(0, 2)
+
+
+def test_the_planner_does_not_take_blocks_of_rows_for_heads() -> None:
+    """An engine with more ranks than KV heads repeats these, and nothing else that comes in groups."""
+    spec = model_spec(FAMILIES["qwen3-moe"].hf_config())
+    inner = spec.transformer_config["moe_ffn_hidden_size"]
+    interleaved, engine = with_interleaved_experts(spec, inner // 2), ParallelLayout(tp=4, ep=2, etp=2)
+    sizes = [_elements(engine_side(other, engine)) for other in (spec, interleaved)]
+    assert sizes[0] == sizes[1] > 0
+
+
+def _elements(side: Side) -> int:
+    return sum(prod(segment.box.size) * len(segment.ranks) for segment in side.segments)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
