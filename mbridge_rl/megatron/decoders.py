@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mbridge_rl.core.extras import Extra
 from mbridge_rl.megatron.layer_specs import change_layer_specs
 from mbridge_rl.megatron.prediction import predicting_model
-from mbridge_rl.megatron.versions.hybrid import model_of_stack
+from mbridge_rl.megatron.versions.hybrid import model_of_stack, stack_spec
 from mbridge_rl.megatron.versions.layer_specs import keep_query_projection
 
 
@@ -66,11 +66,11 @@ def hybrid_model(arguments: Mapping[str, Any], pattern: str) -> nn.Module:
     """Megatron's model of Mamba and attention layers: one module per layer, of the kind that the layer's letter in `pattern`
     names."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 
-    config, layers = arguments["config"], mamba_stack_spec.submodules
+    config, spec = arguments["config"], stack_spec()
+    layers = spec.submodules
     if config.num_moe_experts:
         experts = get_moe_module_spec(use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
         submodules = replace(layers.moe_layer.submodules, mlp=experts)
         layers = replace(layers, moe_layer=replace(layers.moe_layer, submodules=submodules))
-    return model_of_stack(replace(mamba_stack_spec, submodules=layers), pattern, dict(arguments))
+    return model_of_stack(replace(spec, submodules=layers), pattern, dict(arguments))

@@ -10,6 +10,17 @@ from typing import Any
 from torch import nn
 
 
+def stack_spec() -> Any:
+    """Megatron's spec of a stack of Mamba, attention, MLP and expert layers, which has another name and place since 0.18."""
+    try:
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    except ImportError:
+        from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+
+        return mamba_stack_spec
+    return hybrid_stack_spec
+
+
 def model_of_stack(stack: Any, pattern: str, arguments: dict[str, Any]) -> nn.Module:
     """A `MambaModel` (since 0.18 a `HybridModel`) whose pipeline stages hold the layers that the config's pipeline layout says.
 
