@@ -17,6 +17,7 @@ from mbridge_rl.adapter_bridge import LiveAdapterBridge
 from mbridge_rl.bridges import Numerics, model_spec
 from mbridge_rl.core import virtual
 from mbridge_rl.core.errors import LayoutError, StateMismatchError
+from mbridge_rl.core.interleaved_experts import with_interleaved_experts
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import HFTensor, ModelSpec
@@ -61,7 +62,13 @@ class AutoBridge:
     """
 
     def __init__(
-        self, hf_config: Any, directory: Path | None = None, *, mtp: bool = False, numerics: Numerics = "transformers"
+        self,
+        hf_config: Any,
+        directory: Path | None = None,
+        *,
+        mtp: bool = False,
+        numerics: Numerics = "transformers",
+        glu_interleave: int | None = None,
     ) -> None:
         if quantization := quantization_of(hf_config):
             require_supported(quantization)
@@ -75,6 +82,8 @@ class AutoBridge:
             hf_config = untied(hf_config)
         self.hf_config = hf_config
         self.spec: ModelSpec = spelled_as_in(model_spec(hf_config, mtp=mtp, numerics=numerics), directory)
+        if glu_interleave is not None:
+            self.spec = with_interleaved_experts(self.spec, glu_interleave)
         self._warn_of_vllm()
         self.directory = directory
         self._export_plans: dict[ParallelLayout, Plan] = {}
@@ -83,7 +92,14 @@ class AutoBridge:
         self._streams: dict[tuple[object, ...], TensorStream] = {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, mtp: bool = False, numerics: Numerics = "transformers") -> AutoBridge:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        mtp: bool = False,
+        numerics: Numerics = "transformers",
+        glu_interleave: int | None = None,
+    ) -> AutoBridge:
         """Makes the bridge of a checkpoint directory, or of a checkpoint on the Hugging Face hub.
 
         Args:
@@ -94,6 +110,8 @@ class AutoBridge:
             numerics: the arithmetic that the model follows where Transformers' class and vLLM's differ (docs/models.md lists
                 the cases): `"vllm"` makes log-probabilities equal to those of a vLLM engine with these weights. The log warns
                 of a model for which the two differ. Weights are the same in both cases.
+            glu_interleave: Megatron's `moe_mlp_glu_interleave_size` (since 0.18): gate and up rows of experts alternate in
+                blocks of so many rows in the Megatron model. Checkpoints are the same with and without it.
 
         Raises:
             UnsupportedModelError: there is no bridge for the architecture, or for a feature that the config asks for; or `mtp`
@@ -101,13 +119,15 @@ class AutoBridge:
             CheckpointError: the directory holds no readable config.
         """
         directory = local_directory(path)
-        return cls(load_config(directory), directory, mtp=mtp, numerics=numerics)
+        return cls(load_config(directory), directory, mtp=mtp, numerics=numerics, glu_interleave=glu_interleave)
 
     @classmethod
-    def from_config(cls, hf_config: Any, *, mtp: bool = False, numerics: Numerics = "transformers") -> AutoBridge:
+    def from_config(
+        cls, hf_config: Any, *, mtp: bool = False, numerics: Numerics = "transformers", glu_interleave: int | None = None
+    ) -> AutoBridge:
         """Makes the bridge of a Transformers config; weights are then given to `load_weights`. The arguments are those of
         `from_pretrained`."""
-        return cls(hf_config, mtp=mtp, numerics=numerics)
+        return cls(hf_config, mtp=mtp, numerics=numerics, glu_interleave=glu_interleave)
 
     def _warn_of_vllm(self) -> None:
         for extra in self.spec.not_in_vllm:

@@ -99,8 +99,9 @@ class Rule:
         shape: the shape of the full Megatron tensor, with 0 along `dim`, where the size is the sum of the parts.
         dim: the dimension along which parts are fused and shards are cut.
         axis: the tensor-parallel axis that shards the tensor, `None` for replicated tensors.
-        groups: number of fused groups, fixed by the model (KV heads); `None` makes one group per rank of `axis`. If there are
-            more ranks than groups, ranks share them: each takes its range of rows, wherever that cuts a group.
+        groups: number of fused groups, fixed by the model (KV heads, blocks of an expert's rows); `None` makes one group per
+            rank of `axis`. If there are more ranks than groups, ranks share them: each takes its range of rows, wherever that
+            cuts a group.
         padded: whether Megatron rounds the extent up to a multiple of the axis (vocabularies); the tail belongs to no HF
             tensor.
         placement: which pipeline stage holds the tensor. `last_stage_copy` is the output layer of a tied model: a second copy
@@ -148,8 +149,9 @@ class Rule:
             return
         if self.groups is not None:
             if self.groups % ranks and (ranks % self.groups or self.extent % ranks):
+                kind = "KV heads" if self.axis == "tp" else "blocks of rows"
                 raise LayoutError(
-                    f"{self.megatron_name}: {self.groups} groups (KV heads) do not divide by {self.axis}={ranks}; "
+                    f"{self.megatron_name}: {self.groups} groups ({kind}) do not divide by {self.axis}={ranks}; "
                     f"choose a divisor or a multiple of {self.groups}"
                 )
             return

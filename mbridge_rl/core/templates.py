@@ -70,7 +70,8 @@ def _engine_side(spec: ModelSpec, layout: ParallelLayout) -> Side:
     heads = spec.transformer_config.get("num_attention_heads", layout.tp)
     if heads % layout.tp:
         raise LayoutError(f"{heads} attention heads do not divide by an engine's tp={layout.tp}; choose a divisor")
-    repeated = [rule for rule in spec.rules if rule.groups and rule.groups % layout.tp and layout.tp % rule.groups == 0]
+    heads = [rule for rule in spec.rules if rule.groups and rule.axis == "tp"]
+    repeated = [rule for rule in heads if rule.groups and rule.groups % layout.tp and layout.tp % rule.groups == 0]
     if not repeated:
         return megatron_side(spec, layout)
     query_rules = {rule: _parts(rule, key_value=False) for rule in repeated}

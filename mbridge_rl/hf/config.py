@@ -14,6 +14,7 @@ import torch
 from mbridge_rl.core.config_fields import check_values
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.hf.publish import put_back
+from mbridge_rl.hf.versions import check_release
 
 # Files beside the weights that belong to the model: tokenizer, chat template, generation defaults, code.
 _COMPANIONS = (
@@ -81,7 +82,9 @@ def parse_config(values: Any) -> Any:
     Raises:
         CheckpointError: a field has an impossible value (the message has its name, its value and the allowed values), or
             Transformers has no class for the model or cannot make the config.
+        ImportError: the installed Transformers is too old.
     """
+    check_release()
     from transformers import CONFIG_MAPPING
 
     check_values(values)

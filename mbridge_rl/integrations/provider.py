@@ -14,6 +14,7 @@ from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.integrations.common import NotOffered, refuse
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.parallel import current_layout, initialize_parallel
+from mbridge_rl.megatron.versions.config import field_names
 
 Hook = Callable[[list[nn.Module]], list[nn.Module] | None]
 
@@ -65,7 +66,7 @@ class Provider:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OF_THE_MODEL and value != getattr(self, name):
             raise NotOffered(f"{name}={value!r}: the checkpoint says {getattr(self, name)!r}, and another model is not offered")
-        known = {field.name for field in dataclasses.fields(self._base)}
+        known = field_names(type(self._base))
         if name not in known and name not in (*_OF_THE_MODEL, *_IGNORED, "make_vocab_size_divisible_by"):
             raise AttributeError(f"{name} is no field of Megatron's TransformerConfig; nothing would come of setting it")
         self._given[name] = value

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mbridge_rl.core.extras import Extra
 from mbridge_rl.megatron.layer_specs import change_layer_specs
 from mbridge_rl.megatron.prediction import predicting_model
+from mbridge_rl.megatron.versions.hybrid import model_of_stack, stack_spec
+from mbridge_rl.megatron.versions.layer_specs import keep_query_projection
 
 
 def decoder_model(arguments: Mapping[str, Any], extras: Sequence[Extra], vp_stage: int | None) -> nn.Module:
@@ -30,6 +32,7 @@ def decoder_model(arguments: Mapping[str, Any], extras: Sequence[Extra], vp_stag
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     else:
         layers = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
+    keep_query_projection(layers.layer_specs, config)
     change_layer_specs(layers.layer_specs, extras)
     if config.mtp_num_layers is None:
         model = GPTModel(transformer_layer_spec=layers, vp_stage=vp_stage, **arguments)
@@ -60,27 +63,14 @@ def _select_own_gates(model: nn.Module) -> None:
 
 
 def hybrid_model(arguments: Mapping[str, Any], pattern: str) -> nn.Module:
-    """A `MambaModel`: one module per layer, of the kind that the layer's letter in `pattern` names."""
+    """Megatron's model of Mamba and attention layers: one module per layer, of the kind that the layer's letter in `pattern`
+    names."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.models.mamba import MambaModel
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-    from megatron.core.ssm.mamba_block import MambaStack
-    from megatron.core.transformer.enums import LayerType
 
-    class Stack(MambaStack):
-        """Distributes layers over stages as the config's pipeline layout says. Megatron's own stack supports only even splits,
-        while its attention layers follow the layout."""
-
-        def _select_layers_for_pipeline_parallel(self, layer_type_list: list[str]) -> tuple[int, list[str]]:
-            rank, layout = self.pp_group.rank(), self.config.pipeline_model_parallel_layout
-            own_layers = layout.get_layer_id_list(layer_type=LayerType.decoder, pp_rank=rank)
-            offset = layout.get_layer_offset(layer_type=LayerType.decoder, pp_rank=rank)
-            return offset, [layer_type_list[layer] for layer in own_layers]
-
-    config, layers = arguments["config"], mamba_stack_spec.submodules
+    config, spec = arguments["config"], stack_spec()
+    layers = spec.submodules
     if config.num_moe_experts:
         experts = get_moe_module_spec(use_te=True, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
         submodules = replace(layers.moe_layer.submodules, mlp=experts)
         layers = replace(layers, moe_layer=replace(layers.moe_layer, submodules=submodules))
-    stack = replace(mamba_stack_spec, module=Stack, submodules=layers)
-    return MambaModel(mamba_stack_spec=stack, hybrid_override_pattern=pattern, **arguments)
+    return model_of_stack(replace(spec, submodules=layers), pattern, dict(arguments))

@@ -146,7 +146,8 @@ def _cap_attention(model: nn.Module, extra: AttentionSoftcap) -> None:
 
     for layer in model.decoder.layers:
         attention = layer.self_attention
-        attention.core_attention = CoreAttention(attention.core_attention.config, layer.layer_number, extra.cap)
+        config, group = attention.core_attention.config, attention.pg_collection.cp
+        attention.core_attention = CoreAttention(config, layer.layer_number, extra.cap, group)
 
 
 def _set_rotary(model: nn.Module, extra: RotaryFrequencies) -> None:

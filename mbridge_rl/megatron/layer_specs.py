@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from mbridge_rl.core.extras import Extra, LinearBiases, MambaBesideAttention, NoInputNorms
+from mbridge_rl.megatron.versions.layer_specs import submodules_of
 
 
 def change_layer_specs(layer_specs: Sequence[Any], extras: Sequence[Extra]) -> None:
@@ -20,7 +21,7 @@ def change_layer_specs(layer_specs: Sequence[Any], extras: Sequence[Extra]) -> N
 
 
 def _add_biases(layer: Any, extra: LinearBiases) -> None:
-    for module in (layer.self_attention.submodules, layer.mlp.submodules):
+    for module in (submodules_of(layer.self_attention), submodules_of(layer.mlp)):
         for linear in extra.linears:
             if hasattr(module, linear):
                 setattr(module, linear, _with_bias(getattr(module, linear)))
@@ -31,7 +32,8 @@ def _drop_input_norms(layer: Any, _: NoInputNorms) -> None:
     from megatron.core.transformer.identity_op import IdentityOp
 
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
-    for module, linear in ((layer.self_attention.submodules, "linear_qkv"), (layer.mlp.submodules, "linear_fc1")):
+    for part, linear in ((layer.self_attention, "linear_qkv"), (layer.mlp, "linear_fc1")):
+        module = submodules_of(part)
         if hasattr(module, linear):
             setattr(module, linear, TEColumnParallelLinear)
 

@@ -21,19 +21,8 @@ from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.decoders import decoder_model, hybrid_model
 from mbridge_rl.megatron.extras import add_extras
 from mbridge_rl.megatron.parallel import current_layout
-
-# Options that need kernels of CUDA, Apex or the real Transformer Engine; on a CPU Megatron's plain code computes the same.
-_FUSIONS = (
-    "apply_rope_fusion",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "cross_entropy_loss_fusion",
-    "gradient_accumulation_fusion",
-    "masked_softmax_fusion",
-    "moe_permute_fusion",
-    "moe_router_fusion",
-    "persist_layer_norm",
-)
+from mbridge_rl.megatron.versions import config as versions
+from mbridge_rl.megatron.versions.batches import require_context_parallel_delta_nets
 
 # Fields that are set from the layout and the dtype: an override would contradict these.
 _FROM_LAYOUT = {
@@ -120,7 +109,7 @@ def transformer_config(
     with megatron_runtime():
         spec.validate(layout)
         if layout.cp > 1 and spec.transformer_config.get("experimental_attention_variant") == "gated_delta_net":
-            raise LayoutError(f"cp={layout.cp}: Megatron's gated delta nets have no context parallelism; use cp=1")
+            require_context_parallel_delta_nets(spec.transformer_config, layout)
         return _transformer_config(spec, layout, dtype, sequence_parallel, grouped_experts, overrides or {})
 
 
@@ -156,7 +145,7 @@ def _transformer_config(
     """Megatron's config: the spec's fields, then those that follow from the machine and the layout, then `overrides`."""
     latent_attention = bool(spec.transformer_config.get("multi_latent_attention"))
     config_class = _config_class(spec)
-    known = {field.name for field in dataclasses.fields(config_class)}
+    known = versions.field_names(config_class)
     _check_overrides(overrides, known)
     if sequence_parallel is None:
         sequence_parallel = bool(spec.num_experts) or latent_attention
@@ -165,9 +154,8 @@ def _transformer_config(
         fields.setdefault("moe_token_dispatcher_type", "alltoall")
         fields["moe_grouped_gemm"] = grouped_experts
     if not torch.cuda.is_available():
-        fields.update({fusion: False for fusion in _FUSIONS if fusion in known})
-    if "cuda_graph_scope" in known:
-        fields.setdefault("cuda_graph_scope", [])  # Megatron's own default means the same and warns that it is deprecated
+        fields.update(versions.cpu_fields(known))
+    fields = {**versions.quiet_fields(known), **fields}
     if layout.cp > 1 and fields.get("window_size"):
         fields.setdefault("cp_comm_type", "all_gather")  # the default, Transformer Engine's ring attention, lacks windows
     if layout.vpp > 1:
@@ -188,7 +176,9 @@ def _transformer_config(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
     )
-    return config_class(**{**fields, **overrides})
+    config = config_class(**{**fields, **overrides})
+    versions.refuse_unmapped(config, spec.transformer_config)
+    return config
 
 
 def _config_class(spec: ModelSpec) -> type[Any]:

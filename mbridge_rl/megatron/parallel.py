@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
+from mbridge_rl.megatron.versions.config import refuse_unmapped_groups
 
 _log = logging.getLogger(__name__)
 
@@ -155,8 +156,9 @@ def current_layout(spec_num_layers: int | None = None, stage_layers: tuple[int, 
 
         if not state.model_parallel_is_initialized():
             raise LayoutError("Megatron's parallel state is not initialised: call initialize_parallel(layout)")
-        known = _State.layout if _State.layout is not None and _describes(_State.layout, state) else None
-        layout = known if known is not None else _layout_from_state(state)
+        refuse_unmapped_groups(state)
+        sizes, groups, known = _sizes(state), _groups(state), _State.layout
+        layout = known if known is not None and _describes(known, sizes, groups) else _layout_of(sizes, groups)
     if stage_layers is not None:
         layout = layout.dealing_as(ParallelLayout(pp=layout.pp, vpp=layout.vpp, stage_layers=stage_layers))
     if spec_num_layers is not None:
@@ -164,11 +166,25 @@ def current_layout(spec_num_layers: int | None = None, stage_layers: tuple[int, 
     return layout
 
 
-def _layout_from_state(state: Any) -> ParallelLayout:
-    """The layout of a parallel state that another library initialised."""
-    sizes = _sizes(state)
+def layout_of_groups(groups: Mapping[str, dist.ProcessGroup], vpp: int) -> ParallelLayout:
+    """The layout of process groups by axis, of which those of expert and data parallelism may be missing.
+
+    Args:
+        groups: this rank's groups; expert axes that are missing are not parallel, and `dp` takes the remaining factor.
+        vpp: number of virtual pipeline stages.
+
+    Raises:
+        LayoutError: the groups have a rank order that Megatron-LM does not use.
+    """
+    sizes = {axis: group.size() for axis, group in groups.items()}
+    others = sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("cp", 1)
+    return _layout_of({"dp": dist.get_world_size() // others, **sizes, "vpp": vpp}, groups)
+
+
+def _layout_of(sizes: Mapping[str, int], groups: Mapping[str, dist.ProcessGroup]) -> ParallelLayout:
+    """The layout of these sizes whose arithmetic gives this rank's groups."""
     for order in _KNOWN_ORDERS:
-        if _describes(layout := ParallelLayout(**sizes, order=order), state):
+        if _describes(layout := ParallelLayout(**sizes, order=order), sizes, groups):
             return layout
     raise LayoutError(
         f"the running parallel state ({ParallelLayout(**sizes)}) has a rank order other than {_KNOWN_ORDERS}; "
@@ -188,23 +204,26 @@ def _sizes(state: Any) -> dict[str, int]:
     }
 
 
-def _describes(layout: ParallelLayout, state: Any) -> bool:
-    """Whether the layout's arithmetic gives the sizes and this rank's groups of the running state."""
-    if any(getattr(layout, axis) != size for axis, size in _sizes(state).items()):
-        return False
-    groups: dict[str, Callable[[], dist.ProcessGroup]] = {
-        "tp": state.get_tensor_model_parallel_group,
-        "cp": state.get_context_parallel_group,
-        "dp": state.get_data_parallel_group,
-        "pp": state.get_pipeline_model_parallel_group,
-        "ep": state.get_expert_model_parallel_group,
-        "etp": state.get_expert_tensor_parallel_group,
+def _groups(state: Any) -> dict[str, dist.ProcessGroup]:
+    return {
+        "tp": state.get_tensor_model_parallel_group(),
+        "cp": state.get_context_parallel_group(),
+        "dp": state.get_data_parallel_group(),
+        "pp": state.get_pipeline_model_parallel_group(),
+        "ep": state.get_expert_model_parallel_group(),
+        "etp": state.get_expert_tensor_parallel_group(),
     }
+
+
+def _describes(layout: ParallelLayout, sizes: Mapping[str, int], groups: Mapping[str, dist.ProcessGroup]) -> bool:
+    """Whether the layout's arithmetic gives these sizes and this rank's groups."""
+    if any(getattr(layout, axis) != size for axis, size in sizes.items()):
+        return False
     dense, expert = ("tp", "cp", "dp", "pp"), ("etp", "ep", "expert_dp", "pp")
     everywhere = [layout.coordinates(rank) for rank in range(layout.world_size)]
     own = everywhere[dist.get_rank()]
     return all(
-        dist.get_process_group_ranks(group()) == _peers(everywhere, own, axis, dense if axis in dense else expert)
+        dist.get_process_group_ranks(group) == _peers(everywhere, own, axis, dense if axis in dense else expert)
         for axis, group in groups.items()
     )
 

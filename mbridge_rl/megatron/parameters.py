@@ -23,7 +23,10 @@ from mbridge_rl.core.segments import Side, megatron_side
 from mbridge_rl.core.tensor_cache import TensorCache
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.model import unwrap
-from mbridge_rl.megatron.parallel import current_layout
+from mbridge_rl.megatron.parallel import current_layout, layout_of_groups
+from mbridge_rl.megatron.versions.config import refuse_unmapped
+from mbridge_rl.megatron.versions.groups import groups_by_axis
+from mbridge_rl.megatron.versions.names import canonical_name
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias|lora_[a-z_]+))(\d+)$")
@@ -116,7 +119,9 @@ def live_side(
 
     Raises:
         StateMismatchError: the model does not hold the tensors that its mapping describes.
+        LayoutError, UnsupportedModelError: it stores them in a way that no mapping describes (`refuse_unmapped`).
     """
+    refuse_unmapped(unwrap(model)[0].config, spec.transformer_config)
     at = layout.coordinates(rank)
     side = megatron_side(spec, layout, rank) if side is None else side
     live = LiveParameters(model, at.ep * (spec.num_experts or 0) // layout.ep, buffer_names=side.shapes.keys())
@@ -126,7 +131,8 @@ def live_side(
 
 def layout_of(model: Sequence[nn.Module], spec: ModelSpec) -> ParallelLayout:
     """The layout of a live model: the one that `build_model` stored on it or, for a model built elsewhere, that of the running
-    parallel state with the layer split and the vocabulary padding of the model itself.
+    parallel state with the layer split and the vocabulary padding of the model itself. Without such a state it is that of the
+    model's own process groups.
 
     Raises:
         LayoutError: Megatron was initialised with a rank order that cannot be read from it (then pass the layout yourself).
@@ -135,11 +141,19 @@ def layout_of(model: Sequence[nn.Module], spec: ModelSpec) -> ParallelLayout:
     if hasattr(first, "parallel_layout"):
         return first.parallel_layout
     with megatron_runtime():
-        layout = current_layout()
+        layout = _running_layout(first, len(model))
         split = ParallelLayout(pp=layout.pp, vpp=len(model), **_split(first.config, layout.pp, len(model)))
     padded = first.vocab_size
     multiple = 1 if padded == padded_vocab_size(spec.vocab_size, layout.tp) else padded // layout.tp
     return replace(layout.dealing_as(split), vocab_multiple=multiple)
+
+
+def _running_layout(chunk: nn.Module, chunks: int) -> ParallelLayout:
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized() or not hasattr(chunk, "pg_collection"):
+        return current_layout()
+    return layout_of_groups(groups_by_axis(chunk.pg_collection), chunks)
 
 
 def _split(config: Any, pp: int, vpp: int) -> dict[str, tuple[int, ...]]:
@@ -166,7 +180,8 @@ def world_rank() -> int:
 
 
 def global_name_of(local_name: str, layers: Sequence[int], experts_before: int) -> str:
-    """The global name of a chunk's tensor: its local name with the layer and expert indices of the whole model."""
-    name = _LAYER.sub(lambda match: f"decoder.layers.{layers[int(match[1])]}.", local_name)
+    """The global name of a chunk's tensor: its local name, as release 0.16 of Megatron spells it, with the layer and expert
+    indices of the whole model."""
+    name = _LAYER.sub(lambda match: f"decoder.layers.{layers[int(match[1])]}.", canonical_name(local_name))
     name = _GROUPED_EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + experts_before}", name)
     return _SEQUENTIAL_EXPERT.sub(lambda match: f".experts.{match[2]}{int(match[1]) + experts_before}", name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.extras import Extra
 from mbridge_rl.megatron.layer_specs import change_layer_specs
+from mbridge_rl.megatron.versions.layer_specs import keep_query_projection
 
 
 def predicting_model(layers: Any, extras: Sequence[Extra], vp_stage: int | None, arguments: Mapping[str, Any]) -> nn.Module:
@@ -27,6 +28,7 @@ def predicting_model(layers: Any, extras: Sequence[Extra], vp_stage: int | None,
     config = arguments["config"]
     # The spec of the model's last layer, which may be in another chunk.
     last = get_gpt_decoder_layer_specs(config, use_transformer_engine=True, normalization=config.normalization)[-1:]
+    keep_query_projection(last, config)
     change_layer_specs(last, extras)
     prediction = get_gpt_mtp_block_spec(
         config, TransformerBlockSubmodules(layer_specs=last), use_transformer_engine=True, vp_stage=vp_stage

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mbridge_rl.core.extras import ProjectionNorm
@@ -17,8 +18,9 @@ def normalize_projections(model: nn.Module, extra: ProjectionNorm) -> None:
     for module in model.modules():
         if isinstance(module, SelfAttention):
             config = module.config
-            module.q_layernorm = _AllHeadsNorm(config.num_attention_heads, config, extra.eps)
-            module.k_layernorm = _AllHeadsNorm(config.num_query_groups, config, extra.eps)
+            group = module.pg_collection.tp
+            module.q_layernorm = _AllHeadsNorm(config.num_attention_heads, config, extra.eps, group)
+            module.k_layernorm = _AllHeadsNorm(config.num_query_groups, config, extra.eps, group)
 
 
 class _AllHeadsNorm(nn.Module):
@@ -28,18 +30,16 @@ class _AllHeadsNorm(nn.Module):
     `k_layernorm` over those ranks. If there are more ranks than heads, each rank has one head, and several have the same.
     """
 
-    def __init__(self, heads: int, config: Any, eps: float) -> None:
+    def __init__(self, heads: int, config: Any, eps: float, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.eps = heads, config.kv_channels, eps
+        self.heads, self.head_dim, self.eps, self.group = heads, config.kv_channels, eps, group
         self.weight = nn.Parameter(torch.ones(heads * config.kv_channels, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        from megatron.core import parallel_state
         from megatron.core.tensor_parallel import mappings
 
-        group = parallel_state.get_tensor_model_parallel_group()
-        local = x.float()
+        local, group = x.float(), self.group
         squares = local.square().mean((-2, -1), keepdim=True) / group.size()
         # Every rank's output depends on the sum over all ranks: values are summed forwards, and gradients backwards.
         squares = mappings.reduce_from_tensor_model_parallel_region(squares, group=group)

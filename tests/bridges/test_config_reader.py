@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -195,3 +196,27 @@ def test_engines_run_it_only_where_they_are_told_to(monkeypatch: pytest.MonkeyPa
     for options, answer in (({}, "False"), ({"trust_remote_code": True}, "True")):
         with pytest.raises(InterruptedError, match=answer):
             engine.InProcessEngine(tmp_path, **options)
+
+
+def test_older_spellings_are_read_as_the_newest_ones() -> None:
+    """Transformers before 5.13 calls Nemotron-H's layers `mamba` and `attention`."""
+    older = dataclasses.make_dataclass(
+        "NemotronHConfig",
+        [("layers_block_type", list, dataclasses.field(default_factory=list))],
+        namespace={"attribute_map": {}},
+    )
+    hf = ConfigReader(older(["mamba", "moe", "attention", "mlp"]), architecture="NemotronHForCausalLM")
+    assert hf.layers_block_type == ["linear_attention", "moe", "full_attention", "mlp"]
+
+
+def test_a_constant_of_an_older_class_is_read_like_a_field() -> None:
+    """Transformers before 5.19 has both numbers of GPT-OSS's activation in its model, and ignores others in a config."""
+    older = dataclasses.make_dataclass("GptOssConfig", [("hidden_size", int, 8)], namespace={"attribute_map": {}})
+    config = older()
+    assert ConfigReader(config, architecture="GptOss").swiglu_alpha == 1.702
+    assert ConfigReader(config, architecture="GptOss").swiglu_limit == 7.0
+    config.swiglu_limit = 7.0
+    assert ConfigReader(config, architecture="GptOss").swiglu_limit == 7.0
+    config.swiglu_limit = 6.0
+    with pytest.raises(UnsupportedModelError, match=r"swiglu_limit=6\.0 is not supported .* needs swiglu_limit=7\.0"):
+        _ = ConfigReader(config, architecture="GptOss").swiglu_limit

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from tolerance import assert_gradients_near, assert_near, backward
 from torch import Tensor
 
@@ -18,8 +18,8 @@ from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.forward import forward_logits
-from mbridge_rl.megatron.model import build_model
 from mbridge_rl.megatron.parallel import initialize_parallel
+from mbridge_rl.megatron.versions.batches import packed_sequences, require_context_parallel_delta_nets
 from mbridge_rl.training.batch import Batch
 from mbridge_rl.training.objectives.loss import supervised_loss
 from mbridge_rl.training.trainer.gradients import hf_gradients
@@ -38,8 +38,6 @@ def test_packed_sequences_do_not_see_each_other(variant: str, tmp_path: Path) ->
 
 
 def packed_and_apart(rank: int, directory: Path) -> tuple[Tensor, Tensor]:
-    from mbridge_rl.training.trainer.policy import _packed
-
     initialize_parallel(ParallelLayout())
     bridge = AutoBridge.from_pretrained(directory)
     model = bridge.build_model()
@@ -48,7 +46,7 @@ def packed_and_apart(rank: int, directory: Path) -> tuple[Tensor, Tensor]:
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     offsets = (0, *torch.tensor(LENGTHS).cumsum(0).tolist())
     with megatron_runtime(), torch.no_grad():
-        params = _packed(offsets, torch.device("cpu"))
+        params = packed_sequences(offsets, torch.device("cpu"))
         packed = model[0](torch.cat(sequences, 1), positions, None, packed_seq_params=params)
     apart = torch.cat([forward_logits(model, tokens) for tokens in sequences], 1)
     return packed[..., :515].float(), apart
@@ -93,16 +91,35 @@ def test_layouts_that_megatron_cannot_run_are_refused(
         spec.validate(layout)
 
 
-def test_delta_nets_refuse_context_parallelism() -> None:
-    """Where the model is built: for where its weights lie, the axis means nothing."""
-    assert all("cp=2: Megatron's gated delta nets have no context parallelism" in error for error in run_ranks(refused, 2))
+def test_delta_nets_divide_sequences_or_refuse(tmp_path: Path) -> None:
+    """They do since Megatron-core 0.18. Before, the model is refused where it is built: where its weights lie, the axis means
+    nothing."""
+    FAMILIES["qwen3.5"].checkpoint(tmp_path)
+    context_parallel = ParallelLayout(cp=2)
+    if not divides_sequences():
+        with pytest.raises(RankError, match=r"cp=2: gated delta nets have context parallelism since Megatron-core 0\.18"):
+            run_ranks(gradients, 2, tmp_path, context_parallel)
+        return
+    [expected] = run_ranks(gradients, 1, tmp_path, ParallelLayout())
+    found, _ = run_ranks(gradients, 2, tmp_path, context_parallel)
+    assert_gradients_near(found, expected, backward(LAYERS, WIDTH))
 
 
-def refused(rank: int) -> str:
-    layout = initialize_parallel(ParallelLayout(cp=2))
-    with pytest.raises(LayoutError) as error:
-        build_model(model_spec(FAMILIES["qwen3.5"].hf_config()), layout)
-    return str(error.value)
+def divides_sequences() -> bool:
+    with megatron_runtime():
+        from megatron.core.ssm import gated_delta_net
+
+        return hasattr(gated_delta_net, "tensor_a2a_cp2hp")
+
+
+def test_delta_nets_need_a_head_for_every_rank() -> None:
+    if not divides_sequences():
+        pytest.skip("gated delta nets have context parallelism since Megatron-core 0.18")
+    heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+    with megatron_runtime():
+        require_context_parallel_delta_nets(heads, ParallelLayout(tp=2, cp=2))
+        with pytest.raises(LayoutError, match=r"linear_num_key_heads=4 of gated delta nets does not divide by tp\*cp=4\*2"):
+            require_context_parallel_delta_nets(heads, ParallelLayout(tp=4, cp=2))
 
 
 def test_tied_embeddings_that_no_such_model_has_are_refused() -> None:

@@ -92,6 +92,43 @@ def test_gated_delta_rule(chunk: int) -> None:
     )
 
 
+LENGTHS = (9, 0, 12)  # an empty sequence changes nothing
+OFFSETS = torch.tensor([0, 9, 9, 21])
+
+
+def test_packed_gated_delta_rule() -> None:
+    """As fla's kernel computes it for Megatron-core 0.18 and newer: every sequence of the one row by itself."""
+    query, key = (_random(1, LENGTH, HEADS, STATE, seed=s) for s in (0, 1))
+    value = _random(1, LENGTH, HEADS, HEAD_DIM, seed=2)
+    decay, rate = -F.softplus(_random(1, LENGTH, HEADS, seed=3)), _random(1, LENGTH, HEADS, seed=4).sigmoid()
+    inputs = [query, cpu_recurrence.l2norm(key), value, decay, rate]
+    found, state = cpu_recurrence.chunk_gated_delta_rule(*inputs, cu_seqlens=OFFSETS)
+    parts = zip(*(part.split(LENGTHS, dim=1) for part in inputs), strict=True)
+    expected = [cpu_recurrence.chunk_gated_delta_rule(*sequence)[0] for sequence in parts if sequence[0].shape[1]]
+    assert state is None
+    assert torch.equal(found, torch.cat(expected, 1))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_convolution_of_gated_delta_nets(packed: bool, activation: str | None) -> None:
+    """fla's function against torch's convolution of every sequence by itself, with the activation behind it."""
+    x, weight, bias = _random(1, LENGTH, 6), _random(6, 4, seed=1), _random(6, seed=2)
+    options = {"activation": activation, "cu_seqlens": OFFSETS if packed else None}
+    found, state = cpu_recurrence.causal_conv1d(x, weight, bias, **options)
+    lengths = [length for length in LENGTHS if length] if packed else [LENGTH]
+    parts = [F.conv1d(F.pad(part.T, (3, 0)), weight[:, None], bias, groups=6).T for part in x[0].split(lengths)]
+    expected = torch.cat(parts)
+    assert state is None
+    assert_near(found[0], expected if activation is None else F.silu(expected), ROUNDING)
+
+
+@pytest.mark.parametrize("option", [{"activation": "relu"}, {"output_final_state": True}, {"initial_state": torch.zeros(1)}])
+def test_what_the_convolution_does_not_have_is_refused(option: dict[str, object]) -> None:
+    with pytest.raises(NotImplementedError, match="no initial or final state, and no activation but silu"):
+        cpu_recurrence.causal_conv1d(torch.zeros(1, 3, 2), torch.zeros(2, 4), **option)  # type: ignore[arg-type]
+
+
 def test_strong_decay_stays_finite() -> None:
     """A decay of exp(-100) per step: exponents of the masked half would overflow, and its gradients be NaN."""
     x, b = torch.ones(1, LENGTH, 1, 1, requires_grad=True), torch.ones(1, LENGTH, 1, 1)

@@ -25,6 +25,7 @@ from mbridge_rl.megatron.cpu.runtime import megatron_runtime
 from mbridge_rl.megatron.forward import forward_logits
 from mbridge_rl.megatron.model import build_model, unwrap
 from mbridge_rl.megatron.parallel import current_layout, destroy_parallel, initialize_parallel
+from mbridge_rl.megatron.versions.batches import batch_of_context_rank
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN, EXPERT_FFN, EXPERTS, LAYERS = 48, 4, 2, 12, 72, 20, 4, 4
 
@@ -126,7 +127,6 @@ def _train(rank: int, layout: ParallelLayout, spec: ModelSpec, options: dict[str
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.utils import get_batch_on_this_cp_rank
 
         initialize_parallel(layout)
         assert current_layout() == layout
@@ -157,7 +157,7 @@ def _train(rank: int, layout: ParallelLayout, spec: ModelSpec, options: dict[str
             rows = next(data)
             batch = {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
             batch["position_ids"] = torch.arange(SEQ).expand(2, -1).contiguous()
-            batch = get_batch_on_this_cp_rank(batch)
+            batch = batch_of_context_rank(batch)
             output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
             def loss(values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -25,7 +25,8 @@ def normalized(rank: int, ranks: int, x: Tensor, weight: Tensor, upstream: Tenso
     copies = max(1, ranks // heads)
     held = slice(rank * heads // ranks, rank * heads // ranks + max(1, heads // ranks))
     with megatron_runtime():
-        norm = _AllHeadsNorm(heads, SimpleNamespace(kv_channels=DIM, params_dtype=torch.float32, sequence_parallel=False), EPS)
+        config = SimpleNamespace(kv_channels=DIM, params_dtype=torch.float32, sequence_parallel=False)
+        norm = _AllHeadsNorm(heads, config, EPS, torch.distributed.group.WORLD)
         norm.weight.data.copy_(weight)
         local = x[:, :, held].clone().requires_grad_()
         output = norm(local)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from mbridge_rl.bridges.blocks.versions import constant, has_constant, newest_spelling
 from mbridge_rl.core.config_fields import check_value
 from mbridge_rl.core.errors import CheckpointError, UnsupportedModelError
 
@@ -67,6 +68,8 @@ class ConfigReader:
         if name.startswith("_"):
             raise AttributeError(name)
         if not self.declares(name):
+            if has_constant(type(self.config).__name__, name):
+                return self._constant(name)
             raise AttributeError(
                 f"{type(self.config).__name__} declares no field {name}; a bridge may ask `get` or `undeclared`"
             )
@@ -147,6 +150,16 @@ class ConfigReader:
         self._read.add(canonical)
         value = self._values[name] if name in self._values else getattr(self.config, canonical)
         check_value(name, value, f"{self.architecture}: {self._where}")
+        return newest_spelling(type(self.config).__name__, canonical, value)
+
+    def _constant(self, name: str) -> Any:
+        """The value of a field that this release's class lacks, since its model computes with a constant.
+
+        Raises:
+            UnsupportedModelError: the config asks for another value, which this release's model would ignore.
+        """
+        value = constant(type(self.config).__name__, name)
+        self.require(name, value)
         return value
 
     def _holds(self, name: str) -> bool:

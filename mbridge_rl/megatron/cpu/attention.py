@@ -147,8 +147,8 @@ class CoreAttention(DotProductAttention):
     """Megatron's core attention of self-attention layer `layer_number`, with soft-capped scores, on any device: Transformer
     Engine's kernels know no such cap. Memory grows with the square of the sequence."""
 
-    def __init__(self, config: Any, layer_number: int, softcap: float) -> None:
-        from megatron.core import parallel_state, tensor_parallel
+    def __init__(self, config: Any, layer_number: int, softcap: float, cp_group: torch.distributed.ProcessGroup | None) -> None:
+        from megatron.core import tensor_parallel
         from megatron.core.transformer.utils import is_layer_window_attention
 
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -161,7 +161,7 @@ class CoreAttention(DotProductAttention):
             softcap=softcap,
             tp_size=config.tensor_model_parallel_size,
             get_rng_state_tracker=tensor_parallel.get_cuda_rng_tracker,
-            cp_group=parallel_state.get_context_parallel_group(),
+            cp_group=cp_group,
         )
         self.config = config
 

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mbridge_rl.megatron.versions.cpu import missing_names
+
 Patch = tuple[Any, str, Any]
 
 
@@ -123,9 +125,7 @@ def megatron_patches(random: ModuleType, moe_utils: ModuleType, token_dispatcher
         (token_dispatcher, "maybe_move_tensor_to_cpu", _as_host_value),
         (rng_log, "filters", [*rng_log.filters, _is_not_about_cpu_rng]),
     ]
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads the name even where its import failed
-        patches.append((moe_utils, "te_general_gemm", None))
-    return patches
+    return [*patches, *missing_names(moe_utils)]
 
 
 def _is_not_about_cpu_rng(record: logging.LogRecord) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.machinery
 import types
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -212,11 +213,45 @@ def chunk_gated_delta_rule(
     initial_state: None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    """fla's training kernel with the options that Megatron uses; `gated_delta_rule` describes the shapes."""
+    """fla's training kernel with the options that Megatron uses; `gated_delta_rule` describes the shapes.
+
+    Args:
+        cu_seqlens: `[sequences + 1]`, where packed sequences begin and the last one ends, in a batch of one row.
+    """
     if initial_state is not None or output_final_state or use_qk_l2norm_in_kernel:
         raise NotImplementedError("on a CPU the gated delta rule has no initial or final state, and no norm of its own")
-    return gated_delta_rule(q, k, v, g, beta).to(v.dtype), None
+    bounds = [0, v.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    sequences = (slice(start, stop) for start, stop in pairwise(bounds) if stop > start)
+    outputs = [gated_delta_rule(*(part[:, sequence] for part in (q, k, v, g, beta))) for sequence in sequences]
+    return torch.cat(outputs, 1).to(v.dtype), None
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: None = None,
+    output_final_state: bool = False,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """fla's convolution, with the options that Megatron uses. Up to Megatron-core 0.17 gated delta nets use `torch.nn.Conv1d`
+    instead.
+
+    Args:
+        x: `[batch, length, channels]`.
+        weight: `[channels, width]`, the newest input last.
+        cu_seqlens: `[sequences + 1]`, where packed sequences begin and the last one ends, in a batch of one row.
+    """
+    if initial_state is not None or output_final_state or activation not in (None, "silu", "swish"):
+        raise NotImplementedError("on a CPU fla's convolution has no initial or final state, and no activation but silu")
+    sequence_ids = None
+    if cu_seqlens is not None:
+        sequence_ids = torch.bucketize(torch.arange(x.shape[1], device=x.device), cu_seqlens[1:], right=True).unsqueeze(0)
+    y = causal_convolution(x.float(), weight.float(), None if bias is None else bias.float(), sequence_ids)
+    return (y if activation is None else F.silu(y)).to(x.dtype), None
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -235,6 +270,7 @@ def build_modules() -> dict[str, types.ModuleType]:
         },
         "causal_conv1d.causal_conv1d_varlen": {"causal_conv1d_varlen_states": None},
         "causal_conv1d": {"causal_conv1d_fn": None, "causal_conv1d_update": None},
+        "fla.modules.convolution": {"causal_conv1d": causal_conv1d},
         "fla.modules.l2norm": {"l2norm": l2norm},
         "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_gated_delta_rule},
     }

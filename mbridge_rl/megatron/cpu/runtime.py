@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from mbridge_rl.megatron.cpu import device as cpu_device
+from mbridge_rl.megatron.versions.release import check_release
 
 _MISSING = object()
 _TE = "transformer_engine"
@@ -112,9 +113,11 @@ def _import_megatron() -> tuple[ModuleType, ModuleType, ModuleType]:
     """Imports Megatron-core, or checks that an earlier import of it found Transformer Engine.
 
     Raises:
-        ImportError: Megatron-core is not installed, or was imported outside of the scope and found no Transformer Engine.
+        ImportError: Megatron-core is not installed, is too old, or was imported outside of the scope and found no Transformer
+            Engine.
     """
     with _without_torch_compile():
+        check_release()
         random = importlib.import_module("megatron.core.tensor_parallel.random")
         moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
         token_dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
@@ -171,11 +174,12 @@ def megatron_runtime() -> Iterator[None]:
     Re-entrant.
 
     Raises:
-        ImportError: Megatron-core or (with a GPU) Transformer Engine is missing, or Megatron-core was imported outside of
-            the scope on a machine without a GPU. Nothing stays patched.
+        ImportError: Megatron-core or (with a GPU) Transformer Engine is missing, Megatron-core is too old, or it was imported
+            outside of the scope on a machine without a GPU. Nothing stays patched.
     """
     if torch.cuda.is_available():
         _require_real_transformer_engine()
+        check_release()
         yield
         return
     _runtime.enter()

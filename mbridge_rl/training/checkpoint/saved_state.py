@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import re
 import secrets
 import shutil
@@ -33,6 +32,7 @@ from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.hf.proof import READ_BACK_ADVICE, same_bits
 from mbridge_rl.hf.publish import Replacement
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
+from mbridge_rl.megatron.versions.checkpoints import forgetting_failed_writes, save_asynchronously, write_common_file
 from mbridge_rl.training.checkpoint.random_state import derive_random_state, random_state, restore_random_state
 from mbridge_rl.training.checkpoint.tensors import KINDS, TrainerTensors
 from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer
@@ -171,27 +171,19 @@ def _content(trainer: MegatronTrainer, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reserve_space(content: dict[str, Any], partial: Path, world_size: int) -> None:
-    """Writes as many bytes as Megatron's first rank will write alone later. If the disk were full only then, the other ranks
-    would wait for the first one in vain."""
+    """Writes the common part, and as many bytes as Megatron's first rank will write alone later. If the disk were full only
+    then, the other ranks would wait for the first one in vain."""
     common = {name: value for name, value in content.items() if name not in ("tensors", "random_state")}
     shards = sum(map(len, content["tensors"].values())) + 1
     (partial / _RESERVED_SPACE).write_bytes(bytes((1 << 16) + _METADATA_BYTES * shards * world_size))
-    torch.save(common, partial / "common.pt")
+    write_common_file(common, partial)
 
 
 def _save(content: dict[str, Any], partial: Path) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-    # Megatron would start a process that holds the queue of results, and that process outlives a killed rank. No other process
-    # needs the queue, so an ordinary one takes its place.
-    filesystem_async._results_queue = queue.Queue()
-    # One writer per rank: there are as many ranks as a machine has devices.
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    request = dist_checkpointing.save(content, str(partial), strategy, async_sharded_save=True)
+    request = save_asynchronously(content, partial)
     request.finalize_fns.insert(0, lambda: (partial / _RESERVED_SPACE).unlink(missing_ok=True))
-    request.execute_sync()
+    with forgetting_failed_writes():
+        request.execute_sync()
 
 
 def _require_saved(content: dict[str, Any], partial: Path, group: RankGroup) -> None:

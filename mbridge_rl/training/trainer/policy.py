@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mbridge_rl.megatron.extras import logit_changes
 from mbridge_rl.megatron.model import unwrap
+from mbridge_rl.megatron.versions.batches import packed_sequences
 from mbridge_rl.training.batch import Batch, TokenStatistics
 from mbridge_rl.training.trainer.logprobs import projected_token_statistics, token_statistics
 
@@ -26,7 +26,7 @@ def last_hidden_states(chunk: nn.Module, micro: Batch, offsets: tuple[int, ...] 
         offsets: where packed sequences begin and end; `None` where each row is a sequence.
     """
     core = unwrap(chunk)[0]
-    packed = {} if offsets is None else {"packed_seq_params": _packed(offsets, micro.tokens.device)}
+    packed = {} if offsets is None else {"packed_seq_params": packed_sequences(offsets, micro.tokens.device)}
     if not core.post_process or not _head_can_be_chunked(core):
         return chunk(micro.tokens, micro.position_ids, None, **packed)
     core.post_process = False  # leaves out the projection to the vocabulary only; the final norm belongs to the layers
@@ -125,21 +125,3 @@ def _composed(changes: list[Any]) -> Any:
         return logits
 
     return apply_all
-
-
-def _packed(offsets: tuple[int, ...], device: torch.device) -> Any:
-    """Megatron's parameters of packed sequences. Padding counts as the end of its sequence: causal attention keeps it out of
-    the tokens before it."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    ends = torch.tensor(offsets, dtype=torch.int32, device=device)
-    longest = int(ends.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        cu_seqlens_q_padded=ends,
-        cu_seqlens_kv_padded=ends,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )

@@ -274,5 +274,6 @@ FAMILIES = [
         layout=THREE_WAYS,
         engine="vLLM's kernel for CPUs has the alpha and the limit of the released models built in",
         lora=ATTENTION,
+        since=(5, 19),  # before, Transformers' model had both numbers built in, too
     ),
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tolerance import forward
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class Family:
         embedding: standard deviation of token embeddings; models that scale them need less, or they repeat themselves.
         classes: of the config and the model, where Transformers has none.
         files: further files of a checkpoint.
+        since: the first release of Transformers that has this model; with an older one its tests are skipped.
     """
 
     title: str
@@ -72,12 +74,16 @@ class Family:
     embedding: float = 0.5
     classes: tuple[type[Any], type[nn.Module]] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    since: tuple[int, int] = (5, 9)
 
     def hf_config(self) -> Any:
-        from transformers import CONFIG_MAPPING
+        from transformers import CONFIG_MAPPING, __version__
 
+        if tuple(map(int, __version__.split(".")[:2])) < self.since:
+            pytest.skip(f"Transformers {__version__} does not have {self.variant}, which came with {self.since}")
         config_class = self.classes[0] if self.classes else CONFIG_MAPPING[self.model_type]
-        config = config_class(**copy.deepcopy({**self.base, **self.config}))  # the class writes into dictionaries
+        fields = copy.deepcopy({**self.base, **self.config})  # the class writes into dictionaries
+        config = config_class(**_spelled_for(config_class, fields))
         config.architectures = [self.architecture]
         return config
 
@@ -97,6 +103,14 @@ class Family:
         for name, text in self.files.items():
             (directory / name).write_text(text)
         return model
+
+
+def _spelled_for(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with kinds of layers as the installed release spells them; Nemotron-H's were others before 5.13."""
+    if "layers_block_type" in fields and "mamba" in config_class().layers_block_type:
+        spellings = {"linear_attention": "mamba", "full_attention": "attention"}
+        fields["layers_block_type"] = [spellings.get(kind, kind) for kind in fields["layers_block_type"]]
+    return fields
 
 
 def randomize(model: nn.Module, seed: int, embedding: float) -> None:

@@ -136,5 +136,6 @@ FAMILIES = [
         engine="vLLM reads fields of the checkpoints' own config that Transformers' class does not write (vision_config.args)",
         lora=MAMBA_LINEARS,
         ignored=("vision_model.", "vision_final_layernorm.", "mlp1."),
+        since=(5, 18),
     ),
 ]
