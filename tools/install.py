@@ -41,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the installation and returns the exit code: 0, or that of the pip command that failed."""
     options, pip_arguments = parse(arguments)
     if sys.prefix == sys.base_prefix:
-        log(
-            f"{sys.executable} is not the Python of a virtual environment: make one with `python3 -m venv .venv`, and use its own"
-        )
+        log(f"{sys.executable} is in no virtual environment. Make one: `python3 -m venv .venv`; then run this with its Python")
         return 2
     try:
         install(options.project, options.extras.split(","), options.also, pip_arguments, dry_run=options.dry_run)
