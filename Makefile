@@ -10,10 +10,12 @@ DEMO_ARGS ?=
 TEST_WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 25
 
+# Environments of `make matrix`; all of them if none is named.
+MATRIX ?=
 # Variants of `tools/kernels.py`, for example KERNELS="zen threads-2"; all of them take hours.
 KERNELS ?=
 
-.PHONY: demo test test-kernels nightly bench support-table venv lint clean
+.PHONY: demo test test-kernels nightly matrix bench support-table venv lint clean
 
 demo: venv
 	$(BIN)/mbridge-rl demo $(DEMO_ARGS)
@@ -34,6 +36,12 @@ test-kernels: venv
 nightly: venv
 	mkdir -p runs
 	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist load -m nightly --junitxml=runs/nightly.xml
+
+# A chosen part of the tests with other Pythons and other releases of Megatron-core, torch and Transformers: `tools/matrix.py` lists
+# them. Needs python3.11, python3.12 and python3.13, and up to 7 GB for each environment. MATRIX="py312-megatron019 oldest" runs some.
+matrix: venv
+	PIP_ARGS="$(PIP_ARGS)" TEST_WORKERS=$(TEST_WORKERS) $(BIN)/nox $(if $(MATRIX),--session $(MATRIX)); \
+		status=$$?; $(BIN)/python tools/compatibility_table.py; exit $$status
 
 bench: venv
 	$(BIN)/pip install --no-deps -r benchmarks/requirements.txt
