@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(arguments[0]) if arguments else RESULTS
     recorded = json.loads(RECORD.read_text())["results"] if RECORD.exists() else {}
     results = updated(recorded, folder)
-    RECORD.write_text(json.dumps({"environments": tested(results), "results": results}, indent=1) + "\n")
+    RECORD.write_text(json.dumps({"environments": green_versions(results), "results": results}, indent=1) + "\n")
     PAGE.write_text(page(results))
 
 
@@ -97,7 +97,7 @@ def is_green(result: dict[str, Any]) -> bool:
     return not result["others"] and all(result["passed"].values())
 
 
-def tested(results: dict[str, Any]) -> list[dict[str, Any]]:
+def green_versions(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The Python and the packages of the environments in which every test passed."""
     return [{"python": result["python"], "packages": result["packages"]} for result in results.values() if is_green(result)]
 
