@@ -35,7 +35,7 @@ What the groups are (`tools/matrix.py` has the names of their tests):
 | families | every family: all names, both ways bit for bit, and logits equal to Transformers' |
 | live ranks | real Megatron ranks on gloo with TP, SP, PP, VPP, CP, DP, EP and ETP: import, export and logits |
 | checkpoints | training goes on from a distributed checkpoint, under the same layout bit for bit, and under another one |
-| vLLM refit | real engines, fed by Megatron ranks, answer as a fresh engine and as Transformers do |
+| vLLM refit | a real engine, fed by two Megatron ranks, answers as a fresh engine and as Transformers do |
 | GRPO | the demo learns, with a digest for every sync; needs an engine |
 
 `oldest` has torch, Megatron-core and Transformers at the lower bounds of pyproject.toml, and `newest` has the newest that the

@@ -67,7 +67,6 @@ ENVIRONMENTS = (
 
 _LIVE = "tests/distributed/test_bridge_live.py::test_there_and_back"
 _SAVED = "tests/training/test_training_checkpoint.py"
-_REFITTED = "tests/vllm/test_refit_end_to_end.py::test_refitted_engine_equals_a_fresh_one_and_transformers"
 # By group, which tests of the suite run in every environment. A name without brackets stands for all of its cases.
 GROUPS = {
     "families": (
@@ -86,7 +85,7 @@ GROUPS = {
         f"{_SAVED}::test_another_layout_goes_on",
         f"{_SAVED}::test_a_full_disk_leaves_the_checkpoint_before_valid",
     ),
-    "vLLM refit": (f"{_REFITTED}[qwen3-tp2]", f"{_REFITTED}[qwen3-moe-tp2xep2xetp1]"),
+    "vLLM refit": ("tests/vllm/test_refit_end_to_end.py::test_refitted_engine_equals_a_fresh_one_and_transformers[qwen3-tp2]",),
     "GRPO": ("tests/commands/test_cli.py::test_the_demo_learns_to_add",),
 }
 ENGINE_GROUPS = ("vLLM refit", "GRPO")
