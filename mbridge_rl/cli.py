@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mbridge_rl.commands.convert import convert
+from mbridge_rl.commands.doctor import doctor
 from mbridge_rl.commands.inspect import inspect
 from mbridge_rl.commands.models import models
 from mbridge_rl.commands.plan import plan
@@ -76,6 +77,7 @@ app.command()(plan)
 app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
+app.command()(doctor)
 
 
 def _fail(error: Exception) -> None:

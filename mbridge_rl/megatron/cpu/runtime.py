@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from mbridge_rl.core.errors import missing_extra
 from mbridge_rl.megatron.cpu import device as cpu_device
 from mbridge_rl.megatron.versions.release import check_release
 
@@ -160,9 +161,7 @@ def _unchanged(function: Any = None, **_: Any) -> Any:
 
 def _require_real_transformer_engine() -> None:
     if importlib.util.find_spec(_TE) is None:
-        raise ImportError(
-            "Megatron-core's models on a GPU need Transformer Engine, which is not installed: pip install mbridge-rl[te]"
-        )
+        raise missing_extra("Megatron-core's models on a GPU need Transformer Engine, which is not installed", "te")
 
 
 _runtime = _Runtime()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.buckets import aligned
+from mbridge_rl.core.errors import missing_extra
 from mbridge_rl.sync.payload import difference as delta
 from mbridge_rl.sync.payload import packing
 from mbridge_rl.sync.payload.difference import Difference, Kind
@@ -135,5 +136,5 @@ def _zstandard() -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise ImportError("deltas are compressed with zstd: pip install 'mbridge-rl[delta]'") from error
+        raise missing_extra("deltas are compressed with zstd", "delta") from error
     return zstandard

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.core.errors import BridgeError, missing_extra
 from mbridge_rl.sync.record.json_lines import json_lines
 from mbridge_rl.sync.record.report import SyncReport
 
@@ -120,7 +120,7 @@ def open_tensorboard(directory: str | Path, **options: Any) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("this needs TensorBoard: pip install 'mbridge-rl[tensorboard]'") from error
+        raise missing_extra("this needs TensorBoard", "tensorboard") from error
     return SummaryWriter(str(directory), **options)
 
 
@@ -149,7 +149,7 @@ class Prometheus:
         try:
             import prometheus_client as client
         except ImportError as error:
-            raise ImportError("this needs prometheus_client: pip install 'mbridge-rl[prometheus]'") from error
+            raise missing_extra("this needs prometheus_client", "prometheus") from error
         registry = client.REGISTRY if registry is None else registry
         self._labels = dict(labels or {})
         names = tuple(self._labels)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mbridge_rl.core.errors import BridgeError
+from mbridge_rl.core.errors import BridgeError, missing_extra
 from mbridge_rl.sync.record.phases import OUTER, PLAN
 from mbridge_rl.sync.record.report import SyncReport
 from mbridge_rl.sync.record.sinks import SYNCS_FILE, read_syncs
@@ -121,7 +121,7 @@ def write_png(run: Path, output: Path | None = None, version: int | None = None)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("a PNG needs matplotlib: pip install 'mbridge-rl[plots]' (the HTML page needs nothing)") from error
+        raise missing_extra("a PNG needs matplotlib, which the HTML page does not", "plots") from error
     reports = read_syncs(run)
     good = [report for report in reports if not report.error] or reports
     chosen = good[-1] if version is None else picked_sync(reports, version)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mbridge_rl.bounded_http import request
+from mbridge_rl.core.errors import missing_extra
 from mbridge_rl.core.json_text import parse_json
 from mbridge_rl.core.typed_values import shown
 
@@ -81,7 +82,7 @@ def math_verify(problem: Problem, completion: str) -> float:
     try:
         from math_verify import parse, verify
     except ImportError as error:
-        raise ImportError("rewards by math-verify need it: pip install 'mbridge-rl[tasks]'") from error
+        raise missing_extra("rewards by math-verify need it", "tasks") from error
     answer = problem.answer if "$" in problem.answer or "\\boxed" in problem.answer else f"${problem.answer}$"
     gold = parse(answer, parsing_timeout=None)
     if not gold:

