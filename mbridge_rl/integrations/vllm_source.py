@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mbridge_rl.core.errors import SyncError, missing_vllm
+from mbridge_rl.core.errors import SyncError
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor, ModelSpec
 from mbridge_rl.core.plan import Plan, compile_plan
@@ -23,12 +23,10 @@ from mbridge_rl.core.segments import Side, hf_side, megatron_side
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.stream import DEFAULT_BUCKET_BYTES, TensorStream
 from mbridge_rl.megatron.parameters import LiveParameters, layout_of, live_side, model_dtype
-from mbridge_rl.sync.vllm.versions import Metadata, param_meta
+from mbridge_rl.sync.vllm.versions import Metadata, param_meta, require_vllm
 
-try:
-    from vllm.distributed.weight_transfer.base import WeightSource, layerwise_groups
-except ImportError as error:
-    raise missing_vllm("a source for vLLM's weight transfer needs vLLM") from error
+require_vllm("a source for vLLM's weight transfer needs vLLM")
+from vllm.distributed.weight_transfer.base import WeightSource, layerwise_groups  # noqa: E402
 
 _NEED_GPU = ("nccl", "sparse_nccl", "nccl_m2n", "ipc", "sharded_rdt", "modelexpress")
 

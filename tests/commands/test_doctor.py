@@ -21,7 +21,7 @@ from mbridge_rl.doctor.facts import Interface, Machine, SharedMemory, Torch
 from mbridge_rl.doctor.findings import Finding, Status
 from mbridge_rl.doctor.requirements import Bound, RecordedVersions, from_metadata, from_project, supported
 from mbridge_rl.doctor.transports import transport_findings
-from mbridge_rl.sync.options import Transport
+from mbridge_rl.sync.options import TransportName
 from mbridge_rl.terminal import Terminal
 
 PROJECT = {
@@ -231,7 +231,7 @@ def test_few_open_files() -> None:
 
 def test_every_transport_is_judged() -> None:
     assert [transport.name for transport in transport_findings(GOOD)] == [
-        name for name in get_args(Transport) if name != "auto"
+        name for name in get_args(TransportName) if name != "auto"
     ]
     ipc = {transport.name: transport for transport in transport_findings(GOOD)}["cuda_ipc"]
     assert (ipc.works, "there is none" in ipc.reason) == (False, True)

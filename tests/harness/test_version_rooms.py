@@ -1,7 +1,7 @@
-"""Only the version rooms ask which release of Megatron-core or Transformers is installed, or what it has.
+"""Only the version rooms ask which release of Megatron-core, Transformers or vLLM is installed, or what it has.
 
-Everything else is written for one interface; a difference between releases belongs into `mbridge_rl/megatron/versions/` or
-`mbridge_rl/hf/versions.py`, where it is written down with the release that brought it.
+Everything else is written for one interface; a difference between releases belongs into `mbridge_rl/megatron/versions/`,
+`mbridge_rl/hf/versions.py` or `mbridge_rl/sync/vllm/versions.py`, where it is written down with the release that brought it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 import mbridge_rl
 
 PACKAGE = Path(mbridge_rl.__file__).parent
-ROOMS = (PACKAGE / "megatron" / "versions", PACKAGE / "hf" / "versions.py")
-FOREIGN = ("megatron", "transformers")
+ROOMS = (PACKAGE / "megatron" / "versions", PACKAGE / "hf" / "versions.py", PACKAGE / "sync" / "vllm" / "versions.py")
+FOREIGN = ("megatron", "transformers", "vllm")
 DESCRIPTIONS = ("signature", "getfullargspec", "fields")
 
 
@@ -29,7 +29,7 @@ def _is_foreign(module: str | None) -> bool:
 
 
 def _foreign_names(tree: ast.AST) -> set[str]:
-    """Names that the file's imports of Megatron and Transformers bind, wherever they stand."""
+    """Names that the file's imports of Megatron, Transformers and vLLM bind, wherever they stand."""
     bound = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and _is_foreign(node.module):
@@ -47,7 +47,7 @@ def _root(node: ast.expr) -> str | None:
 
 
 def _imports(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements with imports of Megatron and Transformers, by statement or by `import_module`."""
+    """Statements with imports of Megatron, Transformers and vLLM, by statement or by `import_module`."""
     for statement in body:
         if any(map(_is_import, ast.walk(statement))):
             yield statement
@@ -93,7 +93,10 @@ def _probes(call: ast.Call, names: set[str]) -> bool:
     """Whether a call asks something of Megatron's or Transformers' what it has. A lookup by a name from elsewhere, such as the
     class of an architecture, is none."""
     called = ast.unparse(call.func).split(".")[-1]
-    by_name = called in ("hasattr", "getattr") and (called == "hasattr" or len(call.args) == 3) and _constant(call, 1) != ""
+    name = _constant(call, 1)
+    by_name = called in ("hasattr", "getattr") and (called == "hasattr" or len(call.args) == 3) and name != ""
+    if name.startswith("_mbridge"):  # a mark that this library has set itself
+        return False
     return (by_name or called in DESCRIPTIONS) and bool(call.args) and _root(call.args[0]) in names
 
 
@@ -128,6 +131,7 @@ def test_no_file_outside_of_the_rooms_asks_for_a_release(path: Path) -> None:
         "from megatron.core import dist_checkpointing\nimport inspect\ninspect.signature(dist_checkpointing.save)",
         "from megatron.core.packed_seq_params import PackedSeqParams as P\nhasattr(P, 'total_tokens')",
         "from transformers import LlamaConfig\ngetattr(LlamaConfig, 'rope_parameters', None)",
+        "try:\n    from vllm import LLM\nexcept ImportError:\n    LLM = None",
         "from megatron.core.x import Config\nimport dataclasses\ndataclasses.fields(Config)",
     ],
 )

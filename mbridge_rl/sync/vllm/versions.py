@@ -13,12 +13,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mbridge_rl.core.errors import missing_vllm
+from mbridge_rl.core.releases import Releases
+
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
+
+
+VLLM = Releases(
+    "vllm",
+    oldest=(0, 29),
+    newest_tested=(0, 33),
+    reason="its weight-transfer engines and its engines' constructors have other interfaces than those that mbridge_rl uses",
+)
+
+
+def require_vllm(purpose: str) -> None:
+    """Imports vLLM and checks its release.
+
+    Args:
+        purpose: what needs it, as the beginning of a sentence.
+
+    Raises:
+        ImportError: vLLM is not installed, or is too old.
+    """
+    if find_spec("vllm") is None:
+        raise missing_vllm(purpose)
+    import vllm
+
+    if vllm.__version__[:1].isdigit():  # a checkout that was never installed calls itself "dev"
+        VLLM.check(vllm.__version__)
 
 
 class Metadata(list):  # type: ignore[type-arg]

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mbridge_rl.core.errors import SyncError, missing_vllm
+from mbridge_rl.core.errors import SyncError
 from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.payload.messages import CommitReport, UpdateRequest
 from mbridge_rl.sync.vllm.engines.completions import Completion, completion_of, sampling
 from mbridge_rl.sync.vllm.engines.requests import RequestRunner
 from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
 from mbridge_rl.sync.vllm.plugin import register
+from mbridge_rl.sync.vllm.versions import require_vllm
 from mbridge_rl.sync.vllm.worker import calls as worker_calls
 from mbridge_rl.sync.worker.update_watch import UpdateWatch
 
@@ -259,11 +260,10 @@ class InProcessEngine(TransactionalEngine):
 
 
 def import_vllm() -> tuple[Any, Any]:
-    try:
-        from vllm import LLM
-        from vllm.config import WeightTransferConfig
-    except ImportError as error:
-        raise missing_vllm("a rollout engine needs vLLM") from error
+    require_vllm("a rollout engine needs vLLM")
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
+
     return LLM, WeightTransferConfig
 
 
