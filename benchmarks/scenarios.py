@@ -146,7 +146,7 @@ class Bench:
             for hf_name, copies in plan.by_hf_name.items():
                 whole = opened.get_tensor(hf_name).clone()
                 for copy in copies:
-                    target = live.base(copy.target.name)
+                    target = live.stored(copy.target.name)
                     copy.target.of(target, copy.shape).copy_(copy.source.of(whole, copy.shape))
 
     def _peer_load(self) -> None:

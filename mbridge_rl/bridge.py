@@ -231,7 +231,7 @@ class AutoBridge:
                 plan = compile_plan(self.spec, hf_state.side, side)
             else:
                 plan = self._import_plan(layout, group.rank, side)
-        targets = {name: live.base(name) for name in live}
+        targets = {name: live.stored(name) for name in live}
         on_one_machine = group.on_one_machine
         with group.fail_together():
             if isinstance(hf_state, Checkpoint):
@@ -272,7 +272,7 @@ class AutoBridge:
             layout = _checked_layout(layout or layout_of(model, self.spec), group)
             live, side = self._live(model, layout, group.rank)
             plan = self._import_plan(layout, group.rank, side)
-        import_stream(self.spec, plan, {name: live.base(name) for name in live}, stream, group, in_place=in_place)
+        import_stream(self.spec, plan, {name: live.stored(name) for name in live}, stream, group, in_place=in_place)
 
     def export_weights(
         self,
@@ -315,7 +315,7 @@ class AutoBridge:
             live, _ = self._live(model, layout, group.rank)
             plan = self.export_plan(layout)
         arguments = (dtype or model_dtype(model), bucket_bytes, None if ranks is None else tuple(ranks), transport)
-        tensors = live if merge_adapters else {name: live.base(name) for name in live}
+        tensors = live if merge_adapters else {name: live.stored(name) for name in live}
         yield from self._stream(layout, plan, group, live, arguments).run(tensors)
 
     def _stream(
@@ -323,7 +323,7 @@ class AutoBridge:
     ) -> TensorStream:
         """The prepared export with these arguments; each process group has its own."""
         dtype, bucket_bytes, ranks, transport = arguments
-        device = next((live.base(name).device for name in live), group.device)
+        device = next((live.stored(name).device for name in live), group.device)
         key = (layout, group.identity, device, *arguments)
         # If ranks have different arguments, or only some of them have prepared the export, all prepare it again.
         checksum = 1 + zlib.crc32(repr((layout, arguments)).encode()) % (1 << 20)

@@ -85,7 +85,7 @@ class MegatronWeightSource(WeightSource):
             replace(plan, hf_shapes={name: plan.hf_shapes[name] for name in order}),
             {metadata.name: metadata.dtype for metadata in self._metadata},
             group,
-            device=next((live.base(name).device for name in live), group.device),
+            device=next((live.stored(name).device for name in live), group.device),
             bucket_bytes=bucket_bytes,
             ranks=ranks,
         )

@@ -7,7 +7,7 @@ set reliably (expert biases, down projections).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbridge_rl.core.errors import StateMismatchError, listed
 from mbridge_rl.core.layout import ParallelLayout, padded_vocab_size
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.pipeline import counted_stages
 from mbridge_rl.core.segments import Side, megatron_side
 from mbridge_rl.core.tensor_cache import TensorCache
 from mbridge_rl.megatron.cpu.runtime import megatron_runtime
+from mbridge_rl.megatron.live_tensors import LiveTensors
 from mbridge_rl.megatron.model import unwrap
 from mbridge_rl.megatron.parallel import current_layout, layout_of_groups
 from mbridge_rl.megatron.versions.config import refuse_unmapped
@@ -33,7 +33,7 @@ _GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias|lora_[a
 _SEQUENTIAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias|lora_[a-z_]+))$")
 
 
-class LiveParameters(Mapping[str, Tensor]):
+class LiveParameters(LiveTensors):
     """This rank's parameters by global `megatron_name`, at the time of its creation; make a new one for every transfer. It
     includes the buffers in `buffer_names` (a router's expert bias is one); other buffers are derived state.
 
@@ -44,7 +44,7 @@ class LiveParameters(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: Sequence[nn.Module], experts_before: int, buffer_names: Container[str] = ()) -> None:
-        self._parameters: dict[str, Tensor] = {}
+        super().__init__()
         self._merging: dict[str, Callable[[], Tensor]] = {}
         merging = self._merging  # a reference to `self` would be a cycle, which is freed late
         self._merged = TensorCache(lambda megatron_name: merging[megatron_name]().detach())
@@ -70,45 +70,7 @@ class LiveParameters(Mapping[str, Tensor]):
     def __getitem__(self, megatron_name: str) -> Tensor:
         if megatron_name in self._merging:
             return self._merged[megatron_name]
-        return self._parameters[megatron_name].detach()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-    def parameter(self, megatron_name: str) -> Tensor:
-        """The parameter (or buffer) object itself, which is the optimizers' key."""
-        return self._parameters[megatron_name]
-
-    def base(self, megatron_name: str) -> Tensor:
-        """The parameter's values without adapters; imports write into this tensor."""
-        return self._parameters[megatron_name].detach()
-
-    def check(self, side: Side, rank: int) -> None:
-        """Compares names and shapes with `side`; `check_held` describes it."""
-        check_held(self._parameters, side, rank)
-
-
-def check_held(tensors: Mapping[str, Tensor], side: Side, rank: int) -> None:
-    """Compares names and shapes of a rank's tensors with the mapping's.
-
-    Raises:
-        StateMismatchError: they differ; the message names the rank and the parameters.
-    """
-    missing, extra = side.shapes.keys() - tensors.keys(), tensors.keys() - side.shapes.keys()
-    if missing or extra:
-        raise StateMismatchError(
-            f"rank {rank}: the Megatron model is not the one of this config: "
-            f"it lacks [{listed(missing)}], it has besides [{listed(extra)}]; build it with AutoBridge.build_model"
-        )
-    for name, shape in side.shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise StateMismatchError(
-                f"rank {rank}: {name} has shape {list(tensors[name].shape)}, "
-                f"the config and layout say {list(shape)}; nothing was changed"
-            )
+        return super().__getitem__(megatron_name)
 
 
 def live_side(

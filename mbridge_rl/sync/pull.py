@@ -88,9 +88,11 @@ def restore(
     with group.fail_together():
         tensors = _Typed(images)
         for name in plan.padded_names.get(group.rank, ()):
-            live.base(name).zero_()
+            live.stored(name).zero_()
         for copy in plan.copies:
-            copy.target.of(live.base(copy.target.name), copy.shape).copy_(copy.source.of(tensors[copy.source.name], copy.shape))
+            copy.target.of(live.stored(copy.target.name), copy.shape).copy_(
+                copy.source.of(tensors[copy.source.name], copy.shape)
+            )
     dtypes = {piece.hf_name: piece.dtype for route in routes for piece in route.pieces}
     dtype = max(dtypes.values(), key=lambda dtype: list(dtypes.values()).count(dtype))
     image_digests = _digests_of_images(spec, routes, images, spec.hf_dtypes(dtype), group)

@@ -52,7 +52,7 @@ def move_a_live_model(rank: int, directory: Path, source: ParallelLayout, target
     model = bridge.build_model(target)
     tensors, _ = live_side(model, bridge.spec, target, rank)
     for name in tensors:
-        tensors.base(name).copy_(moved[name])
+        tensors.stored(name).copy_(moved[name])
     return bridge.verify(model, directory)
 
 

@@ -274,7 +274,7 @@ def set_weights(bridge: Any, model: list[nn.Module], rank: int, state: Mapping[s
     from mbridge_rl.megatron.parameters import live_side
 
     live, side = live_side(model, bridge.spec, model[0].parallel_layout, rank)
-    virtual.run(compile_plan(bridge.spec, hf_side(bridge.spec), side), {0: state}, {rank: {n: live.base(n) for n in live}})
+    virtual.run(compile_plan(bridge.spec, hf_side(bridge.spec), side), {0: state}, {rank: {n: live.stored(n) for n in live}})
 
 
 def serve(address: Path, variant: str, layout: EngineLayout, engine: StandInEngine | None = None) -> None:

@@ -8,7 +8,7 @@ every adapted linear, and `lora_config` on every innermost model. The placement 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -18,13 +18,14 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.segments import Side, megatron_side
+from mbridge_rl.megatron.live_tensors import LiveTensors
 from mbridge_rl.megatron.model import unwrap
-from mbridge_rl.megatron.parameters import check_held, global_name_of
+from mbridge_rl.megatron.parameters import global_name_of
 
 _OUTPUT_FACTOR = re.compile(r"\.lora_(start_)?b\d*$")
 
 
-class LiveAdapters(Mapping[str, Tensor]):
+class LiveAdapters(LiveTensors):
     """This rank's adapter factors by global `megatron_name`, at the time of its creation; make a new one for every transfer.
 
     Args:
@@ -32,7 +33,7 @@ class LiveAdapters(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: Sequence[nn.Module], experts_before: int, *, scaled: bool = False) -> None:
-        self._parameters: dict[str, Tensor] = {}
+        super().__init__()
         self._scales: dict[str, float] = {}
         for chunk in unwrap(model):
             layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
@@ -44,24 +45,10 @@ class LiveAdapters(Mapping[str, Tensor]):
                         self._scales[name] = module.lora.scale
 
     def __getitem__(self, megatron_name: str) -> Tensor:
-        factor = self._parameters[megatron_name].detach()
+        factor = super().__getitem__(megatron_name)
         if (scale := self._scales.get(megatron_name, 1.0)) == 1.0:
             return factor
         return factor.float() * scale  # rounded only once, when it is cast to the dtype that is sent
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-    def parameter(self, megatron_name: str) -> Tensor:
-        """The parameter object itself, which is the optimizers' key."""
-        return self._parameters[megatron_name]
-
-    def stored(self, megatron_name: str) -> Tensor:
-        """The parameter's values; imports write into this tensor."""
-        return self._parameters[megatron_name].detach()
 
 
 def lora_config_of(model: Sequence[nn.Module]) -> LoRAConfig:
@@ -107,5 +94,5 @@ def live_adapter_side(
     side = megatron_side(adapters, layout, rank)
     experts_before = layout.coordinates(rank).ep * (spec.num_experts or 0) // layout.ep
     live = LiveAdapters(model, experts_before, scaled=scaled)
-    check_held(live._parameters, side, rank)
+    live.check(side, rank)
     return live, adapters, side

@@ -143,7 +143,7 @@ def connect(
     if name in ON_ONE_HOST and len(hosts) > 1:
         raise SyncError(f"the transport {name!r} needs one host, found {sorted(hosts)}; use 'process_group'")
     live = LiveParameters(model, 0)
-    device = next((live.base(name).device for name in live), group.device)
+    device = next((live.stored(name).device for name in live), group.device)
     context = Context(group, meeting.route, replicas, store, Timeout(options.timeout), options.url, device)
     staged_here = name == "shared_memory" and options.mode == "staged" and not options.delta
     transport = open_transport("store" if staged_here else name, context, one_host=len(hosts) == 1)
