@@ -32,6 +32,7 @@ from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.megatron.lora.attach import adapted_modules, add_lora
 from mbridge_rl.megatron.parallel import initialize_parallel
 from mbridge_rl.sync.adapter_sync import AdaptedEngine, AdapterSync
+from mbridge_rl.sync.options import InFlight
 from mbridge_rl.sync.payload.adapter_messages import AdapterReport, AdapterUpdate
 from mbridge_rl.sync.trainer.engines import Engines
 from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
@@ -58,7 +59,13 @@ def adapter(start: Path, seed: int, rank: int = 4, **config: Any) -> dict[str, T
 
 
 def put(
-    engine: InProcessEngine, name: str, version: int, tensors: dict[str, Tensor], rank: int = 4, is_policy: bool = False
+    engine: InProcessEngine,
+    name: str,
+    version: int,
+    tensors: dict[str, Tensor],
+    rank: int = 4,
+    is_policy: bool = False,
+    requests: InFlight = "keep",
 ) -> AdapterReport:
     starts, nbytes = offsets(tensor.nbytes for tensor in tensors.values())
     with Arena.create(nbytes) as arena:
@@ -69,7 +76,7 @@ def put(
                 adapter=name,
                 version=version,
                 is_policy=is_policy,
-                requests="keep",
+                requests=requests,
                 timeout=600.0,
                 rank=rank,
                 tensors=tuple(HFTensor(hf_name, tensor.dtype, tuple(tensor.shape)) for hf_name, tensor in tensors.items()),
@@ -165,7 +172,7 @@ def ranks_by_pattern_act_as_merged_weights(start: Path) -> float:
         tensors[factor_b] *= own.scale
         state[f"{name}.weight"] += tensors[factor_b] @ tensors[factor_a]
     with InProcessEngine(start, **OPTIONS) as engine:
-        assert put(engine, "a", 1, tensors, rank=config.largest_peft_rank)["proven"] == len(tensors)
+        assert put(engine, "a", 1, tensors, rank=config.largest_peft_rank).proven == len(tensors)
         (answer,) = engine.generate([[5, 9, 33, 100, 514]], temperature=0.0, max_tokens=4, adapter="a")
     with torch.no_grad():
         logits = model(torch.tensor([[5, 9, 33, 100, 514, *answer.tokens]])).logits[0, 4:-1].log_softmax(-1)

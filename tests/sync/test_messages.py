@@ -21,9 +21,10 @@ from mbridge_rl.core.model import HFTensor
 from mbridge_rl.distributed.rendezvous import GroupAddress
 from mbridge_rl.sync.payload import adapter_messages, message_codec, messages, wires
 from mbridge_rl.sync.payload.message_codec import Message, decode, encode
-from mbridge_rl.sync.payload.messages import Answer, Introduction, UpdateRequest, WorkerStatus
+from mbridge_rl.sync.payload.messages import Answer, Introduction, UpdateRequest, WorkerCall, WorkerStatus
 from mbridge_rl.sync.payload.wires import FilesWire, GroupWire, IpcWire, RingWire, StoreWire
 from mbridge_rl.sync.record.timeline import Span
+from mbridge_rl.sync.vllm.engines.attached import AttachedEngine
 from mbridge_rl.sync.vllm.extension import WorkerExtension
 from mbridge_rl.sync.vllm.worker import calls as worker_calls
 from mbridge_rl.sync.weight_sync import WeightSync
@@ -45,6 +46,7 @@ SAMPLES: list[Message] = [
     messages.WorkerReport(rank=1, digests={"a": "00ff"}, unsplit=("b",), **REPORT),
     messages.CommitReport(workers=2, bytes_per_worker=(1, 2), digest=None, proven_live=3, proven_received=1, **REPORT),
     Answer([1, {"a": [WorkerStatus(False)]}]),
+    messages.WorkerCall("begin", (1, "a", None)),
     Answer(failure=Failure("StoreError", "it is gone")),
     adapter_messages.AdapterUpdate("p", 2, True, "wait", 3.0, 8, TENSORS, (0, 64), ("a", "b"), "/dev/shm/c", 128, "QQ=="),
     adapter_messages.AdapterModule(TENSORS),
@@ -153,16 +155,26 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_a_trainer_of_another_schema_changes_nothing(worker: SimpleNamespace, introduction: Introduction) -> None:
-    call = WorkerExtension.mbridge_rl_call
-    for name, message in (("describe", introduction.announcement), ("adopt", introduction), ("begin", SAMPLES[5])):
-        fields = message.to_json() | {"$schema": 99}
-        (answer,) = [Answer.from_json(call(worker, name, fields))]  # type: ignore[arg-type]
+    def failure_of(*call: Any) -> Failure:
+        answer = Answer.from_json(WorkerExtension.mbridge_rl_call(worker, *call))  # type: ignore[arg-type]
         assert answer.failure is not None
         assert answer.failure.kind == "MessageError"
-        assert f"the message '{type(message).__name__}' has schema 99" in answer.failure.message
-    answer = Answer.from_json(call(worker, "receive_shards", {"version": 1}))  # type: ignore[arg-type]
-    assert "knows no call 'receive_shards', only describe, adopt, begin" in str(answer.failure)
-    assert worker.payload.fingerprint == ""
+        return answer.failure
+
+    worker.payload.adopt(0, introduction)
+    before = worker.payload.status()
+    arguments = {"describe": introduction.announcement, "adopt": introduction, "begin": SAMPLES[5], "lose": 3, "abort": "so"}
+    for name, argument in arguments.items():  # every call carries the schema, whatever its arguments are
+        failure = failure_of(WorkerCall(name, (argument,)).to_json() | {"$schema": 99})
+        assert "the message 'WorkerCall' has schema 99" in failure.message
+    fields = WorkerCall("begin", (SAMPLES[5],)).to_json()
+    fields["arguments"] = [SAMPLES[5].to_json() | {"$schema": 99}]
+    assert "the message 'UpdateRequest' has schema 99" in failure_of(fields).message
+    unknown = failure_of(WorkerCall("receive_shards", (1,)).to_json())
+    assert "knows no call 'receive_shards', only describe, adopt, begin" in unknown.message
+    old = failure_of("begin", {"version": 1})  # as version 0.1 calls
+    assert "the trainer sent str, expected the message WorkerCall of schema 1" in old.message
+    assert worker.payload.status() == before
     assert not worker.payload.is_open
     assert worker.payload.serving.updating is None
 
@@ -195,3 +207,39 @@ def test_a_store_of_another_mbridge_rl_is_not_loaded() -> None:
     sync.store.remove()
     with pytest.raises(StoreError, match="nothing was committed"):
         late.catch_up(name, "/dev/shm")
+
+
+class OtherServer(AttachedEngine):
+    """A server whose workers have an mbridge_rl of another schema."""
+
+    def __init__(self, schema: int) -> None:
+        self.answer = Answer(messages.WorkerIdentity(None, None).to_json()).to_json() | {"$schema": schema}
+        self._attach(0)
+
+    def __str__(self) -> str:
+        return "the server"
+
+    def _sizes(self) -> tuple[int, int]:
+        return 1, 1
+
+    def _rpc(self, method: str, args: list[Any]) -> list[Any]:
+        json.dumps(args)
+        return [self.answer]
+
+    def _label(self) -> str:
+        return "0"
+
+    def _halt(self, requests: str, timeout: float) -> None: ...
+    def _go_on(self) -> None: ...
+    def _set_label(self, label: str) -> None: ...
+    def _reset_caches(self) -> bool:
+        return True
+
+    def _completions(self, prompts: Any, fields: Any, adapters: Any) -> list[Any]:
+        return []
+
+
+def test_a_server_of_another_schema_is_refused_by_name_when_a_trainer_connects() -> None:
+    assert OtherServer(message_codec.SCHEMA).weight_version == 0
+    with pytest.raises(MessageError, match="the message 'Answer' has schema 7, this mbridge_rl has schema 1"):
+        OtherServer(7)

@@ -294,6 +294,19 @@ class CommitReport(Message):
 
 
 @dataclass(frozen=True)
+class WorkerCall(Message):
+    """A call of a function in all workers of an engine, so that calls without other messages have a schema, too.
+
+    Attributes:
+        function: the name of the function.
+        arguments: its arguments, which are messages or JSON types.
+    """
+
+    function: str
+    arguments: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True)
 class Answer(Message):
     """A worker's answer to a call: its result, or its failure."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from mbridge_rl.core.errors import MessageError
 from mbridge_rl.core.typed_values import shown
+from mbridge_rl.sync.payload.message_codec import decode, require_message
+from mbridge_rl.sync.payload.messages import WorkerCall
 from mbridge_rl.sync.vllm.lora import adapter_slots
 from mbridge_rl.sync.vllm.worker import calls as worker_calls
 
@@ -33,16 +34,20 @@ _CALLS = {
 class WorkerExtension:
     """A class that vLLM mixes into its worker (`worker_extension_cls`)."""
 
-    def mbridge_rl_call(self, call: str, *args: Any) -> dict[str, Any]:
-        """Runs one of the calls of this module by its name; arguments and the answer are encoded messages."""
-        return worker_calls.answering(self, _CALLS.get(call, partial(_unknown, call)), *args)
+    def mbridge_rl_call(self, call: object, *_: object) -> dict[str, Any]:
+        """Runs one of the calls of this module. The call is an encoded `WorkerCall`, the result an encoded `Answer`. Trainers of
+        version 0.1 gave a name and arguments; they are refused."""
+        return worker_calls.answered(lambda: _run(self, call))
 
 
-def _unknown(call: str, *_: object) -> None:
-    raise MessageError(
-        f"this engine's mbridge_rl knows no call {shown(call)}, only {', '.join(_CALLS)}: install the same mbridge_rl on "
-        "trainer and engines"
-    )
+def _run(worker: Any, call: object) -> Any:
+    worker_call = require_message(decode(call), WorkerCall, "the trainer")
+    if worker_call.function not in _CALLS:
+        raise MessageError(
+            f"this engine's mbridge_rl knows no call {shown(worker_call.function)}, only {', '.join(_CALLS)}: install the same "
+            "mbridge_rl on trainer and engines"
+        )
+    return _CALLS[worker_call.function](worker, *worker_call.arguments)
 
 
 def engine_args() -> dict[str, Any]:

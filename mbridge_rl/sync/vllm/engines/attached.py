@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mbridge_rl.core.errors import SyncError
+from mbridge_rl.core.errors import MessageError, SyncError
 from mbridge_rl.sync.options import InFlight
-from mbridge_rl.sync.payload.message_codec import encode
+from mbridge_rl.sync.payload.messages import WorkerCall
 from mbridge_rl.sync.vllm.engines.completions import Completion, as_version, sampling
 from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
 from mbridge_rl.sync.vllm.extension import EXTENSION, METHOD
@@ -68,11 +68,13 @@ class AttachedEngine(TransactionalEngine):
         """Disconnects from the engine, which goes on running."""
 
     def _call_workers(self, call: Callable[..., Any], *args: Any) -> list[Any]:
-        return worker_calls.results_of(self._rpc(METHOD, [call.__name__, *map(encode, args)]))
+        return worker_calls.results_of(self._rpc(METHOD, [WorkerCall(call.__name__, args).to_json()]))
 
     def _require_reachable(self) -> None:
         try:
             self._call_workers(worker_calls.identity)
+        except MessageError:  # they answer, but their mbridge_rl has another schema
+            raise
         except Exception as error:
             raise SyncError(
                 f"the workers of {self} do not answer to a trainer ({error}). Start it with the weight-transfer backend "

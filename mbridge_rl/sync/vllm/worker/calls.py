@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 
 def answering(worker: Any, call: Callable[..., Any], *args: Any) -> dict[str, Any]:
     """Runs `call(worker, *args)` in a worker; arguments and the `Answer` are encoded (`message_codec.encode`)."""
+    return answered(lambda: call(worker, *map(decode, args)))
+
+
+def answered(function: Callable[[], Any]) -> dict[str, Any]:
+    """The result of `function`, or its error, as an encoded `Answer`."""
     try:
-        return Answer(encode(call(worker, *map(decode, args)))).to_json()
+        return Answer(encode(function())).to_json()
     except Exception as error:  # every error has to be returned as a value; see above
         return Answer(failure=Failure.of(error)).to_json()
 
