@@ -11,7 +11,7 @@ from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block, attention, decoder
 from mbridge_rl.bridges.blocks.experts import ROUTER, expert_config
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import EXPERT, Axis, Part, Rule, column_parallel, replicated
+from mbridge_rl.core.rules import EXPERT, Axis, HFPart, Rule, column_parallel, replicated
 
 
 def gpt_oss(hf: ConfigReader) -> ModelSpec:
@@ -35,11 +35,13 @@ def _experts(hf: ConfigReader) -> Block:
     rows, columns = Axis(f, along=0), Axis(f, along=1)
     gate_and_up = (Axis(2, start=0), Axis(2, start=1))
     gate_up = tuple(
-        Part(f"{hf_prefix}.gate_up_proj", (expert, Axis(h, along=1), rows, half), (experts, h, 2 * f)) for half in gate_and_up
+        HFPart(f"{hf_prefix}.gate_up_proj", (expert, Axis(h, along=1), rows, half), (experts, h, 2 * f)) for half in gate_and_up
     )
-    gate_up_bias = tuple(Part(f"{hf_prefix}.gate_up_proj_bias", (expert, rows, half), (experts, 2 * f)) for half in gate_and_up)
-    down = Part(f"{hf_prefix}.down_proj", (expert, columns, Axis(h, along=0)))
-    down_bias = Part(f"{hf_prefix}.down_proj_bias", (expert, Axis(h, along=0)))
+    gate_up_bias = tuple(
+        HFPart(f"{hf_prefix}.gate_up_proj_bias", (expert, rows, half), (experts, 2 * f)) for half in gate_and_up
+    )
+    down = HFPart(f"{hf_prefix}.down_proj", (expert, columns, Axis(h, along=0)))
+    down_bias = HFPart(f"{hf_prefix}.down_proj_bias", (expert, Axis(h, along=0)))
     rules = (
         replicated(f"{MEGATRON_LAYER}.pre_mlp_layernorm.weight", f"{HF_LAYER}.post_attention_layernorm.weight", (h,)),
         replicated(f"{ROUTER}.weight", f"{HF_LAYER}.mlp.router.weight", (experts, h)),

@@ -21,7 +21,7 @@ from mbridge_rl.terminal import Terminal
 if TYPE_CHECKING:
     from mbridge_rl.core.layout import ParallelLayout
     from mbridge_rl.core.model import ModelSpec
-    from mbridge_rl.core.rules import Part, Rule
+    from mbridge_rl.core.rules import HFPart, Rule
 
 _PLACES = {
     "first_stage": "first",
@@ -83,7 +83,7 @@ def _table(spec: ModelSpec, layout: ParallelLayout | None) -> list[dict[str, Any
     return rows
 
 
-def _taken(part: Part) -> str | None:
+def _taken(part: HFPart) -> str | None:
     """The index range that the part takes of its HF tensor; `None` if it takes the full tensor."""
     fixed = [axis.along is None or axis.count != axis.extent for axis in part.axes]
     if not any(fixed):

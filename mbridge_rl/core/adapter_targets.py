@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from mbridge_rl.core.errors import UnsupportedModelError, listed
 from mbridge_rl.core.lora_config import LoRAConfig, pattern_matches
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import Part, Rule
+from mbridge_rl.core.rules import HFPart, Rule
 from mbridge_rl.core.stacked_experts import with_stacked_experts
 
 OUTPUT_LAYER = "output_layer.weight"
@@ -26,7 +26,7 @@ class AdaptedRule:
     """
 
     rule: Rule
-    parts: tuple[Part, ...]
+    parts: tuple[HFPart, ...]
     config: LoRAConfig
 
 
@@ -64,7 +64,7 @@ def adapted_spec(spec: ModelSpec, config: LoRAConfig) -> ModelSpec:
     return spec if _has_stacked_experts(spec) else with_stacked_experts(spec)
 
 
-def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[Part, ...]:
+def adapted_parts(rule: Rule, targets: Sequence[str]) -> tuple[HFPart, ...]:
     """The parts of `rule` that get adapters; none if the rule is not for a linear's weight."""
     if not is_linear(rule):
         return ()
@@ -171,7 +171,7 @@ def _is_everywhere(target: str, layers: Sequence[int], present: Mapping[str, Map
 
 def _by_layers(spec: ModelSpec, rule: Rule, config: LoRAConfig) -> Iterator[AdaptedRule]:
     """Yields a rule's adapters, once for all layers that have the same adapters."""
-    layers_of: dict[tuple[tuple[Part, ...], int, float], list[int]] = {}
+    layers_of: dict[tuple[tuple[HFPart, ...], int, float], list[int]] = {}
     targets_of_layer = {layer: config.targets_in(layer) for layer in _layers_of(spec, rule)}
     for layer, targets in targets_of_layer.items():
         if parts := adapted_parts(rule, targets):
@@ -184,7 +184,7 @@ def _by_layers(spec: ModelSpec, rule: Rule, config: LoRAConfig) -> Iterator[Adap
         )
 
 
-def _setting(spec: ModelSpec, rule: Rule, parts: Sequence[Part], layer: int, config: LoRAConfig) -> tuple[int, float]:
+def _setting(spec: ModelSpec, rule: Rule, parts: Sequence[HFPart], layer: int, config: LoRAConfig) -> tuple[int, float]:
     """Rank and alpha of a rule's adapters in one layer.
 
     Raises:
@@ -230,7 +230,7 @@ def _layers_of(spec: ModelSpec, rule: Rule) -> Sequence[int]:
     return range(spec.num_layers) if rule.layers is None else rule.layers
 
 
-def _names_in_layer(rule: Rule, parts: Sequence[Part], layer: int, experts: int) -> Iterator[tuple[str, str]]:
+def _names_in_layer(rule: Rule, parts: Sequence[HFPart], layer: int, experts: int) -> Iterator[tuple[str, str]]:
     """Yields `(name of the Megatron linear, name of the HF linear)` for every part and expert."""
     for expert in range(experts) if "{expert}" in rule.megatron_name else [0]:
         for part in parts:

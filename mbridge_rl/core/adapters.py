@@ -42,7 +42,7 @@ from mbridge_rl.core.errors import LayoutError, UnsupportedModelError
 from mbridge_rl.core.layout import Coordinates, ParallelLayout
 from mbridge_rl.core.lora_config import LoRAConfig
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import Axis, Part, Rule
+from mbridge_rl.core.rules import Axis, HFPart, Rule
 
 PEFT_PREFIX = "base_model.model."
 _WEIGHT = ".weight"
@@ -189,7 +189,7 @@ class _Factors:
         """The rules of `A [rank, in]`, sharded like the input. Parts of one HF tensor share one `A`."""
         name, rank = factor_name(self._rule.megatron_name, factor), Axis(self._config.peft_rank, 0, first, self._config.rank)
         part_of_tensor = {
-            part.hf_name: Part(
+            part.hf_name: HFPart(
                 f"{self._names[part.hf_name]}.lora_A.weight",
                 (*axes.expert, rank, *axes.columns),
                 hf_shape=(axes.experts * rank.extent, axes.size_in),
@@ -208,7 +208,7 @@ class _Factors:
         """The rule of `B [out, rank]`, sharded like the output."""
         rank = Axis(self._config.peft_rank, 1, first, self._config.rank)
         parts = tuple(
-            Part(
+            HFPart(
                 f"{self._names[part.hf_name]}.lora_B.weight",
                 (*axes.rows, rank, *axes.expert),
                 hf_shape=(axes.size_out, rank.extent * axes.experts),
@@ -220,12 +220,12 @@ class _Factors:
     def _magnitude(self) -> Rule:
         """The rule of the magnitude `[out]`, sharded like a bias."""
         parts = tuple(
-            Part(f"{self._names[part.hf_name]}.lora_magnitude_vector", axes.rows, hf_shape=(axes.size_out,))
+            HFPart(f"{self._names[part.hf_name]}.lora_magnitude_vector", axes.rows, hf_shape=(axes.size_out,))
             for part, axes in zip(self._parts, self._axes, strict=True)
         )
         return self._by_rows("lora_magnitude", parts, (0,))
 
-    def _by_rows(self, factor: str, parts: tuple[Part, ...], shape: tuple[int, ...]) -> Rule:
+    def _by_rows(self, factor: str, parts: tuple[HFPart, ...], shape: tuple[int, ...]) -> Rule:
         name = factor_name(self._rule.megatron_name, factor)
         if self._rule.dim == 1:
             return replace(self._rule, megatron_name=name, parts=parts, shape=shape, dim=0, axis=None, groups=None)
@@ -239,7 +239,7 @@ class _PartAxes:
         UnsupportedModelError: the part is neither the weight of one HF linear nor a stack of such weights.
     """
 
-    def __init__(self, rule: Rule, part: Part) -> None:
+    def __init__(self, rule: Rule, part: HFPart) -> None:
         self.expert = tuple(axis for axis in part.axes if axis.index)
         self.columns = tuple(axis for axis in part.axes if axis.along == 1)
         self.rows = tuple(axis for axis in part.axes if axis.along != 1 and not axis.index)
@@ -274,7 +274,7 @@ def _require_stacks_in_the_same_layers(adapted: Sequence[AdaptedRule]) -> None:
             )
 
 
-def _peft_modules_of(parts: list[Part]) -> dict[str, str]:
+def _peft_modules_of(parts: list[HFPart]) -> dict[str, str]:
     """The name of the module that holds each part's factors, by `hf_name`.
 
     PEFT wraps a module once for each of its targeted parameters, so that the factors of the first one are innermost.

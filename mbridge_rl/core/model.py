@@ -16,7 +16,7 @@ from torch import nn
 from mbridge_rl.core.errors import LayoutError
 from mbridge_rl.core.extras import Extra, NotInVllm
 from mbridge_rl.core.layout import ParallelLayout
-from mbridge_rl.core.rules import Instance, Part, Rule, instantiate, renamed, renamed_hf_name
+from mbridge_rl.core.rules import HFPart, Instance, Rule, instantiate, renamed, renamed_hf_name
 
 # Heads and groups that are not cut: their numbers must be multiples of the tensor-parallel size.
 _HEADS = {
@@ -92,7 +92,7 @@ class ModelSpec:
         return instantiate(self.rules, self.num_layers, self.num_experts)
 
     @cached_property
-    def hf_parts(self) -> dict[str, Part]:
+    def hf_parts(self) -> dict[str, HFPart]:
         """A part of every HF tensor, in checkpoint order: its shape and factored shape, computed from the table."""
         return {
             hf_name: part

@@ -65,7 +65,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class HFPart:
     """A sub-grid of one HF tensor inside a Megatron tensor.
 
     Attributes:
@@ -88,7 +88,7 @@ class Part:
 
 
 # The parts of a fused tensor: full HF tensors by name and size along the fused dimension, or any parts.
-Parts = Mapping[str, int] | Sequence[Part]
+Parts = Mapping[str, int] | Sequence[HFPart]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Rule:
     """
 
     megatron_name: str
-    parts: tuple[Part, ...]
+    parts: tuple[HFPart, ...]
     shape: tuple[int, ...]
     dim: int = 0
     axis: ShardAxis | None = None
@@ -247,18 +247,18 @@ def renamed_hf_name(hf_name: str, prefixes: Mapping[str, str]) -> str:
     return hf_name if prefix is None else prefixes[prefix] + hf_name.removeprefix(prefix)
 
 
-def full_tensor(hf_name: str, shape: Sequence[int]) -> Part:
+def full_tensor(hf_name: str, shape: Sequence[int]) -> HFPart:
     """The part that is a full HF tensor with the dimensions of the Megatron tensor."""
-    return Part(hf_name, tuple(Axis(extent, along=dim) for dim, extent in enumerate(shape)))
+    return HFPart(hf_name, tuple(Axis(extent, along=dim) for dim, extent in enumerate(shape)))
 
 
-def stacked(hf_name: str, sizes: Sequence[int], inner: Sequence[int] = ()) -> tuple[Part, ...]:
+def stacked(hf_name: str, sizes: Sequence[int], inner: Sequence[int] = ()) -> tuple[HFPart, ...]:
     """The parts of one HF tensor that holds them one below the other, with `sizes` rows."""
     starts, rest = accumulate(sizes, initial=0), tuple(Axis(extent, along=dim) for dim, extent in enumerate(inner, start=1))
-    return tuple(Part(hf_name, (Axis(sum(sizes), 0, start, size), *rest)) for start, size in zip(starts, sizes, strict=False))
+    return tuple(HFPart(hf_name, (Axis(sum(sizes), 0, start, size), *rest)) for start, size in zip(starts, sizes, strict=False))
 
 
-def _parts(parts: Parts, inner: Sequence[int]) -> tuple[Part, ...]:
+def _parts(parts: Parts, inner: Sequence[int]) -> tuple[HFPart, ...]:
     if not isinstance(parts, Mapping):
         return tuple(parts)
     return tuple(full_tensor(hf_name, (size, *inner)) for hf_name, size in parts.items())

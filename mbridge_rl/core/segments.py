@@ -10,7 +10,7 @@ from math import prod
 from mbridge_rl.core.digest import contiguous_strides
 from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import Instance, Part, Rule
+from mbridge_rl.core.rules import HFPart, Instance, Rule
 
 Shape = tuple[int, ...]
 
@@ -281,7 +281,7 @@ def _boxes(digits: list[int], first: int, size: int) -> Iterator[tuple[int, int]
         yield from ((begin + start, count) for start, count in _boxes(digits[1:], 0, over))
 
 
-def _slice_of_part(part: Part, instance: Instance, first: int, size: int, local_strides: Shape) -> tuple[Box, Shape]:
+def _slice_of_part(part: HFPart, instance: Instance, first: int, size: int, local_strides: Shape) -> tuple[Box, Shape]:
     """The box of entries `[first, first + size)` along the rule's dim of `part`, and the local stride of each of its axes."""
     starts, sizes, strides = [], [], []
     for position, axis in enumerate(part.axes):

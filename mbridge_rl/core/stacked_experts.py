@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mbridge_rl.core.model import ModelSpec
-from mbridge_rl.core.rules import EXPERT, Axis, Part, Rule
+from mbridge_rl.core.rules import EXPERT, Axis, HFPart, Rule
 
 # Names of modules in checkpoints on the hub, and Transformers 5's own names for them.
 _IN_MEMORY = {
@@ -26,7 +26,7 @@ def in_memory_spec(spec: ModelSpec) -> ModelSpec | None:
     return replace(spec, rules=rules)
 
 
-def _named_in_memory(part: Part) -> Part:
+def _named_in_memory(part: HFPart) -> HFPart:
     hf_name = part.hf_name
     for name, in_memory in _IN_MEMORY.items():
         hf_name = hf_name.replace(name, in_memory)
@@ -54,5 +54,5 @@ def _stacked(rule: Rule, experts: int, transposed: bool) -> Rule:
     for place, part in enumerate(rule.parts):
         rows, columns = part.shape
         axes = (Axis(len(rule.parts) * rows, 0, place * rows, rows), Axis(columns, 1))
-        parts.append(Part(f"{prefix}.{name}", (Axis(experts, index=EXPERT), *(reversed(axes) if transposed else axes))))
+        parts.append(HFPart(f"{prefix}.{name}", (Axis(experts, index=EXPERT), *(reversed(axes) if transposed else axes))))
     return replace(rule, parts=tuple(parts))

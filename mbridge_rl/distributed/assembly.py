@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.distributed.schedule import Bucket, Span
+from mbridge_rl.distributed.schedule import StreamBucket, StreamSpan
 
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2 << 20
@@ -24,7 +24,7 @@ class Assembly:
         self._device = device
         self._tensor: Tensor | None = None
 
-    def completed(self, bucket: Bucket, fill: Callable[[Span, Tensor], None]) -> Iterator[tuple[str, Tensor]]:
+    def completed(self, bucket: StreamBucket, fill: Callable[[StreamSpan, Tensor], None]) -> Iterator[tuple[str, Tensor]]:
         """Calls `fill(span, full tensor)` on every span of `bucket`; yields `(hf_name, tensor)` when a tensor is complete."""
         for span in bucket.spans:
             if span.begins_tensor:

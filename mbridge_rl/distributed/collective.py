@@ -21,7 +21,7 @@ from torch import Tensor
 from mbridge_rl.core.errors import BridgeError, PeerFailed
 from mbridge_rl.distributed.assembly import Assembly, use_huge_pages
 from mbridge_rl.distributed.group import Agreement, RankGroup
-from mbridge_rl.distributed.schedule import Bucket, Piece, Span
+from mbridge_rl.distributed.schedule import StreamBucket, StreamPiece, StreamSpan
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CollectiveExchange:
         depth: number of buckets that are staged at once: one that is consumed, the others under way.
     """
 
-    def __init__(self, group: RankGroup, buckets: Sequence[Bucket], receivers: Sequence[int], depth: int) -> None:
+    def __init__(self, group: RankGroup, buckets: Sequence[StreamBucket], receivers: Sequence[int], depth: int) -> None:
         self._group, self._buckets, self._receivers, self._depth = group, buckets, receivers, depth
         self._receives = group.rank in receivers
         self._to_all = len(receivers) == group.size
@@ -94,11 +94,11 @@ class CollectiveExchange:
         agreement = self._group.start_agreement(failure)
         return _UnderWay(payloads, self._send(bucket, payloads), agreement)
 
-    def _staged(self, bucket: Bucket) -> dict[int, int]:
+    def _staged(self, bucket: StreamBucket) -> dict[int, int]:
         """The bytes of each payload that this rank holds, by rank: all payloads if it receives, else only its own."""
         return {rank: nbytes for rank, nbytes in bucket.packed_nbytes.items() if self._receives or rank == self._group.rank}
 
-    def _send(self, bucket: Bucket, payloads: Mapping[int, Tensor]) -> list[dist.Work | None]:
+    def _send(self, bucket: StreamBucket, payloads: Mapping[int, Tensor]) -> list[dist.Work | None]:
         me = self._group.rank
         if self._to_all:
             return [self._group.broadcast(payloads[rank], rank) for rank in bucket.packed_nbytes]
@@ -150,19 +150,19 @@ class _Pipeline:
                 self.next_payloads()
 
 
-def _pack(bucket: Bucket, rank: int, payload: Tensor, live: Mapping[str, Tensor]) -> None:
+def _pack(bucket: StreamBucket, rank: int, payload: Tensor, live: Mapping[str, Tensor]) -> None:
     for span in bucket.spans:
         for piece in span.pieces:
             if piece.source_rank == rank:
                 _packed(payload, piece, span).copy_(piece.source.of(live[piece.source.name], piece.shape))
 
 
-def _unpack(payloads: Mapping[int, Tensor], span: Span, tensor: Tensor) -> None:
+def _unpack(payloads: Mapping[int, Tensor], span: StreamSpan, tensor: Tensor) -> None:
     for piece in span.pieces:
         piece.target.of(tensor, piece.shape).copy_(_packed(payloads[piece.source_rank], piece, span))
 
 
-def _packed(payload: Tensor, piece: Piece, span: Span) -> Tensor:
+def _packed(payload: Tensor, piece: StreamPiece, span: StreamSpan) -> Tensor:
     """The values of `piece`, `[*shape]`, as a view of the payload of its rank."""
     dtype = span.tensor.dtype
     return payload[piece.start : piece.start + piece.numel * dtype.itemsize].view(dtype).view(piece.shape)

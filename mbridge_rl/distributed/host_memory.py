@@ -19,7 +19,7 @@ from mbridge_rl.core.errors import BridgeError, PeerFailed
 from mbridge_rl.distributed.arena import Arena
 from mbridge_rl.distributed.assembly import Assembly
 from mbridge_rl.distributed.group import RankGroup
-from mbridge_rl.distributed.schedule import Bucket, Piece, Span
+from mbridge_rl.distributed.schedule import StreamBucket, StreamPiece, StreamSpan
 
 
 class HostMemoryExchange:
@@ -34,7 +34,7 @@ class HostMemoryExchange:
         ArenaError: on all ranks, if shared memory is too small or is not shared by all ranks.
     """
 
-    def __init__(self, group: RankGroup, buckets: Sequence[Bucket], receives: bool) -> None:
+    def __init__(self, group: RankGroup, buckets: Sequence[StreamBucket], receives: bool) -> None:
         self._group, self._buckets, self._receives = group, buckets, receives
         self._own = [_pieces_of(group.rank, bucket) for bucket in buckets]
         self._slot_nbytes = max((bucket.nbytes for bucket in buckets), default=0)
@@ -72,7 +72,7 @@ class HostMemoryExchange:
             target = self._bytes.view(dtype).as_strided(piece.shape, piece.target.strides, offset)
             target.copy_(piece.source.of(live[piece.source.name], piece.shape))
 
-    def _read(self, slot: int, span: Span, tensor: Tensor) -> None:
+    def _read(self, slot: int, span: StreamSpan, tensor: Tensor) -> None:
         start = slot + span.offset
         arrived = self._bytes[start : start + span.nbytes].view(span.tensor.dtype)
         tensor.view(-1)[span.first : span.last].copy_(arrived)
@@ -90,5 +90,5 @@ def shared_arena(group: RankGroup, nbytes: int) -> Arena:
         return Arena.attach(path, nbytes, writable=True) if created is None else created
 
 
-def _pieces_of(rank: int, bucket: Bucket) -> list[tuple[Span, Piece]]:
+def _pieces_of(rank: int, bucket: StreamBucket) -> list[tuple[StreamSpan, StreamPiece]]:
     return [(span, piece) for span in bucket.spans for piece in span.pieces if piece.source_rank == rank]

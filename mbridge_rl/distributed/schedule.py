@@ -18,7 +18,7 @@ from mbridge_rl.core.segments import Shape
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StreamPiece:
     """A rectangle `[*shape]` that one rank contributes.
 
     Attributes:
@@ -41,14 +41,14 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class StreamSpan:
     """Elements `[first, last)` of an HF tensor, which lie `offset` bytes into their bucket."""
 
     tensor: HFTensor
     first: int
     last: int
     offset: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StreamPiece, ...]
 
     @property
     def begins_tensor(self) -> bool:
@@ -64,7 +64,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class StreamBucket:
     """Spans in checkpoint order.
 
     Attributes:
@@ -73,7 +73,7 @@ class Bucket:
         packed_nbytes: bytes of the packed pieces of each contributing rank.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[StreamSpan, ...]
     nbytes: int
     packed_nbytes: Mapping[int, int]
 
@@ -82,7 +82,7 @@ class Bucket:
 class _Filling:
     """A bucket under construction."""
 
-    spans: list[Span] = field(default_factory=list)
+    spans: list[StreamSpan] = field(default_factory=list)
     end: int = 0
     packed: dict[int, int] = field(default_factory=dict)
 
@@ -91,16 +91,16 @@ class _Filling:
         for copy in copies:
             for shape, source, target in clipped(copy.shape, copy.source, copy.target, first, last):
                 start = self.packed.get(copy.source_rank, 0)
-                pieces.append(Piece(copy.source_rank, shape, source, target, start))
+                pieces.append(StreamPiece(copy.source_rank, shape, source, target, start))
                 self.packed[copy.source_rank] = aligned(start + prod(shape) * tensor.dtype.itemsize)
-        self.spans.append(Span(tensor, first, last, self.end, tuple(pieces)))
+        self.spans.append(StreamSpan(tensor, first, last, self.end, tuple(pieces)))
         self.end = aligned(self.end + self.spans[-1].nbytes)
 
-    def done(self) -> Bucket:
-        return Bucket(tuple(self.spans), self.end, dict(sorted(self.packed.items())))
+    def done(self) -> StreamBucket:
+        return StreamBucket(tuple(self.spans), self.end, dict(sorted(self.packed.items())))
 
 
-def schedule(tensors: Sequence[HFTensor], copies: Mapping[str, Sequence[Copy]], bucket_bytes: int) -> list[Bucket]:
+def schedule(tensors: Sequence[HFTensor], copies: Mapping[str, Sequence[Copy]], bucket_bytes: int) -> list[StreamBucket]:
     """Distributes `tensors`, in order, over buckets.
 
     Args:
@@ -108,7 +108,7 @@ def schedule(tensors: Sequence[HFTensor], copies: Mapping[str, Sequence[Copy]], 
         copies: `{hf_name: copies}` of a plan whose targets are HF tensors.
         bucket_bytes: bytes of a bucket, without alignment (at most 64 bytes per rectangle).
     """
-    buckets: list[Bucket] = []
+    buckets: list[StreamBucket] = []
     filling = _Filling()
     for tensor in tensors:
         for first, last in _cuts(tensor, bucket_bytes):

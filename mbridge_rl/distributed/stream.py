@@ -21,7 +21,7 @@ from mbridge_rl.distributed.assembly import Assembly
 from mbridge_rl.distributed.collective import CollectiveExchange
 from mbridge_rl.distributed.group import RankGroup
 from mbridge_rl.distributed.host_memory import HostMemoryExchange
-from mbridge_rl.distributed.schedule import Bucket, Span, schedule
+from mbridge_rl.distributed.schedule import StreamBucket, StreamSpan, schedule
 
 _log = logging.getLogger(__name__)
 
@@ -132,18 +132,18 @@ class TensorStream:
         buckets = self._schedule(2 * bucket_bytes // _DEPTH)
         return "collective", CollectiveExchange(self._group, buckets, receivers, _DEPTH)
 
-    def _schedule(self, bucket_bytes: int) -> list[Bucket]:
+    def _schedule(self, bucket_bytes: int) -> list[StreamBucket]:
         return schedule(self._tensors, self._plan.by_hf_name, bucket_bytes)
 
 
 class _LocalCopies:
     """The exchange of a single rank, which holds everything and stages nothing."""
 
-    def __init__(self, buckets: Sequence[Bucket], device: torch.device) -> None:
+    def __init__(self, buckets: Sequence[StreamBucket], device: torch.device) -> None:
         self._buckets, self._device = buckets, device
 
     def run(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        def fill(span: Span, tensor: Tensor) -> None:
+        def fill(span: StreamSpan, tensor: Tensor) -> None:
             for piece in span.pieces:
                 piece.target.of(tensor, piece.shape).copy_(piece.source.of(live[piece.source.name], piece.shape))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mbridge_rl.core.errors import StateMismatchError
 from mbridge_rl.core.model import HFTensor, ModelSpec
-from mbridge_rl.core.rules import Instance, Part
+from mbridge_rl.core.rules import HFPart, Instance
 from mbridge_rl.core.segments import Shape
 from mbridge_rl.core.stacked_experts import in_memory_spec
 from mbridge_rl.hf.state import Described
@@ -160,7 +160,7 @@ def respelled(
     return Respelled(tensors, present, described)
 
 
-def _first_element(part: Part, instance: Instance) -> int:
+def _first_element(part: HFPart, instance: Instance) -> int:
     """The index of the first element that the part takes of its tensor."""
     first, step = 0, prod(part.shape)
     for axis in part.axes:

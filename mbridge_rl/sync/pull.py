@@ -25,7 +25,7 @@ from mbridge_rl.distributed.verify import differing, digests_of_model
 from mbridge_rl.megatron.parameters import layout_of, live_side
 from mbridge_rl.sync.payload import packing
 from mbridge_rl.sync.payload.engine_side import boxes_of
-from mbridge_rl.sync.payload.landing import Landing, View
+from mbridge_rl.sync.payload.landing import Landing, ShapedView
 from mbridge_rl.sync.payload.route import Piece, WorkerRoute
 from mbridge_rl.sync.store.weight_store import WeightStore
 from mbridge_rl.sync.trainer.joining import introduction_of
@@ -111,8 +111,8 @@ def image_side(spec: ModelSpec, routes: Sequence[WorkerRoute]) -> Side:
         for worker, nbytes, piece in pieces:
             name = f"{worker}:{str(piece.dtype).removeprefix('torch.')}"
             shapes[name] = (nbytes // piece.dtype.itemsize,)
-            source = View(piece.hf.offset, piece.shape, piece.hf.strides)
-            target = View(piece.offset // piece.dtype.itemsize, piece.shape, contiguous_strides(piece.shape))
+            source = ShapedView(piece.hf.offset, piece.shape, piece.hf.strides)
+            target = ShapedView(piece.offset // piece.dtype.itemsize, piece.shape, contiguous_strides(piece.shape))
             segments += [
                 Segment(hf_name, box, name, offset, strides, (0,))
                 for box, offset, strides in boxes_of(Landing(hf_name, name, source, target), spec.hf_grid(hf_name))

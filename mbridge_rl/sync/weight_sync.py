@@ -103,7 +103,7 @@ class WeightSync:
         self._engines = Engines(client if isinstance(client, Sequence) else [] if client is None else [client])
         self._timeout = Timeout(self.options.timeout)
         self._sinks = sinks if self._group.rank == 0 else ()
-        self._generation = 0  # the generation of the engines that the connection reaches
+        self._membership = 0  # the membership of the engines that the connection reaches
         self._slot = 0  # workers on other hosts fill two slots in turn: the index of the next one
         self._images = secrets.token_hex(8)  # prefix of the tokens of those slots, unique to this object
         self._planning = Stopwatch(phases.lane(self._group.rank))
@@ -374,15 +374,15 @@ class WeightSync:
 
     def _connect_members(self) -> None:
         """Opens the transport anew if engines joined or left since it was opened. All ranks call it together."""
-        generation = int(self._group.maximum(torch.tensor([self._engines.generation])).item())
-        if generation == self._generation:
+        membership = int(self._group.maximum(torch.tensor([self._engines.membership])).item())
+        if membership == self._membership:
             return
         replicas, hosts = self._group.share_plain((len(self._engines.all), self._engines.hosts))
         if not replicas:
             raise SyncError("no engine takes part any more: add_engine comes first")
         self._connection.transport.close()
         self._connection = self._connected(hosts, replicas)
-        self._generation = generation
+        self._membership = membership
 
     def _connected(self, engine_hosts: AbstractSet[str], replicas: int) -> Connection:
         meeting, store, group = self._meeting, self._store, self._group

@@ -15,7 +15,7 @@ from mbridge_rl.core.model import ModelSpec
 from mbridge_rl.core.rules import (
     EXPERT,
     Axis,
-    Part,
+    HFPart,
     Rule,
     column_parallel,
     grouped_parallel,
@@ -71,18 +71,18 @@ def _attention(hidden: int, kv_heads: int, queries: int, head_dim: int) -> list[
 def _gated_attention(hidden: int, kv_heads: int, queries: int, head_dim: int) -> list[Rule]:
     """Qwen3-Next: q_proj holds, head by head, the query and its gate; Megatron wants them apart inside of a group."""
 
-    def half(index: int) -> Part:
+    def half(index: int) -> HFPart:
         axes = (Axis(kv_heads * queries, 0), Axis(2, start=index), Axis(head_dim, 0), Axis(hidden, 1))
-        return Part(f"{THEIRS}.q", axes, hf_shape=(kv_heads * queries * 2 * head_dim, hidden))
+        return HFPart(f"{THEIRS}.q", axes, hf_shape=(kv_heads * queries * 2 * head_dim, hidden))
 
-    keys = [Part(f"{THEIRS}.{name}", (Axis(kv_heads * head_dim, 0), Axis(hidden, 1))) for name in "kv"]
+    keys = [HFPart(f"{THEIRS}.{name}", (Axis(kv_heads * head_dim, 0), Axis(hidden, 1))) for name in "kv"]
     return [Rule(f"{OURS}.qkv", (half(0), half(1), *keys), (0, hidden), axis="tp", groups=kv_heads)]
 
 
 def shared_key_value(hidden: int, kv_heads: int, queries: int, head_dim: int) -> list[Rule]:
     """Keys and values are one tensor: Megatron holds it twice."""
-    query = Part(f"{THEIRS}.q", (Axis(kv_heads * queries * head_dim, 0), Axis(hidden, 1)))
-    key = Part(f"{THEIRS}.k", (Axis(kv_heads * head_dim, 0), Axis(hidden, 1)))
+    query = HFPart(f"{THEIRS}.q", (Axis(kv_heads * queries * head_dim, 0), Axis(hidden, 1)))
+    key = HFPart(f"{THEIRS}.k", (Axis(kv_heads * head_dim, 0), Axis(hidden, 1)))
     return [Rule(f"{OURS}.qkv", (query, key, key), (0, hidden), axis="tp", groups=kv_heads)]
 
 
@@ -98,8 +98,8 @@ def _recurrent(hidden: int, ffn: int, unit: int) -> list[Rule]:
     sizes = [ffn, ffn, unit, unit]
     starts = [sum(sizes[:index]) for index in range(4)]
     rows = [(start, size) for start, size in zip(starts, sizes, strict=True)]
-    projection = tuple(Part(f"{THEIRS}.in", (Axis(sum(sizes), 0, start, size), Axis(hidden, 1))) for start, size in rows)
-    convolution = tuple(Part(f"{THEIRS}.conv", (Axis(ffn + unit, 0, start - ffn, size), Axis(1, 1), Axis(3, 2)))
+    projection = tuple(HFPart(f"{THEIRS}.in", (Axis(sum(sizes), 0, start, size), Axis(hidden, 1))) for start, size in rows)
+    convolution = tuple(HFPart(f"{THEIRS}.conv", (Axis(ffn + unit, 0, start - ffn, size), Axis(1, 1), Axis(3, 2)))
                         for start, size in rows[1:3])  # fmt: skip
     return [
         Rule(f"{OURS}.in", projection, (0, hidden), axis="tp"),
@@ -118,8 +118,10 @@ def _experts(hidden: int, ffn: int, experts: int) -> list[Rule]:
 def _stacked_experts(hidden: int, ffn: int, experts: int) -> list[Rule]:
     """One 3-D tensor of all experts: gate and up one after the other, `[experts, 2 * ffn, hidden]`."""
     which = Axis(experts, index=EXPERT)
-    gate, up = (Part(f"{THEIRS}.experts.gate_up", (which, Axis(2 * ffn, 0, start, ffn), Axis(hidden, 1))) for start in (0, ffn))
-    down = Part(f"{THEIRS}.experts.down", (which, Axis(hidden, 0), Axis(ffn, 1)))
+    gate, up = (
+        HFPart(f"{THEIRS}.experts.gate_up", (which, Axis(2 * ffn, 0, start, ffn), Axis(hidden, 1))) for start in (0, ffn)
+    )
+    down = HFPart(f"{THEIRS}.experts.down", (which, Axis(hidden, 0), Axis(ffn, 1)))
     return [
         Rule(f"{OURS}.experts.fc1.{{expert}}", (gate, up), (0, hidden), axis="etp"),
         Rule(f"{OURS}.experts.fc2.{{expert}}", (down,), (hidden, 0), dim=1, axis="etp"),
@@ -130,14 +132,14 @@ def _interleaved_experts(hidden: int, ffn: int, experts: int) -> list[Rule]:
     """GPT-OSS: stacked and transposed, gate and up in alternate columns, `[experts, hidden, 2 * ffn]`."""
     which = Axis(experts, index=EXPERT)
     gate, up = (
-        Part(
+        HFPart(
             f"{THEIRS}.experts.gate_up",
             (which, Axis(hidden, 1), Axis(ffn, 0), Axis(2, start=parity)),
             (experts, hidden, 2 * ffn),
         )
         for parity in (0, 1)
     )
-    down = Part(f"{THEIRS}.experts.down", (which, Axis(ffn, 1), Axis(hidden, 0)))
+    down = HFPart(f"{THEIRS}.experts.down", (which, Axis(ffn, 1), Axis(hidden, 0)))
     return [
         Rule(f"{OURS}.experts.fc1.{{expert}}", (gate, up), (0, hidden), axis="etp"),
         Rule(f"{OURS}.experts.fc2.{{expert}}", (down,), (hidden, 0), dim=1, axis="etp"),

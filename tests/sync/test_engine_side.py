@@ -15,7 +15,7 @@ from mbridge_rl.core.digest import contiguous_strides
 from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.payload.engine_side import boxes_of, engine_side, kept_bytes
-from mbridge_rl.sync.payload.landing import Landing, View
+from mbridge_rl.sync.payload.landing import Landing, ShapedView
 from mbridge_rl.sync.payload.messages import WorkerDescription
 
 
@@ -25,7 +25,7 @@ def test_random_pairs_of_layouts_are_bit_exact() -> None:
 
 
 @st.composite
-def views(draw: st.DrawFn) -> tuple[tuple[int, ...], View]:
+def views(draw: st.DrawFn) -> tuple[tuple[int, ...], ShapedView]:
     """A strided view of a row-major tensor of a factored shape, with no regard to that shape."""
     grid = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
     total = torch.Size(grid).numel()
@@ -39,15 +39,15 @@ def views(draw: st.DrawFn) -> tuple[tuple[int, ...], View]:
         shape.append(size)
         strides.append(stride)
         reach += (size - 1) * stride
-    return grid, View(offset, tuple(shape), tuple(strides))
+    return grid, ShapedView(offset, tuple(shape), tuple(strides))
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(views())
-def test_boxes_of_any_view_are_the_view(case: tuple[tuple[int, ...], View]) -> None:
+def test_boxes_of_any_view_are_the_view(case: tuple[tuple[int, ...], ShapedView]) -> None:
     grid, source = case
     tensor = torch.arange(torch.Size(grid).numel())
-    target = View(0, source.shape, contiguous_strides(source.shape))
+    target = ShapedView(0, source.shape, contiguous_strides(source.shape))
     found = torch.full((max(1, torch.Size(source.shape).numel()),), -1)
     for box, offset, strides in boxes_of(Landing("hf", "local", source, target), grid):
         values = tensor.view(grid)[tuple(slice(a, a + n) for a, n in zip(box.start, box.size, strict=True))]

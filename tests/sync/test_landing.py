@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mbridge_rl.core.digest import add, digest, digest_strided
 from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.payload.landing import View, times_covered
+from mbridge_rl.sync.payload.landing import ShapedView, times_covered
 from mbridge_rl.sync.vllm.worker.tracer import Trace, trace_load_weights
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_a_trace_predicts_what_a_load_does(
 def test_a_lossless_cast_is_traced_through() -> None:
     model = Model(lambda parameters, _, tensor: parameters["x"].data.copy_(tensor.to(torch.float64)), torch.float64, x=(4,))
     trace = trace_of(model, x=(4,))
-    assert [landing.source for landing in trace.landings["x"]] == [View(0, (4,), (1,))]
+    assert [landing.source for landing in trace.landings["x"]] == [ShapedView(0, (4,), (1,))]
 
 
 def mutates(parameters: dict[str, Tensor], _: str, tensor: Tensor) -> None:
@@ -177,8 +177,8 @@ def test_a_loader_that_replaces_parameters_is_refused_and_undone() -> None:
 
 
 def test_coverage_names_the_gap() -> None:
-    rows = View(0, (3, 5), (5, 1))
-    assert times_covered([rows, View(15, (1, 5), (5, 1))], (4, 5)).exactly_once
+    rows = ShapedView(0, (3, 5), (5, 1))
+    assert times_covered([rows, ShapedView(15, (1, 5), (5, 1))], (4, 5)).exactly_once
     gap = times_covered([rows], (7, 5))
     assert str(gap) == "[3:7, 0:5] (20 elements)"
     twice = times_covered([rows, rows], (3, 5))
@@ -188,13 +188,13 @@ def test_coverage_names_the_gap() -> None:
 
 
 @st.composite
-def tensor_and_views(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], list[View]]:
+def tensor_and_views(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], list[ShapedView]]:
     """A tensor's shape and strides (possibly transposed), and views of it: boxes in any dimension order, some flattened."""
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     base = torch.empty(shape, device="meta")
     tensor = base.permute(*draw(st.permutations(range(len(shape)))))
 
-    def views() -> Iterator[View]:
+    def views() -> Iterator[ShapedView]:
         for _ in range(draw(st.integers(0, 4))):
             view = tensor
             for dim, size in enumerate(tensor.shape):
@@ -203,14 +203,14 @@ def tensor_and_views(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...],
             view = view.permute(*draw(st.permutations(range(view.dim()))))
             if draw(st.booleans()) and view.is_contiguous():
                 view = view.view(-1)
-            yield View(view.storage_offset(), tuple(view.shape), view.stride())
+            yield ShapedView(view.storage_offset(), tuple(view.shape), view.stride())
 
     return tuple(tensor.shape), tensor.stride(), list(views())
 
 
 @settings(max_examples=200, deadline=None)
 @given(tensor_and_views())
-def test_coverage_equals_counting_every_element(case: tuple[tuple[int, ...], tuple[int, ...], list[View]]) -> None:
+def test_coverage_equals_counting_every_element(case: tuple[tuple[int, ...], tuple[int, ...], list[ShapedView]]) -> None:
     shape, strides, views = case
     storage = torch.zeros(torch.Size(shape).numel(), dtype=torch.int64)
     tensor = storage.as_strided(shape, strides)

@@ -13,7 +13,7 @@ from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block
 from mbridge_rl.core.config_fields import MOST_EXPERTS_OF_ALL_LAYERS
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import Routing
-from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, replicated, row_parallel
+from mbridge_rl.core.rules import Axis, HFPart, Rule, column_parallel, replicated, row_parallel
 
 ROUTER = f"{MEGATRON_LAYER}.mlp.router"
 
@@ -151,7 +151,7 @@ def dense_then_sparse(hf: ConfigReader) -> tuple[tuple[int, ...], tuple[int, ...
 
 def _expert_bias(hf_name: str, shape: tuple[int, ...]) -> Rule:
     axes = (*(Axis(extent) for extent in shape[:-1]), Axis(shape[-1], along=0))
-    return Rule(f"{ROUTER}.expert_bias", (Part(hf_name, axes),), (0,), dtype=torch.float32)
+    return Rule(f"{ROUTER}.expert_bias", (HFPart(hf_name, axes),), (0,), dtype=torch.float32)
 
 
 def _is_megatrons(routing: Routing, topk: int, *, biased: bool) -> bool:

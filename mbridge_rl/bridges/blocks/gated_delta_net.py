@@ -9,12 +9,12 @@ from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block, attention, head_dim, kv_heads_of
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import PlainNorm
-from mbridge_rl.core.rules import Axis, Part, Rule, column_parallel, full_tensor, replicated, row_parallel, stacked
+from mbridge_rl.core.rules import Axis, HFPart, Rule, column_parallel, full_tensor, replicated, row_parallel, stacked
 
 _MEGATRON_PREFIX, _HF_PREFIX = f"{MEGATRON_LAYER}.self_attention", f"{HF_LAYER}.linear_attn"
 
 
-def gated_delta_net(hf: ConfigReader, projection: tuple[Part, ...]) -> Block:
+def gated_delta_net(hf: ConfigReader, projection: tuple[HFPart, ...]) -> Block:
     """Linear attention in the layers that `layer_types` names.
 
     Args:
@@ -51,7 +51,7 @@ def gated_delta_net(hf: ConfigReader, projection: tuple[Part, ...]) -> Block:
     return Block(config, rules, extras=(PlainNorm("self_attention.out_norm"),)).only_in(layers)
 
 
-def projections_by_head(hf: ConfigReader) -> tuple[Part, ...]:
+def projections_by_head(hf: ConfigReader) -> tuple[HFPart, ...]:
     """The projections of Qwen3-Next: for every key head its query, key, values and gates together; betas and alphas
     likewise."""
     values = hf.linear_num_value_heads // hf.linear_num_key_heads
@@ -62,7 +62,7 @@ def projections_by_head(hf: ConfigReader) -> tuple[Part, ...]:
     )
 
 
-def projections_apart(hf: ConfigReader) -> tuple[Part, ...]:
+def projections_apart(hf: ConfigReader) -> tuple[HFPart, ...]:
     """The projections of Qwen3.5: query, key and value in one tensor, the others in separate tensors."""
     h, heads = hf.hidden_size, hf.linear_num_value_heads
     key, value = hf.linear_num_key_heads * hf.linear_key_head_dim, heads * hf.linear_value_head_dim
@@ -82,7 +82,7 @@ def gated_attention(hf: ConfigReader) -> Block:
     h, heads, groups, dim = hf.hidden_size, hf.num_attention_heads, kv_heads_of(hf), head_dim(hf)
     q_proj, *keys = (f"{HF_LAYER}.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj"))
     query, gate = (
-        Part(q_proj, (Axis(heads, 0), Axis(2, start=half), Axis(dim, 0), Axis(h, 1)), (2 * heads * dim, h)) for half in (0, 1)
+        HFPart(q_proj, (Axis(heads, 0), Axis(2, start=half), Axis(dim, 0), Axis(h, 1)), (2 * heads * dim, h)) for half in (0, 1)
     )
     parts = (query, gate, *(full_tensor(hf_name, (groups * dim, h)) for hf_name in keys))
     fused = Rule(f"{_MEGATRON_PREFIX}.linear_qkv.weight", parts, (0, h), axis="tp", groups=groups)
@@ -96,15 +96,15 @@ def _layers(hf: ConfigReader, kind: str) -> tuple[int, ...]:
     return tuple(layer for layer, layer_type in enumerate(hf.layer_types) if layer_type == kind)
 
 
-def _rows(name: str, sizes: tuple[int, ...], inner: tuple[int, ...]) -> tuple[Part, ...]:
+def _rows(name: str, sizes: tuple[int, ...], inner: tuple[int, ...]) -> tuple[HFPart, ...]:
     return stacked(f"{_HF_PREFIX}.{name}.weight", sizes, inner)
 
 
-def _parts_by_head(hf: ConfigReader, name: str, sizes: tuple[int, ...]) -> tuple[Part, ...]:
+def _parts_by_head(hf: ConfigReader, name: str, sizes: tuple[int, ...]) -> tuple[HFPart, ...]:
     """The parts of a tensor that holds, for every key head, `sizes` rows of each part."""
     heads, rows, h = hf.linear_num_key_heads, sum(sizes), hf.hidden_size
     starts = (sum(sizes[:index]) for index in range(len(sizes)))
     return tuple(
-        Part(f"{_HF_PREFIX}.{name}.weight", (Axis(heads, 0), Axis(rows, 0, start, size), Axis(h, 1)), (heads * rows, h))
+        HFPart(f"{_HF_PREFIX}.{name}.weight", (Axis(heads, 0), Axis(rows, 0, start, size), Axis(h, 1)), (heads * rows, h))
         for start, size in zip(starts, sizes, strict=True)
     )

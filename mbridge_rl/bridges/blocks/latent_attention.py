@@ -8,7 +8,7 @@ from mbridge_rl.bridges.blocks.config_reader import ConfigReader, rope_value
 from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block
 from mbridge_rl.core.errors import CheckpointError
 from mbridge_rl.core.extras import LatentNormEpsilon
-from mbridge_rl.core.rules import Axis, Part, Rule, replicated
+from mbridge_rl.core.rules import Axis, HFPart, Rule, replicated
 
 # The epsilon in Transformers and the models' own code, for every `rms_norm_eps`; Megatron and vLLM use `rms_norm_eps`.
 _LATENT_EPSILON = 1e-6
@@ -62,13 +62,13 @@ def _queries(hf: ConfigReader, megatron_prefix: str, hf_prefix: str) -> list[Rul
 
 def _by_head(megatron_name: str, hf_name: str, heads: int, dim: int, columns: int) -> Rule:
     """A rule for `[heads * dim, columns]`, sharded by full heads."""
-    part = Part(hf_name, (Axis(heads, 0), Axis(dim, 0), Axis(columns, 1)), hf_shape=(heads * dim, columns))
+    part = HFPart(hf_name, (Axis(heads, 0), Axis(dim, 0), Axis(columns, 1)), hf_shape=(heads * dim, columns))
     return Rule(megatron_name, (part,), (0, columns), axis="tp")
 
 
 def _output(megatron_name: str, hf_name: str, rows: int, heads: int, dim: int) -> Rule:
     """A rule for `[rows, heads * dim]`, sharded by full heads."""
-    part = Part(hf_name, (Axis(rows, 0), Axis(heads, 1), Axis(dim, 1)), hf_shape=(rows, heads * dim))
+    part = HFPart(hf_name, (Axis(rows, 0), Axis(heads, 1), Axis(dim, 1)), hf_shape=(rows, heads * dim))
     return Rule(megatron_name, (part,), (rows, 0), dim=1, axis="tp")
 
 

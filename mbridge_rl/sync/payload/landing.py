@@ -14,7 +14,7 @@ from mbridge_rl.core.digest import contiguous_strides
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ShapedView:
     """A strided view. `offset` and `strides` count elements, from the tensor's first element."""
 
     offset: int
@@ -31,11 +31,11 @@ class Landing:
 
     hf_name: str
     parameter_name: str
-    source: View  # a view of the row-major HF tensor
-    target: View  # a view of the parameter as it lies in memory; it has the shape of `source`
+    source: ShapedView  # a view of the row-major HF tensor
+    target: ShapedView  # a view of the parameter as it lies in memory; it has the shape of `source`
 
 
-def times_covered(views: Iterable[View], shape: Sequence[int], strides: Sequence[int] | None = None) -> Coverage:
+def times_covered(views: Iterable[ShapedView], shape: Sequence[int], strides: Sequence[int] | None = None) -> Coverage:
     """How often `views` cover each element of a tensor of `shape` whose strides are `strides` (row-major if None)."""
     shape = tuple(shape)
     strides = contiguous_strides(shape) if strides is None else tuple(strides)
@@ -69,7 +69,7 @@ class Coverage:
 Box = tuple[tuple[int, int], ...]
 
 
-def _as_box(view: View, shape: tuple[int, ...], strides: tuple[int, ...]) -> Box | None:
+def _as_box(view: ShapedView, shape: tuple[int, ...], strides: tuple[int, ...]) -> Box | None:
     """The view as `(start, stop)` per dimension of the tensor, in any order of dimensions; None if it is not a box."""
     order = sorted((dim for dim, size in enumerate(shape) if size > 1), key=lambda dim: -strides[dim])
     starts, remainder = [0] * len(shape), view.offset
@@ -102,7 +102,7 @@ def _covered_in_cells(boxes: list[Box], shape: tuple[int, ...]) -> Coverage:
     return _coverage(counts, sizes, edges)
 
 
-def _covered_elementwise(views: list[View], shape: tuple[int, ...], strides: tuple[int, ...]) -> Coverage:
+def _covered_elementwise(views: list[ShapedView], shape: tuple[int, ...], strides: tuple[int, ...]) -> Coverage:
     storage = torch.zeros(1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)), dtype=torch.int8)
     for view in views:
         view.of(storage).add_(1)

@@ -29,7 +29,7 @@ from mbridge_rl.core.model import HFTensor
 from mbridge_rl.core.segments import Shape
 from mbridge_rl.core.typed_values import AtLeastOne, AtLeastZero
 from mbridge_rl.sync.options import InFlight, Mode
-from mbridge_rl.sync.payload.landing import Landing, View
+from mbridge_rl.sync.payload.landing import Landing, ShapedView
 from mbridge_rl.sync.payload.message_codec import Message, dtype_of, name_of, record_of, tensors_from_json
 from mbridge_rl.sync.payload.route import WorkerRoute
 from mbridge_rl.sync.payload.wires import Wire
@@ -322,6 +322,8 @@ def fingerprint_of_tensors(tensors: Iterable[HFTensor]) -> str:
 
 def _landings_from_json(hf_name: str, parts: Any) -> tuple[Landing, ...]:
     return tuple(
-        Landing(hf_name, name, View(offset, tuple(shape), tuple(strides)), View(to, tuple(shape), tuple(to_strides)))
+        Landing(
+            hf_name, name, ShapedView(offset, tuple(shape), tuple(strides)), ShapedView(to, tuple(shape), tuple(to_strides))
+        )
         for name, shape, offset, strides, to, to_strides in parts
     )

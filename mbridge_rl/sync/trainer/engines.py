@@ -91,7 +91,7 @@ class Engines:
     """One engine, or several replicas of equal layout, which may join and leave between syncs.
 
     Attributes:
-        generation: a counter that grows when an engine joins or leaves.
+        membership: a counter that grows when an engine joins or leaves.
         turn: the lock that a sync holds while it runs, and that a caller holds who adds or removes an engine.
     """
 
@@ -99,7 +99,7 @@ class Engines:
         self._members = [Member(number, engine, frozenset()) for number, engine in enumerate(engines)]
         self._numbers = itertools.count(len(self._members))
         self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="mbridge-engine")
-        self.generation, self.turn = 0, threading.Lock()
+        self.membership, self.turn = 0, threading.Lock()
         self._fill = ""  # the fill of the update that began last
 
     @property
@@ -112,7 +112,7 @@ class Engines:
 
     def admit(self, engine: Engine, hosts: Iterable[str]) -> None:
         self._members.append(Member(next(self._numbers), engine, frozenset(hosts)))
-        self.generation += 1
+        self.membership += 1
 
     def dismiss(self, engine: Engine) -> None:
         """Removes an engine.
@@ -123,7 +123,7 @@ class Engines:
         if not any(member.engine is engine for member in self._members):
             raise SyncError("this engine takes no part in the sync: it has left, was lost, or never joined")
         self._members = [member for member in self._members if member.engine is not engine]
-        self.generation += 1
+        self.membership += 1
 
     def dismiss_lost(self) -> int:
         """Removes the engines that are dead, and returns how many. If all engines are dead, none is removed."""

@@ -35,8 +35,8 @@ class WorkerExtension:
     """A class that vLLM mixes into its worker (`worker_extension_cls`)."""
 
     def mbridge_rl_call(self, call: object, *_: object) -> dict[str, Any]:
-        """Runs one of the calls of this module. The call is an encoded `WorkerCall`, the result an encoded `Answer`. Trainers of
-        version 0.1 gave a name and arguments; they are refused."""
+        """Runs one of the calls of this module. The call is an encoded `WorkerCall`, the result an encoded `Answer`. A trainer
+        of version 0.1, which gives a name and arguments, is refused."""
         return worker_calls.answered(lambda: _run(self, call))
 
 

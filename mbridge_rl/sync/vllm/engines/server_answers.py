@@ -34,14 +34,14 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     id: str
     root: str | None = None
 
 
 @dataclass(frozen=True)
 class Models:
-    data: list[Model]
+    data: list[ServedModel]
 
 
 @dataclass(frozen=True)

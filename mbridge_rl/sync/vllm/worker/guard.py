@@ -11,7 +11,7 @@ from mbridge_rl.core.errors import EngineUnusable
 _ENTRIES = ("forward", "compute_logits")  # the second is called in Python even if CUDA graphs replay the first
 
 
-class Guard:
+class ModelGuard:
     """Makes a model's entry points raise `EngineUnusable` from `block` until `release`."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from mbridge_rl.sync.payload.compatibility import require_same_config
 from mbridge_rl.sync.payload.messages import Announcement, WorkerDescription, fingerprint_of_tensors
 from mbridge_rl.sync.vllm.worker import cpu_weights
 from mbridge_rl.sync.vllm.worker.engine_config import config_as_given, is_tied
-from mbridge_rl.sync.vllm.worker.guard import Guard
+from mbridge_rl.sync.vllm.worker.guard import ModelGuard
 from mbridge_rl.sync.vllm.worker.landing_map import LandingMap
 from mbridge_rl.sync.vllm.worker.loading import loader_for
 from mbridge_rl.sync.vllm.worker.tracer import parameters_and_buffers
@@ -43,7 +43,7 @@ class Receiver:
         self.vllm_config = vllm_config
         self._device = next(model.parameters()).device
         self._loader = loader_for(model, vllm_config, self._device)
-        self._guard = Guard(model)
+        self._guard = ModelGuard(model)
         self.serving = Serving(self._guard)
         self.payload = PayloadReceiver(self, self.serving)
         self._landings: LandingMap | None = None

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.core.model import HFTensor
-from mbridge_rl.sync.payload.landing import Landing, View
+from mbridge_rl.sync.payload.landing import Landing, ShapedView
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Trace:
     """A record of what one worker's loader does with the announced tensors."""
 
     landings: dict[str, list[Landing]] = field(default_factory=dict)
-    filled: dict[str, list[View]] = field(
+    filled: dict[str, list[ShapedView]] = field(
         default_factory=dict
     )  # parameter name -> regions that are set to a constant (padding)
     untraceable: dict[str, str] = field(default_factory=dict)  # hf_name -> what the loader does other than copying views
@@ -143,13 +143,13 @@ class _Recorder(TorchDispatchMode):
         self.trace.untraceable.setdefault(tensor.hf_name, reason)
         return result
 
-    def _place(self, target: Tensor) -> tuple[str, View] | None:
+    def _place(self, target: Tensor) -> tuple[str, ShapedView] | None:
         """The parameter of which `target` is a view, and its place relative to that parameter's first element."""
         for name, tensor in self._by_storage.get(_storage_key(target), ()):
             offset = target.storage_offset() - tensor.storage_offset()
             extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             if 0 <= offset <= extent or not target.numel():
-                return name, View(offset, tuple(target.shape), tuple(target.stride()))
+                return name, ShapedView(offset, tuple(target.shape), tuple(target.stride()))
         return None
 
 
@@ -164,8 +164,8 @@ def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
-def _view_of(tensor: Tensor) -> View:
-    return View(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+def _view_of(tensor: Tensor) -> ShapedView:
+    return ShapedView(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
