@@ -91,8 +91,9 @@ class Family:
         """A Transformers model in fp32, random in every tensor: norms, biases and buffers that decide routing included."""
         import transformers
 
+        config = self.hf_config()
         model_class = self.classes[1] if self.classes else getattr(transformers, self.architecture)
-        model = model_class._from_config(self.hf_config(), **REFERENCE).eval()
+        model = model_class._from_config(config, **REFERENCE).eval()
         randomize(model, seed, self.embedding)
         return model
 
