@@ -13,6 +13,7 @@ from mbridge_rl.bridges.blocks.config_reader import ConfigReader
 from mbridge_rl.bridges.blocks.decoder import HF_LAYER, MEGATRON_LAYER, Block, activation, attention, plain_mlp
 from mbridge_rl.bridges.blocks.experts import ExpertNames, gated_experts, shared_experts
 from mbridge_rl.bridges.blocks.mamba import MambaSizes, mamba
+from mbridge_rl.bridges.blocks.versions import EMBEDDING_OF_OLDER_RELEASES
 from mbridge_rl.bridges.blocks.vision import language_config, text_only
 from mbridge_rl.core.extras import Routing, TimeStepMinimum
 from mbridge_rl.core.model import ModelSpec
@@ -83,7 +84,7 @@ def nemotron_h(hf: ConfigReader) -> ModelSpec:
     }
     for block in blocks:
         config.update(block.config)
-    return ModelSpec(
+    spec = ModelSpec(
         architecture=hf.architecture,
         num_layers=len(pattern),
         vocab_size=hf.vocab_size,
@@ -96,6 +97,8 @@ def nemotron_h(hf: ConfigReader) -> ModelSpec:
         extras=tuple(extra for block in blocks for extra in block.extras),
         ignored_hf_prefixes=("mtp.",),
     )
+    # Older releases of Transformers save the embedding under another name than the one of the hub's checkpoints.
+    return replace(spec, alternatives=(spec.renamed({"backbone.embeddings.": EMBEDDING_OF_OLDER_RELEASES}),))
 
 
 def _pattern(hf: ConfigReader) -> str:
@@ -111,7 +114,7 @@ def nemotron_h_omni(hf: ConfigReader) -> ModelSpec:
     hf.ignore(*_TOWER_FIELDS.split())
     spec = nemotron_h(language_config(hf)).renamed({name: f"language_model.{name}" for name in ("backbone.", "lm_head.")})
     extras = (*spec.extras, text_only(hf))
-    return replace(spec, extras=extras, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *_TOWERS))
+    return replace(spec, extras=extras, ignored_hf_prefixes=(*spec.ignored_hf_prefixes, *_TOWERS), alternatives=())
 
 
 def _mamba(hf: ConfigReader) -> list[Block]:

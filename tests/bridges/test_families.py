@@ -89,6 +89,7 @@ def test_names_and_round_trips(variant: str, tmp_path: Path) -> None:
 def test_logits(variant: str, tmp_path: Path) -> None:
     family = FAMILIES[variant]
     reference = family.checkpoint(tmp_path)
+    family.skip_if_transformers_is_wrong()
     [(_, found)] = run_ranks(scenarios.there_and_back, 1, tmp_path, ParallelLayout(), TOKENS)
     assert_close_logits(found, reference, family.tolerance)
 
@@ -104,6 +105,7 @@ def test_sharded(variant: str, tmp_path: Path) -> None:
     for exported, _ in ranks:
         assert_same_state(exported, expected)
     assert_same_state(hf_state(tmp_path / "saved"), expected)
+    family.skip_if_transformers_is_wrong()
     logits = [found for _, found in ranks if found is not None]
     assert logits
     for found in logits:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from families import FAMILIES
 from ranks import RankError, run_ranks
+from safetensors.torch import save_file
+from tiny import assert_same_state, hf_state
 from tolerance import assert_gradients_near, assert_near, backward
 from torch import Tensor
 
@@ -126,3 +128,16 @@ def test_tied_embeddings_that_no_such_model_has_are_refused() -> None:
     config = replace(FAMILIES["nemotron-h"], config={**FAMILIES["nemotron-h"].config, "tie_word_embeddings": True}).hf_config()
     with pytest.raises(UnsupportedModelError, match="tie_word_embeddings=True is not supported"):
         model_spec(config)
+
+
+def test_the_embedding_of_checkpoints_that_older_releases_of_transformers_saved(tmp_path: Path) -> None:
+    """It has another name there, and keeps it in exports; the weights are the same."""
+    FAMILIES["nemotron-h"].checkpoint(tmp_path)
+    state = hf_state(tmp_path)
+    [found] = {"backbone.embeddings.weight", "backbone.embedding.weight"} & state.keys()
+    for name in ("backbone.embeddings.weight", "backbone.embedding.weight"):
+        renamed = {name if other == found else other: tensor for other, tensor in state.items()}
+        save_file(renamed, tmp_path / "model.safetensors")
+        bridge = AutoBridge.from_pretrained(tmp_path)
+        shards = bridge.shard(renamed, ParallelLayout(tp=2))
+        assert_same_state(bridge.unshard(shards, ParallelLayout(tp=2)), renamed)

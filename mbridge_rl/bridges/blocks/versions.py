@@ -22,6 +22,9 @@ _CONSTANTS: Mapping[tuple[str, str], Any] = {
     ("GptOssConfig", "swiglu_limit"): 7.0,
 }
 
+# How Nemotron-H's embedding begins in checkpoints that Transformers saved before 5.16.
+EMBEDDING_OF_OLDER_RELEASES = "backbone.embedding."
+
 
 def newest_spelling(config_class: str, name: str, value: Any) -> Any:
     """The value of a field as the newest release spells it."""

@@ -126,6 +126,7 @@ FAMILIES = [
         layout=EXPERT_PARALLEL,
         engine=LATENT_ENGINE,
         lora=LATENT_LORA,
+        right_since=(5, 15),  # before, attention leaves out the factor that YaRN gives its scale
     ),
     Family(
         "DeepSeek V2, V2-Lite",
@@ -144,6 +145,7 @@ FAMILIES = [
         layout=EXPERT_PARALLEL,
         engine=LATENT_ENGINE,
         lora=LATENT_LORA,
+        right_since=(5, 15),  # before, as for the variant above
     ),
     Family(
         "DeepSeek V3, R1",

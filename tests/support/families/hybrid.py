@@ -85,6 +85,7 @@ FAMILIES = [
         layout=UNEVEN,
         engine=NO_PREFIX_CACHE,
         lora=MAMBA_LINEARS,
+        right_since=(5, 15),  # before, its scan over a sequence is another
     ),
     Family(
         "Falcon-H1",
@@ -122,6 +123,7 @@ FAMILIES = [
         layout=ParallelLayout(tp=2, pp=2, ep=2, etp=1, stage_layers=(3, 2)),
         engine=NO_UNGATED_EXPERTS,
         lora=RECURRENT_LINEARS,
+        right_since=(5, 15),  # as above
     ),
     Family(
         "Nemotron-3 Super",
@@ -142,5 +144,6 @@ FAMILIES = [
         layout=ParallelLayout(tp=2, ep=2, etp=1),
         engine=NO_UNGATED_EXPERTS,
         lora=RECURRENT_LINEARS,
+        right_since=(5, 15),  # as above
     ),
 ]
