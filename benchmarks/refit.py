@@ -77,7 +77,7 @@ WAYS = {
     "streaming, bare": {"mode": "streaming", "verify": False, "nonfinite": "pass"},
     "staged, bare": {"mode": "staged", "verify": False, "nonfinite": "pass"},
 }
-KEPT_BUFFER, PUBLISHED_BUFFER = 16 << 20, 512 << 20
+REUSED_BUFFER, PUBLISHED_BUFFER = 16 << 20, 512 << 20
 
 
 def main() -> None:
@@ -97,12 +97,12 @@ def main() -> None:
                 workers.append(os.fork())
                 if workers[-1] == 0:
                     _serve(Path(folder), rank, state, sizes)
-            found = run_ranks(_rank, LAYOUT.world_size, Path(folder), state, sizes, arguments, timeout=3000)[0]
+            results = run_ranks(_rank, LAYOUT.world_size, Path(folder), state, sizes, arguments, timeout=3000)[0]
         finally:
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
                 os.waitpid(worker, 0)
-    _print(found, sum(tensor.numel() for tensor in state.values()))
+    _print(results, sum(tensor.numel() for tensor in state.values()))
 
 
 class _Worker(StandInEngine):
@@ -174,23 +174,23 @@ def _rank(rank: int, folder: Path, state: Mapping[str, Tensor], sizes: Mapping[s
         "verl, as published": lambda: verl.send_all(gathered(), PUBLISHED_BUFFER),
     }
     bucket = {} if arguments.bucket_mib is None else {"bucket_bytes": int(arguments.bucket_mib * (1 << 20))}
-    found: dict[str, Any] = {name: [] for name in (*references, *WAYS)}
+    results: dict[str, Any] = {name: [] for name in (*references, *WAYS)}
     version = 0
-    for name, options in WAYS.items():  # a route is told to the engine when a sync is made, which is not part of a refit
+    for name, options in WAYS.items():  # the engine gets its route when a sync is made, before any refit
         sync = WeightSync(bridge, model, engine, **options, **bucket)
         for round_number in range(-2, arguments.rounds):  # the first two touch the memory of both slots
             version += 1
             measured = _measured(lambda sync=sync, version=version: sync.sync(version), engine)
             if round_number >= 0:
-                found[name].append(measured)
+                results[name].append(measured)
             for reference, action in references.items():
                 measured = _measured(action, engine)
                 if round_number >= 0:
-                    found[reference].append(measured)
+                    results[reference].append(measured)
         sync.close()
     verl.close()
-    found["bytes"] = 2 * sum(tensor.nbytes for tensor in source)
-    return found
+    results["bytes"] = 2 * sum(tensor.nbytes for tensor in source)
+    return results
 
 
 def _gather(bridge: Any, model: Any, rank: int) -> Callable[[], Iterable[tuple[str, Tensor]]]:
@@ -224,20 +224,20 @@ def _processor_seconds() -> float:
 
 
 class _VerlSender:
-    """One buffer in shared memory; metadata and ACKs over a socket."""
+    """Sends tensors through one buffer in shared memory, and metadata and ACKs over a socket."""
 
     def __init__(self, address: Path) -> None:
         self._connection = connected(address)
-        self._kept: _Segment | None = None
+        self._reused: _Segment | None = None
 
     def send_all(self, tensors: Iterable[tuple[str, Tensor]], new_buffer: int = 0) -> None:
-        """Into a buffer that is made for this update, of `new_buffer` bytes, or the one that is kept."""
-        if self._kept is None and not new_buffer:
-            self._kept = _Segment.create(max(KEPT_BUFFER, SIZES["vocab_size"] * SIZES["hidden_size"] * 2))
-        segment = _Segment.create(new_buffer) if new_buffer else self._kept
+        """Sends all tensors through a buffer of `new_buffer` bytes, made for this update, or else through the reused one."""
+        if self._reused is None and not new_buffer:
+            self._reused = _Segment.create(max(REUSED_BUFFER, SIZES["vocab_size"] * SIZES["hidden_size"] * 2))
+        segment = _Segment.create(new_buffer) if new_buffer else self._reused
         assert segment is not None
         self._connection.send((segment.path, bool(new_buffer)))
-        size, buffer = new_buffer or KEPT_BUFFER, segment.bytes
+        size, buffer = new_buffer or REUSED_BUFFER, segment.bytes
         held: list[tuple[str, int, tuple[int, ...]]] = []
         end = 0
         for name, tensor in tensors:
@@ -252,8 +252,8 @@ class _VerlSender:
             os.unlink(segment.path)
 
     def close(self) -> None:
-        if self._kept is not None:
-            os.unlink(self._kept.path)
+        if self._reused is not None:
+            os.unlink(self._reused.path)
 
     def _flush(self, held: list[tuple[str, int, tuple[int, ...]]], last: bool) -> None:
         self._connection.send((held, last))
@@ -278,16 +278,16 @@ class _Segment:
 
 
 def _receive_as_verl_does(address: Path, worker: FusedWorker) -> None:
-    kept: dict[str, _Segment] = {}
+    reused: dict[str, _Segment] = {}
     with Listener(str(address), "AF_UNIX") as listener, listener.accept() as connection:
         while True:
             try:
                 path, once = connection.recv()
             except EOFError:
                 return
-            segment = kept.get(path) or _Segment(path)
+            segment = reused.get(path) or _Segment(path)
             if not once:
-                kept[path] = segment
+                reused[path] = segment
             _receive_update(connection, segment.bytes, worker)
 
 
@@ -304,15 +304,15 @@ def _tensor(buffer: Tensor, at: int, shape: Sequence[int]) -> Tensor:
     return buffer[at : at + 2 * torch.Size(shape).numel()].view(torch.bfloat16).view(shape)
 
 
-def _print(found: Mapping[str, Any], parameters: int) -> None:
-    nbytes = found["bytes"]
-    copied = median(seconds for seconds, _, _ in found["memcpy"])
-    verl = {name: _medians(runs) for name, runs in found.items() if name.startswith("verl")}
+def _print(results: Mapping[str, Any], parameters: int) -> None:
+    nbytes = results["bytes"]
+    copied = median(seconds for seconds, _, _ in results["memcpy"])
+    verl = {name: _medians(runs) for name, runs in results.items() if name.startswith("verl")}
     print(
         f"{parameters / 1e9:.2f} B parameters, {nbytes / 1e9:.2f} GB in the trainer's shards; medians; cpu: processor seconds"
     )
     print(f"{'':22s} seconds    cpu   GB/s   times faster than verl fed for nothing, gathered, as published (cpu)")
-    for name, runs in found.items():
+    for name, runs in results.items():
         if name == "bytes":
             continue
         seconds, busy = _medians(runs)
@@ -320,7 +320,7 @@ def _print(found: Mapping[str, Any], parameters: int) -> None:
         print(f"{name:22s} {seconds:7.3f} {busy:6.2f} {nbytes / seconds / 1e9:6.2f}   {ratios}")
     print(f"of which, in seconds; the transfer also in parts of memcpy's bandwidth (both ranks at once, {copied:.3f} s)")
     for name in WAYS:
-        reports = [report for _, _, report in found[name]]
+        reports = [report for _, _, report in results[name]]
         transfer = median(report.phases["transfer"] for report in reports)
         pause = median(map(_pause, reports))
         phases = {phase: median(report.phases.get(phase, 0.0) for report in reports) for phase in reports[0].phases}

@@ -31,7 +31,7 @@ PAGE = 4096
 
 @dataclass
 class Bench:
-    """One rank's live model, and everything that is measured on it."""
+    """Holds one rank's live model and runs everything that is measured on it."""
 
     workload: Workload
     checkpoint: Path
@@ -65,7 +65,7 @@ class Bench:
         return self._alternately(ways)
 
     def _compare_with_peer(self) -> None:
-        """Both deliver the same bits, or their times mean nothing."""
+        """Raises an error unless both deliver the same bits: otherwise their times cannot be compared."""
         if self.peer is None:
             return
         with without_cuda():
@@ -74,8 +74,8 @@ class Bench:
             self.checkpoint
         )  # apart, so that the first measured export plans as a first one does
         for transport in ("shared_memory", "collective"):
-            found = {name: digest(tensor) for name, tensor in bridge.export_weights(self.model, transport=transport)}
-            if found != expected:
+            delivered = {name: digest(tensor) for name, tensor in bridge.export_weights(self.model, transport=transport)}
+            if delivered != expected:
                 raise RuntimeError(f"by {transport} we deliver other tensors than mbridge does")
 
     def _peer_export(self) -> None:
@@ -140,14 +140,14 @@ class Bench:
 
     @torch.no_grad()
     def _read_whole_tensors(self, plan: Plan) -> None:
-        """Every tensor that this rank holds a part of is read into memory, cut, and dropped."""
+        """Reads every tensor that this rank holds a part of into memory, copies the part and drops the rest."""
         live, _ = live_side(self.model, self.bridge.spec, self.workload.layout, dist.get_rank())
         with safe_open(self.checkpoint / "model.safetensors", framework="pt") as opened:
             for hf_name, copies in plan.by_hf_name.items():
-                whole = opened.get_tensor(hf_name).clone()
+                full_tensor = opened.get_tensor(hf_name).clone()
                 for copy in copies:
                     target = live.stored(copy.target.name)
-                    copy.target.of(target, copy.shape).copy_(copy.source.of(whole, copy.shape))
+                    copy.target.of(target, copy.shape).copy_(copy.source.of(full_tensor, copy.shape))
 
     def _peer_load(self) -> None:
         with without_cuda(), torch.no_grad():

@@ -130,7 +130,7 @@ def run_pip(*arguments: str) -> None:
 
 def installed(names: Sequence[str]) -> dict[str, str]:
     """The versions of those packages of `names` that are installed."""
-    by_name = {name_of(found.metadata["Name"]): found.version for found in metadata.distributions()}
+    by_name = {name_of(distribution.metadata["Name"]): distribution.version for distribution in metadata.distributions()}
     return {name: by_name[name] for name in names if name in by_name}
 
 

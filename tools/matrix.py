@@ -48,10 +48,10 @@ class Environment:
 
 
 def lower_bounds() -> tuple[str, ...]:
-    """Each requirement of this project at its lower bound, as far as `OLDEST` names it."""
+    """The requirements of this project that `OLDEST` names, each pinned to its lower bound."""
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    found = dict(re.match(r"([\w-]+)>=([\w.]+)", requirement).groups() for requirement in requirements)  # type: ignore[union-attr]
-    return tuple(f"{name}=={found[name]}" for name in OLDEST)
+    bounds = dict(re.match(r"([\w-]+)>=([\w.]+)", requirement).groups() for requirement in requirements)  # type: ignore[union-attr]
+    return tuple(f"{name}=={bounds[name]}" for name in OLDEST)
 
 
 OLDEST = ("torch", "megatron-core", "transformers")

@@ -65,8 +65,8 @@ def resolved(requirements: Sequence[str]) -> dict[str, str]:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--ignore-installed"]
         command += ["--quiet", "--report", str(report), *requirements]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-        found = json.loads(report.read_text())["install"]
-    return {entry["metadata"]["name"].lower().replace("_", "-"): entry["metadata"]["version"] for entry in found}
+        entries = json.loads(report.read_text())["install"]
+    return {entry["metadata"]["name"].lower().replace("_", "-"): entry["metadata"]["version"] for entry in entries}
 
 
 if __name__ == "__main__":

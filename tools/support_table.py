@@ -71,12 +71,12 @@ def by_title() -> dict[str, list[Family]]:
 
 def answer(question: str, families: Iterable[Family], passed: set[str]) -> str:
     """`yes` if every variant passed that could be asked, `-` where none could (docs/models.md says why), else `no`."""
-    asked = [family for family in families if not _reason(question, family)]
-    if not asked:
+    applicable = [family for family in families if not _reason(question, family)]
+    if not applicable:
         return "-"
-    if not all(f"test_families::{QUESTIONS[question]}[{family.variant}]" in passed for family in asked):
+    if not all(f"test_families::{QUESTIONS[question]}[{family.variant}]" in passed for family in applicable):
         return "no"
-    return layouts(asked) if question == "on real ranks" else "yes"
+    return layouts(applicable) if question == "on real ranks" else "yes"
 
 
 def layouts(families: Iterable[Family]) -> str:

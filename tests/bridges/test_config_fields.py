@@ -42,13 +42,13 @@ def one_of_each() -> list[str]:
     return [variant for variant in FAMILIES if variant in {*first.values(), "nemotron-3-super", "deepseek-v2", "phi3-longrope"}]
 
 
-def outcomes(family: Family, changes: Iterable[Change], together: Change | None = None) -> list[Outcome]:
-    [found] = run_ranks(sweep, 1, small(family), list(changes), together, timeout=3600)
-    return found
+def outcomes(family: Family, changes: Iterable[Change], combined: Change | None = None) -> list[Outcome]:
+    [results] = run_ranks(sweep, 1, small(family), list(changes), combined, timeout=3600)
+    return results
 
 
-def require_no_fault(found: list[Outcome]) -> None:
-    faults = [f"{it.answer}: {it.change.field}, {dict(it.change.values)}: {it.detail}" for it in found if it.answer in FAULTS]
+def require_no_fault(results: list[Outcome]) -> None:
+    faults = [f"{it.answer}: {it.change.field}, {dict(it.change.values)}: {it.detail}" for it in results if it.answer in FAULTS]
     assert not faults, "\n".join(faults)
 
 
@@ -64,22 +64,22 @@ def elsewhere(family: Family, names: Iterable[str] = ANYWHERE) -> list[Change]:
 @pytest.mark.nightly
 @pytest.mark.parametrize("variant", one_of_each())
 def test_every_field(variant: str, record_property: Any) -> None:
-    """Fields of the config's classes one by one, and those of all other families' classes, which this one doesn't know."""
+    """Changes each field of the config's own classes alone, and adds all fields that only other families' classes know."""
     family = FAMILIES[variant]
     _, inside = language_part(family)
     foreign = Change("fields of other families", foreign_fields(family, FAMILIES), inside)
     changes = [*changes_of(family), *elsewhere(family)]
-    found = outcomes(family, changes, foreign)
-    require_no_fault(found)
-    for answer, count in counted(found[: len(changes)]).items():
+    results = outcomes(family, changes, foreign)
+    require_no_fault(results)
+    for answer, count in counted(results[: len(changes)]).items():
         record_property(answer, count)
-    record_property("of other families", len(found) - len(changes))
+    record_property("of other families", len(results) - len(changes))
 
 
-def counted(found: list[Outcome]) -> dict[str, int]:
-    """Fields by the best answer that one of their values got."""
+def counted(results: list[Outcome]) -> dict[str, int]:
+    """Counts the fields by the best answer that one of their values got."""
     answers: dict[str, set[str]] = {}
-    for outcome in found:
+    for outcome in results:
         answers.setdefault(outcome.change.field, set()).add(outcome.answer)
     ranked = ("equal", "refused", "no legal value")
     best = [next(answer for answer in ranked if answer in given) for given in answers.values()]
@@ -121,6 +121,6 @@ def test_fields_that_were_once_wrong(variant: str) -> None:
     changes = [change for change in changes_of(family) if change.field in fields]
     assert {change.field for change in changes} == fields
     changes += [Change(name, {name: value}) for name, value in unknown.items()]
-    found = outcomes(family, changes)
-    require_no_fault(found)
-    assert all(outcome.answer in ("equal", "refused") for outcome in found if outcome.change.field in (*fields, *unknown))
+    results = outcomes(family, changes)
+    require_no_fault(results)
+    assert all(outcome.answer in ("equal", "refused") for outcome in results if outcome.change.field in (*fields, *unknown))

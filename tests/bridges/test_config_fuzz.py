@@ -46,10 +46,10 @@ def values_of(variant: str) -> dict[str, Any]:
     return json.loads(config_of(variant))
 
 
-def places(values: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) of a JSON value."""
+def entries_of(values: Any) -> list[tuple[Any, Any]]:
+    """Every pair of a container and a key (or index) in a JSON value, at any depth."""
     items = list(values.items()) if isinstance(values, dict) else list(enumerate(values)) if isinstance(values, list) else []
-    return [(values, key) for key, _ in items] + [place for _, value in items for place in places(value)]
+    return [(values, key) for key, _ in items] + [entry for _, value in items for entry in entries_of(value)]
 
 
 @st.composite
@@ -57,8 +57,8 @@ def damaged_configs(draw: st.DrawFn) -> dict[str, Any]:
     """A family's config with up to three fields wrong, missing or new."""
     values = values_of(draw(st.sampled_from(sorted(FAMILIES))))
     for _ in range(draw(st.integers(1, 3))):
-        known = places(values)
-        container, key = draw(st.sampled_from(known))
+        entries = entries_of(values)
+        container, key = draw(st.sampled_from(entries))
         action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
         garbage = copy.deepcopy(draw(st.sampled_from(GARBAGE)))
         if action == "replace":

@@ -63,14 +63,14 @@ FIELDS = {
 
 def logits_with(rank: int, directory: Path, tokens: Tensor, changes: list[dict[str, Any]]) -> list[Tensor | None]:
     layout = initialize_parallel(ParallelLayout())
-    bridge, found = AutoBridge.from_pretrained(directory), []
+    bridge, logits = AutoBridge.from_pretrained(directory), []
     for change in changes:
         bridge.spec = replace(bridge.spec, transformer_config={**bridge.spec.transformer_config, **change})
         model = bridge.build_model(layout)
         bridge.load_weights(model)
-        found.append(forward_logits(model, tokens))
+        logits.append(forward_logits(model, tokens))
         bridge = AutoBridge.from_pretrained(directory)
-    return found
+    return logits
 
 
 def test_every_translated_field_matters(tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_real_ranks(variant: str, layout: str, tmp_path: Path) -> None:
     ranks = run_ranks(there_and_back, LAYOUTS[layout].world_size, tmp_path, LAYOUTS[layout], tokens)
     with torch.no_grad():
         wanted = reference(tokens).logits
-    for exported, found in ranks:
+    for exported, logits in ranks:
         assert_same_state(exported, hf_state(tmp_path))
-        if found is not None:
-            assert_near(found, wanted, ROUNDING, what="logits")
+        if logits is not None:
+            assert_near(logits, wanted, ROUNDING, what="logits")
     assert ranks[-1][1] is not None
 
 
@@ -163,10 +163,10 @@ def test_kimis_config_needs_no_code_of_its_repository(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     changes = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    found = load_config(tmp_path)
-    assert found.model_type == "deepseek_v3"
-    assert not hasattr(found, "auto_map")
-    assert model_spec(found).fingerprint == model_spec(config("kimi")).fingerprint
+    loaded = load_config(tmp_path)
+    assert loaded.model_type == "deepseek_v3"
+    assert not hasattr(loaded, "auto_map")
+    assert model_spec(loaded).fingerprint == model_spec(config("kimi")).fingerprint
 
 
 def test_moonlights_config_is_read_without_its_repositorys_code(tmp_path: Path) -> None:

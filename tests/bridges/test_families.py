@@ -90,14 +90,14 @@ def test_logits(variant: str, tmp_path: Path) -> None:
     family = FAMILIES[variant]
     reference = family.checkpoint(tmp_path)
     family.skip_if_transformers_is_wrong()
-    [(_, found)] = run_ranks(scenarios.there_and_back, 1, tmp_path, ParallelLayout(), TOKENS)
-    assert_close_logits(found, reference, family.tolerance)
+    [(_, logits)] = run_ranks(scenarios.there_and_back, 1, tmp_path, ParallelLayout(), TOKENS)
+    assert_close_logits(logits, reference, family.tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_sharded(variant: str, tmp_path: Path) -> None:
-    """Real processes: import, export and save bit for bit, logits equal to Transformers'."""
+    """Real processes import, export and save the checkpoint bit for bit, and their logits are Transformers'."""
     family = FAMILIES[variant]
     reference = family.checkpoint(tmp_path)
     ranks = run_ranks(scenarios.there_and_back, family.layout.world_size, tmp_path, family.layout, TOKENS)
@@ -106,10 +106,10 @@ def test_sharded(variant: str, tmp_path: Path) -> None:
         assert_same_state(exported, expected)
     assert_same_state(hf_state(tmp_path / "saved"), expected)
     family.skip_if_transformers_is_wrong()
-    logits = [found for _, found in ranks if found is not None]
-    assert logits
-    for found in logits:
-        assert_close_logits(found, reference, family.tolerance)
+    logits_of_ranks = [logits for _, logits in ranks if logits is not None]
+    assert logits_of_ranks
+    for logits in logits_of_ranks:
+        assert_close_logits(logits, reference, family.tolerance)
 
 
 @pytest.mark.slow

@@ -59,9 +59,9 @@ def test_gradients_do_not_depend_on_the_layout(variant: str, tmp_path: Path) -> 
     """Tensor and sequence parallel ranks hold the shards of the same gradients."""
     FAMILIES[variant].checkpoint(tmp_path)
     [expected] = run_ranks(gradients, 1, tmp_path, ParallelLayout())
-    found, _ = run_ranks(gradients, 2, tmp_path, ParallelLayout(tp=2))
+    sharded, _ = run_ranks(gradients, 2, tmp_path, ParallelLayout(tp=2))
     assert all(gradient.any() for gradient in expected.values())
-    assert_gradients_near(found, expected, backward(LAYERS, WIDTH))
+    assert_gradients_near(sharded, expected, backward(LAYERS, WIDTH))
 
 
 def gradients(rank: int, directory: Path, layout: ParallelLayout) -> dict[str, Tensor]:
@@ -94,8 +94,8 @@ def test_layouts_that_megatron_cannot_run_are_refused(
 
 
 def test_delta_nets_divide_sequences_or_refuse(tmp_path: Path) -> None:
-    """They do since Megatron-core 0.18. Before, the model is refused where it is built: where its weights lie, the axis means
-    nothing."""
+    """Gated delta nets divide sequences since Megatron-core 0.18. Older releases refuse such a model when it is built:
+    its weights do not depend on the context-parallel axis, so nothing else would notice."""
     FAMILIES["qwen3.5"].checkpoint(tmp_path)
     context_parallel = ParallelLayout(cp=2)
     if not divides_sequences():
@@ -103,8 +103,8 @@ def test_delta_nets_divide_sequences_or_refuse(tmp_path: Path) -> None:
             run_ranks(gradients, 2, tmp_path, context_parallel)
         return
     [expected] = run_ranks(gradients, 1, tmp_path, ParallelLayout())
-    found, _ = run_ranks(gradients, 2, tmp_path, context_parallel)
-    assert_gradients_near(found, expected, backward(LAYERS, WIDTH))
+    sharded, _ = run_ranks(gradients, 2, tmp_path, context_parallel)
+    assert_gradients_near(sharded, expected, backward(LAYERS, WIDTH))
 
 
 def divides_sequences() -> bool:

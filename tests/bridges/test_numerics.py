@@ -65,7 +65,7 @@ def logits(rank: int, directory: Path, layout: ParallelLayout, numerics: Numeric
 @pytest.mark.parametrize("name", [*LATENT, MAMBA])
 def test_logits_are_those_of_either(name: str, layout: ParallelLayout, tmp_path: Path) -> None:
     reference = model_of(name, tmp_path)
-    found = {
+    computed = {
         numerics: run_ranks(logits, layout.world_size, tmp_path, layout, numerics)[0] for numerics in ("transformers", "vllm")
     }
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_logits_are_those_of_either(name: str, layout: ParallelLayout, tmp_path:
     spread = wanted["vllm"].std()
     assert (wanted["transformers"] - wanted["vllm"]).abs().max() > 100 * TOLERANCE * spread
     for numerics, expected in wanted.items():
-        assert (found[numerics] - expected).abs().max() < TOLERANCE * spread, numerics
+        assert (computed[numerics] - expected).abs().max() < TOLERANCE * spread, numerics
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_time_steps_and_their_gradients_are_a_clamps() -> None:
     projected = torch.randn(6, 1, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
     following = torch.randn(6, 1, 5, generator=torch.Generator().manual_seed(1))
 
-    found = nn.functional.softplus(mixer.cp.pre_conv_ssm(projected, None)[..., -5:] + mixer.dt_bias)
+    bounded = nn.functional.softplus(mixer.cp.pre_conv_ssm(projected, None)[..., -5:] + mixer.dt_bias)
     expected = nn.functional.softplus(projected[..., -5:] + mixer.dt_bias).clamp(min=minimum)
     assert (expected == minimum).any()
     assert (expected > minimum).any()
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(steps, (projected, mixer.dt_bias), following) for steps in (found, expected)]
+    torch.testing.assert_close(bounded, expected)
+    gradients = [torch.autograd.grad(steps, (projected, mixer.dt_bias), following) for steps in (bounded, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
 

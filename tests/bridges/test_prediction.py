@@ -143,16 +143,16 @@ def prediction_logits(rank: int, directory: Path, layout: ParallelLayout) -> Ten
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_prediction_layer_computes_the_papers_formula(variant: str, tp: int, tmp_path: Path) -> None:
-    """`T(M [norm(h_i); norm(embedding(t_(i+1)))])` and the shared head (arXiv 2412.19437, 21 to 23), where the checkpoints and
-    every implementation of them put the embedding first."""
+    """The layer computes `T(M [norm(h_i); norm(embedding(t_(i+1)))])` and the shared head (arXiv 2412.19437, 21 to 23), but
+    with the embedding first, as the checkpoints and every implementation of them have it."""
     reference, longer = checkpoint(tmp_path, variant)
     parts = run_ranks(prediction_logits, tp, tmp_path, ParallelLayout(tp=tp))
-    found = torch.cat(parts, dim=-1)[:, :-1, : reference.config.vocab_size]
+    logits = torch.cat(parts, dim=-1)[:, :-1, : reference.config.vocab_size]
     with torch.no_grad():
         expected = papers_logits(reference, longer, hf_state(tmp_path))
     assert expected.std() > 0.05
     # The last position has no next token.
-    assert_near(found, expected[:, :-1], FAMILIES[variant].tolerance, what="logits")
+    assert_near(logits, expected[:, :-1], FAMILIES[variant].tolerance, what="logits")
 
 
 def papers_logits(reference: nn.Module, longer: nn.Module, state: dict[str, Tensor]) -> Tensor:

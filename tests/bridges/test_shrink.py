@@ -66,32 +66,32 @@ def small(published: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_windows_heads_and_kinds_of_layers_stay() -> None:
-    found = small(GEMMA)
-    assert parse_config(found).layer_types == ["sliding_attention"] * 5 + ["full_attention"]
-    assert found["sliding_window"] == LENGTH
-    assert found["max_position_embeddings"] == LENGTH * 32768 // 512
-    assert found["num_attention_heads"] // found["num_key_value_heads"] == 4
-    assert found["head_dim"] * found["num_attention_heads"] != found["hidden_size"]
-    assert found["vocab_size"] == VOCABULARY
-    assert found["eos_token_id"] == [1, 106]
+    shrunk = small(GEMMA)
+    assert parse_config(shrunk).layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    assert shrunk["sliding_window"] == LENGTH
+    assert shrunk["max_position_embeddings"] == LENGTH * 32768 // 512
+    assert shrunk["num_attention_heads"] // shrunk["num_key_value_heads"] == 4
+    assert shrunk["head_dim"] * shrunk["num_attention_heads"] != shrunk["hidden_size"]
+    assert shrunk["vocab_size"] == VOCABULARY
+    assert shrunk["eos_token_id"] == [1, 106]
     unchanged = ("sliding_window_pattern", "rope_theta", "rope_local_base_freq", "hidden_activation", "query_pre_attn_scalar")
-    assert all(found[name] == GEMMA[name] for name in unchanged)
+    assert all(shrunk[name] == GEMMA[name] for name in unchanged)
 
 
 def test_experts_groups_and_dense_layers_stay() -> None:
-    found = small(R1)
+    shrunk = small(R1)
     unchanged = ("first_k_dense_replace", "n_group", "topk_group", "num_experts_per_tok", "num_nextn_predict_layers")
-    assert all(found[name] == R1[name] for name in unchanged)
-    assert found["num_hidden_layers"] > found["first_k_dense_replace"]
-    assert found["n_routed_experts"] % found["n_group"] == 0
-    assert found["n_routed_experts"] // found["n_group"] * found["topk_group"] > found["num_experts_per_tok"]
-    assert found["rope_scaling"] == {**R1["rope_scaling"], "original_max_position_embeddings": LENGTH}
-    assert found["eos_token_id"] == VOCABULARY - 1
-    assert found["qk_rope_head_dim"] * 2 == found["qk_nope_head_dim"]
+    assert all(shrunk[name] == R1[name] for name in unchanged)
+    assert shrunk["num_hidden_layers"] > shrunk["first_k_dense_replace"]
+    assert shrunk["n_routed_experts"] % shrunk["n_group"] == 0
+    assert shrunk["n_routed_experts"] // shrunk["n_group"] * shrunk["topk_group"] > shrunk["num_experts_per_tok"]
+    assert shrunk["rope_scaling"] == {**R1["rope_scaling"], "original_max_position_embeddings": LENGTH}
+    assert shrunk["eos_token_id"] == VOCABULARY - 1
+    assert shrunk["qk_rope_head_dim"] * 2 == shrunk["qk_nope_head_dim"]
 
 
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GEMMA))
     command = [sys.executable, tool.__file__, str(tmp_path / "config.json")]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert json.loads(found.stdout) == small(GEMMA)
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert json.loads(completed.stdout) == small(GEMMA)

@@ -34,14 +34,14 @@ def towers_of_a_training_model(rank: int, directory: Path) -> dict[str, tuple[to
     bridge = AutoBridge.from_pretrained(directory)
     model = bridge.build_model(layout, dtype=torch.bfloat16, ddp=True)
     bridge.load_weights(model)
-    found = {
+    tower_parameters = {
         name: (parameter.dtype, parameter.requires_grad)
         for name, parameter in unwrap(model)[0].named_parameters()
         if name.startswith("visual.")
     }
     buffered = sum(buffer.numel_unpadded for buffer in model[0].buffers)
     assert buffered == sum(parameter.numel() for parameter in model[0].parameters() if parameter.requires_grad)
-    return found
+    return tower_parameters
 
 
 @pytest.mark.parametrize("hub", [True, False])

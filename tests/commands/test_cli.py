@@ -22,25 +22,25 @@ def _run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[st
 
 def test_help_explains_itself_and_imports_nothing_heavy() -> None:
     started = time.monotonic()
-    found = _run("--help")
-    assert found.returncode == 0
+    completed = _run("--help")
+    assert completed.returncode == 0
     assert time.monotonic() - started < 5  # importing torch alone takes as long on a busy machine
-    assert "Megatron-core" in found.stdout
-    assert "demo" in found.stdout
+    assert "Megatron-core" in completed.stdout
+    assert "demo" in completed.stdout
     code = "import sys, mbridge_rl.cli; assert not {'torch', 'transformers', 'vllm', 'megatron'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_the_demo_lists_its_options() -> None:
-    found = _run("demo", "--help").stdout
+    output = _run("demo", "--help").stdout
     for option in ("--model", "--tp", "--pp", "--ep", "--lora", "--steps", "--seed", "--run-dir"):
-        assert option in found
-    assert re.search(r"qwen3\|qwen3-moe\|llama", found)
+        assert option in output
+    assert re.search(r"qwen3\|qwen3-moe\|llama", output)
 
 
 def test_models_lists_the_families() -> None:
-    found = _run("models").stdout.split()
-    assert {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"} <= set(found)
+    words = _run("models").stdout.split()
+    assert {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"} <= set(words)
 
 
 @pytest.mark.slow
@@ -53,22 +53,22 @@ def test_models_lists_the_families() -> None:
     ],
 )
 def test_impossible_layouts_are_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    found = _run("demo", *arguments, "--run-dir", str(tmp_path))
-    assert found.returncode == 1
-    assert "LayoutError" in found.stderr
-    assert message in found.stderr
-    assert "Traceback" not in found.stderr
+    completed = _run("demo", *arguments, "--run-dir", str(tmp_path))
+    assert completed.returncode == 1
+    assert "LayoutError" in completed.stderr
+    assert message in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 def test_unknown_models_are_refused() -> None:
-    found = _run("demo", "--model", "gpt5")
-    assert found.returncode == 2
-    assert "gpt5" in found.stderr
+    completed = _run("demo", "--model", "gpt5")
+    assert completed.returncode == 2
+    assert "gpt5" in completed.stderr
 
 
 def _demo(run_dir: Path, *arguments: str) -> dict[str, Any]:
-    found = _run("demo", "--run-dir", str(run_dir), *arguments, timeout=480)
-    assert found.returncode == 0, found.stdout + found.stderr
+    completed = _run("demo", "--run-dir", str(run_dir), *arguments, timeout=480)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
     history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert "Reward and greedy accuracy" in (run_dir / "report.html").read_text()

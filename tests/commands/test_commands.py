@@ -49,23 +49,23 @@ KIMI = ("plan", "kimi-k2", "--trainer", "tp=8,pp=16,ep=64,etp=1,dp=8", "--rollou
 
 
 def test_plan_of_a_trillion_parameters() -> None:
-    found = json.loads(succeeds(*KIMI, "--json"))
-    assert (found["trainer_ranks"], found["rollout_ranks"], found["parameters"] // 10**9) == (1024, 128, 1026)
-    estimate = found["estimate"]
+    plan = json.loads(succeeds(*KIMI, "--json"))
+    assert (plan["trainer_ranks"], plan["rollout_ranks"], plan["parameters"] // 10**9) == (1024, 128, 1026)
+    estimate = plan["estimate"]
     assert estimate["received"]["minimum"] == estimate["received"]["maximum"]
-    assert 128e9 < estimate["received"]["maximum"] < 131e9  # a 16th of 2.05 TB, and what every rank has whole
+    assert 128e9 < estimate["received"]["maximum"] < 131e9  # a 16th of 2.05 TB, and the tensors that are not sharded
     assert estimate["entered"]["total"] == estimate["sent"]["total"] == 16 * estimate["received"]["maximum"]
     assert estimate["lower_bound_seconds"] == pytest.approx(estimate["received"]["maximum"] / 50e9)
     assert max(estimate["trainer_staging"], estimate["rollout_staging"]) <= 2 * (256 << 20)
 
 
 def test_plan_of_one_rank() -> None:
-    found = json.loads(succeeds(*KIMI, "--rank", 1030, "--json"))
-    received = sum(exchange["nbytes"] for exchange in found["exchanges"] if not exchange["sends"])
-    assert received == found["estimate"]["received"]["maximum"]
-    said = succeeds(*KIMI, "--rank", 1030)
-    assert "rank 1030 (engine 0, rank 6) receives 130.34 GB" in said
-    assert "rank 1142 (engine 7, rank 6)" in said
+    plan = json.loads(succeeds(*KIMI, "--rank", 1030, "--json"))
+    received = sum(exchange["nbytes"] for exchange in plan["exchanges"] if not exchange["sends"])
+    assert received == plan["estimate"]["received"]["maximum"]
+    output = succeeds(*KIMI, "--rank", 1030)
+    assert "rank 1030 (engine 0, rank 6) receives 130.34 GB" in output
+    assert "rank 1142 (engine 7, rank 6)" in output
     assert "there are 1024 trainer and 128 rollout ranks" in fails(*KIMI, "--rank", 1152)
 
 
@@ -110,26 +110,27 @@ def test_plan_says_what_is_wrong() -> None:
 
 
 def test_plan_of_an_engine_cuts_experts_with_biases(tmp_path: Path) -> None:
-    """Megatron can't, vLLM can: no advice that the options of an engine can't follow."""
+    """vLLM can cut experts with biases and Megatron can't, so no message advises what an engine's options can't express."""
     from families import FAMILIES
 
     FAMILIES["gpt-oss"].hf_config().save_pretrained(tmp_path)
     trainer = ("plan", tmp_path, "--trainer", "tp=2,ep=2,etp=1")
     estimates = [json.loads(succeeds(*trainer, "--rollout", layout, "--json"))["estimate"] for layout in ("tp=2", "tp=2,ep=2")]
-    cut, whole = (estimate["received"]["maximum"] for estimate in estimates)
-    assert cut == pytest.approx(whole, rel=0.05)  # half of the experts' bytes each, but for biases
-    said = fails(*trainer, "--rollout", "tp=1,dp=5")
-    assert "linear_fc1.weight" in said
-    assert "An engine's etp is tp*dp/ep = 1*5/1" in said
-    assert "use etp=1" in fails("plan", tmp_path, "--trainer", "tp=2")  # which is an option of a trainer
+    bytes_of_cut_experts, bytes_of_full_experts = (estimate["received"]["maximum"] for estimate in estimates)
+    # A worker receives half of the experts' bytes either way, but for biases.
+    assert bytes_of_cut_experts == pytest.approx(bytes_of_full_experts, rel=0.05)
+    message = fails(*trainer, "--rollout", "tp=1,dp=5")
+    assert "linear_fc1.weight" in message
+    assert "An engine's etp is tp*dp/ep = 1*5/1" in message
+    assert "use etp=1" in fails("plan", tmp_path, "--trainer", "tp=2")  # a trainer has this option
 
 
 def test_advice_about_stages_names_the_option() -> None:
-    said = fails("plan", "kimi-k2", "--trainer", "pp=4,embedding_as_layer=1")
-    assert "state the split: stages=" in said
-    assert "stage_layers" not in said
-    said = fails("inspect", "kimi-k2", "--pp", "2", "--stages", "30x2", "--first-stage-layers", "30")
-    assert "say in one way how layers are dealt: stages" in said
+    message = fails("plan", "kimi-k2", "--trainer", "pp=4,embedding_as_layer=1")
+    assert "state the split: stages=" in message
+    assert "stage_layers" not in message
+    message = fails("inspect", "kimi-k2", "--pp", "2", "--stages", "30x2", "--first-stage-layers", "30")
+    assert "say in one way how layers are dealt: stages" in message
 
 
 def test_inspect_prints_the_table(checkpoint: Path) -> None:
@@ -141,22 +142,24 @@ def test_inspect_prints_the_table(checkpoint: Path) -> None:
     assert [part["shape"] for part in qkv["hf"]] == [[192, 64], [96, 64], [96, 64]]
     assert qkv["cut"] == "tp: rows, 4 groups"
     assert rows["decoder.layers.{layer}.mlp.experts.linear_fc2.weight{expert}"]["cut"] == "ep: experts, etp: columns"
-    said = succeeds("inspect", checkpoint, "--tp", 2, "--ep", 2)
-    assert "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight" in said
+    output = succeeds("inspect", checkpoint, "--tp", 2, "--ep", 2)
+    assert "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight" in output
     assert "outside of a world of 5" in fails("inspect", checkpoint, "--pp", 5, "--loss-as-layer", "--rank", 5)
-    assert "258x64" in said  # half of the vocabulary, padded
+    assert "258x64" in output  # half of the vocabulary, padded
 
 
 def test_inspect_of_one_rank_is_what_it_holds(checkpoint: Path) -> None:
     layout = ParallelLayout(tp=2, pp=2, ep=2, etp=1)
     bridge = AutoBridge.from_pretrained(checkpoint)
     shards = bridge.shard(hf_state(checkpoint), layout)
-    asked = ("--tp", 2, "--pp", 2, "--ep", 2, "--etp", 1)
+    layout_options = ("--tp", 2, "--pp", 2, "--ep", 2, "--etp", 1)
     for rank in range(4):
-        rows = json.loads(succeeds("inspect", checkpoint, *asked, "--rank", rank, "--json"))["tensors"]
+        rows = json.loads(succeeds("inspect", checkpoint, *layout_options, "--rank", rank, "--json"))["tensors"]
         assert {row["megatron_name"]: row["shape"] for row in rows} == {n: list(t.shape) for n, t in shards[rank].items()}
-    assert "model.layers.2.self_attn.k_proj.weight[72:96, 0:64]" in succeeds("inspect", checkpoint, *asked, "--rank", 3)
-    assert "outside of a world of 4 ranks" in fails("inspect", checkpoint, *asked, "--rank", 4)
+    assert "model.layers.2.self_attn.k_proj.weight[72:96, 0:64]" in succeeds(
+        "inspect", checkpoint, *layout_options, "--rank", 3
+    )
+    assert "outside of a world of 4 ranks" in fails("inspect", checkpoint, *layout_options, "--rank", 4)
 
 
 def test_convert_there_over_and_back(checkpoint: Path, tmp_path: Path) -> None:
@@ -200,8 +203,8 @@ def test_convert_refuses_what_is_not_whole(ranks: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "target").exists()
 
     last = ranks / "rank-00001.safetensors"
-    whole = last.read_bytes()
-    last.write_bytes(whole[:-10])
+    content = last.read_bytes()
+    last.write_bytes(content[:-10])
     refused("rank-00001.safetensors is truncated or corrupt")
     last.unlink()
     refused("rank-00001.safetensors is missing")
@@ -211,7 +214,7 @@ def test_convert_refuses_what_is_not_whole(ranks: Path, tmp_path: Path) -> None:
     refused(f"lacks [{name}]")
     save_file(tensors | {name: torch.zeros(3)}, last)
     refused(f"{name} has shape [3], the layout says [64]")
-    last.write_bytes(whole)
+    last.write_bytes(content)
     edited(ranks / "config.json", num_hidden_layers=3)
     refused("was the config changed?")
     edited(ranks / "layout.json", format="another")
@@ -229,22 +232,22 @@ def test_convert_leaves_other_directories_alone(checkpoint: Path, ranks: Path, t
 
 
 def verified(capfd: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    """Real output files, which ranks need: CliRunner's have no descriptors."""
+    """Runs `verify` in this process and returns its output. Ranks need output files with descriptors, CliRunner has none."""
     with pytest.raises(SystemExit) as end:
         app(["verify", *map(str, arguments), "--timeout", "120"])
-    found = capfd.readouterr()
-    assert end.value.code == code, found
-    return found.out
+    captured = capfd.readouterr()
+    assert end.value.code == code, captured
+    return captured.out
 
 
 @pytest.mark.parametrize(
     "layout", [("--tp", 2, "--ep", 2, "--etp", 1), ("--pp", 2, "--cp", 2, "--first-stage-layers", 3)], ids=str
 )
 def test_verify(checkpoint: Path, layout: tuple[object, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    said = verified(capfd, checkpoint, *layout)
-    assert "import, export  equal" in said
-    assert "logits          equal" in said
-    assert "100.0% of positions" in said
+    output = verified(capfd, checkpoint, *layout)
+    assert "import, export  equal" in output
+    assert "logits          equal" in output
+    assert "100.0% of positions" in output
 
 
 def test_verify_tells_logits_that_differ(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -260,7 +263,7 @@ def test_verify_refuses_another_config(checkpoint: Path, tmp_path: Path) -> None
 def test_verify_names_tensors_that_differ(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One bit of one tensor, changed between import and export."""
+    """`verify` names the one tensor of which one bit was changed between import and export."""
     load_weights = AutoBridge.load_weights
 
     def careless(bridge: AutoBridge, model: Any) -> None:
@@ -269,9 +272,9 @@ def test_verify_names_tensors_that_differ(
         weight.data.view(torch.int32)[1, 2] ^= 1
 
     monkeypatch.setattr(AutoBridge, "load_weights", careless)
-    said = verified(capfd, checkpoint, "--no-logits", code=1)
-    assert f"1 of {len(hf_state(checkpoint))} tensors differ" in said
-    assert "model.layers.2.mlp.gate.weight" in said
+    output = verified(capfd, checkpoint, "--no-logits", code=1)
+    assert f"1 of {len(hf_state(checkpoint))} tensors differ" in output
+    assert "model.layers.2.mlp.gate.weight" in output
 
 
 def test_sizes_and_stages() -> None:
@@ -311,6 +314,6 @@ def test_quantized_checkpoints_are_converted_to_what_they_stand_for(quantized: P
 
 
 def test_quantized_checkpoints_are_verified_without_logits(quantized: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    said = verified(capfd, quantized, "--tp", 2)
-    assert "import, export  equal" in said
-    assert "not compared" in said
+    output = verified(capfd, quantized, "--tp", 2)
+    assert "import, export  equal" in output
+    assert "not compared" in output

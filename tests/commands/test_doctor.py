@@ -70,8 +70,8 @@ def examined(machine: Machine, model_bytes: int | None = None) -> Examination:
 
 
 def finding_about(examination: Examination, topic: str) -> Finding:
-    (found,) = [finding for finding in examination.findings if finding.topic == topic]
-    return found
+    (finding_of_topic,) = [finding for finding in examination.findings if finding.topic == topic]
+    return finding_of_topic
 
 
 def topics(examination: Examination, status: Status) -> list[str]:
@@ -117,9 +117,9 @@ def test_shared_memory_is_compared_with_what_a_sync_keeps_there(
     memory: SharedMemory | None, model_bytes: int | None, status: Status, advice: str
 ) -> None:
     examination = examined(replace(GOOD, shared_memory=memory), model_bytes)
-    found = finding_about(examination, "/dev/shm")
-    assert found.status is status
-    assert advice in found.advice
+    finding = finding_about(examination, "/dev/shm")
+    assert finding.status is status
+    assert advice in finding.advice
     assert examination.main_job_can_run is (status is not Status.FAILURE)
     transport = examination.transports[0]
     assert transport.works is (status is not Status.FAILURE)

@@ -123,7 +123,7 @@ def test_commands_show_names_as_they_are(text: str, capsys: pytest.CaptureFixtur
     [["{}"], ["plan", "{}"], ["inspect", "{}"], ["train", "{}"], ["plan", "kimi-k2", "--trainer", "{}=1"], ["report", "{}"]],
 )
 def test_errors_of_commands_quote_what_was_given(text: str, arguments: list[str]) -> None:
-    found = CliRunner().invoke(app, [argument.format(text) for argument in arguments])
-    assert found.exit_code in (1, 2)
-    assert found.exception is None or isinstance(found.exception, SystemExit)
-    assert text in found.output
+    result = CliRunner().invoke(app, [argument.format(text) for argument in arguments])
+    assert result.exit_code in (1, 2)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert text in result.output

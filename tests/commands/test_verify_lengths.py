@@ -16,10 +16,10 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 
 
 
 def config(**fields: Any) -> Any:
-    found = tiny_config("llama", max_position_embeddings=131072)
+    changed = tiny_config("llama", max_position_embeddings=131072)
     for name, value in fields.items():
-        setattr(found, name, value)
-    return found
+        setattr(changed, name, value)
+    return changed
 
 
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], str, str]] = {
@@ -76,10 +76,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], str, str]] = {
 @pytest.mark.parametrize("kind", CASES)
 def test_lengths_are_chosen_from_the_config(kind: str) -> None:
     fields, lengths, covered, left_out = CASES[kind]
-    found = lengths_for(config(**fields), most=5000)
-    assert found.lengths == lengths
-    assert ", ".join(map(str, found.covered)) == covered
-    assert ", ".join(map(str, found.left_out)) == left_out
+    chosen = lengths_for(config(**fields), most=5000)
+    assert chosen.lengths == lengths
+    assert ", ".join(map(str, chosen.covered)) == covered
+    assert ", ".join(map(str, chosen.left_out)) == left_out
 
 
 def test_memory_bounds_a_sequence() -> None:
@@ -91,18 +91,18 @@ def test_memory_bounds_a_sequence() -> None:
 
 def test_logits_of_long_sequences_are_compared_in_part() -> None:
     assert compared_positions(256) == list(range(256))
-    kept = compared_positions(5000)
-    assert len(kept) == len(set(kept)) == 256
-    assert kept == sorted(kept)
-    assert kept[-128:] == list(range(4872, 5000))
+    positions = compared_positions(5000)
+    assert len(positions) == len(set(positions)) == 256
+    assert positions == sorted(positions)
+    assert positions[-128:] == list(range(4872, 5000))
 
 
 def verified(capfd: pytest.CaptureFixture[str], *arguments: object, code: int) -> str:
     with pytest.raises(SystemExit) as end:
         app(["verify", *map(str, arguments), "--timeout", "120"])
-    found = capfd.readouterr()
-    assert end.value.code == code, found
-    return found.out
+    captured = capfd.readouterr()
+    assert end.value.code == code, captured
+    return captured.out
 
 
 def windowed(directory: Path) -> Path:
@@ -117,10 +117,10 @@ def windowed(directory: Path) -> Path:
 def test_a_window_beyond_the_short_sequence_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A model without its window is another one, which 64 tokens do not show."""
+    """A model that lost its window computes other logits, which a sequence of 64 tokens does not show but a longer one does."""
     directory = windowed(tmp_path)
-    said = verified(capfd, directory, code=0)
-    assert "sequences of 64 and 132 tokens, past sliding_window=100" in said
+    output = verified(capfd, directory, code=0)
+    assert "sequences of 64 and 132 tokens, past sliding_window=100" in output
     build_model = AutoBridge.build_model
 
     def windowless(bridge: AutoBridge, *arguments: Any, **options: Any) -> Any:
@@ -128,8 +128,8 @@ def test_a_window_beyond_the_short_sequence_is_seen(
 
     monkeypatch.setattr(AutoBridge, "build_model", windowless)
     assert "logits          different" in verified(capfd, directory, code=1)
-    said = verified(capfd, directory, "--max-positions", 64, code=0)
-    assert "not compared    -          what begins after more tokens: sliding_window=100 (--max-positions" in said
+    output = verified(capfd, directory, "--max-positions", 64, code=0)
+    assert "not compared    -          what begins after more tokens: sliding_window=100 (--max-positions" in output
 
 
 def test_a_cap_of_scores_that_only_eager_attention_has(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

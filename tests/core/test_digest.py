@@ -26,18 +26,18 @@ def tiles(tensor: torch.Tensor, rows: list[int], columns: list[int]) -> int:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_add_up(dtype: torch.dtype) -> None:
     tensor = sample(dtype, 37, 48)
-    whole = digest(tensor)
-    assert 0 <= whole < 1 << 64
-    assert tiles(tensor, [0, 11, 37], [0, 8, 40, 48]) == whole
-    assert tiles(tensor, [0, 1, 2, 37], [0, 1, 7, 48]) == whole
+    full_digest = digest(tensor)
+    assert 0 <= full_digest < 1 << 64
+    assert tiles(tensor, [0, 11, 37], [0, 8, 40, 48]) == full_digest
+    assert tiles(tensor, [0, 1, 2, 37], [0, 1, 7, 48]) == full_digest
 
 
 def test_position_follows_the_strides_given() -> None:
     tensor = sample(torch.float32, 12, 10)
-    whole = digest(tensor)
-    assert digest_strided(tensor.t(), columns=10, strides=(1, 10)) == whole
-    assert digest_strided(tensor.view(3, 4, 10).transpose(0, 1), columns=10, strides=(10, 40, 1)) == whole
-    assert digest_strided(tensor.flatten().view(12, 5, 2), columns=10, strides=(10, 2, 1)) == whole
+    full_digest = digest(tensor)
+    assert digest_strided(tensor.t(), columns=10, strides=(1, 10)) == full_digest
+    assert digest_strided(tensor.view(3, 4, 10).transpose(0, 1), columns=10, strides=(10, 40, 1)) == full_digest
+    assert digest_strided(tensor.flatten().view(12, 5, 2), columns=10, strides=(10, 2, 1)) == full_digest
     assert digest_strided(tensor[::3], columns=10, strides=(30, 1)) != digest_strided(tensor[::3], columns=10, strides=(10, 1))
 
 
@@ -49,15 +49,16 @@ def test_large_rows_are_walked_in_pieces() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 3, 8, 13])
 def test_every_way_to_compute_it_follows_the_definition(dtype: torch.dtype, columns: int) -> None:
-    """Whole words, single elements, words that begin at odd bytes, neighbours or not in memory, and torch's own arithmetic."""
+    """The digest reads full words or single elements, at aligned or odd addresses, contiguous or not, or uses torch:
+    all of these ways give the same number."""
     tensor = sample(dtype, 7, 2 * columns)
     assert digest(tensor) == defined(tensor)
     left, right = tensor[:, :columns], tensor[:, columns:]
     strides = (2 * columns, 1)
     for prepare in (lambda part: part, lambda part: part.contiguous(), lambda part: part.t().contiguous().t(), odd_place):
         parts = (prepare(left), 0), (prepare(right), columns)
-        found = [digest_strided(part, columns=2 * columns, offset=offset, strides=strides) for part, offset in parts]
-        assert add(*found) == defined(tensor)
+        digests = [digest_strided(part, columns=2 * columns, offset=offset, strides=strides) for part, offset in parts]
+        assert add(*digests) == defined(tensor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,24 +94,24 @@ def sum_of_words(data: bytes) -> int:
 @pytest.mark.parametrize("dtype", DTYPES[:5], ids=str)
 def test_every_bit_and_every_swap_counts(dtype: torch.dtype) -> None:
     tensor = sample(dtype, 6, 8)
-    whole = digest(tensor)
+    original = digest(tensor)
     bits = tensor.view(torch.uint8)
     for byte, bit in itertools.product(range(0, bits.numel(), 7), range(8)):
         bits.view(-1)[byte] ^= 1 << bit
-        assert digest(tensor) != whole
+        assert digest(tensor) != original
         bits.view(-1)[byte] ^= 1 << bit
-    assert digest(tensor[[1, 0, 2, 3, 4, 5]]) != whole
-    assert digest(tensor.t()[[0, 1, 3, 2, 4, 5, 6, 7]].t()) != whole
+    assert digest(tensor[[1, 0, 2, 3, 4, 5]]) != original
+    assert digest(tensor.t()[[0, 1, 3, 2, 4, 5, 6, 7]].t()) != original
 
 
 def test_two_flipped_signs_do_not_cancel() -> None:
     tensor = sample(torch.float64, 4, 4)
-    whole = digest(tensor)
+    original = digest(tensor)
     for (i, j), (k, m) in itertools.combinations(itertools.product(range(4), range(4)), 2):
         flipped = tensor.clone()
         flipped[i, j] *= -1
         flipped[k, m] *= -1
-        assert digest(flipped) != whole
+        assert digest(flipped) != original
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES[:5], torch.float8_e5m2, torch.float8_e4m3fnuz], ids=str)
@@ -121,10 +122,10 @@ def test_the_same_read_sees_what_is_not_finite(dtype: torch.dtype, columns: int)
     fair = torch.tensor(numbers[:columns], dtype=torch.float64).to(dtype).expand(3, columns)
     assert digest_and_look(fair, columns=columns, strides=(columns, 1)) == (digest(fair), True)
     has_infinity = torch.isinf(torch.tensor(float("inf")).to(dtype).float())
-    for strange in (float("nan"), *((float("inf"), -float("inf")) if has_infinity else ())):
+    for not_finite in (float("nan"), *((float("inf"), -float("inf")) if has_infinity else ())):
         for row, column in itertools.product(range(3), range(columns)):
             values = fair.contiguous().clone()
-            values[row, column] = strange
+            values[row, column] = not_finite
             for part in (values, values.t().contiguous().t()):
                 assert digest_and_look(part, columns=columns, strides=(columns, 1)) == (digest(values), False)
 

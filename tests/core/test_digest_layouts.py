@@ -65,8 +65,8 @@ def test_however_a_part_lies(part: tuple[Tensor, int, int, tuple[int, ...]]) -> 
     values, columns, offset, strides = part
     expected = defined(*part)
     assert digest_strided(values, columns=columns, offset=offset, strides=strides) == expected
-    found, is_finite = digest_and_look(values, columns=columns, offset=offset, strides=strides)
-    assert found == expected
+    digest_of_part, is_finite = digest_and_look(values, columns=columns, offset=offset, strides=strides)
+    assert digest_of_part == expected
     if values.is_floating_point():
         assert is_finite == bool(values.double().isfinite().all())
     for dim, size in enumerate(values.shape):

@@ -41,8 +41,8 @@ BILLIONS = {
 
 
 def test_bundled_models_have_the_published_sizes() -> None:
-    found = {name: sum(map(prod, model_spec(bundled_config(name)).hf_shapes.values())) / 1e9 for name in bundled_names()}
-    assert found == pytest.approx(BILLIONS, abs=0.0006)
+    billions = {name: sum(map(prod, model_spec(bundled_config(name)).hf_shapes.values())) / 1e9 for name in bundled_names()}
+    assert billions == pytest.approx(BILLIONS, abs=0.0006)
 
 
 def received(flows: Flows) -> dict[tuple[str, int], int]:
@@ -63,15 +63,15 @@ def model_and_two_layouts(draw: st.DrawFn) -> tuple[ModelSpec, ParallelLayout, P
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(model_and_two_layouts())
 def test_templates_move_what_whole_plans_move(case: tuple[ModelSpec, ParallelLayout, ParallelLayout]) -> None:
-    """To the element; and a source rank sends nothing that it does not hold."""
+    """Both move the same number of elements, and a source rank sends nothing that it does not hold."""
     spec, source, target = case
-    templates, whole = compile_templates(spec, source, target), compile_flows(spec, source, target)
-    assert templates.hf_names == whole.hf_names == list(spec.hf_shapes)
-    assert np.array_equal(templates.sections, whole.sections)
-    assert received(templates) == received(whole)
+    templates, flows = compile_templates(spec, source, target), compile_flows(spec, source, target)
+    assert templates.hf_names == flows.hf_names == list(spec.hf_shapes)
+    assert np.array_equal(templates.sections, flows.sections)
+    assert received(templates) == received(flows)
     stages = np.array([source.coordinates(rank).pp for rank in range(source.world_size)])
-    if not spec.tied_embeddings:  # which the first and the last stage may both send
-        sent = [np.bincount(stages[flows.source], flows.elements, source.pp) for flows in (templates, whole)]
+    if not spec.tied_embeddings:  # tied embeddings may be sent by the first or the last stage
+        sent = [np.bincount(stages[moves.source], moves.elements, source.pp) for moves in (templates, flows)]
         assert np.array_equal(*sent)
 
 
@@ -91,9 +91,9 @@ def test_templates_share_as_evenly_as_whole_plans(variant: str) -> None:
 
 def test_templates_are_the_plan_where_nothing_is_shared() -> None:
     source, target = ParallelLayout(pp=2, stage_layers=(3, 1)), ParallelLayout(tp=2)
-    templates, whole = compile_templates(SPECS["qwen3-moe"], source, target), compile_flows(SPECS["qwen3-moe"], source, target)
+    templates, flows = compile_templates(SPECS["qwen3-moe"], source, target), compile_flows(SPECS["qwen3-moe"], source, target)
     for column in ("tensor", "source", "target", "elements", "rectangles"):
-        assert np.array_equal(getattr(templates, column), getattr(whole, column)), column
+        assert np.array_equal(getattr(templates, column), getattr(flows, column)), column
 
 
 def test_engines_with_more_ranks_than_key_value_heads_repeat_them() -> None:

@@ -9,11 +9,11 @@ INFINITY, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("strange", [[NAN], [INFINITY], [-INFINITY], [INFINITY, -INFINITY]], ids=str)
-def test_none_hides_among_others(dtype: torch.dtype, strange: list[float]) -> None:
+@pytest.mark.parametrize("not_finite", [[NAN], [INFINITY], [-INFINITY], [INFINITY, -INFINITY]], ids=str)
+def test_none_hides_among_others(dtype: torch.dtype, not_finite: list[float]) -> None:
     values = torch.randn(7, 515, dtype=dtype)
     assert is_finite(values)
-    values[5, 100 : 100 + len(strange)] = torch.tensor(strange, dtype=dtype)
+    values[5, 100 : 100 + len(not_finite)] = torch.tensor(not_finite, dtype=dtype)
     assert not is_finite(values)
     assert not is_finite(values[:, ::2])
 

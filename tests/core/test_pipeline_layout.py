@@ -122,7 +122,7 @@ MEGATRONS_NAMES = {
 
 
 def megatrons_split(layers: int, pp: int, vpp: int, dealt: dict[str, Any]) -> list[range] | None:
-    """Layers of each virtual stage by Megatron's own functions, `None` where it refuses."""
+    """The layers of each virtual stage by Megatron's own functions, or `None` if Megatron refuses the split."""
     try:
         config = TransformerConfig(
             num_layers=layers,
@@ -136,17 +136,17 @@ def megatrons_split(layers: int, pp: int, vpp: int, dealt: dict[str, Any]) -> li
             cuda_graph_scope=[],
             **{MEGATRONS_NAMES[name]: value for name, value in dealt.items()},
         )
-        found = []
+        stages = []
         for chunk, rank in itertools.product(range(vpp), range(pp)):
             vp_stage = chunk if vpp > 1 else None
             count = get_num_layers_to_build(config, vp_stage, rank)
             offset = get_transformer_layer_offset(config, vp_stage, rank)
-            found.append(range(offset, offset + count))
+            stages.append(range(offset, offset + count))
     except (AssertionError, ValueError):
         return None
-    except ZeroDivisionError:  # Megatron's slip where first and last are all the stages there are, with virtual stages
+    except ZeroDivisionError:  # a bug of Megatron: with virtual stages, if there are a first and a last stage only
         return [range(-1)]
-    return None if any(stage.stop < stage.start for stage in found) else found  # it lets a middle rank have -1 layers
+    return None if any(stage.stop < stage.start for stage in stages) else stages  # it lets a middle rank have -1 layers
 
 
 def test_splits_are_megatrons() -> None:
@@ -155,20 +155,20 @@ def test_splits_are_megatrons() -> None:
         layout = ParallelLayout(pp=pp, vpp=vpp, **dealt)
         expected = megatrons_split(layers, pp, vpp, dealt)
         try:
-            found = [layout.layers_of(layers, rank, chunk) for chunk, rank in itertools.product(range(vpp), range(pp))]
+            stages = [layout.layers_of(layers, rank, chunk) for chunk, rank in itertools.product(range(vpp), range(pp))]
         except LayoutError:
-            found = None
+            stages = None
         if expected == [range(-1)]:
             continue
-        assert found == expected, (layers, layout)
-        accepted += found is not None
+        assert stages == expected, (layers, layout)
+        accepted += stages is not None
     assert accepted > 700
 
 
 def test_layout_strings_become_stages() -> None:
     layout = ParallelLayout(pp=2, pipeline_layout="Et|tt|t,m|L")
-    said = {"stage_layers": (1, 2, 1, 0), "stage_mtp_layers": (0, 0, 1, 0)}
-    assert layout == ParallelLayout(pp=2, vpp=2, **said)
+    as_stages = {"stage_layers": (1, 2, 1, 0), "stage_mtp_layers": (0, 0, 1, 0)}
+    assert layout == ParallelLayout(pp=2, vpp=2, **as_stages)
     assert layout.mtp_stage == 2
     assert ParallelLayout(pp=3).mtp_stage == 2
 

@@ -53,19 +53,19 @@ class Filled(NamedTuple):
 
 def moved(plan: Plan, source: Ranks, target: Side) -> Filled:
     """Runs the plan into fresh tensors and checks that it writes each of their elements once."""
-    places = [(rank, name, shape) for name, shape in target.shapes.items() for rank in target.holders[name]]
-    sizes = [prod(shape) for _, _, shape in places]
+    local_tensors = [(rank, name, shape) for name, shape in target.shapes.items() for rank in target.holders[name]]
+    sizes = [prod(shape) for _, _, shape in local_tensors]
     flat = torch.full((sum(sizes),), float("nan"))
     ranks: Ranks = {rank: {} for rank in target.ranks}
-    for (rank, name, shape), tensor in zip(places, flat.split(sizes), strict=True):
+    for (rank, name, shape), tensor in zip(local_tensors, flat.split(sizes), strict=True):
         ranks[rank][name] = tensor.view(shape)
     virtual.run(plan, source, ranks)
     written: Counter[tuple[int, str]] = Counter()
     for copy in plan.copies:
         written[copy.target_rank, copy.target.name] += copy.numel
-    # As many writes as elements, and none of these was missed: each was written once. Padding is 0, weights are not.
+    # As many elements were written as there are, and none was missed: each was written once. Padding is 0, weights are not.
     assert not flat.isnan().any()
-    for (rank, name, _), size in zip(places, sizes, strict=True):
+    for (rank, name, _), size in zip(local_tensors, sizes, strict=True):
         assert written[rank, name] == (ranks[rank][name].count_nonzero() if name in target.padded_names else size)
     return Filled(flat, ranks)
 
@@ -79,17 +79,17 @@ def moved(plan: Plan, source: Ranks, target: Side) -> Filled:
 )
 @given(cases())
 def test_plans_between_random_sides(case: Case) -> None:
-    """There and back is the identity, each target byte is written once, each needed source byte is read once, resharding equals
-    importing anew, digests of parts add up, a rank alone plans what all plan for it, and holders share the work."""
-    spec, whole = case.spec, hf_side(case.spec)
+    """Import and export give the state back, each target byte is written once, each needed source byte is read once, resharding
+    equals importing anew, digests of parts add up, a rank alone plans what all plan for it, and holders share the work."""
+    spec, checkpoint = case.spec, hf_side(case.spec)
     before, after = megatron_side(spec, case.first), megatron_side(spec, case.second)
     state = random_state(spec)
-    imported, exported = compile_plan(spec, whole, before), compile_plan(spec, before, whole)
+    imported, exported = compile_plan(spec, checkpoint, before), compile_plan(spec, before, checkpoint)
     shards = moved(imported, {0: state}, before).ranks
-    back = moved(exported, shards, whole)
+    back = moved(exported, shards, checkpoint)
     assert torch.equal(back.flat, torch.cat([tensor.flatten() for tensor in state.values()]))
     resharded = moved(compile_plan(spec, before, after, same_ranks=case.same_ranks), shards, after)
-    assert torch.equal(resharded.flat, moved(compile_plan(spec, whole, after), {0: state}, after).flat)
+    assert torch.equal(resharded.flat, moved(compile_plan(spec, checkpoint, after), {0: state}, after).flat)
     check_reads(spec, exported)
     check_digests(case, exported, shards, state)
     check_one_rank(case, imported)
@@ -116,10 +116,10 @@ def check_digests(case: Case, plan: Plan, shards: Ranks, state: dict[str, torch.
         assert add(*parts) == digest(state[hf_name].to(case.dtype))
 
 
-def check_one_rank(case: Case, together: Plan) -> None:
+def check_one_rank(case: Case, plan_of_all: Plan) -> None:
     rank = case.seed % case.first.world_size
     alone = compile_plan(case.spec, hf_side(case.spec), megatron_side(case.spec, case.first, rank))
-    assert list(alone.copies) == [copy for copy in together.copies if copy.target_rank == rank]
+    assert list(alone.copies) == [copy for copy in plan_of_all.copies if copy.target_rank == rank]
 
 
 def check_balance(layout: ParallelLayout, sharded: Side, exported: Plan) -> None:
@@ -134,24 +134,24 @@ def check_balance(layout: ParallelLayout, sharded: Side, exported: Plan) -> None
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases(), data=st.data())
 def test_a_range_of_a_local_tensor_is_a_few_boxes(case: Case, data: st.DataObject) -> None:
-    """What a rank of the distributed optimizer holds: elements `[begin, stop)` of a flattened parameter."""
+    """A rank of the distributed optimizer holds the elements `[begin, stop)` of a flattened parameter."""
     side = megatron_side(case.spec, case.first, 0)
     for segment in side.segments[:: max(1, len(side.segments) // 5)]:
         shape = side.shapes[segment.local_name]
         local = torch.arange(prod(shape))
         begin = data.draw(st.integers(0, prod(shape)))
         stop = data.draw(st.integers(begin, prod(shape)))
-        whole = local.as_strided(segment.box.size, segment.strides, segment.offset)
-        pieces, found = list(segment.within(begin, stop)), []
+        view_of_segment = local.as_strided(segment.box.size, segment.strides, segment.offset)
+        pieces, indices = list(segment.within(begin, stop)), []
         for piece in pieces:
             cut = tuple(
                 slice(at - first, at - first + size)
                 for at, first, size in zip(piece.box.start, segment.box.start, piece.box.size, strict=True)
             )
             view = local.as_strided(piece.box.size, piece.strides, piece.offset)
-            assert torch.equal(view, whole[cut])
-            found += view.flatten().tolist()
-        assert sorted(found) == sorted(index for index in whole.flatten().tolist() if begin <= index < stop)
+            assert torch.equal(view, view_of_segment[cut])
+            indices += view.flatten().tolist()
+        assert sorted(indices) == sorted(index for index in view_of_segment.flatten().tolist() if begin <= index < stop)
         assert len(pieces) <= 2 * len(segment.box.size)
 
 
@@ -159,9 +159,9 @@ def test_a_range_of_a_local_tensor_is_a_few_boxes(case: Case, data: st.DataObjec
 def test_keys_that_are_values_may_be_cut_inside_of_a_group(tp: int) -> None:
     """The boxes of different ranks then overlap without being equal; each element still has one sender."""
     spec = ModelSpec("Shared", 1, 3, False, {}, {}, tuple(shared_key_value(hidden=3, kv_heads=1, queries=1, head_dim=4)))
-    whole, sharded = hf_side(spec), megatron_side(spec, ParallelLayout(tp=tp))
+    checkpoint, sharded = hf_side(spec), megatron_side(spec, ParallelLayout(tp=tp))
     state = random_state(spec)
-    shards = moved(compile_plan(spec, whole, sharded), {0: state}, sharded).ranks
-    exported = compile_plan(spec, sharded, whole)
+    shards = moved(compile_plan(spec, checkpoint, sharded), {0: state}, sharded).ranks
+    exported = compile_plan(spec, sharded, checkpoint)
     check_reads(spec, exported)
-    assert torch.equal(moved(exported, shards, whole).flat, torch.cat([tensor.flatten() for tensor in state.values()]))
+    assert torch.equal(moved(exported, shards, checkpoint).flat, torch.cat([tensor.flatten() for tensor in state.values()]))

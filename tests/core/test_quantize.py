@@ -84,7 +84,7 @@ def _quantized_ranks(
 
 
 def _layouts(spec: ModelSpec) -> list[ParallelLayout]:
-    found = []
+    layouts = []
     for tp, pp, ep, etp in itertools.product((1, 2, 4, 8), (1, 2), (1, 2), (1, 2)):
         if spec.num_experts or (ep, etp) == (1, 1):
             stages = None if spec.num_layers % pp == 0 else (3, 2)
@@ -93,8 +93,8 @@ def _layouts(spec: ModelSpec) -> list[ParallelLayout]:
                 spec.validate(layout)
             except LayoutError:
                 continue
-            found.append(layout)
-    return found
+            layouts.append(layout)
+    return layouts
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -108,10 +108,10 @@ def test_every_layout_gives_the_bits_of_one_process(family: str, scheme: Fp8) ->
     assert dtypes == {name: tensor.dtype for name, tensor in expected.items()}
     for layout in _layouts(spec)[:: 1 if family == "qwen2" else 6]:
         ranks = _quantized_ranks(spec, scheme, layout, state)
-        found = virtual.allocate(hf_side(fp8), dtypes)
-        virtual.run(compile_plan(fp8, megatron_side(fp8, layout), hf_side(fp8)), ranks, {0: found})
+        exported = virtual.allocate(hf_side(fp8), dtypes)
+        virtual.run(compile_plan(fp8, megatron_side(fp8, layout), hf_side(fp8)), ranks, {0: exported})
         for name, tensor in expected.items():
-            assert torch.equal(integers(found[name]), integers(tensor)), (layout, name)
+            assert torch.equal(integers(exported[name]), integers(tensor)), (layout, name)
 
 
 def test_what_was_quantized_is_freed_with_its_transfer() -> None:

@@ -49,7 +49,7 @@ def test_what_is_no_version_is_refused() -> None:
 @pytest.mark.parametrize("package", [MEGATRON_CORE, TRANSFORMERS], ids=lambda package: package.package)
 def test_the_bounds_of_the_installation_are_the_tested_releases(package: Releases) -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    [found] = [line for line in project["dependencies"] if line.startswith(package.package)]
+    [requirement] = [line for line in project["dependencies"] if line.startswith(package.package)]
     *major, minor = package.newest_tested
     oldest, above = ".".join(map(str, package.oldest)), ".".join(map(str, [*major, minor + 1]))
-    assert found == f"{package.package}>={oldest},<{above}"
+    assert requirement == f"{package.package}>={oldest},<{above}"

@@ -62,13 +62,13 @@ def test_there_and_back(variant: str, layout: ParallelLayout, options: dict[str,
     for exported, _ in ranks:
         assert_same_state(exported, expected)
     assert_same_state(hf_state(directory / "saved"), expected)
-    logits = [logits for _, logits in ranks if logits is not None]
-    assert logits
+    logits_of_ranks = [logits for _, logits in ranks if logits is not None]
+    assert logits_of_ranks
     with torch.no_grad():
         wanted = reference(tokens).logits
-    for found in logits:
-        assert found.shape == wanted.shape
-        assert_near(found, wanted, forward(DENSE["num_hidden_layers"], DENSE["intermediate_size"]), what="logits")
+    for logits in logits_of_ranks:
+        assert logits.shape == wanted.shape
+        assert_near(logits, wanted, forward(DENSE["num_hidden_layers"], DENSE["intermediate_size"]), what="logits")
 
 
 @pytest.mark.parametrize("variant", FAMILIES)

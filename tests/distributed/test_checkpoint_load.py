@@ -48,7 +48,8 @@ def forget(directory: Path) -> None:
 
 
 def count_bytes_of_a_load(rank: int, directory: Path, layout: ParallelLayout) -> tuple[int, int, int, int]:
-    """Bytes that this rank keeps, asked the file for, and caused to be read from storage with nothing of it cached; calls."""
+    """How many bytes this rank holds, requested from the file and caused to be read from storage (nothing was cached), and the
+    number of its read calls."""
     bridge, model = live(layout, directory)
     requested, calls = [0], [0]
     real = os.preadv
@@ -66,8 +67,8 @@ def count_bytes_of_a_load(rank: int, directory: Path, layout: ParallelLayout) ->
     os.preadv = preadv
     bridge.load_weights(model)
     os.preadv = real
-    kept = sum(parameter.numel() * parameter.element_size() for chunk in model for parameter in chunk.parameters())
-    return kept, requested[0], read_bytes() - before, calls[0]
+    held = sum(parameter.numel() * parameter.element_size() for chunk in model for parameter in chunk.parameters())
+    return held, requested[0], read_bytes() - before, calls[0]
 
 
 READS = {
@@ -79,14 +80,14 @@ READS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", READS)
 def test_ranks_read_what_they_keep_and_no_more(kind: str, tmp_path: Path) -> None:
-    """Each from its files, and all of them together from storage, of which they share the page cache."""
+    """Each rank requests little more than it holds, and storage is read once: the ranks share the page cache."""
     variant, sizes, layout = READS[kind]
     directory, _ = tiny_checkpoint(tmp_path, variant, **sizes)
     ranks = run_ranks(count_bytes_of_a_load, 4, directory, layout)
-    for kept, requested, _, _ in ranks:
-        assert kept > 10e6
-        assert 0.9 * kept < requested <= 1.02 * kept
-    if kind == "experts":  # the experts of a rank lie side by side: far fewer calls than tensors
+    for held, requested, _, _ in ranks:
+        assert held > 10e6
+        assert 0.9 * held < requested <= 1.02 * held
+    if kind == "experts":  # a rank's experts lie side by side, so it needs far fewer calls than there are tensors
         assert max(calls for *_, calls in ranks) < len(hf_state(directory)) / 4
     stored = sum(stored for _, _, stored, _ in ranks)
     if stored == 0:
@@ -98,26 +99,28 @@ def test_ranks_read_what_they_keep_and_no_more(kind: str, tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", range(4))
 def test_a_rank_alone_on_its_machine_reads_its_own_pages_only(rank: int, tmp_path: Path) -> None:
-    """Nothing is read ahead: storage gives the pages that hold what the rank keeps."""
+    """Without reading ahead, storage is read only for the pages that hold the tensors of the rank."""
     directory, _ = tiny_checkpoint(tmp_path, "qwen3", **WIDE)
     spec = AutoBridge.from_pretrained(directory).spec
     side = megatron_side(spec, LAYOUT, rank)
     plan = compile_plan(spec, hf_side(spec), side)
     targets = {name: torch.zeros(shape) for name, shape in side.shapes.items()}
-    checkpoint, asked = Checkpoint(directory), set()
+    checkpoint, requested_pages = Checkpoint(directory), set()
     forget(directory)
     before = read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rectangles.os, "preadv", watched(os.preadv, asked))
+        patch.setattr(rectangles.os, "preadv", watched(os.preadv, requested_pages))
         checkpoint.load(plan, targets, read_ahead=False)
-    stored, kept = read_bytes() - before, sum(target.nbytes for target in targets.values())
+    stored, held = read_bytes() - before, sum(target.nbytes for target in targets.values())
     if stored == 0:
         pytest.skip("this file system does not account for what it reads")
-    assert stored <= 1.02 * len(asked) * PAGE
-    assert stored <= 1.3 * kept  # pages at both ends of 16 KiB runs
-    whole = hf_state(directory)
+    assert stored <= 1.02 * len(requested_pages) * PAGE
+    assert stored <= 1.3 * held  # pages at both ends of 16 KiB runs
+    full_state = hf_state(directory)
     assert all(
-        torch.equal(copy.target.of(targets[copy.target.name], copy.shape), copy.source.of(whole[copy.source.name], copy.shape))
+        torch.equal(
+            copy.target.of(targets[copy.target.name], copy.shape), copy.source.of(full_state[copy.source.name], copy.shape)
+        )
         for copy in plan.copies
     )
 

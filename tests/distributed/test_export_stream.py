@@ -83,14 +83,14 @@ def test_the_next_export_waits_for_ranks_that_still_read(transport: str, tmp_pat
 
 def export_and_keep(rank: int, directory: Path) -> bool:
     bridge, model = live(ParallelLayout(tp=2), directory)
-    kept = list(bridge.export_weights(model, bucket_bytes=1 << 13))
-    copies = [(name, tensor.clone()) for name, tensor in kept]
+    exported = list(bridge.export_weights(model, bucket_bytes=1 << 13))
+    copies = [(name, tensor.clone()) for name, tensor in exported]
     for chunk in model:
         for parameter in chunk.parameters():
             parameter.data.zero_()
     zeros = dict(bridge.export_weights(model, bucket_bytes=1 << 13))
     assert not any(tensor.any() for tensor in zeros.values())
-    return all(torch.equal(tensor, copy) for (_, tensor), (_, copy) in zip(kept, copies, strict=True))
+    return all(torch.equal(tensor, copy) for (_, tensor), (_, copy) in zip(exported, copies, strict=True))
 
 
 def test_tensors_are_the_consumers_to_keep(tmp_path: Path) -> None:

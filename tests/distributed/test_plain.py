@@ -35,17 +35,17 @@ PLAIN = [
 @pytest.mark.parametrize("value", PLAIN, ids=str)
 def test_plain_values_come_out_as_they_went_in(value: Any) -> None:
     types = (ParallelLayout, Pair)
-    found = loaded(dumped(value, types), types)
-    assert found == value
-    assert repr(found) == repr(value)
+    received = loaded(dumped(value, types), types)
+    assert received == value
+    assert repr(received) == repr(value)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64, torch.complex64], ids=str)
 def test_tensors_keep_their_bits_and_their_order(dtype: torch.dtype) -> None:
     tensors = [torch.randn(3, 5).to(dtype).t(), torch.zeros(0, 4, dtype=dtype), torch.ones((), dtype=dtype)]
-    for found, tensor in zip(loaded(dumped(tensors)), tensors, strict=True):
-        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-        assert found.contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8))
+    for received, tensor in zip(loaded(dumped(tensors)), tensors, strict=True):
+        assert (received.dtype, received.shape) == (tensor.dtype, tensor.shape)
+        assert received.contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,9 @@ def test_resharding_equals_sharding_anew(variant: str, first: ParallelLayout, se
     bridge = AutoBridge.from_pretrained(directory)
     for source, target in ((first, second), (second, first)):
         expected = bridge.shard(hf_state(directory), target)
-        for rank, found in enumerate(run_ranks(move, 4, directory, source, target)):
-            assert found.keys() == expected.get(rank, {}).keys()
-            assert all(torch.equal(found[name], expected[rank][name]) for name in found)
+        for rank, shards in enumerate(run_ranks(move, 4, directory, source, target)):
+            assert shards.keys() == expected.get(rank, {}).keys()
+            assert all(torch.equal(shards[name], expected[rank][name]) for name in shards)
 
 
 def move_a_live_model(rank: int, directory: Path, source: ParallelLayout, target: ParallelLayout) -> list[str]:

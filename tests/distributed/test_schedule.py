@@ -21,25 +21,25 @@ MOE = ParallelLayout(tp=2, pp=2, ep=2, etp=1)
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_clipping_cuts_a_rectangle_into_its_elements_of_a_range(data: st.DataObject) -> None:
-    """Every element in the range once, at the place where the rectangle has it; none outside."""
+    """Clipping gives every element of the range once, at its position in the rectangle, and none outside of the range."""
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     starts = [data.draw(st.integers(0, size - 1)) for size in sizes]
     shape = tuple(data.draw(st.integers(1, size - start)) for size, start in zip(sizes, starts, strict=True))
     order = data.draw(st.permutations(range(len(sizes))))
-    whole = torch.arange(torch.Size(sizes).numel()).view(sizes)
-    box = whole[tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))].permute(order)
+    full_tensor = torch.arange(torch.Size(sizes).numel()).view(sizes)
+    box = full_tensor[tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))].permute(order)
     target = View("hf", box.storage_offset(), tuple(box.stride()))
     packed = torch.arange(box.numel()).view(box.shape)
-    first = data.draw(st.integers(0, whole.numel()))
-    last = data.draw(st.integers(first, whole.numel()))
-    found: dict[int, int] = {}
+    first = data.draw(st.integers(0, full_tensor.numel()))
+    last = data.draw(st.integers(first, full_tensor.numel()))
+    clipped_elements: dict[int, int] = {}
     for part, source, clip in clipped(tuple(box.shape), View("local", 0, tuple(packed.stride())), target, first, last):
-        pairs = zip(clip.of(whole, part).flatten().tolist(), source.of(packed, part).flatten().tolist(), strict=True)
+        pairs = zip(clip.of(full_tensor, part).flatten().tolist(), source.of(packed, part).flatten().tolist(), strict=True)
         for element, position in pairs:
-            assert element not in found
-            found[element] = position
+            assert element not in clipped_elements
+            clipped_elements[element] = position
     elements = dict(zip(box.flatten().tolist(), packed.flatten().tolist(), strict=True))
-    assert found == {element: position for element, position in elements.items() if first <= element < last}
+    assert clipped_elements == {element: position for element, position in elements.items() if first <= element < last}
 
 
 @pytest.mark.parametrize("bucket_bytes", [100, 1000, 1 << 14, 1 << 22])

@@ -36,10 +36,10 @@ SOON = timedelta(seconds=20)
 
 
 def listening() -> set[tuple[str, int]]:
-    """Address and port of every socket of this process that listens, as the kernel says."""
+    """The address and port of every listening socket of this process, as the kernel lists them."""
     links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
     mine = {os.readlink(link)[8:-1] for link in links if link.is_symlink() and os.readlink(link).startswith("socket:[")}
-    found = set()
+    addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
@@ -47,8 +47,8 @@ def listening() -> set[tuple[str, int]]:
                 address, port = fields[1].split(":")
                 words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
                 family = socket.AF_INET if table == "tcp" else socket.AF_INET6
-                found.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
-    return found
+                addresses.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return addresses
 
 
 @pytest.fixture
@@ -191,8 +191,8 @@ def test_numbers_are_served_on_the_loopback_unless_told_otherwise(opened: Callab
     prometheus_client = pytest.importorskip("prometheus_client")
     for address, named in ((LOOPBACK, {}), ("127.0.0.2", {"address": "127.0.0.2"})):
         sink = Prometheus(0, registry=prometheus_client.CollectorRegistry(), **named)
-        ((found, port),) = opened()
-        assert found == address
+        ((listening_address, port),) = opened()
+        assert listening_address == address
         assert b"mbridge_sync" in urllib.request.urlopen(f"http://{address}:{port}/metrics", timeout=20).read()
         sink.close()
 

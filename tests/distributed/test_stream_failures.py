@@ -176,12 +176,12 @@ CALLS: dict[str, Callable[[AutoBridge, list[nn.Module], Path], Any]] = {
 }
 
 
-def never_come(rank: int, directory: Path, name: str, seconds: float, patience: float) -> str:
-    """Rank 1 does something else for `seconds`, and ends; the others' time-out is `patience`."""
+def never_come(rank: int, directory: Path, name: str, seconds: float, timeout: float) -> str:
+    """Rank 1 sleeps for `seconds` and ends without taking part; the time-out of all ranks is `timeout`."""
     dist.barrier()  # a rank that is still connecting would find a peer that is gone
     dist.destroy_process_group()
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/again", rank=rank, world_size=3, timeout=timedelta(seconds=patience)
+        "gloo", init_method=f"file://{directory}/again", rank=rank, world_size=3, timeout=timedelta(seconds=timeout)
     )
     bridge, model = live(ParallelLayout(dp=3), directory)
     CALLS[name](bridge, model, directory)

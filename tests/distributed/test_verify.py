@@ -43,8 +43,8 @@ def test_every_pair_of_sides(tmp_path: Path) -> None:
     module.save_pretrained(tmp_path / "other")
     convert = CliRunner().invoke(app, ["convert", str(directory), str(tmp_path / "ranks"), "--pp", "2", "--ep", "4"])
     assert convert.exit_code == 0, convert.output
-    for found in run_ranks(compare_all, 2, directory, tmp_path / "ranks", tmp_path / "other"):
-        for pair, different in found.items():
+    for differences in run_ranks(compare_all, 2, directory, tmp_path / "ranks", tmp_path / "other"):
+        for pair, different in differences.items():
             assert different == ([CHANGED] if sum(side.startswith("other") for side in pair) == 1 else []), pair
 
 
@@ -71,10 +71,10 @@ def test_without_processes_and_of_another_model(tmp_path: Path) -> None:
 
 def flip_on_one_rank(rank: int, directory: Path) -> list[list[str]]:
     bridge, model = live(ParallelLayout(tp=2), directory)
-    found = [bridge.verify(model, directory)]
+    differences = [bridge.verify(model, directory)]
     if rank == 1:
         model[0].get_parameter("decoder.layers.0.self_attention.linear_proj.weight").data.view(-1)[5:6].neg_()
-    return [*found, bridge.verify(directory, model)]
+    return [*differences, bridge.verify(directory, model)]
 
 
 def test_one_flipped_sign_on_one_rank_is_named(tmp_path: Path) -> None:

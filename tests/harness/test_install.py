@@ -83,7 +83,7 @@ def packages(python: Path) -> dict[str, str]:
     command = [str(python), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=without_settings())
     listed = json.loads(result.stdout)
-    return {found["name"]: found["version"] for found in listed if found["name"] not in ("pip", "setuptools", "wheel")}
+    return {package["name"]: package["version"] for package in listed if package["name"] not in ("pip", "setuptools", "wheel")}
 
 
 def test_the_ordinary_torch_serves_where_no_index_has_a_cpu_build(environment: Path, project: Path, index: Path) -> None:

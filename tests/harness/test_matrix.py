@@ -25,7 +25,7 @@ def cases(environment: matrix.Environment) -> list[str]:
 
 
 def write_results(folder: Path, environment: matrix.Environment, outcomes: dict[str, str], **packages: str) -> None:
-    """Results of a run in which the tests of `outcomes` did not pass."""
+    """Writes the results of a run in which the tests of `outcomes` did not pass."""
     lines = []
     for case in cases(environment):
         path, _, name = case.partition("::")
@@ -34,8 +34,8 @@ def write_results(folder: Path, environment: matrix.Environment, outcomes: dict[
         body = f"<{outcome}/>" if outcome else ""
         lines.append(f"<testcase classname={quoteattr(classname)} name={quoteattr(name)} time='6.0'>{body}</testcase>")
     (folder / f"{environment.name}.xml").write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
-    found = {"python": "3.11.7", "packages": {"megatron-core": "0.16.1", "torch": "2.13.0+cpu"} | packages}
-    (folder / f"{environment.name}.json").write_text(json.dumps(found))
+    versions = {"python": "3.11.7", "packages": {"megatron-core": "0.16.1", "torch": "2.13.0+cpu"} | packages}
+    (folder / f"{environment.name}.json").write_text(json.dumps(versions))
 
 
 def row_of(text: str, environment: matrix.Environment) -> list[str]:

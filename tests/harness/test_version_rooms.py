@@ -101,15 +101,15 @@ def _probes(call: ast.Call, names: set[str]) -> bool:
 
 
 def violations(source: str) -> list[str]:
-    """What a file outside of the rooms must not do, as "line: statement"."""
+    """Statements of a file that are allowed in the version rooms only, each as "line: statement"."""
     tree = ast.parse(source)
-    names, found = _foreign_names(tree), []
+    names, statements = _foreign_names(tree), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Try) and any(map(_catches_missing_modules, node.handlers)):
-            found += [f"{statement.lineno}: tries an import" for statement in _imports(node.body)]
+            statements += [f"{statement.lineno}: tries an import" for statement in _imports(node.body)]
         elif _is_version_of_foreign(node, names) or (isinstance(node, ast.Call) and _asks(node, names)):
-            found.append(f"{node.lineno}: {ast.unparse(node)}")
-    return found
+            statements.append(f"{node.lineno}: {ast.unparse(node)}")
+    return statements
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -29,10 +29,10 @@ def test_fp8_blocks_with_ragged_edges() -> None:
     state = {"a.weight": weight, "a.weight_scale_inv": scale, "norm.weight": torch.ones(3)}
     plain = Dequantized(state, FP8, torch.bfloat16)
     assert list(plain) == ["a.weight", "norm.weight"]
-    found = plain["a.weight"]
+    dequantized = plain["a.weight"]
     for row, column in ((0, 0), (127, 128), (128, 299), (199, 256)):
         expected = (weight[row, column].float() * scale[row // 128, column // 128]).bfloat16()
-        assert torch.equal(found[row, column], expected)
+        assert torch.equal(dequantized[row, column], expected)
     assert plain["norm.weight"] is state["norm.weight"]
 
 

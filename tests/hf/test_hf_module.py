@@ -37,10 +37,10 @@ def saved_state(module: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
 
 
 # What a bridge leaves alone in a checkpoint it would leave alone in a module, too.
-WHOLE = [variant for variant, family in FAMILIES.items() if not family.ignored]
+FULLY_MAPPED = [variant for variant, family in FAMILIES.items() if not family.ignored]
 
 
-@pytest.mark.parametrize("variant", WHOLE)
+@pytest.mark.parametrize("variant", FULLY_MAPPED)
 def test_a_module_of_every_family_is_its_checkpoint(variant: str, tmp_path: Path) -> None:
     """Sharding the module equals sharding what Transformers saves of it; written back, every parameter has the same bits."""
     family = FAMILIES[variant]
@@ -84,16 +84,16 @@ def random_module(name: str, **changes: Any) -> nn.Module:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_views_are_what_transformers_saves(name: str, tmp_path: Path) -> None:
-    """Whatever Transformers renames, splits or fuses: no family is known here."""
+    """The views equal what Transformers saves, whatever it renames, splits or fuses. No knowledge of a family is needed."""
     module = random_module(name)
     expected = saved_state(module, tmp_path)
     tensors = module.state_dict()
-    found = {}
-    for hf_name, saved in saved_views(module, tensors).items():
-        view = saved.view_of_parameter
-        found[hf_name] = tensors[saved.parameter_name].as_strided(view.shape, view.stride(), view.storage_offset())
-    assert_same_state({hf_name: found[hf_name] for hf_name in expected}, expected)
-    assert all(saved.startswith("lm_head") for saved in found.keys() - expected.keys())  # tied: saved once
+    viewed = {}
+    for hf_name, saved_view in saved_views(module, tensors).items():
+        view = saved_view.view_of_parameter
+        viewed[hf_name] = tensors[saved_view.parameter_name].as_strided(view.shape, view.stride(), view.storage_offset())
+    assert_same_state({hf_name: viewed[hf_name] for hf_name in expected}, expected)
+    assert all(hf_name.startswith("lm_head") for hf_name in viewed.keys() - expected.keys())  # tied: saved once
 
 
 def there_and_back(rank: int, variant: str, layout: ParallelLayout, receivers: list[int] | None) -> bool:

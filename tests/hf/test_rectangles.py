@@ -28,10 +28,10 @@ def boxes(draw: st.DrawFn) -> tuple[list[int], tuple[slice, ...], list[int]]:
     return sizes, box, draw(st.permutations(range(len(sizes))))
 
 
-def as_rectangle(whole: Tensor, box: tuple[slice, ...], order: list[int], start: int) -> tuple[Rectangle, Tensor]:
-    part = whole[box].permute(order)
-    offset = start + part.storage_offset() * whole.element_size()
-    return Rectangle(whole.dtype, offset, tuple(part.shape), tuple(part.stride())), part
+def as_rectangle(tensor: Tensor, box: tuple[slice, ...], order: list[int], start: int) -> tuple[Rectangle, Tensor]:
+    part = tensor[box].permute(order)
+    offset = start + part.storage_offset() * tensor.element_size()
+    return Rectangle(tensor.dtype, offset, tuple(part.shape), tuple(part.stride())), part
 
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -49,23 +49,23 @@ def test_rectangles_go_in_and_out_and_touch_no_page_beside_their_own(
 ) -> None:
     sizes, box, order = case
     start = 8 if aligned else 1002
-    whole = (torch.arange(torch.Size(sizes).numel()) % 251).to(in_file).view(sizes)
+    tensor = (torch.arange(torch.Size(sizes).numel()) % 251).to(in_file).view(sizes)
     path = tmp_path_factory.getbasetemp() / "rectangle.bin"
-    content = b"\1" * start + whole.view(torch.uint8).numpy().tobytes() + b"\2" * 99
+    content = b"\1" * start + tensor.view(torch.uint8).numpy().tobytes() + b"\2" * 99
     path.write_bytes(content)
-    rectangle, part = as_rectangle(whole, box, order, start)
+    rectangle, part = as_rectangle(tensor, box, order, start)
     backing = torch.full([size + 2 for size in part.shape], -1, dtype=in_memory)
     inner = backing[tuple(slice(1, 1 + size) for size in part.shape)]
-    asked: set[int] = set()
+    requested_pages: set[int] = set()
     with pytest.MonkeyPatch.context() as patch, path.open("r+b") as opened:
         patch.setattr(rectangles, "STAGING_BYTES", staging)
-        patch.setattr(rectangles.os, "preadv", watched(os.preadv, asked))
+        patch.setattr(rectangles.os, "preadv", watched(os.preadv, requested_pages))
         read_into(opened.fileno(), rectangle, inner)
         assert torch.equal(inner, part.to(in_memory))
         assert (backing == -1).sum() == backing.numel() - inner.numel() + (inner == -1).sum()
-        assert asked <= pages_of(rectangle)
+        assert requested_pages <= pages_of(rectangle)
         write_from(opened.fileno(), rectangle, inner + 3)
-    expected = whole.clone()
+    expected = tensor.clone()
     expected[box].permute(order).copy_((inner + 3).to(in_file))
     assert path.read_bytes() == content[:start] + expected.view(torch.uint8).numpy().tobytes() + b"\2" * 99
 
@@ -75,13 +75,13 @@ def test_rectangles_go_in_and_out_and_touch_no_page_beside_their_own(
 def test_many_are_read_at_once(
     tmp_path_factory: pytest.TempPathFactory, cases: list[Any], most: int, data: st.DataObject
 ) -> None:
-    """In any order, side by side or apart, cast or not, and however little the kernel gives at a time."""
+    """Many rectangles are read in any order, side by side or apart, cast or not, however few bytes each call returns."""
     path = tmp_path_factory.getbasetemp() / "rectangles.bin"
     requests, expected, content = [], [], b"\1" * 8
     for index, ((sizes, box, order), cast) in enumerate(cases):
-        whole = (torch.arange(torch.Size(sizes).numel()) % 251).float().view(sizes) + index
-        rectangle, part = as_rectangle(whole, box, order, len(content))
-        content += whole.numpy().tobytes()
+        tensor = (torch.arange(torch.Size(sizes).numel()) % 251).float().view(sizes) + index
+        rectangle, part = as_rectangle(tensor, box, order, len(content))
+        content += tensor.numpy().tobytes()
         requests.append((f"tensor {index}", rectangle, torch.full(part.shape, -1.0, dtype=torch.float64 if cast else None)))
         expected.append(part)
     path.write_bytes(content)
@@ -94,8 +94,8 @@ def test_many_are_read_at_once(
         if data.draw(st.booleans()) and sum(part.numel() for part in expected) < 20:
             patch.setattr(rectangles, "os", SimpleNamespace(preadv=grudging))
         read_many(opened.fileno(), data.draw(st.permutations(requests)))
-    for (_, _, found), part in zip(requests, expected, strict=True):
-        assert torch.equal(found.float(), part)
+    for (_, _, read), part in zip(requests, expected, strict=True):
+        assert torch.equal(read.float(), part)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_real_ranks_read_stacked_experts_from_files_state_dicts_and_streams(tmp_
 
 
 def test_a_quantized_stack(tmp_path: Path) -> None:
-    """fp8 with scales of blocks, as Transformers' own fp8 experts are."""
+    """Stacked experts in fp8 with one scale per block are read, as Transformers' own fp8 experts are stored."""
     _, model = tiny_checkpoint(tmp_path / "own", "qwen3-moe")
     model.save_pretrained(tmp_path, save_original_format=False)
     state, expected = hf_state(tmp_path), hf_state(tmp_path / "own")
@@ -86,11 +86,11 @@ def test_a_quantized_stack(tmp_path: Path) -> None:
         experts, rows, columns = state[name].shape
         scale = torch.rand(experts, -(-rows // 16), -(-columns // 16)) + 0.5
         state[f"{name}_scale_inv"] = scale
-        whole = state[name].float() * scale.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :rows, :columns]
+        dequantized = state[name].float() * scale.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :rows, :columns]
         prefix = name.rpartition(".")[0]
         for expert in range(experts):
-            linears = {"gate_proj": whole[expert, : rows // 2], "up_proj": whole[expert, rows // 2 :]}
-            linears = linears if name.endswith("gate_up_proj") else {"down_proj": whole[expert]}
+            linears = {"gate_proj": dequantized[expert, : rows // 2], "up_proj": dequantized[expert, rows // 2 :]}
+            linears = linears if name.endswith("gate_up_proj") else {"down_proj": dequantized[expert]}
             expected |= {f"{prefix}.{expert}.{linear}.weight": values.contiguous() for linear, values in linears.items()}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())

@@ -57,14 +57,15 @@ def logits_and_save(rank: int, directory: Path) -> tuple[dict[str, Tensor], Tens
 
 @pytest.mark.parametrize("how", ["alone", "equal", "one number apart", "another"])
 def test_the_model_is_the_one_that_transformers_loads(how: str, tmp_path: Path) -> None:
-    """Its logits, and what it exports and saves: an output layer of its own with a config that says so, or none."""
+    """The model has Transformers' logits. It exports and saves either an output layer of its own with a config that says so, or
+    none."""
     directory = stored(tmp_path, how)
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ranks = run_ranks(logits_and_save, 4, directory)
     with torch.no_grad():
         expected = reference(TOKENS).logits
-    found = next(logits for _, logits in ranks if logits is not None)
-    assert (found - expected).abs().max() < 1e-4  # fp32 sums over 136 numbers and four layers, in another order
+    computed = next(logits for _, logits in ranks if logits is not None)
+    assert (computed - expected).abs().max() < 1e-4  # fp32 sums over 136 numbers and four layers, in another order
     differs = how in ("one number apart", "another")
     state = hf_state(directory)
     state[EMBEDDING] = state.get(EMBEDDING, state.get(HEAD))
@@ -139,15 +140,15 @@ def test_a_model_that_was_built_tied_refuses_another_head(tmp_path: Path) -> Non
 def load_either_name(rank: int, directory: Path, sources: dict[str, Any]) -> dict[str, bool]:
     bridge, model = live(LAYOUT, directory)
     expected = dict(bridge.export_weights(model))
-    found = {}
+    equal = {}
     for name, source in sources.items():
         for chunk in model:
             for parameter in chunk.parameters():
                 parameter.data.zero_()
         bridge.load_weights(model, iter(source) if isinstance(source, list) else source)
         exported = dict(bridge.export_weights(model))
-        found[name] = all(torch.equal(exported[hf_name], expected[hf_name]) for hf_name in expected)
-    return found
+        equal[name] = all(torch.equal(exported[hf_name], expected[hf_name]) for hf_name in expected)
+    return equal
 
 
 def test_either_name_or_both_will_do_in_every_source(tmp_path: Path) -> None:
@@ -161,8 +162,8 @@ def test_either_name_or_both_will_do_in_every_source(tmp_path: Path) -> None:
         "stream of both, backwards": list(reversed(list(both.items()))),
         "stream of the head alone": list(head_alone.items()),
     }
-    for found in run_ranks(load_either_name, 4, directory, sources):
-        assert all(found.values()), found
+    for equal in run_ranks(load_either_name, 4, directory, sources):
+        assert all(equal.values()), equal
 
 
 def test_values_are_compared_by_their_bits() -> None:

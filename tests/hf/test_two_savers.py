@@ -36,10 +36,10 @@ def values(seed: int) -> dict[str, torch.Tensor]:
 
 
 def sha256(state: dict[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        found.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        hasher.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
 
 
 EXCHANGE = publish._exchange

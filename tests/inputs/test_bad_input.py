@@ -95,8 +95,8 @@ def test_damaged_checkpoints_change_nothing(name: str, tmp_path: Path) -> None:
     damage, error, message = DAMAGES[name]
     directory, _ = tiny_checkpoint(tmp_path, "qwen2")
     damage(directory)
-    for found, text, untouched in run_ranks(load_damaged, 2, directory):
-        assert found == error.__name__, text
+    for error_name, text, untouched in run_ranks(load_damaged, 2, directory):
+        assert error_name == error.__name__, text
         assert untouched
         assert re.search(message, text), text
 

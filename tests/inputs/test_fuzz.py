@@ -36,7 +36,7 @@ def place(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_strangers_write_is_read_or_refused(kind: str, place: Path) -> None:
     inputs, attempt = KINDS[kind]
-    ORDINARY(given(inputs)(lambda found: attempt(place, found)))()
+    ORDINARY(given(inputs)(lambda content: attempt(place, content)))()
 
 
 def with_name(file: str) -> bytes:
@@ -44,7 +44,7 @@ def with_name(file: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("kind", "found"),
+    ("kind", "content"),
     [
         pytest.param("indexes", with_name("9" * 50_000), id="a file name that no message should repeat"),
         pytest.param("configs", {"attention_dropout": "x" * 50_000}, id="a value that no message should repeat"),
@@ -54,21 +54,21 @@ def with_name(file: str) -> bytes:
         pytest.param("answers", b'{"rewards": [' + b"[" * 40 + b"]" * 40 + b", 0.0, 0.5]}", id="one reward nested too deeply"),
     ],
 )
-def test_what_was_found_once(kind: str, found: Any, place: Path) -> None:
+def test_what_was_found_once(kind: str, content: Any, place: Path) -> None:
     if kind == "headers":
-        text = json.dumps(header() | found).encode()
-        found = len(text).to_bytes(8, "little") + text + data()
+        text = json.dumps(header() | content).encode()
+        content = len(text).to_bytes(8, "little") + text + data()
         with pytest.raises(SafetensorError):
-            load(found)
-        (place / "model.safetensors").write_bytes(found)
+            load(content)
+        (place / "model.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match="must be an object with dtype, shape and data_offsets"):
             Checkpoint(place)
         return
-    KINDS[kind][1](place, config_values()[0] | found if kind == "configs" else found)
+    KINDS[kind][1](place, config_values()[0] | content if kind == "configs" else content)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_thousand_inputs_of_strangers(kind: str, place: Path) -> None:
     inputs, attempt = KINDS[kind]
-    NIGHTLY(given(inputs)(lambda found: attempt(place, found)))()
+    NIGHTLY(given(inputs)(lambda content: attempt(place, content)))()

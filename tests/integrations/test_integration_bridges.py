@@ -44,9 +44,9 @@ def make_value_model(model: Any, pre_process: bool, post_process: bool, config: 
         model.output_layer = torch.nn.Linear(config.hidden_size, 1, bias=False)
 
 
-def equals(found: Any, expected: dict[str, torch.Tensor]) -> bool:
-    found = {name: tensor for name, tensor in found}
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+def equals(named_tensors: Any, expected: dict[str, torch.Tensor]) -> bool:
+    state = {name: tensor for name, tensor in named_tensors}
+    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 def as_verl_calls_mbridge(directory: Path, output: Path, expected: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def embedded(rank: int, directory: Path, output: Path, expected: dict[str, torch
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory, _ = tiny_checkpoint(tmp_path_factory.mktemp("start"), "qwen3-moe", seed=3)
     expected = load_file(directory / "model.safetensors")
     output = tmp_path_factory.mktemp("output")
@@ -162,16 +162,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return expected, output, ranks
 
 
-def test_mbridge(found: Any) -> None:
-    expected, output, ranks = found
-    for rank, (told, _) in enumerate(ranks):
-        assert told["equal"] == [True, True]
-        assert told["narrowed"] == (len(expected) if rank == 3 else 0)
-        assert told["config"] == (0.25, 0.125, True)
-        assert told["frozen"]
-        assert all(name.endswith("mlp.router.weight") for name in told["frozen"])
-        assert told["distributed"]
-        value, fsdp, parallel, unknown = told["refused"]
+def test_mbridge(results: Any) -> None:
+    expected, output, ranks = results
+    for rank, (answers, _) in enumerate(ranks):
+        assert answers["equal"] == [True, True]
+        assert answers["narrowed"] == (len(expected) if rank == 3 else 0)
+        assert answers["config"] == (0.25, 0.125, True)
+        assert answers["frozen"]
+        assert all(name.endswith("mlp.router.weight") for name in answers["frozen"])
+        assert answers["distributed"]
+        value, fsdp, parallel, unknown = answers["refused"]
         assert "NotOffered: mbridge.get_model does not offer use_torch_fsdp2=True" in fsdp
         assert "contradicts layout.cp" in parallel
         assert "'no_such_field' is no field" in unknown
@@ -182,17 +182,17 @@ def test_mbridge(found: Any) -> None:
     assert equals(load_file(saved / "model.safetensors").items(), expected)
 
 
-def test_megatron_bridge(found: Any) -> None:
-    expected, output, ranks = found
-    for _, told in ranks:
-        assert told["base_equal"]
-        assert told["some"] == told["tasks"][3:5]
-        assert told["read"] == (4, False, False, True)
-        assert told["bare"] == "GPTModel"
-        assert told["built"]["equal"]
-        assert told["built"]["hooked"] == ["GPTModel"]
-        assert told["built"]["handles"] == told["built"]["supports"] == (True, False)
-        layers, field, mismatched, fsdp, tasks = told["refused"]
+def test_megatron_bridge(results: Any) -> None:
+    expected, output, ranks = results
+    for _, answers in ranks:
+        assert answers["base_equal"]
+        assert answers["some"] == answers["tasks"][3:5]
+        assert answers["read"] == (4, False, False, True)
+        assert answers["bare"] == "GPTModel"
+        assert answers["built"]["equal"]
+        assert answers["built"]["hooked"] == ["GPTModel"]
+        assert answers["built"]["handles"] == answers["built"]["supports"] == (True, False)
+        layers, field, mismatched, fsdp, tasks = answers["refused"]
         assert "NotOffered: num_layers=9: the checkpoint says 4" in layers
         assert "AttributeError: no_such_field is no field" in field
         assert "does not offer allowed_mismatched_params" in mismatched

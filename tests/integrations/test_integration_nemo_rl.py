@@ -61,7 +61,7 @@ def driven(rank: int, directory: Path) -> dict[str, Any]:
     exported = worker.megatron_bridge.export_hf_weights(
         [worker.model], show_progress=False, conversion_tasks=worker.refit_conversion_tasks
     )
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "info": list(info.items()),
         "exported": [(name, (tensor.shape, tensor.dtype)) for name, tensor in exported],
         "early": raised(lambda: worker.mbridge_sync(1)),
@@ -69,34 +69,34 @@ def driven(rank: int, directory: Path) -> dict[str, Any]:
     synchronizer = MBridgeSynchronizer(Policy(worker), lambda: [engine], {"timeout": 10.0}, collect=list)
     stale = [synchronizer.is_stale]
     synchronizer.init_communicator()
-    found["numbers"] = synchronizer.sync_weights()
+    results["numbers"] = synchronizer.sync_weights()
     stale.append(synchronizer.is_stale)
-    found["served"] = engine.generate() if rank == 0 else None
-    found["scales"] = raised(lambda: synchronizer.sync_weights(kv_scales={"k": 1.0}))
+    results["served"] = engine.generate() if rank == 0 else None
+    results["scales"] = raised(lambda: synchronizer.sync_weights(kv_scales={"k": 1.0}))
     next(iter(worker.model.parameters())).data.view(-1)[0] = float("nan")
-    found["failed"] = raised(lambda: synchronizer.sync_weights())
+    results["failed"] = raised(lambda: synchronizer.sync_weights())
     stale.append(synchronizer.is_stale)
-    found["served after it"] = engine.generate() if rank == 0 else None
+    results["served after it"] = engine.generate() if rank == 0 else None
     worker.cfg["generation"]["vllm_cfg"]["kv_cache_dtype"] = "fp8_e4m3"
-    found["fp8"] = raised(worker.prepare_refit_info)
+    results["fp8"] = raised(worker.prepare_refit_info)
     synchronizer.shutdown()
     engine.close()
-    return {**found, "stale": stale}
+    return {**results, "stale": stale}
 
 
 def test_nemo_rl(tmp_path: Path) -> None:
     directory, _ = tiny_checkpoint(tmp_path, "qwen3", seed=3, **SIZES)
     expected = load_file(directory / "model.safetensors")
     ranks = run_ranks(driven, 2, directory, timeout=100)
-    for found in ranks:
-        assert found["info"] == found["exported"]
-        assert dict(found["info"]) == {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
-        assert "mbridge_connect comes before mbridge_sync" in found["early"]
-        assert found["stale"] == [True, False, True]
-        assert "NotOffered: sync_weights does not offer kv_scales" in found["scales"]
-        assert found["failed"].startswith("NonFiniteWeights")
-        assert "NotOffered: prepare_refit_info knows neither" in found["fp8"]
-        assert found["numbers"]["weight_sync/transfer_seconds"] > 0
+    for results in ranks:
+        assert results["info"] == results["exported"]
+        assert dict(results["info"]) == {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}
+        assert "mbridge_connect comes before mbridge_sync" in results["early"]
+        assert results["stale"] == [True, False, True]
+        assert "NotOffered: sync_weights does not offer kv_scales" in results["scales"]
+        assert results["failed"].startswith("NonFiniteWeights")
+        assert "NotOffered: prepare_refit_info knows neither" in results["fp8"]
+        assert results["numbers"]["weight_sync/transfer_seconds"] > 0
     assert ranks[0]["served"] == ranks[0]["served after it"] == (1, served(expected))
 
 

@@ -33,8 +33,8 @@ BUCKET = 1 << 13  # most tensors are larger
 
 
 class Manager:
-    """What `CheckpointEngineManager.update_weights` does, on every rank; calls of actors and workers run side by side, as they
-    do in Ray actors."""
+    """Does what `CheckpointEngineManager.update_weights` does, on every rank. Calls of actors and workers run side by side, as
+    they do in Ray actors."""
 
     def __init__(self, rank: int) -> None:
         from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
@@ -65,11 +65,11 @@ class Manager:
         return sent, received
 
     def _build(self) -> None:
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (self.actor.prepare(), self.worker and self.worker.prepare()))
-        metadata = [actor for actor, _ in told] + [worker for _, worker in told if worker]
-        actors, rollout = self.backend.build_topology(len(told), len(WORKERS), metadata)
-        assert {len(values) for values in actors.values()} == {len(told)}
+        prepared: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(prepared, (self.actor.prepare(), self.worker and self.worker.prepare()))
+        metadata = [actor for actor, _ in prepared] + [worker for _, worker in prepared if worker]
+        actors, rollout = self.backend.build_topology(len(prepared), len(WORKERS), metadata)
+        assert {len(values) for values in actors.values()} == {len(prepared)}
         assert {len(values) for values in rollout.values()} == {len(WORKERS)}
         calls = [(self.actor, actors, self.rank)]
         if self.worker is not None:
@@ -111,40 +111,40 @@ def updates(rank: int, directory: Path) -> dict[str, Any]:
         assert peft_config is None
         return stream
 
-    found: dict[str, Any] = {"first": manager.update(weights(), 1)}
+    results: dict[str, Any] = {"first": manager.update(weights(), 1)}
     channels = manager.actor._group
     with torch.no_grad():
         for parameter in model[0].parameters():
             parameter.mul_(2)  # exact in any dtype
-    found["second"] = manager.update(weights(), 2)
-    found["same group"] = manager.actor._group == channels
-    found["stale"] = manager.update(weights(), 3, expected_step=4)
-    found["broken"] = manager.update(breaking(weights()) if rank == 0 else weights(), 4)
+    results["second"] = manager.update(weights(), 2)
+    results["same group"] = manager.actor._group == channels
+    results["stale"] = manager.update(weights(), 3, expected_step=4)
+    results["broken"] = manager.update(breaking(weights()) if rank == 0 else weights(), 4)
     with pytest.MonkeyPatch.context() as patch:
         send = Broadcast._send
         patch.setattr(Broadcast, "_send", lambda self, header, payload: flipping(lambda *a: send(self, *a), header, payload))
-        found["flipped"] = manager.update(weights(), 5)
-    found["recovered"] = manager.update(weights(), 6)
-    found["misuse"] = [
+        results["flipped"] = manager.update(weights(), 5)
+    results["recovered"] = manager.update(weights(), 6)
+    results["misuse"] = [
         raised(lambda: asyncio.run(manager.backend(bucket_size=1).send_weights(iter(()), 1))),
         raised(lambda: manager.backend.build_topology(1, 1, [{"member": "a", "cuda": False}] * 2)),
     ]
     add_lora(model, LoRAConfig(rank=4, alpha=8, targets=("q_proj",), seed=1))
     stream, peft_config = per_tensor_param(bridge, model, adapters_only=True)
-    found["adapters"] = manager.update(stream, 7)
-    found["peft_config"] = peft_config
-    return found
+    results["adapters"] = manager.update(stream, 7)
+    results["peft_config"] = peft_config
+    return results
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("peft")
     directory, _ = tiny_checkpoint(tmp_path_factory.mktemp("start"), "qwen3", seed=3)
     return load_file(directory / "model.safetensors"), run_ranks(updates, LAYOUT.world_size, directory, timeout=60)
 
 
-def test_rollout_workers_receive_the_live_weights(found: Any) -> None:
-    expected, ranks = found
+def test_rollout_workers_receive_the_live_weights(results: Any) -> None:
+    expected, ranks = results
     for update, factor in (("first", 1), ("second", 2), ("recovered", 2)):
         for rank in WORKERS:
             received = dict(ranks[rank][update][1])
@@ -157,8 +157,8 @@ def test_rollout_workers_receive_the_live_weights(found: Any) -> None:
     assert all(rank["same group"] for rank in ranks)
 
 
-def test_adapters_travel_alone(found: Any) -> None:
-    expected, ranks = found
+def test_adapters_travel_alone(results: Any) -> None:
+    expected, ranks = results
     received = dict(ranks[1]["adapters"][1])
     layers = {name.removesuffix(".weight") for name in expected if "q_proj" in name}
     assert received.keys() == {f"{layer}.lora_{factor}.weight" for layer in layers for factor in "AB"}
@@ -166,8 +166,8 @@ def test_adapters_travel_alone(found: Any) -> None:
     assert (config["r"], config["lora_alpha"], config["peft_type"].name) == (4, 8, "LORA")
 
 
-def test_failures_are_heard_by_all_and_survived(found: Any) -> None:
-    _, ranks = found
+def test_failures_are_heard_by_all_and_survived(results: Any) -> None:
+    _, ranks = results
     for rank in WORKERS:
         assert ranks[rank]["stale"][1] == "SyncError: the sender sends version 3, this receiver waits for version 4"
         assert ranks[rank]["broken"][1] == "SyncError: the sender failed: ValueError: the disk is gone"

@@ -149,30 +149,32 @@ def test_gradients_are_those_of_peft(
 ) -> None:
     base = _base(variant, scratch)
     expected_loss, expected = _of_peft(base, config, scratch / f"{variant}-{abs(hash(config))}")
-    for loss, found in run_ranks(_gradients, layout.world_size, base, layout, build, config):
+    for loss, gradients in run_ranks(_gradients, layout.world_size, base, layout, build, config):
         assert_near(loss, expected_loss, forward(LAYERS, WIDTH), what="loss")
-        assert_same_gradients(found, expected)
+        assert_same_gradients(gradients, expected)
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, ep=2, etp=1)], ids=["etp", "ep"])
 def test_dora_of_every_expert_has_one_gradient_on_all_layouts(layout: Layout, scratch: Path) -> None:
-    """PEFT has no DoRA for experts."""
+    """PEFT has no DoRA for experts, so gradients are compared with those of one rank."""
     base = _base(MOE, scratch)
     _, expected = run_ranks(_gradients, 1, base, Layout(), {}, DORA)[0]
-    for _, found in run_ranks(_gradients, layout.world_size, base, layout, SP, DORA):
-        assert_same_gradients(found, expected)
+    for _, gradients in run_ranks(_gradients, layout.world_size, base, layout, SP, DORA):
+        assert_same_gradients(gradients, expected)
 
 
 def test_recomputed_layers_drop_what_they_dropped(scratch: Path) -> None:
-    """Sequence parallelism: every rank drops elements of its own part, and again the same ones when a layer is recomputed."""
+    """With sequence parallelism every rank drops elements of its own part, and the same ones when a layer is recomputed."""
     base, dropping = _base(DENSE, scratch), replace(DORA, dropout=0.5)
-    kept = run_ranks(_gradients, 2, base, Layout(tp=2), SP, dropping)
-    again = run_ranks(_gradients, 2, base, Layout(tp=2), SP | RECOMPUTE, dropping)
+    stored = run_ranks(_gradients, 2, base, Layout(tp=2), SP, dropping)
+    recomputed = run_ranks(_gradients, 2, base, Layout(tp=2), SP | RECOMPUTE, dropping)
     without = run_ranks(_gradients, 2, base, Layout(tp=2), SP, DORA)
-    for (loss, gradients), (loss_again, found), (whole, _) in zip(kept, again, without, strict=True):
-        assert loss_again == loss
-        assert abs(loss - whole) > 1e-3
-        assert all(torch.equal(found[name], tensor) for name, tensor in gradients.items())
+    for (loss, gradients), (recomputed_loss, recomputed_gradients), (loss_without, _) in zip(
+        stored, recomputed, without, strict=True
+    ):
+        assert recomputed_loss == loss
+        assert abs(loss - loss_without) > 1e-3
+        assert all(torch.equal(recomputed_gradients[name], tensor) for name, tensor in gradients.items())
 
 
 def _masks(rank: int, layout: Layout) -> dict[str, Tensor]:
@@ -196,6 +198,6 @@ def test_ranks_that_hold_the_same_elements_drop_the_same_ones() -> None:
     assert set(first["row"].tolist()) == {0.0, 2.0}
 
 
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_gradients(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(tensor.any() or "experts" in name for name, tensor in expected.items())
-    assert_gradients_near(found, expected, backward(LAYERS, WIDTH))
+    assert_gradients_near(gradients, expected, backward(LAYERS, WIDTH))

@@ -117,13 +117,13 @@ def made_here(rank: int, base: Path, layout: ParallelLayout, config: LoRAConfig,
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_adapters_of_some_layers_that_are_made_here(stacked: bool, tmp_path: Path) -> None:
-    """Of experts as well, apart or as PEFT's stacks; what is saved says where they are."""
+    """Some layers get adapters, of experts as well, apart or as PEFT's stacks. The saved config says which layers have them."""
     base, _ = tiny_checkpoint(tmp_path / "base", "qwen3-moe", mlp_only_layers=[])
     config = LoRAConfig(**{**vars(EXPERTS), "stacked_experts": stacked})
     spec = AutoBridge.from_pretrained(base).spec
-    (found, *_) = run_ranks(made_here, 2, base, ParallelLayout(tp=2, ep=2, etp=1), config, tmp_path / "adapter")
-    assert adapted_linears(spec, found).keys() == adapted_linears(spec, config).keys()
-    with_experts = {int(name.split(".")[2]) for name in adapted_linears(spec, found) if ".experts." in name}
+    (read_config, *_) = run_ranks(made_here, 2, base, ParallelLayout(tp=2, ep=2, etp=1), config, tmp_path / "adapter")
+    assert adapted_linears(spec, read_config).keys() == adapted_linears(spec, config).keys()
+    with_experts = {int(name.split(".")[2]) for name in adapted_linears(spec, read_config) if ".experts." in name}
     assert with_experts == {0, 3}
     assert set(load_file(tmp_path / "adapter" / ADAPTER_FILE)) == set(adapter_spec(spec, config).hf_shapes)
 

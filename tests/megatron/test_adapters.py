@@ -78,9 +78,9 @@ def test_peft_tensors_reach_every_layout_and_come_back(family: str, canonical: b
     assert len(layouts) >= 7
     for layout in layouts:
         shards = _sharded(adapters, layout, state)
-        found = virtual.allocate(hf_side(adapters), dict.fromkeys(state, torch.float32))
-        virtual.run(compile_plan(adapters, megatron_side(adapters, layout), hf_side(adapters)), shards, {0: found})
-        assert_same_state(found, state)
+        exported = virtual.allocate(hf_side(adapters), dict.fromkeys(state, torch.float32))
+        virtual.run(compile_plan(adapters, megatron_side(adapters, layout), hf_side(adapters)), shards, {0: exported})
+        assert_same_state(exported, state)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_every_rank_adds_the_rows_that_hf_says(family: str, changes: dict[str, A
 
 
 def test_every_linear_of_every_family_has_adapters() -> None:
-    """No family has code for it."""
+    """Adapters of every linear are mapped to Megatron and back, without code for a family."""
     for family in FAMILIES.values():
         spec = model_spec(family.hf_config())
         linears = {module_name(rule.megatron_name).rpartition(".")[2] for rule in spec.rules if is_linear(rule)} - {"router"}
@@ -137,9 +137,9 @@ def test_every_linear_of_every_family_has_adapters() -> None:
         experts = 2 if (spec.num_experts or 1) % 2 == 0 else 1
         layout = ParallelLayout(tp=2, pp=2, ep=experts, etp=1, stage_layers=layers)
         state, side = _random_state(adapters), megatron_side(adapters, layout)
-        found = virtual.allocate(hf_side(adapters), dict.fromkeys(state, torch.float32))
-        virtual.run(compile_plan(adapters, side, hf_side(adapters)), _sharded(adapters, layout, state), {0: found})
-        assert_same_state(found, state)
+        exported = virtual.allocate(hf_side(adapters), dict.fromkeys(state, torch.float32))
+        virtual.run(compile_plan(adapters, side, hf_side(adapters)), _sharded(adapters, layout, state), {0: exported})
+        assert_same_state(exported, state)
 
 
 def test_specs_name_what_cannot_be_adapted() -> None:

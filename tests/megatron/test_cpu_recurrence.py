@@ -51,8 +51,8 @@ def _delta_one_by_one(query: Tensor, key: Tensor, value: Tensor, log_decay: Tens
     return torch.stack(outputs, 1)
 
 
-def _assert_equal_with_gradients(found: Callable[[], Tensor], expected: Callable[[], Tensor], inputs: list[Tensor]) -> None:
-    values = [function() for function in (found, expected)]
+def _assert_equal_with_gradients(computed: Callable[[], Tensor], expected: Callable[[], Tensor], inputs: list[Tensor]) -> None:
+    values = [function() for function in (computed, expected)]
     assert_near(*values, ROUNDING)
     weights = _random(*values[0].shape, seed=9).detach()
     gradients = [torch.autograd.grad((value * weights).sum(), inputs) for value in values]
@@ -97,30 +97,30 @@ OFFSETS = torch.tensor([0, 9, 9, 21])
 
 
 def test_packed_gated_delta_rule() -> None:
-    """As fla's kernel computes it for Megatron-core 0.18 and newer: every sequence of the one row by itself."""
+    """Every sequence of the one packed row is computed by itself, as fla's kernel does for Megatron-core 0.18 and newer."""
     query, key = (_random(1, LENGTH, HEADS, STATE, seed=s) for s in (0, 1))
     value = _random(1, LENGTH, HEADS, HEAD_DIM, seed=2)
     decay, rate = -F.softplus(_random(1, LENGTH, HEADS, seed=3)), _random(1, LENGTH, HEADS, seed=4).sigmoid()
     inputs = [query, cpu_recurrence.l2norm(key), value, decay, rate]
-    found, state = cpu_recurrence.chunk_gated_delta_rule(*inputs, cu_seqlens=OFFSETS)
+    output, state = cpu_recurrence.chunk_gated_delta_rule(*inputs, cu_seqlens=OFFSETS)
     parts = zip(*(part.split(LENGTHS, dim=1) for part in inputs), strict=True)
     expected = [cpu_recurrence.chunk_gated_delta_rule(*sequence)[0] for sequence in parts if sequence[0].shape[1]]
     assert state is None
-    assert torch.equal(found, torch.cat(expected, 1))
+    assert torch.equal(output, torch.cat(expected, 1))
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_convolution_of_gated_delta_nets(packed: bool, activation: str | None) -> None:
-    """fla's function against torch's convolution of every sequence by itself, with the activation behind it."""
+    """fla's function equals torch's convolution of every sequence by itself, followed by the activation."""
     x, weight, bias = _random(1, LENGTH, 6), _random(6, 4, seed=1), _random(6, seed=2)
     options = {"activation": activation, "cu_seqlens": OFFSETS if packed else None}
-    found, state = cpu_recurrence.causal_conv1d(x, weight, bias, **options)
+    output, state = cpu_recurrence.causal_conv1d(x, weight, bias, **options)
     lengths = [length for length in LENGTHS if length] if packed else [LENGTH]
     parts = [F.conv1d(F.pad(part.T, (3, 0)), weight[:, None], bias, groups=6).T for part in x[0].split(lengths)]
     expected = torch.cat(parts)
     assert state is None
-    assert_near(found[0], expected if activation is None else F.silu(expected), ROUNDING)
+    assert_near(output[0], expected if activation is None else F.silu(expected), ROUNDING)
 
 
 @pytest.mark.parametrize("option", [{"activation": "relu"}, {"output_final_state": True}, {"initial_state": torch.zeros(1)}])
@@ -141,20 +141,20 @@ def test_strong_decay_stays_finite() -> None:
 @pytest.mark.parametrize("packed", ["one", "packed"])
 def test_causal_convolution(packed: str) -> None:
     x, weight, bias, ids = _random(BATCH, LENGTH, 6), _random(6, 4, seed=1), _random(6, seed=2), _sequences(packed)
-    found = cpu_recurrence.causal_convolution(x, weight, bias, ids)
+    output = cpu_recurrence.causal_convolution(x, weight, bias, ids)
     for row in range(BATCH):
         lengths = [LENGTH] if ids is None else ids[row].unique_consecutive(return_counts=True)[1].tolist()
         parts = [F.conv1d(F.pad(part.T, (3, 0)), weight[:, None], bias, groups=6).T for part in x[row].split(lengths)]
-        assert_near(found[row], torch.cat(parts), ROUNDING)
+        assert_near(output[row], torch.cat(parts), ROUNDING)
 
 
 def test_whole_mamba_kernel() -> None:
-    """Gate, convolution, time step and skip connection in the kernel's order of columns."""
+    """The full kernel computes gate, convolution, time step and skip connection, and reads columns in Mamba's order."""
     inner, shared = HEADS * HEAD_DIM, GROUPS * STATE
     columns = _random(BATCH, LENGTH, 2 * inner + 2 * shared + HEADS)
     weight, bias = _random(inner + 2 * shared, 4, seed=1), _random(inner + 2 * shared, seed=2)
     dt_bias, skip, decay = (_random(HEADS, seed=s) for s in (3, 4, 5))
-    found = cpu_recurrence.mamba_split_conv1d_scan_combined(
+    output = cpu_recurrence.mamba_split_conv1d_scan_combined(
         columns, weight, bias, dt_bias, -decay.exp(), skip, 8, headdim=HEAD_DIM, ngroups=GROUPS, norm_before_gate=False
     )
     z, x, b, c, dt = columns.split([inner, inner, shared, shared, HEADS], -1)
@@ -163,7 +163,7 @@ def test_whole_mamba_kernel() -> None:
     x = x.view(BATCH, LENGTH, HEADS, HEAD_DIM)
     b, c = (part.view(BATCH, LENGTH, GROUPS, STATE) for part in (b, c))
     y = _scan_one_by_one(x, F.softplus(dt + dt_bias), -decay.exp(), b, c, None) + skip[:, None] * x
-    assert_near(found, y.flatten(2) * F.silu(z), ROUNDING)
+    assert_near(output, y.flatten(2) * F.silu(z), ROUNDING)
 
 
 def test_gated_norm_normalises_groups() -> None:

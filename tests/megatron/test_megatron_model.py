@@ -85,7 +85,7 @@ def _seed(name: str) -> int:
 
 @torch.no_grad()
 def _initialize(model: list[nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Give every parameter its part of a tensor that depends on its global name only; returns the whole shapes."""
+    """Gives every parameter its part of a full tensor that depends on its global name only; returns the full shapes."""
     from megatron.core import parallel_state as state
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -105,15 +105,15 @@ def _initialize(model: list[nn.Module]) -> dict[str, tuple[int, ...]]:
                 shape[dimension] *= size
             padding = shape[0] - chunk.model_spec.vocab_size if "word_embeddings" in name or "output_layer" in name else 0
             filled = [shape[0] - padding, *shape[1:]]
-            whole = torch.randn(filled, generator=torch.Generator().manual_seed(_seed(name))) * 0.1
+            full = torch.randn(filled, generator=torch.Generator().manual_seed(_seed(name))) * 0.1
             if "norm" in name:
-                whole += 1
-            if padding:  # values that nothing survives which reads them
-                whole = F.pad(whole, (0, 0, 0, padding), value=1e3)
+                full += 1
+            if padding:  # large values: whatever reads the padding gives wrong results
+                full = F.pad(full, (0, 0, 0, padding), value=1e3)
             # Gate and up are two column-parallel matrices on top of each other: a rank has its part of each.
-            matrices = whole.chunk(2) if "linear_fc1.weight" in name else [whole]
-            parts = [whole if dimension is None else whole.chunk(size, dimension)[rank] for whole in matrices]
-            parameter.copy_(torch.cat(parts) if dimension is not None else whole)
+            matrices = full.chunk(2) if "linear_fc1.weight" in name else [full]
+            parts = [matrix if dimension is None else matrix.chunk(size, dimension)[rank] for matrix in matrices]
+            parameter.copy_(torch.cat(parts) if dimension is not None else full)
             shapes[name] = tuple(shape)
     return shapes
 
@@ -322,13 +322,13 @@ def _forward_whole_vocabulary(rank: int, spec: ModelSpec, tokens: Tensor) -> Ten
 
 
 def _refusals(rank: int) -> dict[str, str]:
-    """What each impossible request is answered, and that it changed nothing."""
-    found: dict[str, str] = {}
+    """The error message of each impossible request, by its name."""
+    messages: dict[str, str] = {}
 
     def refuse(name: str, error: type[Exception], request: Callable[[], Any]) -> None:
         with pytest.raises(error) as caught:
             request()
-        found[name] = str(caught.value)
+        messages[name] = str(caught.value)
 
     spec, layout = _spec(), ParallelLayout(tp=2)
     refuse("no parallel state", LayoutError, current_layout)
@@ -343,22 +343,22 @@ def _refusals(rank: int) -> dict[str, str]:
     refuse("contradiction", ValueError, lambda: build_model(spec, layout, overrides={"sequence_parallel": True}))
     wrong_rope = dataclasses.replace(spec, extras=(RotaryFrequencies((1.0, 0.5)),))
     refuse("rope", ValueError, lambda: build_model(wrong_rope, layout))
-    return found
+    return messages
 
 
 def test_impossible_requests_say_what_is_wrong() -> None:
-    for found in run_ranks(_refusals, 2):
-        assert "call initialize_parallel" in found["no parallel state"]
-        assert "call initialize_parallel" in found["model before parallel state"]
-        assert "needs 4 ranks, found a world of 2" in found["too few ranks"]
-        assert "call initialize_parallel" in found["still none"]
-        assert "call destroy_parallel() first" in found["twice"]
-        assert "tp=2" in found["another layout"]
-        assert "dp=2" in found["another layout"]
-        assert "must sum up to the model's 3 layers" in found["layers"]
-        assert "did you mean 'recompute_granularity'" in found["misspelt"]
-        assert "build_model's sequence_parallel" in found["contradiction"]
-        assert "2 rotary frequencies are given, the Megatron model has 6" in found["rope"]
+    for messages in run_ranks(_refusals, 2):
+        assert "call initialize_parallel" in messages["no parallel state"]
+        assert "call initialize_parallel" in messages["model before parallel state"]
+        assert "needs 4 ranks, found a world of 2" in messages["too few ranks"]
+        assert "call initialize_parallel" in messages["still none"]
+        assert "call destroy_parallel() first" in messages["twice"]
+        assert "tp=2" in messages["another layout"]
+        assert "dp=2" in messages["another layout"]
+        assert "must sum up to the model's 3 layers" in messages["layers"]
+        assert "did you mean 'recompute_granularity'" in messages["misspelt"]
+        assert "build_model's sequence_parallel" in messages["contradiction"]
+        assert "2 rotary frequencies are given, the Megatron model has 6" in messages["rope"]
 
 
 def _rope(rank: int, inv_freq: tuple[float, ...] | None) -> Tensor | None:

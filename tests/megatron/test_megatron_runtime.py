@@ -22,15 +22,15 @@ KERNELS = ("transformer_engine", "mamba_ssm", "causal_conv1d", "fla")
 
 
 def _surroundings() -> dict[str, Any]:
-    """All that a scope could leave behind."""
-    found: dict[str, Any] = {}
+    """The global state that a scope could leave changed: functions of modules, torch's modes and imported kernels."""
+    state: dict[str, Any] = {}
     for module in (torch, torch.cuda, dist):
-        found |= {f"{module.__name__}.{name}": value for name, value in vars(module).items() if callable(value)}
-    found["modes"] = torch._C._len_torch_function_stack()
-    found["kernels"] = [name for name in sys.modules if name.split(".")[0] in KERNELS]
+        state |= {f"{module.__name__}.{name}": value for name, value in vars(module).items() if callable(value)}
+    state["modes"] = torch._C._len_torch_function_stack()
+    state["kernels"] = [name for name in sys.modules if name.split(".")[0] in KERNELS]
     for name in ("megatron.core.tensor_parallel.random", "megatron.core.transformer.moe.token_dispatcher"):
-        found |= {f"{name}.{key}": value for key, value in vars(sys.modules[name]).items() if callable(value)}
-    return found
+        state |= {f"{name}.{key}": value for key, value in vars(sys.modules[name]).items() if callable(value)}
+    return state
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ def _foreign_parallel_state(rank: int, order: str) -> ParallelLayout:
 
 def test_layout_of_a_parallel_state_that_others_made() -> None:
     for order in ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"):
-        found = run_ranks(_foreign_parallel_state, 4, order)
-        assert found == [ParallelLayout(pp=2, dp=2, order=order, stage_layers=(1, 3))] * 4
+        layouts = run_ranks(_foreign_parallel_state, 4, order)
+        assert layouts == [ParallelLayout(pp=2, dp=2, order=order, stage_layers=(1, 3))] * 4
 
 
 def _alone(rank: int) -> tuple[int, bool]:

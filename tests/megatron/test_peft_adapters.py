@@ -240,10 +240,10 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_changes(scratch: Pa
     base = _base(scratch, "qwen2")
     adapter = tmp_path / "adapter"
     _peft_adapter(base, adapter, target_modules=["q_proj", "k_proj", "v_proj"])
-    found = read_lora_config(AutoBridge.from_pretrained(base).spec, adapter)
-    assert found == LoRAConfig(3, 7.0, ("q_proj", "k_proj", "v_proj"), canonical=True)
+    read_config = read_lora_config(AutoBridge.from_pretrained(base).spec, adapter)
+    assert read_config == LoRAConfig(3, 7.0, ("q_proj", "k_proj", "v_proj"), canonical=True)
 
-    def refused(message: str, config: LoRAConfig | None = found) -> None:
+    def refused(message: str, config: LoRAConfig | None = read_config) -> None:
         with pytest.raises(RankError, match=message):
             run_ranks(_load, 1, base, config, adapter)
 
@@ -253,7 +253,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_changes(scratch: Pa
     refused(r"unexpected .*q_proj\.lora_A", LoRAConfig(3, 7.0, ("v_proj", "k_proj"), True))
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | {"use_dora": True}))
-    refused(r"StateMismatchError: .* missing .*lora_magnitude_vector", replace(found, dora=True))
+    refused(r"StateMismatchError: .* missing .*lora_magnitude_vector", replace(read_config, dora=True))
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
     refused("UnsupportedModelError: .*init_lora_weights='pissa' changed the base weights.*path_initial_model")
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | {"rank_pattern": {r"layers.1.*q_proj": 8}}))

@@ -39,8 +39,8 @@ def test_values_and_gradients(heads: int, ranks: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(3, 2, heads, DIM, generator=generator) for _ in range(2))
     weight = torch.randn(heads * DIM, generator=generator)
-    whole, scale = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    expected = torch.nn.functional.rms_norm(whole.flatten(2), (heads * DIM,), scale, EPS).view_as(x)
+    full_input, scale = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.nn.functional.rms_norm(full_input.flatten(2), (heads * DIM,), scale, EPS).view_as(x)
     (expected * upstream).sum().backward()
     parts = run_ranks(normalized, ranks, ranks, x, weight, upstream)
     gradient, tolerance = torch.zeros_like(x), rounding(heads * DIM, 3)  # the sum of squares, and back twice
@@ -48,5 +48,5 @@ def test_values_and_gradients(heads: int, ranks: int) -> None:
         first = rank * heads // ranks
         assert_near(output, expected[:, :, first : first + output.shape[2]], tolerance)
         gradient[:, :, first : first + output.shape[2]] += local_gradient
-    assert_near(gradient, whole.grad, tolerance)
+    assert_near(gradient, full_input.grad, tolerance)
     assert_near(sum(weight_gradient for *_, weight_gradient in parts), scale.grad, tolerance)

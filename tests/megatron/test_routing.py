@@ -73,8 +73,8 @@ def test_transformers_routers(name: str) -> None:
         chosen_groups=getattr(config, "topk_group", None) or groups,
         group_experts=1 if model_type == "deepseek_v2" else 2,
     )
-    found_weights, found = route(logits, routing, config.num_experts_per_tok, bias)
-    assert_near(spread(found_weights, found), spread(weights, chosen), ROUNDING)
+    our_weights, our_indices = route(logits, routing, config.num_experts_per_tok, bias)
+    assert_near(spread(our_weights, our_indices), spread(weights, chosen), ROUNDING)
 
 
 def randomize(router: nn.Module) -> Tensor | None:

@@ -176,12 +176,13 @@ def test_only_fields_of_the_release_are_set() -> None:
     assert config.quiet_fields(set()) == {}
 
 
-def _places(layout: ParallelLayout, layers: int) -> Any:
+def _coordinates_and_stages(layout: ParallelLayout, layers: int) -> Any:
     return [layout.coordinates(rank) for rank in range(layout.world_size)], layout.layers_of_stages(layers)
 
 
 def _layout_without_a_parallel_state(rank: int, layout: ParallelLayout, variant: str) -> Any:
-    """Of a model that another library built, with groups of its own; unset ones raise before 0.19 and are `None` since."""
+    """The layout of a model with a parallel state, and its layout by the model's own groups alone, as if another library had
+    built it. A group that is not set raises an error before 0.19, and is `None` since."""
     initialize_parallel(layout)
     spec = model_spec(FAMILIES[variant].hf_config())
     model = build_model(spec, layout)
@@ -194,7 +195,7 @@ def _layout_without_a_parallel_state(rank: int, layout: ParallelLayout, variant:
         chunk.pg_collection = SimpleNamespace(**{axis: getattr(chunk.pg_collection, axis) for axis in ("tp", "cp", "pp")})
     if not spec.num_experts:
         assert layout_of(model, spec) == own
-    return _places(expected, spec.num_layers), _places(own, spec.num_layers)
+    return _coordinates_and_stages(expected, spec.num_layers), _coordinates_and_stages(own, spec.num_layers)
 
 
 def destroy_model_parallel() -> None:
@@ -214,5 +215,5 @@ def destroy_model_parallel() -> None:
     ids=str,
 )
 def test_a_models_own_groups_say_its_layout_where_there_is_no_parallel_state(variant: str, layout: ParallelLayout) -> None:
-    for expected, found in run_ranks(_layout_without_a_parallel_state, layout.world_size, layout, variant):
-        assert found == expected
+    for expected, own in run_ranks(_layout_without_a_parallel_state, layout.world_size, layout, variant):
+        assert own == expected

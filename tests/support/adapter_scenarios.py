@@ -93,8 +93,8 @@ def slots_are_proven_and_reverted(start: Path) -> None:
     manager = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
 
     def answers(name: str | None) -> Any:
-        found = engine.generate([[5, 9, 33], [1, 2, 3, 4]], temperature=0.0, max_tokens=3, adapter=name)
-        return [(answer.tokens, answer.logprobs) for answer in found]
+        completions = engine.generate([[5, 9, 33], [1, 2, 3, 4]], temperature=0.0, max_tokens=3, adapter=name)
+        return [(answer.tokens, answer.logprobs) for answer in completions]
 
     base, first, second = answers(None), adapter(start, 1), adapter(start, 2)
     report = put(engine, "a", 1, first)
@@ -102,16 +102,16 @@ def slots_are_proven_and_reverted(start: Path) -> None:
     assert engine.adapter_digests("a") == {name: f"{digest(tensor):016x}" for name, tensor in first.items()}
     served = answers("a")
     assert served != base
-    assert answers(None) == base  # through the zero adapter
+    assert answers(None) == base  # base rows use an adapter of zeros
 
-    # The slot takes a bit of something else: found when it is read back, and the version before serves on.
+    # One number of the slot is changed: reading it back notices this, and the version before serves on.
     activate = manager.activate_adapter
 
     def corrupting(slot_id: int) -> bool:
         result = activate(slot_id)
         layer = manager.modules["model.layers.2.self_attn.qkv_proj"]
         layer.lora_b_stacked[1][manager.lora_index_to_id.index(slot_id), 0, 3, 2] += 1e-3
-        manager.activate_adapter = activate  # once
+        manager.activate_adapter = activate  # corrupt one slot only
         return result
 
     manager.activate_adapter = corrupting
@@ -120,7 +120,7 @@ def slots_are_proven_and_reverted(start: Path) -> None:
     assert engine.adapter_versions() == {"a": 1}
     assert answers("a") == served
 
-    # Also what lies beside the adapter's rank in its slot, and what changes later.
+    # Numbers beyond the adapter's rank in its slot are noticed, and so are factors that change later.
     layer = manager.modules["model.layers.0.mlp.down_proj"]
     slot = manager.lora_index_to_id.index(2)
     layer.lora_a_stacked[0][slot, 0, 7, 5] = 1.0
@@ -131,7 +131,7 @@ def slots_are_proven_and_reverted(start: Path) -> None:
     changed = [name for name, value in engine.adapter_digests("a").items() if value != f"{digest(first[name]):016x}"]
     assert changed == ["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"]
 
-    # What the engine has no place for.
+    # Adapters that the engine has no slot for are refused.
     stranger = {name.replace("q_proj", "x_proj"): tensor for name, tensor in second.items()}
     with pytest.raises(EngineMismatch, match=r"no LoRA layer for .*layers\.0\.self_attn\.x_proj\.lora_A"):
         put(engine, "a", 3, stranger)
@@ -181,18 +181,18 @@ def ranks_by_pattern_act_as_merged_weights(start: Path) -> float:
 
 
 def tokens_are_labelled_with_the_policys_versions(start: Path) -> None:
-    """Also of a request that goes on across an update, or is ended by it."""
+    """Each token has the version of the policy that sampled it, also if an update comes amid its request or ends it."""
     engine = InProcessEngine(start, **OPTIONS)
     policies = [adapter(start, seed) for seed in range(4)]
     put(engine, "policy", 5, policies[0], is_policy=True)
     assert engine.weight_version == 5
     for version, requests in ((6, "keep"), (7, "abort"), (8, "wait")):
         with ThreadPoolExecutor() as pool:
-            asked = pool.submit(engine.generate, [[5, 9, 33]], max_tokens=50, ignore_eos=True, adapter="policy")
+            request = pool.submit(engine.generate, [[5, 9, 33]], max_tokens=50, ignore_eos=True, adapter="policy")
             while not engine._requests.in_flight:
                 time.sleep(1e-3)
             put(engine, "policy", version, policies[version - 5], is_policy=True, requests=requests)
-            (answer,) = asked.result()
+            (answer,) = request.result()
         assert engine.weight_version == version
         assert set(answer.token_versions) <= {version - 1, version}
         assert answer.finish_reason == ("abort" if requests == "abort" else "length")
@@ -206,7 +206,7 @@ def tokens_are_labelled_with_the_policys_versions(start: Path) -> None:
 
 
 def adapters_by_names_and_json(start: Path) -> None:
-    """As clients of an engine that somebody else runs reach it; one finds what another has put."""
+    """Two clients reach an engine that somebody else runs, and each sees the adapters that the other one has put there."""
     with InProcessEngine(start, **OPTIONS, worker_extension_cls=EXTENSION) as inner:
         engine, other = ByName(inner), ByName(inner)
         (base,) = engine.generate([[5, 9, 33]])
@@ -218,10 +218,10 @@ def adapters_by_names_and_json(start: Path) -> None:
         put(other, "a", 2, second)
         assert engine.adapter_versions() == {"a": 2}
         assert engine.adapter_digests("a") == {name: f"{digest(tensor):016x}" for name, tensor in second.items()}
-        asked = engine.generate([[5, 9, 33]] * 2, adapter=["a", None])
-        assert [one.adapter for one in asked] == ["a@2", "base"]
-        assert asked[0].tokens not in (base.tokens, answer.tokens)
-        assert asked[1].tokens == base.tokens
+        answers = engine.generate([[5, 9, 33]] * 2, adapter=["a", None])
+        assert [one.adapter for one in answers] == ["a@2", "base"]
+        assert answers[0].tokens not in (base.tokens, answer.tokens)
+        assert answers[1].tokens == base.tokens
         assert not engine.halted
         with pytest.raises(EngineMismatch, match="'base' names what base rows have"):
             put(engine, "base", 1, first)
@@ -275,17 +275,17 @@ def three_adapters_in_turn(
     bridge.load_weights(model)
     add_lora(model, config)
     engine = start_engine() if rank == 0 else None
-    assert_alike = assert_equal if isinstance(engine, EngineProcess) else assert_close  # others batch requests as they come
+    assert_alike = assert_equal if isinstance(engine, EngineProcess) else assert_close  # other engines batch by arrival
     base = greedy(engine, None) if engine else None
     syncs = {name: AdapterSync(bridge, model, engine, name) for name in "abc"}
-    found: dict[str, Any] = {"reports": [], "checks": 0}
+    results: dict[str, Any] = {"reports": [], "checks": 0}
     for version, name in enumerate("abcacb"[:updates], start=1):
         others = [other for other in "abc" if engine and other != name and other in engine.adapter_versions()]
         before = {other: (engine.adapter_digests(other), greedy(engine, other)) for other in others} if engine else {}
         fill(model, seed=version)
         report = syncs[name].sync(version)
         merged = dict(bridge.export_weights(model))
-        found["reports"].append(report)
+        results["reports"].append(report)
         if engine is None:
             continue
         assert_close(greedy(engine, name), greedy_of_transformers(start, merged))
@@ -293,7 +293,7 @@ def three_adapters_in_turn(
         for other, (digests, answers) in before.items():
             assert engine.adapter_digests(other) == digests
             assert_alike(greedy(engine, other), answers)
-            found["checks"] += 1
+            results["checks"] += 1
         assert engine.adapter_versions()[name] == version
         (answer, *_) = engine.generate(PROMPTS[:1], max_tokens=1, adapter=name)
         assert answer.adapter == f"{name}@{version}"
@@ -301,9 +301,9 @@ def three_adapters_in_turn(
         mixed = greedy(engine, ["a", None, "c", "b", None], [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1]])
         a, b, c = (greedy(engine, name) for name in "abc")
         assert_close(mixed, [a[0], base[0], c[1], b[0], base[1]])
-        found["versions"] = engine.adapter_versions()
+        results["versions"] = engine.adapter_versions()
 
-    # A bit that flips on the way: the version before serves on.
+    # A bit flips on the way: the sync fails, and the version before serves on.
     served = (engine.adapter_digests("a"), greedy(engine, "a")) if engine else None
     if engine is not None:
         syncs["a"]._engines = Engines([TearsABit(engine, syncs["a"])])  # type: ignore[list-item]
@@ -313,7 +313,7 @@ def three_adapters_in_turn(
     if engine is not None:
         assert engine.adapter_digests("a") == served[0]
         assert_alike(greedy(engine, "a"), served[1])
-        assert engine.adapter_versions() == found["versions"]
+        assert engine.adapter_versions() == results["versions"]
         syncs["a"]._engines = Engines([engine])
     with pytest.raises(EngineMismatch, match="has 4 LoRA slots, one of them for base rows, and holds a, b, c"):
         AdapterSync(bridge, model, engine, "d").sync(1)
@@ -324,13 +324,13 @@ def three_adapters_in_turn(
     AdapterSync(bridge, model, engine, "d").sync(1)
     if engine is not None:
         assert_close(greedy(engine, None), base)
-    found["policies_differ"] = trained_policy_is_sampled(bridge, model, engine)
+    results["policies_differ"] = trained_policy_is_sampled(bridge, model, engine)
     if engine is not None:
         engine.close()
     for sync in syncs.values():
         sync.close()
-    found["model_bytes"] = sum(tensor.nbytes for tensor in bridge.metadata(torch.float32))
-    return found
+    results["model_bytes"] = sum(tensor.nbytes for tensor in bridge.metadata(torch.float32))
+    return results
 
 
 def greedy(engine: EngineProcess, adapter: Any, prompts: list[list[int]] = PROMPTS) -> Answers:
@@ -346,14 +346,14 @@ def greedy_of_transformers(start: Path, state: dict[str, torch.Tensor]) -> Answe
     return engine_answers.greedy_of_transformers(model, 4)
 
 
-def assert_close(found: Answers, expected: Answers) -> None:
-    for (tokens, logprobs), (wanted, wanted_logprobs) in zip(found, expected, strict=True):
+def assert_close(answers: Answers, expected: Answers) -> None:
+    for (tokens, logprobs), (wanted, wanted_logprobs) in zip(answers, expected, strict=True):
         assert tokens == wanted
         assert_near(logprobs, wanted_logprobs, ROUNDING, scale=LOGITS, what="log-probabilities")
 
 
-def assert_equal(found: Answers, expected: Answers) -> None:
-    assert found == expected
+def assert_equal(answers: Answers, expected: Answers) -> None:
+    assert answers == expected
 
 
 def fill(model: list[torch.nn.Module], seed: int) -> None:
@@ -379,21 +379,21 @@ class TearsABit:
 
 
 def trained_policy_is_sampled(bridge: AutoBridge, model: list[torch.nn.Module], engine: EngineProcess | None) -> float:
-    """Two real steps, a sync, and samples: how far the trainer's log-probabilities of them are from the engine's."""
+    """Takes two real steps, syncs and samples; returns how far the trainer's log-probabilities are from the engine's."""
     fill(model, 1)
     trainer = MegatronTrainer(model, TrainerConfig(learning_rate=1e-2))
     batch = Batch.from_completions(PROMPTS, [[7, 8, 9], [10, 11]], pad_token_id=0)
     for _ in range(2):
         trainer.step(batch, supervised_loss)
-    near = AdapterSync(bridge, trainer.model, engine, "d")
-    expected = near.sync(1)
-    near.close()
-    # As if every rank and the engine were on a machine of its own: what travels is the same.
+    local_sync = AdapterSync(bridge, trainer.model, engine, "d")
+    local = local_sync.sync(1)
+    local_sync.close()
+    # With every rank and the engine on a machine of its own, as simulated here, the same bytes are sent.
     with patch("mbridge_rl.sync.adapter_sync.machine_id", str), patch.object(RankGroup, "on_one_machine", False):
-        far = AdapterSync(bridge, trainer.model, engine, "d")
-    found = far.sync(2)
-    assert (found.digest, found.nbytes, found.verified) == (expected.digest, expected.nbytes, True)
-    far.close()
+        remote_sync = AdapterSync(bridge, trainer.model, engine, "d")
+    remote = remote_sync.sync(2)
+    assert (remote.digest, remote.nbytes, remote.verified) == (local.digest, local.nbytes, True)
+    remote_sync.close()
     sampled = [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4)]
     if engine is not None:
         answers = AdaptedEngine(engine, "d").generate(PROMPTS, max_tokens=4, seed=3, ignore_eos=True)

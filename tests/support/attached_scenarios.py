@@ -60,7 +60,7 @@ def fresh(directory: Path, tag: str) -> Any:
 
 
 def is_refitted_exactly(engine: Any, directory: Path, url: str) -> None:
-    """Both checkpoints in turn, by every transport that fits a host; then as `is_fresh` says."""
+    """Syncs both checkpoints in turn, by every transport that fits a host, and samples several completions with seeds."""
     wanted = {tag: fresh(directory, tag) for tag in "AB"}
     assert_same(greedy(engine), wanted["A"])
     ways = [("staged", "auto"), ("staged", "files"), ("streaming", "shared_memory"), ("streaming", "process_group")]
@@ -72,9 +72,9 @@ def is_refitted_exactly(engine: Any, directory: Path, url: str) -> None:
         assert report.digest == report.engine["digest"]
         assert report.engine["proven_live"] == report.tensors
         assert engine.weight_version == version
-        found = greedy(engine)
-        assert_same(found, wanted[tag])
-        assert set(found.token_versions) == {version}
+        completion = greedy(engine)
+        assert_same(completion, wanted[tag])
+        assert set(completion.token_versions) == {version}
     several = engine.generate([PROMPT, PROMPT, [7]], n=2, temperature=1.0, seed=3, max_tokens=[4, 5, 6])
     assert [(one.prompt_index, len(one.tokens), len(one.logprobs)) for one in several] == [
         (index, 4 + index, 4 + index) for index in (0, 0, 1, 1, 2, 2)
@@ -85,11 +85,11 @@ def is_refitted_exactly(engine: Any, directory: Path, url: str) -> None:
 
 
 def holds_requests_in_flight(engine: Any, directory: Path) -> None:
-    """Kept, waited for, or aborted; by the versions of their tokens."""
-    before, after, kept = amid_a_request(engine, directory, "keep", lambda answer: len(set(answer.token_versions)) == 2)
-    assert (kept.finish_reason, len(kept.tokens)) == ("length", LENGTH)
-    assert list(kept.token_versions) == sorted(kept.token_versions)
-    assert set(kept.token_versions) == {before, after}
+    """Requests in flight are continued, waited for or aborted, as the versions of their tokens show."""
+    before, after, continued = amid_a_request(engine, directory, "keep", lambda answer: len(set(answer.token_versions)) == 2)
+    assert (continued.finish_reason, len(continued.tokens)) == ("length", LENGTH)
+    assert list(continued.token_versions) == sorted(continued.token_versions)
+    assert set(continued.token_versions) == {before, after}
     before, _, waited = amid_a_request(
         engine, directory, "wait", lambda answer: answer.token_versions[0] != engine.weight_version
     )
@@ -155,10 +155,10 @@ def stalls(outlet: RingOutlet) -> None:
     raise TransferTimeout("the trainer stalls")
 
 
-def assert_same(found: Any, wanted: Any) -> None:
-    assert found.tokens == wanted.tokens
-    # Of the likeliest tokens: their own log-probabilities are small, the logits that they are made of are not.
-    assert_near(found.logprobs, wanted.logprobs, ROUNDING, scale=logit_scale(SIZES["hidden_size"]))
+def assert_same(completion: Any, wanted: Any) -> None:
+    assert completion.tokens == wanted.tokens
+    # The log-probabilities of the likeliest tokens are small, but the logits that they are computed from are not.
+    assert_near(completion.logprobs, wanted.logprobs, ROUNDING, scale=logit_scale(SIZES["hidden_size"]))
 
 
 class ByName(AttachedEngine):
@@ -246,7 +246,7 @@ def started_async_engine(model_dir: Path, **options: Any) -> Any:
 
 
 def refit_from_megatron(rank: int, directory: Path, start_engine: Callable[[], Any], wanted: Any) -> None:
-    """Real Megatron ranks; `wanted` is what a fresh engine says with the weights of "B". The engine starts with "A"'s."""
+    """Real Megatron ranks refit an engine that starts with the weights of "A". A fresh engine with "B"'s answers `wanted`."""
     initialize_parallel(ParallelLayout(tp=2))
     bridge = AutoBridge.from_pretrained(directory / "A")
     model = bridge.build_model()
@@ -263,9 +263,9 @@ def refit_from_megatron(rank: int, directory: Path, start_engine: Callable[[], A
             assert len(report.engine["bytes_per_worker"]) == 2
             assert report.digest == report.engine["digest"]
             assert report.engine["proven_live"] == report.tensors
-            found = greedy(engine)
-            assert_same(found, answers[tag])
-            assert set(found.token_versions) == {version}
+            completion = greedy(engine)
+            assert_same(completion, answers[tag])
+            assert set(completion.token_versions) == {version}
     if engine is not None:
         engine.close()
 
@@ -300,22 +300,22 @@ def a_server(directory: Path, url: str) -> None:
 
 
 def trainers_are_killed(directory: Path, url: str) -> None:
-    """Amid a transfer and in the pause of a commit. What waits then is answered after the next trainer's sync."""
+    """Trainers die amid a transfer and in the pause of a commit. Requests that wait then are answered after the next sync."""
     engine = ServerEngine(url)
     wanted = {"A": greedy(engine)}
     update(directory, "B", engine, 1)
     wanted["B"] = greedy(engine)
 
-    is_killed(directory, url, "staged", SlotOutlet, "send")  # it had "A"
-    found = greedy(engine)
-    assert_same(found, wanted["B"])
-    assert set(found.token_versions) == {1}
+    is_killed(directory, url, "staged", SlotOutlet, "send")  # the trainer that is killed had the weights of "A"
+    completion = greedy(engine)
+    assert_same(completion, wanted["B"])
+    assert set(completion.token_versions) == {1}
 
     is_killed(directory, url, "streaming", RingOutlet, "send")
     with pytest.raises(EngineUnusable, match="an update from version 1 to version 9 is under way"):
         greedy(engine)
     goes_on_with_the_next(engine, directory, "A", 2, wanted["A"])
-    is_killed(directory, url, "staged", ServerEngine, "_in_workers")  # of the commit: it is decided, and the engine paused
+    is_killed(directory, url, "staged", ServerEngine, "_in_workers")  # in the commit: it is decided, and the engine is paused
     goes_on_with_the_next(engine, directory, "B", 3, wanted["B"])
     is_killed(directory, url, "staged", ServerEngine, "_serve")  # the weights are "A"'s, their version is still 3
     goes_on_with_the_next(engine, directory, "B", 4, wanted["B"])
@@ -358,35 +358,35 @@ def goes_on_with_the_next(engine: Any, directory: Path, tag: str, version: int, 
     assert not answers  # the engine is paused
     update(directory, tag, engine, version)
     asking.join(60.0)
-    for found in (*answers, greedy(engine)):
-        assert_same(found, wanted)
-        assert set(found.token_versions) == {version}
+    for completion in (*answers, greedy(engine)):
+        assert_same(completion, wanted)
+        assert set(completion.token_versions) == {version}
     assert len(answers) == 1
 
 
 def names_adapters_for_everybody(url: str, start: Path) -> None:
-    """What `adapt_in_turn` left behind: another client finds it, and requests name it."""
+    """Another client finds the adapters that `adapt_in_turn` left in the engine, and its requests can name them."""
     from adapter_scenarios import adapter, put
 
     engine = ServerEngine(url)
     assert engine.adapter_versions().keys() == {"a", "b", "d"}
 
-    def asked(name: str | None) -> list[int]:
+    def tokens_of(name: str | None) -> list[int]:
         body = {"token_ids": PROMPT, "sampling_params": {"temperature": 0.0, "max_tokens": 4}, "model": name}
         return engine._post("/inference/v1/generate", body)["choices"][0]["token_ids"]
 
     for name in ("a", "b", "d"):
-        assert asked(name) == engine.generate([PROMPT], temperature=0.0, max_tokens=4, adapter=name)[0].tokens
-    assert asked("a") != asked("b")
+        assert tokens_of(name) == engine.generate([PROMPT], temperature=0.0, max_tokens=4, adapter=name)[0].tokens
+    assert tokens_of("a") != tokens_of("b")
     with pytest.raises(SyncError, match="the engine holds no adapter 'c'; found a, b, d"):
         engine.generate([PROMPT], adapter="c")
     with pytest.raises(SyncError, match="The model `c` does not exist"):
-        asked("c")
+        tokens_of("c")
 
     engine.remove_adapter("d")
-    before, tensors = [asked(name) for name in ("a", "b", None)], adapter(start, 7)
+    before, tensors = [tokens_of(name) for name in ("a", "b", None)], adapter(start, 7)
     pid = os.fork()
-    if pid == 0:  # a trainer that dies where vLLM knows the adapter and its slot has no factors yet
+    if pid == 0:  # a trainer that dies when vLLM knows the adapter, but its slot has no factors yet
         AdapterSlots._replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
         put(ServerEngine(url), "e", 1, tensors)
         os._exit(1)
@@ -394,6 +394,6 @@ def names_adapters_for_everybody(url: str, start: Path) -> None:
     assert engine.adapter_versions().keys() == {"a", "b"}
     put(engine, "e", 2, tensors)
     assert engine.adapter_versions()["e"] == 2
-    assert [asked(name) for name in ("a", "b", None)] == before
-    assert asked("e") not in before
+    assert [tokens_of(name) for name in ("a", "b", None)] == before
+    assert tokens_of("e") not in before
     engine.close()

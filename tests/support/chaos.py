@@ -35,8 +35,8 @@ import torch
 from chaos_trainer import (
     ENGINE,
     FAULTS,
-    PATIENCE,
     STALL_WAITS,
+    UNDISTURBED_TIMEOUT,
     VARIANT,
     WAIT_SECONDS,
     WAYS,
@@ -121,29 +121,29 @@ class Scene:
         ranks = self._trainers(case, [1, 2])
         self._strike(ranks)
         _wait_for(lambda: all(map(_has_ended, ranks)), f"trainer ranks of {case}")
-        said = [_said(self.folder, rank) for rank in range(2)]
-        for rank, text in enumerate(said):
+        outcomes = [_outcome(self.folder, rank) for rank in range(2)]
+        for rank, text in enumerate(outcomes):
             assert text in ("2", "killed") or "Traceback" not in text, (case, text)
             assert text != "killed" or case.fault == f"kill rank {rank}", f"{case}: rank {rank} died"
-        assert (self.folder / "at-2-0").exists(), f"{case} never came to version 2: {said}"
+        assert (self.folder / "at-2-0").exists(), f"{case} never came to version 2: {outcomes}"
         killed = [case.struck] if case.fault == "kill the engine" else []
-        found = [self._verdict_of(engine) for engine in range(case.engines) if engine not in killed]
+        verdicts = [self._verdict_of(engine) for engine in range(case.engines) if engine not in killed]
         waits = self._waits(ranks)
-        found += map(self._starts_again, killed)
+        verdicts += map(self._starts_again, killed)
         bound = BOUND_WAITS + (STALL_WAITS if case.fault == "stall" else 0.0)
-        assert waits < bound, f"{case}: {said}, {found} after {waits:.1f} times the time-out of a wait"
+        assert waits < bound, f"{case}: {outcomes}, {verdicts} after {waits:.1f} times the time-out of a wait"
         self._reap()
-        again = self._trainers(None, [3])
-        _wait_for(lambda: all(map(_has_ended, again)), f"the next trainer of {case}")
-        assert [_said(self.folder, rank) for rank in range(2)] == ["3", "3"], case
+        next_ranks = self._trainers(None, [3])
+        _wait_for(lambda: all(map(_has_ended, next_ranks)), f"the next trainer of {case}")
+        assert [_outcome(self.folder, rank) for rank in range(2)] == ["3", "3"], case
         for engine in range(case.engines):
-            assert RemoteEngine(address(self.folder, engine), PATIENCE).generate() == (3, self._digests[3]), case
-        return Outcome(found, said, waits)
+            assert RemoteEngine(address(self.folder, engine), UNDISTURBED_TIMEOUT).generate() == (3, self._digests[3]), case
+        return Outcome(verdicts, outcomes, waits)
 
     def end(self) -> None:
-        """Nobody is killed: trainers are done, and engines close."""
+        """Shuts the engines down and waits until all processes have ended by themselves. The trainers are done by now."""
         for engine in range(self.case.engines):
-            threads = RemoteEngine(address(self.folder, engine), PATIENCE).shut_down()
+            threads = RemoteEngine(address(self.folder, engine), UNDISTURBED_TIMEOUT).shut_down()
             assert not threads, f"{self.case}: engine {engine} still has the threads {threads}"
         _wait_for(lambda: all(map(_has_ended, self.pids)), f"the end of all processes of {self.case}")
         self._reap()
@@ -199,12 +199,12 @@ class Scene:
         return max(0.0, max(verdicts) - moment - late) / WAIT_SECONDS
 
     def _starts_again(self, engine: int) -> str:
-        """One that was killed catches up."""
+        """Starts an engine again that was killed, and lets it catch up."""
         store = WeightStore(self.name + self.case.store(engine))
         head = store.head()
         assert head is not None, f"{self.case}: the store is empty"
         self._engines[engine] = self._serving(engine)
-        client = RemoteEngine(address(self.folder, engine), PATIENCE)
+        client = RemoteEngine(address(self.folder, engine), UNDISTURBED_TIMEOUT)
         if self.case.copied:
             store.copy_to(WeightStore("copy", self.folder, durable=True))
             client.catch_up("copy", str(self.folder))
@@ -214,10 +214,10 @@ class Scene:
         return f"caught up to {head.version}"
 
     def _verdict_of(self, engine: int) -> str:
-        """What an engine that lives serves now."""
-        case, deadline = self.case, time.monotonic() + PATIENCE
+        """What an engine that was not killed serves now, in words."""
+        case, deadline = self.case, time.monotonic() + UNDISTURBED_TIMEOUT
         assert not _has_ended(self._engines[engine]), f"engine {engine} died of {case}"
-        client = RemoteEngine(address(self.folder, engine), PATIENCE)
+        client = RemoteEngine(address(self.folder, engine), UNDISTURBED_TIMEOUT)
         while True:
             refusal = None
             try:
@@ -234,8 +234,9 @@ class Scene:
             time.sleep(0.02)
 
 
-def _said(folder: Path, rank: int) -> str:
-    path = folder / f"said-{rank}"
+def _outcome(folder: Path, rank: int) -> str:
+    """What rank `rank` wrote about its end: the last version, "done", or its error; "killed" if it wrote nothing."""
+    path = folder / f"outcome-{rank}"
     text = path.read_text() if path.exists() else "killed"
     path.unlink(missing_ok=True)
     return text
@@ -254,7 +255,7 @@ def _end(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _wait_for(done: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+def _wait_for(done: Callable[[], bool], what: str, seconds: float = UNDISTURBED_TIMEOUT) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
@@ -276,11 +277,13 @@ def main() -> None:
             continue
         tally.update((case.fault, f"{case.mode}: {served}") for served in outcome.served)
         waits.setdefault(case.fault, []).append(outcome.waits)
-    for (fault, found), times in sorted(tally.items()):
-        print(f"{times:4d}  {fault:16s} -> {found}")
+    for (fault, verdict), times in sorted(tally.items()):
+        print(f"{times:4d}  {fault:16s} -> {verdict}")
     print(f"from the strike to the last verdict, in waits of {WAIT_SECONDS} s: median, nine of ten, longest")
-    for fault, found in sorted(waits.items()):
-        middle, most, longest = (sorted(found)[min(len(found) - 1, int(share * len(found)))] for share in (0.5, 0.9, 1.0))
+    for fault, durations in sorted(waits.items()):
+        middle, most, longest = (
+            sorted(durations)[min(len(durations) - 1, int(share * len(durations)))] for share in (0.5, 0.9, 1.0)
+        )
         print(f"      {fault:16s} {middle:6.2f} {most:6.2f} {longest:6.2f}")
     print(f"{count} runs, {failures} failed, {time.monotonic() - started:.0f} s")
     sys.exit(failures > 0)

@@ -32,7 +32,7 @@ OUTLETS: list[Any] = [SlotOutlet, RingOutlet, GroupOutlet, FilesOutlet]
 LAYOUT, ENGINE, VARIANT = ParallelLayout(tp=2), EngineLayout(tp=2), "qwen3"
 WAIT_SECONDS = 1.5  # of every wait inside of a sync that is struck
 STALL_WAITS = 3.0  # that a stalled rank sleeps
-PATIENCE = 300.0  # of whoever is not struck, and may be on a machine that does much else
+UNDISTURBED_TIMEOUT = 300.0  # in seconds, for everybody who is not struck: the machine may be busy with other work
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,22 @@ def address(folder: Path, engine: int) -> Path:
 
 
 def train(rank: int, folder: Path, name: str, case: Case | None, versions: list[int], engines: int) -> None:
-    """A trainer rank: syncs the versions, and leaves a file that says which was the last, or why there was none."""
+    """Runs one trainer rank: it syncs the versions and writes its outcome to a file, the last version or the error."""
     torch.set_num_threads(1)
     try:
         meet(folder, rank, "-".join(map(str, versions)))
         bridge, model = light_model(VARIANT, LAYOUT, rank, weights(versions[0]))
-        clients = [RemoteEngine(address(folder, engine), PATIENCE) for engine in range(engines)] if rank == 0 else None
+        clients = (
+            [RemoteEngine(address(folder, engine), UNDISTURBED_TIMEOUT) for engine in range(engines)] if rank == 0 else None
+        )
         mode, transport = (case.mode, case.transport) if case else ("staged", "shared_memory")
-        if mode == "streaming":  # which leaves nothing in the store
-            plain = {"transport": transport, "store": name, "bucket_bytes": 1 << 11, "timeout": PATIENCE}
+        if mode == "streaming":  # this mode leaves nothing in the store
+            plain = {"transport": transport, "store": name, "bucket_bytes": 1 << 11, "timeout": UNDISTURBED_TIMEOUT}
             with closing(WeightSync(bridge, model, clients, **plain)) as staged:
                 staged.sync(versions[0])
         sync = WeightSync(
             bridge, model, clients, mode=mode, transport=transport, store=name, url=str(folder / "files"), bucket_bytes=1 << 11,
-            timeout=WAIT_SECONDS if case else PATIENCE, retries=0, delta=case is not None and case.delta,
+            timeout=WAIT_SECONDS if case else UNDISTURBED_TIMEOUT, retries=0, delta=case is not None and case.delta,
         )  # fmt: skip
         with closing(sync):
             for version in versions:
@@ -108,7 +110,7 @@ def train(rank: int, folder: Path, name: str, case: Case | None, versions: list[
         result = f"{type(error).__name__}: {error}"
     except Exception:
         result = traceback.format_exc()
-    write(folder / f"said-{rank}", result)
+    write(folder / f"outcome-{rank}", result)
 
 
 def write(path: Path, text: str) -> None:
@@ -126,9 +128,9 @@ def _struck_sync(sync: WeightSync, verdict: Path) -> None:
 
 
 def _undisturbed(sync: WeightSync, version: int) -> None:
-    """What nobody strikes may still take longer than `WAIT_SECONDS` on a machine that does much else. What one rank raises all
-    raise, so all of them try again."""
-    deadline = time.monotonic() + PATIENCE
+    """Syncs until it succeeds. Without a strike, too, a sync may take longer than `WAIT_SECONDS` on a busy machine. An error of
+    one rank is raised by all ranks, so all of them try again."""
+    deadline = time.monotonic() + UNDISTURBED_TIMEOUT
     while True:
         try:
             sync.sync(version)
@@ -143,7 +145,9 @@ def _undisturbed(sync: WeightSync, version: int) -> None:
 def meet(folder: Path, rank: int, tag: str = "") -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     meeting = f"file://{folder}/meeting-{tag}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE))
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=UNDISTURBED_TIMEOUT)
+    )
 
 
 def _sabotage(case: Case, rank: int, parts: int, folder: Path) -> None:

@@ -17,16 +17,16 @@ SCHEME = Fp8((8, 8))
 
 
 def quantized_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What one process makes of whole tensors."""
+    """The state in fp8 as one process quantizes it, which has every tensor in full."""
     spec = quantized_spec(model_spec(tiny_config("qwen3", **SIZES)), SCHEME)
     scales = scale_names(spec, SCHEME)
-    found = {}
+    quantized = {}
     for name in spec.hf_shapes:
         if name in scales:
-            found[name], found[scales[name]] = quantize(state[name], SCHEME)
-        elif name not in found:
-            found[name] = state[name]
-    return found
+            quantized[name], quantized[scales[name]] = quantize(state[name], SCHEME)
+        elif name not in quantized:
+            quantized[name] = state[name]
+    return quantized
 
 
 def grpo(policy: TokenStatistics, micro: Batch) -> Tensor:

@@ -48,7 +48,7 @@ def adapted_logits(rank: int, directory: Path, targets: tuple[str, ...], tokens:
 
 
 def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: bool = False) -> list[Any]:
-    """Megatron and vLLM in one process: an engine of checkpoint A is refitted to B and compared with an engine of B."""
+    """Refits an engine of checkpoint A to B, with Megatron and vLLM in one process, and compares it with an engine of B."""
     from mbridge_rl.sync.vllm.engines.in_process import InProcessEngine
     from mbridge_rl.sync.weight_sync import WeightSync
 
@@ -68,15 +68,15 @@ def refit_equals_fresh_engine(directory: Path, options: dict[str, Any], mtp: boo
             sync.close()
         finally:
             destroy_parallel()
-        found = _greedy(engine)
+        refitted = _greedy(engine)
     gc.freeze()
     with InProcessEngine(directory / "B", weight_version=1, **limits) as fresh:
         expected = _greedy(fresh)
-    assert [completion.logprobs for completion in before] != [completion.logprobs for completion in found]
-    for ours, theirs in zip(found, expected, strict=True):
+    assert [completion.logprobs for completion in before] != [completion.logprobs for completion in refitted]
+    for ours, theirs in zip(refitted, expected, strict=True):
         assert ours.tokens == theirs.tokens
         assert ours.logprobs == theirs.logprobs  # the same bits in the same kernels
-    return found
+    return refitted
 
 
 def greedy_of_engine(directory: Path, options: dict[str, Any]) -> list[Any]:
@@ -106,9 +106,9 @@ def _greedy(engine: Any) -> list[Any]:
 TOKENS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def assert_close_logits(found: Any, reference: torch.nn.Module, tolerance: float) -> None:
+def assert_close_logits(logits: Any, reference: torch.nn.Module, tolerance: float) -> None:
     with torch.no_grad():
         wanted = reference(TOKENS, use_cache=False).logits.float()
-    assert found.shape == wanted.shape
-    assert wanted.std() > 0.05  # a model whose logits say something
-    assert_near(found, wanted, tolerance, what="logits")
+    assert logits.shape == wanted.shape
+    assert wanted.std() > 0.05  # logits that differ enough for a comparison
+    assert_near(logits, wanted, tolerance, what="logits")

@@ -46,15 +46,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Unchanged:
-    """The family's own model: what Transformers and Megatron compute of it, and what describes it here."""
+    """The family's own model: the logits of Transformers and of Megatron, and what describes it here."""
 
     expected: Tensor
-    found: Tensor
+    logits: Tensor
     description: str
 
 
-def sweep(rank: int, family: Family, changes: Iterable[Change], together: Change | None = None) -> list[Outcome]:
-    """The outcome of every change, for `run_ranks` with one rank.
+def sweep(rank: int, family: Family, changes: Iterable[Change], combined: Change | None = None) -> list[Outcome]:
+    """Returns the outcome of every change. `run_ranks` runs this on one rank.
 
     Args:
         together: fields that are expected to have no effect; set at once, and in ever smaller parts where that is not so.
@@ -65,7 +65,7 @@ def sweep(rank: int, family: Family, changes: Iterable[Change], together: Change
         bridge = AutoBridge.from_pretrained(folder)
         unchanged = Unchanged(expected, _megatron_logits(bridge), _description(bridge.spec))
     outcomes = [_outcome(family, change, unchanged) for change in changes]
-    return outcomes + (_in_parts(family, together, unchanged) if together else [])
+    return outcomes + (_in_parts(family, combined, unchanged) if combined else [])
 
 
 def _description(spec: ModelSpec) -> str:
@@ -127,16 +127,16 @@ def _compared(
     except Exception as error:
         return Outcome(change, "error", f"{type(error).__name__}: {error}", effect)
     saved = {name: tuple(tensor.shape) for name, tensor in hf_state(directory).items()}
-    kept = {name: shape for name, shape in saved.items() if not name.startswith(family.ignored or (" ",))}
-    if different := sorted(set(bridge.spec.hf_shapes.items()) ^ set(kept.items())):
+    expected_shapes = {name: shape for name, shape in saved.items() if not name.startswith(family.ignored or (" ",))}
+    if different := sorted(set(bridge.spec.hf_shapes.items()) ^ set(expected_shapes.items())):
         return Outcome(change, "error", f"the table and the checkpoint differ in {different[:4]}", effect)
     try:
         # A model that is the same on both sides need not be computed again.
         same = effect == 0.0 and _description(bridge.spec) == unchanged.description
-        found = unchanged.found if same else _megatron_logits(bridge)
+        logits = unchanged.logits if same else _megatron_logits(bridge)
     except Exception as error:
         return Outcome(change, "error", f"{type(error).__name__}: {str(error)[:300]}", effect)
-    apart = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
+    apart = (logits - expected).abs().max().item() if logits.shape == expected.shape else float("inf")
     allowed = tolerance(expected, bridge.spec.num_layers)
     return Outcome(change, "equal" if apart <= allowed else "different", f"{apart:.2g} apart, allowed {allowed:.2g}", effect)
 

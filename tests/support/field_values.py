@@ -217,16 +217,16 @@ def language_part(family: Family) -> tuple[Any, str | None]:
 
 
 def foreign_fields(family: Family, families: Mapping[str, Family]) -> dict[str, Any]:
-    """Fields that other families' language models have and this one's doesn't, each with another value than there."""
+    """Fields that other families' language models have and this one's doesn't, each with a value other than that family's."""
     own, _ = language_part(family)
     names = {*vars(own), *(field.name for field in dataclasses.fields(own)), *type(own).attribute_map, *ANYWHERE}
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for other in families.values():
         config, _ = language_part(other)
         for change in _changes(config, None):
             if "." not in change.field and change.field not in names and hasattr(config, change.field):
-                found.setdefault(change.field, change.values[change.field])
-    return found
+                fields.setdefault(change.field, change.values[change.field])
+    return fields
 
 
 def _changes(config: Any, inside: str | None) -> Iterator[Change]:

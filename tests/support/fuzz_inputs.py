@@ -111,11 +111,11 @@ def headers(draw: st.DrawFn) -> bytes:
 def try_header(directory: Path, content: bytes) -> None:
     (directory / "model.safetensors").write_bytes(content)
     with only_our_errors(directory):
-        found = Checkpoint(directory)
-        # What is accepted is what the format's own library makes of it.
+        checkpoint = Checkpoint(directory)
+        # An accepted file is read as the format's own library reads it.
         expected = load_file(directory / "model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(bits(tensor), bits(expected[name])) for name, tensor in found.items())
+        assert checkpoint.keys() == expected.keys()
+        assert all(torch.equal(bits(tensor), bits(expected[name])) for name, tensor in checkpoint.items())
         read_all(directory)
 
 
@@ -169,8 +169,8 @@ def try_adapter(directory: Path, content: tuple[bytes, bytes]) -> None:
     (directory / ADAPTER_CONFIG).write_bytes(content[0])
     (directory / ADAPTER_FILE).write_bytes(content[1])
     with only_our_errors(directory):
-        found = read_lora_config(spec(), directory)
-        check_hf_state(adapter_spec(spec(), found), open_adapter(directory).entries, "the adapter")
+        config = read_lora_config(spec(), directory)
+        check_hf_state(adapter_spec(spec(), config), open_adapter(directory).entries, "the adapter")
 
 
 # Recipes.
@@ -248,16 +248,16 @@ def try_answer(_: Path, body: bytes) -> None:
 
 
 def rewards_of(body: bytes) -> list[Any]:
-    """What the answer says, by JSON's own reading; `None` where it says nothing, or is nested more deeply than is read."""
+    """The rewards of an answer as `json` reads them; `None` for each if there are none or the answer is nested too deeply."""
     try:
-        found = json.loads(body)["rewards"]
+        rewards_of_answer = json.loads(body)["rewards"]
         if (
             depth(json.loads(body)) <= MOST_DEPTH
-            and len(found) == len(QUESTIONS)
-            and isinstance(found, list)
+            and len(rewards_of_answer) == len(QUESTIONS)
+            and isinstance(rewards_of_answer, list)
             and body.count(b'"rewards"') == 1
         ):
-            return found
+            return rewards_of_answer
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
     return [None] * len(QUESTIONS)
@@ -298,10 +298,10 @@ def exchanges(draw: st.DrawFn) -> bytes:
 
 
 class Service(socketserver.ThreadingTCPServer):
-    """Sends `said`, whatever it was asked, and closes."""
+    """Sends `response` to every request, and closes the connection."""
 
     daemon_threads = True
-    said = b""
+    response = b""
 
     @property
     def url(self) -> str:
@@ -318,7 +318,7 @@ class Handler(socketserver.StreamRequestHandler):
             if line.lower().startswith(b"content-length"):
                 length = int(line.split(b":")[1])
         self.rfile.read(length)
-        self.wfile.write(self.server.said)  # type: ignore[attr-defined]
+        self.wfile.write(self.server.response)  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -329,7 +329,7 @@ def service() -> Service:
 
 
 def try_exchange(_: Path, sent: bytes) -> None:
-    service().said = sent
+    service().response = sent
     with only_our_errors():
         check_verdicts(HTTPJudge(service().url, timeout=60.0).judge(QUESTIONS))
 

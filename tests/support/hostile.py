@@ -46,25 +46,25 @@ CONTAINERS = ([], {}, [None], [[]], [0, 0], [-1, 1], ["x"], {"": None}, {"x": {"
 VALUES = (None, True, False, *NUMBERS, *TEXTS, *CONTAINERS)
 
 
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every `(container, key)` inside of a JSON value."""
+def entries_of(value: Any) -> list[tuple[Any, Any]]:
+    """Every pair of a container and a key (or index) in a JSON value, at any depth."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
-    return [place for key in keys for place in ((value, key), *places(value[key]))]
+    return [entry for key in keys for entry in ((value, key), *entries_of(value[key]))]
 
 
 @st.composite
 def damaged(draw: st.DrawFn, valid: Any, fields: tuple[str, ...] = ()) -> Any:
-    """A valid JSON value with up to three places replaced, removed, renamed, added, or exchanged for those of others.
+    """Draws a valid JSON value with up to three entries replaced, removed, renamed, added, or exchanged for other entries.
 
     Args:
         fields: names that may be added, beside those that are there.
     """
     value = copy.deepcopy(valid)
     for _ in range(draw(st.integers(0, 3))):
-        known = places(value)
-        if not known:
+        entries = entries_of(value)
+        if not entries:
             return value
-        container, key = draw(st.sampled_from(known))
+        container, key = draw(st.sampled_from(entries))
         action = draw(st.sampled_from(("replace", "replace", "replace", "remove", "rename", "add", "exchange")))
         hostile = copy.deepcopy(draw(st.sampled_from(VALUES)))
         if action == "replace":
@@ -72,7 +72,7 @@ def damaged(draw: st.DrawFn, valid: Any, fields: tuple[str, ...] = ()) -> Any:
         elif action == "remove":
             del container[key]
         elif action == "exchange":
-            other, at = draw(st.sampled_from(known))
+            other, at = draw(st.sampled_from(entries))
             container[key] = copy.deepcopy(other[at])
         elif isinstance(container, list):
             container.append(hostile)

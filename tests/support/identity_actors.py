@@ -27,14 +27,14 @@ class Answer:
     Attributes:
         error: of the library; empty if it succeeded.
         crash: any other error's traceback.
-        found: what the actor says of its state afterwards.
+        state: the actor's own description of its state afterwards.
         place: where a strike came, of one that the actor has survived.
         reached: how often each step was.
     """
 
     error: str
     crash: str
-    found: Any
+    state: Any
     place: str
     reached: Reached
 

@@ -55,12 +55,12 @@ class Outcome:
     Attributes:
         place: where the strike came; empty if the run ended before.
         faults: `kind of fault: what was seen`.
-        said: by those who were disturbed.
+        messages: errors and notes of the processes that were disturbed.
     """
 
     place: str = ""
     faults: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
 
 def drawn_case(seed: int, number: int) -> Case:

@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def _tallied(ground: Ground, seeds: Sequence[int]) -> collections.Counter[tuple[str, str]]:
-    """Prints a line a run; returns how often each kind of run had what."""
+    """Prints one line for each run; returns how often each kind of run had each verdict."""
     tally: collections.Counter[tuple[str, str]] = collections.Counter()
     at = time.monotonic()
     for seed, case, outcome in runs(ground, seeds):
@@ -121,7 +121,7 @@ def _tallied(ground: Ground, seeds: Sequence[int]) -> collections.Counter[tuple[
         verdict = "FAULT" if outcome.faults else "ok"
         print(f"{seed:6d}  {case.kind:12s} {case.way:9s} {what:56s} {seconds:5.1f} s  load {load:3.0f}  {verdict}", flush=True)
         if outcome.faults:
-            for text in outcome.faults + [f"({said})" for said in outcome.said]:
+            for text in outcome.faults + [f"({message})" for message in outcome.messages]:
                 print(f"        {text}", flush=True)
         at = time.monotonic()
     return tally

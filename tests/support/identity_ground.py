@@ -46,7 +46,7 @@ class Hang(AssertionError):
 
 @dataclass(frozen=True)
 class Look:
-    """What an engine holds and says at one moment.
+    """What an engine holds, and what it states about itself, at one moment.
 
     Attributes:
         held: the policy that each worker holds whole; `None` for none of them.
@@ -63,7 +63,7 @@ class Look:
     token_versions: frozenset[int] = frozenset()
 
     def fault(self, initial: int | None = None) -> str:
-        """The verdict's name, empty for a sound engine.
+        """The name of the fault, or an empty string for a sound engine.
 
         Args:
             initial: the version of weights that no trainer has sent, if the engine may still serve them.
@@ -72,8 +72,8 @@ class Look:
             return ""
         if len(set(self.held)) > 1 or None in self.held or self.answered not in (None, self.held[0]):
             return "mixture"
-        said = {self.version, *self.token_versions}
-        return "" if {policy_of(version) for version in said} == {self.held[0]} else "other version"
+        stated_versions = {self.version, *self.token_versions}
+        return "" if {policy_of(version) for version in stated_versions} == {self.held[0]} else "other version"
 
 
 class _Parameters:
@@ -182,7 +182,7 @@ class Ground:
         arguments: dict[str, Any] = {"max_model_len": 32, "max_num_seqs": 4, "kv_cache_bytes": 1 << 22}
         self.engine = StruckProcess(self.checkpoint, tensor_parallel_size=2, start_timeout=900.0, **arguments).start()
         self.engine.wait_ready()
-        self.engine.patience(_LONG)
+        self.engine.set_call_timeout(_LONG)
         self.pids: dict[Any, int] = self.engine.ask("pids")
         self._learn()
 
@@ -230,8 +230,8 @@ class Ground:
         self.engine.close()
 
     def look(self) -> Look:
-        """At the engine; by now nobody calls it any more."""
-        self.engine.patience(self.hang)
+        """Looks at the engine, which nobody else calls any more by now."""
+        self.engine.set_call_timeout(self.hang)
         try:
             self._until_idle()
             held = tuple(
@@ -246,7 +246,7 @@ class Ground:
             answered = next((policy for policy, known in self._answers.items() if known == answer), -1)
             return Look(held, version, "", answered, frozenset(versions))
         finally:
-            self.engine.patience(_LONG)
+            self.engine.set_call_timeout(_LONG)
 
     def look_at(self, version: int, shas: Sequence[str], refusal: str) -> Look:
         """At a replica, by what it says of itself and its hashes."""
@@ -268,8 +268,8 @@ class Ground:
             time.sleep(0.01)
 
     def _answer(self) -> tuple[Any, set[int]]:
-        said = self.engine.generate([PROMPT], max_tokens=3, temperature=0.0)[0]
-        return (said.tokens, said.logprobs), set(said.token_versions)
+        completion = self.engine.generate([PROMPT], max_tokens=3, temperature=0.0)[0]
+        return (completion.tokens, completion.logprobs), set(completion.token_versions)
 
 
 def _shifted(tensor: Tensor, seed: int) -> Tensor:

@@ -106,7 +106,7 @@ class _Trainers:
                 if first.is_dead or first.ended:
                     self._require(self._commit(second, 4), "a trainer whose predecessor has died")
                 else:
-                    self._together(first, second)
+                    self._commit_while_both_live(first, second)
                 self._engine_catches_up()
                 for actor in actors:
                     if not actor.ended and not actor.is_dead:
@@ -119,8 +119,8 @@ class _Trainers:
         finally:
             leftovers.remove(self._store)
 
-    def _together(self, first: Actor, second: Actor) -> None:
-        """Both live: each may be refused, but what its engine serves is its own."""
+    def _commit_while_both_live(self, first: Actor, second: Actor) -> None:
+        """Lets both trainers commit while both live. Each may be refused, but what its engine serves has to be its own."""
         first.begin(self._version(4))
         second.begin(self._version(5))
         self._examine("first trainer", first.require(self._ground.hang, "the first trainer"))
@@ -137,23 +137,23 @@ class _Trainers:
             self._outcome.faults.append(f"other: {who} cannot commit: {answer.error[:200] if answer else 'it died'}")
 
     def _examine(self, who: str, answer: Answer | None) -> None:
-        """What the trainer's own engine holds."""
+        """Notes the trainer's errors, and judges what its own engine holds."""
         if answer is None:
             return
         if answer.error:
-            self._outcome.said.append(f"{who}: {answer.error[:110]}")
+            self._outcome.messages.append(f"{who}: {answer.error[:110]}")
         if answer.crash:
             self._outcome.faults.append(f"other: {who}: {answer.crash.strip().splitlines()[-1]}")
-        self._judge(f"the engine of the {who}", self._ground.look_at(*answer.found), initial=_INITIAL)
+        self._judge(f"the engine of the {who}", self._ground.look_at(*answer.state), initial=_INITIAL)
 
     def _engine_catches_up(self, *, must: bool = False) -> None:
-        """The real engine, from whatever is in the store."""
+        """Lets the real engine catch up from whatever is in the store, and judges what it serves."""
         ground = self._ground
         call, report = Call(lambda: ground.engine.catch_up(self._store)), None
         try:
             report = call.result(ground.hang, "catch_up")
         except BridgeError as error:
-            self._outcome.said.append(f"catch_up: {str(error)[:110]}")
+            self._outcome.messages.append(f"catch_up: {str(error)[:110]}")
             if must:
                 self._outcome.faults.append(f"lost: the store has no version any more: {str(error)[:200]}")
         look = ground.look()
@@ -205,48 +205,48 @@ class _Savers:
                 answer = self._save(saver, 2)
                 assert answer is not None
                 assert not answer.error, answer
-                assert self._found() == self._policy(2)
+                assert self._saved_policy() == self._policy(2)
                 return answer.reached
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, strike: Strike, second_strike: Strike | None) -> None:
-        ground, said = self._ground, self._outcome.said
+        ground, messages = self._ground, self._outcome.messages
         try:
             with ending() as actors:
                 first, second = self._saver(actors), self._saver(actors)
                 self._save(first, 1)
-                self._require_whole("an undisturbed save", {1})
+                self._require_complete("an undisturbed save", {1})
                 first.begin(self._policy(2), strike)
                 answers = {2: first.wait(ground.hang)}
-                self._require_whole("the first saver stands still or is done", {1, 2})
+                self._require_complete("the first saver stands still or is done", {1, 2})
                 second.begin(self._policy(3), second_strike)
                 answers[3] = second.wait(_PAUSE if self._stands(first, answers[2]) else ground.hang)
-                self._require_whole("the second one stands still or is done", {1, 2, 3})
+                self._require_complete("the second one stands still or is done", {1, 2, 3})
                 order = [(2, first, "first"), (3, second, "second")]
                 for index, actor, name in order if self._case.early else reversed(order):
                     if self._stands(actor, answers[index]):
-                        # A lock that the other one holds may be waited for, as long as he stands still.
+                        # It may have to wait for a lock that the other saver holds as long as that one is stopped.
                         go_on(actor.pid)
                         answers[index] = actor.wait(_PAUSE)
-                        self._require_whole(f"the {name} saver went on", {1, 2, 3})
+                        self._require_complete(f"the {name} saver went on", {1, 2, 3})
                 for index, actor, name in order:
                     if answers[index] is None:
                         answers[index] = actor.require(ground.hang, f"the {name} saver")
-                    self._require_whole(f"the {name} saver is done", {1, 2, 3})
+                    self._require_complete(f"the {name} saver is done", {1, 2, 3})
                     self._note(name, answers[index])
                 done = {index for index, answer in answers.items() if answer is not None and not answer.error + answer.crash}
                 died = {index for index, answer in answers.items() if answer is None}
-                # One who says "saved" has replaced what was there before.
-                self._require_whole("both are done", done | died | (set() if done else {1}))
+                # A saver that reports success has replaced the checkpoint that was there before.
+                self._require_complete("both are done", done | died | (set() if done else {1}))
             with ending() as actors:
                 answer = self._save(self._saver(actors), 4)
                 self._note("last", answer)
                 if answer is None or answer.error:
                     self._outcome.faults.append("other: a saver that is alone fails")
-                self._require_whole("the last save", {4})
+                self._require_complete("the last save", {4})
             if left := sorted(path.name for path in self._folder.iterdir() if path != self._target):
-                said.append(f"left beside the checkpoint: {', '.join(left)}")
+                messages.append(f"left beside the checkpoint: {', '.join(left)}")
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -259,24 +259,24 @@ class _Savers:
 
     def _note(self, who: str, answer: Answer | None) -> None:
         if answer is None:
-            self._outcome.said.append(f"{who}: killed")
+            self._outcome.messages.append(f"{who}: killed")
             return
         if answer.error:
-            self._outcome.said.append(f"{who}: {answer.error[:110]}")
+            self._outcome.messages.append(f"{who}: {answer.error[:110]}")
         if answer.crash:
             self._outcome.faults.append(f"other: the {who} saver: {answer.crash.strip().splitlines()[-1]}")
 
-    def _require_whole(self, when: str, indices: set[int]) -> None:
+    def _require_complete(self, when: str, indices: set[int]) -> None:
         allowed = {self._policy(index): index for index in indices}
-        found = self._found()
-        if found not in allowed:
-            which = {self._policy(index): f"save {index}" for index in range(1, 5)}.get(found, "no complete checkpoint")
+        saved = self._saved_policy()
+        if saved not in allowed:
+            which = {self._policy(index): f"save {index}" for index in range(1, 5)}.get(saved, "no complete checkpoint")
             self._outcome.faults.append(
                 f"lost: {when}: the directory holds {which}, expected one of the saves {sorted(indices)}"
             )
 
-    def _found(self) -> int | None:
-        """The policy that the directory holds whole."""
+    def _saved_policy(self) -> int | None:
+        """The policy of which the directory holds a complete checkpoint, or `None`."""
         return self._known.get(_sha_of_checkpoint(self._target))
 
     def _saver(self, among: list[Actor]) -> Actor:

@@ -64,7 +64,7 @@ class EngineScene:
         return self.outcome
 
     def _catches_up(self) -> None:
-        """Versions are committed while the engine reads one of them."""
+        """Commits versions while the engine reads one of them."""
         with self._trainer(with_engine=False) as trainer:
             self._commit_undisturbed(trainer, self._version(1))
             with self._armed():
@@ -72,7 +72,7 @@ class EngineScene:
                 self._until_struck(call)
                 trainer.commits(self._versions(2, self.case.commits), [])
                 self._go_on()
-                report = self._said(call, "catch_up")
+                report = self._result_or_none(call, "catch_up")
             look = self._judge(report.version if report else None)
             if report is None and not look.refusal and look.version != self._before:
                 self._fault("other version", f"catch_up failed, and {look} is served")
@@ -90,7 +90,7 @@ class EngineScene:
             call = Call(commit)
             while self.strike is not None and not tracer.arrived.wait(0.01) and call.is_alive():
                 pass
-            report = self._said(Call(lambda: self.engine.catch_up(self.store)), "catch_up")
+            report = self._result_or_none(Call(lambda: self.engine.catch_up(self.store)), "catch_up")
             self._judge(report.version if report else None)
             tracer.released.set()
             call.result(self.ground.hang, "the trainer")
@@ -101,7 +101,7 @@ class EngineScene:
         with self._trainer(with_engine=False) as trainer:
             self._commit_undisturbed(trainer, self._version(1))
             with self._armed():
-                self.engine.patience(self.ground.give_up)
+                self.engine.set_call_timeout(self.ground.give_up)
                 call = Call(lambda: trainer.sync.add_engine(self.engine))
                 self._until_struck(call)
                 others = None
@@ -109,7 +109,7 @@ class EngineScene:
                     others = Call(lambda: trainer.commits(self._versions(2, self.case.commits), []))
                     others.join(self.ground.hang)
                 self._go_on()
-                joined = self._said(call, "add_engine")
+                joined = self._result_or_none(call, "add_engine")
                 if others is not None:
                     others.result(self.ground.hang, "the trainer that goes on without the newcomer")
             self._judge(joined if self.case.early else None)
@@ -120,14 +120,14 @@ class EngineScene:
             self._commit_undisturbed(trainer, self._version(1))
             errors: list[BaseException] = []
             with self._armed():
-                self.engine.patience(self.ground.give_up)
+                self.engine.set_call_timeout(self.ground.give_up)
                 call = Call(lambda: trainer.commits(self._versions(2, self.case.commits), errors))
                 self._until_struck(call)
                 if not self.case.early:
                     call.join(self.ground.hang)
                 self._go_on()
-                self._said(call, "the trainer")
-            self.outcome.said += [_brief(error) for error in errors]
+                self._result_or_none(call, "the trainer")
+            self.outcome.messages += [_brief(error) for error in errors]
             self._judge(None)
             self._require_place_in(trainer)
 
@@ -156,15 +156,15 @@ class EngineScene:
             self._fault(look.fault() or "other version", f"the other replica: {look}")
 
     def _require_recovery(self, action: Callable[[], object], version: int) -> None:
-        """What comes late of the strike, or of a busy machine, may take another attempt."""
-        self.engine.patience(self.ground.hang)
+        """Repeats `action` until it succeeds: late effects of the strike, or a busy machine, may make an attempt fail."""
+        self.engine.set_call_timeout(self.ground.hang)
         deadline = time.monotonic() + self.ground.hang
         while True:
             try:
                 Call(action).result(self.ground.hang, "the engine's return")
                 break
             except BridgeError as error:
-                self.outcome.said.append(f"again: {_brief(error)}")
+                self.outcome.messages.append(f"again: {_brief(error)}")
                 if time.monotonic() > deadline:
                     self._fault("other", f"the engine cannot come back: {_brief(error)}")
                     return
@@ -204,13 +204,13 @@ class EngineScene:
 
     @contextmanager
     def _armed(self) -> Iterator[None]:
-        """Inside, the engine's steps count; afterwards, it is known where the strike came."""
+        """Counts the steps of the engine inside of the block; afterwards it is known where the strike came."""
         self.engine.ask("arm", self.case.victim, self.strike)
         try:
             yield
         finally:
             self._go_on()
-            self.engine.patience(self.ground.hang)
+            self.engine.set_call_timeout(self.ground.hang)
         self._learn(*self.engine.ask("disarm"))
 
     def _learn(self, place: str, reached: Reached) -> None:
@@ -232,12 +232,12 @@ class EngineScene:
     def _go_on(self) -> None:
         go_on(self._victim)
 
-    def _said(self, call: Call, what: str) -> Any:
-        """The call's answer; `None` if it failed."""
+    def _result_or_none(self, call: Call, what: str) -> Any:
+        """The call's result, or `None` if it failed, whose error is noted in the messages of the outcome."""
         try:
             return call.result(self.ground.hang, what)
         except BridgeError as error:
-            self.outcome.said.append(_brief(error))
+            self.outcome.messages.append(_brief(error))
             return None
 
     @property

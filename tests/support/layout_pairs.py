@@ -96,11 +96,11 @@ class _Engine:
         images, counted = _packed(route, ranks, digests)
         for hf_name in {piece.hf_name for worker in route.workers for piece in worker.pieces}:
             assert not digests or counted[hf_name] == digest(case.state[hf_name]), hf_name
-        for told, worker, expected in zip(route.workers, self.workers, self.expected, strict=True):
-            said = told.to_json()
-            heard = WorkerRoute.from_json(said)
-            _load_and_compare(heard, images[told.rank], worker, expected, digests)
-            assert not digests or fingerprint_of([told]) == fingerprint_of([heard])
+        for sent_route, worker, expected in zip(route.workers, self.workers, self.expected, strict=True):
+            message = sent_route.to_json()
+            received_route = WorkerRoute.from_json(message)
+            _load_and_compare(received_route, images[sent_route.rank], worker, expected, digests)
+            assert not digests or fingerprint_of([sent_route]) == fingerprint_of([received_route])
 
 
 def _packed(route: Route, ranks: dict[int, dict[str, Tensor]], with_digests: bool) -> tuple[dict[int, Tensor], dict[str, int]]:

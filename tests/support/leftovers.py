@@ -31,16 +31,16 @@ def children() -> set[int]:
 
 
 def children_of(pid: int) -> set[int]:
-    """As `children`, of another process."""
+    """The process ids of the children of process `pid`."""
     parent = str(pid)
-    found = set()
+    pids = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             if path.read_text().rpartition(")")[2].split()[1] == parent:
-                found.add(int(path.parent.name))
+                pids.add(int(path.parent.name))
         except OSError:  # it has ended meanwhile
             continue
-    return found
+    return pids
 
 
 def arenas(pids: Collection[int]) -> list[str]:
@@ -74,14 +74,14 @@ def unexpected(store: str, *, partial: bool = False) -> list[str]:
         partial: a writer was killed, who may just have been writing the head.
     """
     head = WeightStore(store).head()
-    prefix, kept = f"mbridge_rl-store-{store}-", re.compile(r"head\.json|users\.lock|[0-9a-f]+\.[0-9a-f]+\.plan\.json")
+    prefix, expected = f"mbridge_rl-store-{store}-", re.compile(r"head\.json|users\.lock|[0-9a-f]+\.[0-9a-f]+\.plan\.json")
     names = [path.name.removeprefix(prefix) for path in _SHARED_MEMORY.glob(f"{prefix}*")]
     images: dict[str, list[str]] = {}
     wrong = []
     for name in names:
         if name.endswith(".image"):
             images.setdefault(name.split(".")[0], []).append(name)
-        elif not kept.fullmatch(name) and not (partial and name.endswith(".partial")):
+        elif not expected.fullmatch(name) and not (partial and name.endswith(".partial")):
             wrong.append(name)
     idle = sorted(set(images) - {head.token if head else ""})
     return sorted(wrong + [name for token in idle[1:] for name in images[token]])

@@ -18,7 +18,7 @@ Sequences = list[Tensor]
 
 
 class Sample:
-    """Log-probabilities of completions: as lists of sequences for the formulas, and as a batch for the library."""
+    """Holds log-probabilities of completions, as lists of sequences for the formulas and as a batch for the library."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -48,12 +48,12 @@ class Sample:
     def ours(self, config: GRPOConfig) -> Tensor:
         """The library's loss of the whole batch."""
         selection = select_rows(config, self.batch, self.rewards)
-        kept = torch.ones(len(self.batch), dtype=torch.bool)
+        selected = torch.ones(len(self.batch), dtype=torch.bool)
         if config.dynamic_sampling:
-            kept[4:8] = False
+            selected[4:8] = False
         batch = prepare_batch(config, selection.batch, selection.rewards).batch
         policy = TokenStatistics(
-            self.spread(self.batch, self.policy)[kept], self.spread(self.batch, self.entropy)[kept], batch.mask
+            self.spread(self.batch, self.policy)[selected], self.spread(self.batch, self.entropy)[selected], batch.mask
         )
         loss = grpo_loss(config)
         return (loss.token_weights(batch.mask) * loss(policy, batch)).sum()

@@ -57,7 +57,7 @@ def make_project(folder: Path, name: str, requirements: Sequence[str], extras: d
     """Writes a project that pip can install as an editable package without setuptools, and returns its folder."""
     folder.mkdir(parents=True)
     module = name.replace("-", "_")
-    listed = "\n".join(f'{extra} = ["{found[0]}"]' for extra, found in extras.items())
+    listed = "\n".join(f'{extra} = ["{required[0]}"]' for extra, required in extras.items())
     (folder / "pyproject.toml").write_text(
         '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
         f'[project]\nname = "{name}"\nversion = "1.0"\n[project.optional-dependencies]\n{listed}\n'

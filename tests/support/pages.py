@@ -11,10 +11,10 @@ from mbridge_rl.hf.rectangles import Rectangle
 PAGE = 4096
 
 
-def watched(real: Callable[..., int], asked: set[int]) -> Callable[..., int]:
+def watched(real: Callable[..., int], pages: set[int]) -> Callable[..., int]:
     def preadv(descriptor: int, buffers: list[memoryview], position: int) -> int:
         got = real(descriptor, buffers, position)
-        asked.update(range(position // PAGE, (position + max(got, 1) - 1) // PAGE + 1))
+        pages.update(range(position // PAGE, (position + max(got, 1) - 1) // PAGE + 1))
         return got
 
     return preadv

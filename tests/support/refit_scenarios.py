@@ -318,8 +318,8 @@ def seeds_and_lengths_of_prompts_go_with_them(directory: Path) -> None:
 
 
 def stops(directory: Path) -> tuple[Completion, Completion]:
-    """A greedy completion, and the same one with its third token as stop token."""
+    """Returns a greedy completion, and the completion of the same prompt with the third token of the first as stop token."""
     engine = engine_of(directory, "qwen3")
-    (whole,) = engine.generate(PROMPTS[:1], temperature=0.0, max_tokens=6, ignore_eos=True)
-    (stopped,) = engine.generate(PROMPTS[:1], temperature=0.0, max_tokens=6, stop_token_ids=[whole.tokens[2]])
-    return whole, stopped
+    (unstopped,) = engine.generate(PROMPTS[:1], temperature=0.0, max_tokens=6, ignore_eos=True)
+    (stopped,) = engine.generate(PROMPTS[:1], temperature=0.0, max_tokens=6, stop_token_ids=[unstopped.tokens[2]])
+    return unstopped, stopped

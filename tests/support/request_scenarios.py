@@ -22,12 +22,12 @@ LENGTH = 120
 
 
 def commits_amid_requests(directory: Path) -> dict[str, Any]:
-    """Versions 0 (A) -> 1 (B), with a request in flight each time, under each policy."""
+    """Syncs from version 0 (A) to 1 (B) and on, with a request in flight each time, under each policy for requests."""
     tiny_checkpoint(directory / "A", "qwen3", seed=0, **SIZES)
     tiny_checkpoint(directory / "B", "qwen3", seed=1, **SIZES)
     engine = InProcessEngine(directory / "A", max_model_len=256, max_num_seqs=4)
     ends = {tag: light_model("qwen3", ParallelLayout(), 0, hf_state(directory / tag), SIZES) for tag in "AB"}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     version = 0
     for requests in ("keep", "wait", "abort"):
         for mode in ("staged", "streaming"):
@@ -36,11 +36,11 @@ def commits_amid_requests(directory: Path) -> dict[str, Any]:
             version += 1
             before = engine.weight_version
             completion, report = _generate_while(engine, lambda s=sync, v=version: s.sync(v))
-            found[requests, mode] = (before, version, completion, report.engine["seconds"]["pause"])
+            results[requests, mode] = (before, version, completion, report.engine["seconds"]["pause"])
             if requests == "keep":
                 switch = completion.token_versions.index(version)
                 (rest,) = _greedy(engine, PROMPT + completion.tokens[:switch], LENGTH - switch)
-                found[requests, mode, "as if prompted"] = rest.tokens == completion.tokens[switch:]
+                results[requests, mode, "as if prompted"] = rest.tokens == completion.tokens[switch:]
             sync.close()
             version += 1
             back = WeightSync(*ends["A"], engine)
@@ -51,10 +51,10 @@ def commits_amid_requests(directory: Path) -> dict[str, Any]:
     try:
         late.sync(version + 1)
     except TransferTimeout as error:
-        found["late"] = str(error)
+        results["late"] = str(error)
     engine._requests._open.clear()
-    found["serves on"] = engine.weight_version == version and len(_greedy(engine, PROMPT, 4)) == 1
-    return found
+    results["serves on"] = engine.weight_version == version and len(_greedy(engine, PROMPT, 4)) == 1
+    return results
 
 
 def _greedy(engine: InProcessEngine, prompt: list[int], length: int) -> list[Completion]:
@@ -86,26 +86,30 @@ def _generate_while(engine: InProcessEngine, sync: Any) -> tuple[Completion, Any
 
 
 def a_pipeline_of_two(directory: Path) -> dict[str, Any]:
-    """An engine of two pipeline stages: version 1 (B) between requests, version 2 (A) amid one."""
+    """An engine of two pipeline stages gets version 1 (B) between requests and version 2 (A) amid one."""
     tiny_checkpoint(directory / "A", "qwen3", seed=0, **SIZES)
     tiny_checkpoint(directory / "B", "qwen3", seed=1, **SIZES)
     ends = {tag: light_model("qwen3", ParallelLayout(), 0, hf_state(directory / tag), SIZES) for tag in "AB"}
     engine = InProcessEngine(directory / "A", max_model_len=256, max_num_seqs=4, pipeline_parallel_size=2)
     sync = WeightSync(*ends["B"], engine, bucket_bytes=1 << 16)
     workers = Introduction.from_json(sync.store.description(sync.route.fingerprint)).workers
-    found: dict[str, Any] = {"before": _greedy(engine, PROMPT, 8), "report": sync.sync(1), "after": _greedy(engine, PROMPT, 8)}
-    found["kept"] = [set(worker["landings"]) for worker in workers]
-    found["kept_bytes"] = [kept_bytes(worker) for worker in workers]
+    results: dict[str, Any] = {
+        "before": _greedy(engine, PROMPT, 8),
+        "report": sync.sync(1),
+        "after": _greedy(engine, PROMPT, 8),
+    }
+    results["tensor_names"] = [set(worker["landings"]) for worker in workers]
+    results["kept_bytes"] = [kept_bytes(worker) for worker in workers]
     sync.close()
     sync = WeightSync(*ends["A"], engine, mode="streaming", bucket_bytes=1 << 16)
     completion, _ = _generate_while(engine, lambda: sync.sync(2))
     switch = completion.token_versions.index(2)
     (rest,) = _greedy(engine, PROMPT + completion.tokens[:switch], LENGTH - switch)
-    found |= {"amid": completion, "as if prompted": rest.tokens == completion.tokens[switch:]}
+    results |= {"amid": completion, "as if prompted": rest.tokens == completion.tokens[switch:]}
     sync.close()
     engine.close()
     with InProcessEngine(directory / "B", max_model_len=256, max_num_seqs=4) as fresh:
-        found["fresh"] = _greedy(fresh, PROMPT, 8)
+        results["fresh"] = _greedy(fresh, PROMPT, 8)
         (old,) = _greedy(fresh, PROMPT, switch)
-        found["old tokens"] = old.tokens == completion.tokens[:switch]
-    return found
+        results["old tokens"] = old.tokens == completion.tokens[:switch]
+    return results

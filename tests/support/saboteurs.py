@@ -82,10 +82,10 @@ def _parent(pid: int) -> int:
 
 
 def _ancestors(pid: int) -> list[int]:
-    found = []
+    pids = []
     while (pid := _parent(pid)) > 0:
-        found.append(pid)
-    return found
+        pids.append(pid)
+    return pids
 
 
 def _command(pid: int) -> str:

@@ -121,7 +121,7 @@ for _name in ("describe", "adopt", "begin", "status", "commit", "abort", "catch_
 
 
 class StruckProcess(EngineProcess):
-    """The engine, from outside."""
+    """Controls the engine from the process that started it."""
 
     _program = "struck_engine"
 
@@ -129,8 +129,8 @@ class StruckProcess(EngineProcess):
         """One of the methods that `StruckEngine` adds."""
         return self._call(method, *args)
 
-    def patience(self, seconds: float) -> None:
-        """How long a call may take, before the engine counts as dead."""
+    def set_call_timeout(self, seconds: float) -> None:
+        """Sets the seconds that a call may take before the engine is taken for dead."""
         self._call_timeout = seconds
 
 

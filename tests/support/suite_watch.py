@@ -28,16 +28,16 @@ def begin() -> None:
 
 
 def marked(mark: str) -> list[int]:
-    """Running processes that were started with this mark, but for the caller."""
+    """The ids of all running processes that were started with this mark, without the caller's."""
     entry = f"{MARK}={mark}".encode()
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if entry in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+                pids.append(int(path.parent.name))
         except OSError:  # not ours, or gone by now
             continue
-    return [pid for pid in found if pid != os.getpid()]
+    return [pid for pid in pids if pid != os.getpid()]
 
 
 def main() -> None:

@@ -101,11 +101,11 @@ def hf_state(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(Path(directory).glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def assert_same_state(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same names, and the same bits under each."""
-    assert found.keys() == expected.keys()
+def assert_same_state(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Checks that both states have the same names, and tensors of the same dtype and bits under each."""
+    assert state.keys() == expected.keys()
     different = [
-        name for name in expected if found[name].dtype != expected[name].dtype or not torch.equal(found[name], expected[name])
+        name for name in expected if state[name].dtype != expected[name].dtype or not torch.equal(state[name], expected[name])
     ]
     assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:8]}"
 

@@ -71,15 +71,15 @@ def ratio_gradients(log_probs: Tensor, layers: int, width: int) -> float:
     return backward(layers, width) + forward(layers, width) * log_probs.detach().double().square().mean().sqrt().item()
 
 
-def assert_near(found: Values, expected: Values, relative: float, *, scale: float | None = None, what: str = "") -> None:
-    """No element differs by more than `relative` times the scale.
+def assert_near(computed: Values, expected: Values, relative: float, *, scale: float | None = None, what: str = "") -> None:
+    """Checks that no element differs by more than `relative` times the scale.
 
     Args:
         scale: of what the values are sums of; without it the largest element of `expected`, not each one's own: a small element
             is a sum of terms as large as the others'.
         what: is compared, for the message.
     """
-    one, other = _doubles(found), _doubles(expected)
+    one, other = _doubles(computed), _doubles(expected)
     assert one.shape == other.shape, f"{what}: {tuple(one.shape)} is not {tuple(other.shape)}"
     if one.numel() == 0:
         return
@@ -87,37 +87,37 @@ def assert_near(found: Values, expected: Values, relative: float, *, scale: floa
     _assert_within((one - other).abs().max().item(), relative * size, f"{what or 'an element'}, of a scale of {size:.3g},")
 
 
-def near(found: Tensor, expected: Tensor, relative: float) -> bool:
-    """Whether `assert_near` is content: for ranks, which report what they saw."""
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= relative * expected.abs().max())
+def near(computed: Tensor, expected: Tensor, relative: float) -> bool:
+    """Whether `assert_near` would pass. Ranks use this, since they report their results instead of asserting."""
+    return computed.shape == expected.shape and bool((computed - expected).abs().max() <= relative * expected.abs().max())
 
 
 def assert_near_in_norm(
-    found: Tensor, expected: Tensor, relative: float, *, scale: float | None = None, what: str = ""
+    computed: Tensor, expected: Tensor, relative: float, *, scale: float | None = None, what: str = ""
 ) -> None:
-    """The norm of the difference is at most `relative` times the norm of `expected`, or `scale`.
+    """Checks that the norm of the difference is at most `relative` times `scale`, which is the norm of `expected` by default.
 
     For gradients and weights, whose single elements may be nearly zero.
     """
-    one, other = _doubles(found), _doubles(expected)
+    one, other = _doubles(computed), _doubles(expected)
     assert one.shape == other.shape, f"{what}: {tuple(one.shape)} is not {tuple(other.shape)}"
     size = other.norm().item() if scale is None else scale
     _assert_within((one - other).norm().item(), relative * size, f"{what or 'a tensor'}, of a norm of {size:.3g},")
 
 
-def assert_gradients_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float) -> None:
-    """Every tensor in norm. A gradient that cancels, such as that of a key's bias without positions, is a sum of terms as large
-    as others': its scale is at least a hundredth of the largest norm."""
-    assert found.keys() == expected.keys()
+def assert_gradients_near(computed: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float) -> None:
+    """Compares every tensor in norm. A gradient that cancels, such as that of a key's bias without positions, is a sum of terms
+    as large as others': its scale is at least a hundredth of the largest norm."""
+    assert computed.keys() == expected.keys()
     largest = max(gradient.norm().item() for gradient in expected.values())
     for name, gradient in expected.items():
-        assert_near_in_norm(found[name], gradient, relative, scale=max(gradient.norm().item(), 1e-2 * largest), what=name)
+        assert_near_in_norm(computed[name], gradient, relative, scale=max(gradient.norm().item(), 1e-2 * largest), what=name)
 
 
 def assert_trained_near(
-    found: Tensor, expected: Tensor, start: Tensor, relative: float, *, updates: int, what: str = ""
+    computed: Tensor, expected: Tensor, start: Tensor, relative: float, *, updates: int, what: str = ""
 ) -> None:
-    """Weights after optimizer steps.
+    """Compares weights after optimizer steps.
 
     The error of an update is its gradient's, `relative` to the update, if the optimizer's epsilon is not below the rounding of
     gradients: Adam divides each by its own size, and one that is all rounding moves its weight as far as any other. Each update
@@ -126,7 +126,7 @@ def assert_trained_near(
     moved, size = ((values.double()).norm().item() for values in (expected - start, expected))
     tolerance = updates * relative * moved + rounding(updates, dtype=expected.dtype) * size
     assert tolerance < 0.1 * moved or torch.equal(expected, start), f"{what} has hardly moved: nothing would be compared"
-    assert_near_in_norm(found, expected, tolerance, scale=1.0, what=what)
+    assert_near_in_norm(computed, expected, tolerance, scale=1.0, what=what)
 
 
 def _doubles(values: Values) -> Tensor:

@@ -22,11 +22,11 @@ class Probe:
 
 
 def largest(folder: Path) -> dict[str, int]:
-    """Bytes by process, of all that was noted since the last time."""
-    found = {path.name: max(map(int, path.read_text().split())) for path in folder.iterdir()}
+    """The largest number of bytes that each process has noted since the last call."""
+    sizes = {path.name: max(map(int, path.read_text().split())) for path in folder.iterdir()}
     for path in folder.iterdir():
         path.unlink()
-    return found
+    return sizes
 
 
 def _noted(method: Callable[..., Any]) -> Callable[..., Any]:

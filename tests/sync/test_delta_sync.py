@@ -38,14 +38,14 @@ def initial() -> dict[str, Tensor]:
 
 
 def stepped(state: Mapping[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:
-    """Other values in this share of all elements."""
+    """The state with other values in this share of all elements."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    changed = {}
     for name, tensor in state.items():
         moved = torch.rand(tensor.shape, generator=generator) < share
         other = (tensor.float() * (1 + torch.randn(tensor.shape, generator=generator) * 2**-6)).to(tensor.dtype)
-        found[name] = torch.where(moved, other, tensor)
-    return found
+        changed[name] = torch.where(moved, other, tensor)
+    return changed
 
 
 def random_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,12 +98,12 @@ def over_every_way(rank: int, url: str) -> None:
         assert third.digest == second.digest
         run.state = random_bits(run.state)
         set_weights(run.bridge, run.model, rank, run.state)
-        assert run.sync().base is None  # what changed is not less than everything
+        assert run.sync().base is None  # the changes would not be smaller than the full weights
         run.step(0.01)
         assert run.sync().base == 4
         if rank == 0:
             digests = sum(worker.buckets[-1].nbytes for worker in run.sync_of.route.workers)
-            assert [told["bytes"] for told in second.engines] == [second.nbytes + digests] * 2
+            assert [engine_report["bytes"] for engine_report in second.engines] == [second.nbytes + digests] * 2
         run.close()
 
 

@@ -40,24 +40,24 @@ def test_differences_lead_there_and_back(dtype: torch.dtype, sizes: list[int], s
     old, other = _random(shape, dtype, seed), _random(shape, dtype, seed + 1)
     changed = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
     new = torch.where(changed, delta.integers(other), delta.integers(old)).view(dtype)
-    found = delta.difference(old, new)
-    assert (found.kind is Kind.SAME) == _same_bits(old, new)
-    # in a larger tensor, as a view of any strides: what lies between stays
+    difference = delta.difference(old, new)
+    assert (difference.kind is Kind.SAME) == _same_bits(old, new)
+    # The rectangle is a view of a larger tensor, with any strides. Elements between those of the view stay as they are.
     order = random.Random(seed).sample(range(len(shape)), len(shape))
     strides, step = [0] * len(shape), 2
     for dim in order:
         strides[dim] = step
         step *= shape[dim] + 1
-    view, whole = View("", 3, tuple(strides)), _random((step + 8,), dtype, seed + 2)
-    before = whole.clone()
-    delta.integers(view.of(whole, shape)).copy_(delta.integers(old))
-    start = whole.clone()
-    delta.apply(found, view, shape, whole)
-    assert _same_bits(view.of(whole, shape), new)
-    delta.apply(found, view, shape, whole)
-    assert _same_bits(whole, start)
-    delta.integers(view.of(whole, shape)).copy_(delta.integers(view.of(before, shape)))
-    assert _same_bits(whole, before)
+    view, storage = View("", 3, tuple(strides)), _random((step + 8,), dtype, seed + 2)
+    before = storage.clone()
+    delta.integers(view.of(storage, shape)).copy_(delta.integers(old))
+    start = storage.clone()
+    delta.apply(difference, view, shape, storage)
+    assert _same_bits(view.of(storage, shape), new)
+    delta.apply(difference, view, shape, storage)
+    assert _same_bits(storage, start)
+    delta.integers(view.of(storage, shape)).copy_(delta.integers(view.of(before, shape)))
+    assert _same_bits(storage, before)
 
 
 def test_differences_that_are_none_are_named() -> None:

@@ -112,7 +112,7 @@ def test_an_engine_joins_amid_a_sync() -> None:
 
 
 class Mortal:
-    """An engine in another process, which is killed when it is called so."""
+    """An engine in another process, which is killed when the method `last_call` is called."""
 
     def __init__(self, address: Path, pid: int, last_call: str) -> None:
         self._engine, self._pid, self._last_call = RemoteEngine(address), pid, last_call
@@ -122,12 +122,12 @@ class Mortal:
             raise AttributeError(method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = getattr(self._engine, method)(*args, **kwargs) if method != "commit" else None
+            result = getattr(self._engine, method)(*args, **kwargs) if method != "commit" else None
             if method == self._last_call:
                 os.kill(self._pid, signal.SIGKILL)
                 os.waitpid(self._pid, 0)
                 raise EngineProcessError("the engine was killed")
-            return found if method != "commit" else self._engine.commit(*args, **kwargs)
+            return result if method != "commit" else self._engine.commit(*args, **kwargs)
 
         return call
 

@@ -48,11 +48,11 @@ def test_boxes_of_any_view_are_the_view(case: tuple[tuple[int, ...], ShapedView]
     grid, source = case
     tensor = torch.arange(torch.Size(grid).numel())
     target = ShapedView(0, source.shape, contiguous_strides(source.shape))
-    found = torch.full((max(1, torch.Size(source.shape).numel()),), -1)
+    filled = torch.full((max(1, torch.Size(source.shape).numel()),), -1)
     for box, offset, strides in boxes_of(Landing("hf", "local", source, target), grid):
         values = tensor.view(grid)[tuple(slice(a, a + n) for a, n in zip(box.start, box.size, strict=True))]
-        found.as_strided(box.size, strides, offset).copy_(values)
-    assert torch.equal(found.view(source.shape) if source.shape else found[0], source.of(tensor).clone())
+        filled.as_strided(box.size, strides, offset).copy_(values)
+    assert torch.equal(filled.view(source.shape) if source.shape else filled[0], source.of(tensor).clone())
 
 
 def described(variant: str = "qwen3", layout: EngineLayout | None = None) -> tuple[object, list[WorkerDescription]]:
@@ -79,7 +79,7 @@ def test_a_tensor_without_a_place_is_named() -> None:
 
 def test_what_a_worker_keeps_is_its_share() -> None:
     spec, workers = described("qwen3-moe", EngineLayout(tp=2, expert_parallel=True))
-    whole = sum(torch.Size(shape).numel() for shape in spec.hf_shapes.values()) * 4
-    kept = [kept_bytes(worker) for worker in workers]
-    assert whole < sum(kept) < 1.05 * whole
-    assert max(kept) < 0.65 * whole  # the padded vocabulary falls unevenly
+    full_bytes = sum(torch.Size(shape).numel() for shape in spec.hf_shapes.values()) * 4
+    bytes_of_workers = [kept_bytes(worker) for worker in workers]
+    assert full_bytes < sum(bytes_of_workers) < 1.05 * full_bytes
+    assert max(bytes_of_workers) < 0.65 * full_bytes  # the padded vocabulary falls unevenly

@@ -31,19 +31,19 @@ from mbridge_rl.sync.worker.update import Update
 from mbridge_rl.sync.worker.update_watch import _LOOK_SECONDS
 
 WAYS: dict[str, dict[str, Any]] = {"streaming": {"mode": "streaming"}, "staged": {"mode": "staged", "delta": True}}  # by ring
-PATIENCE = 200.0
+TIMEOUT = 200.0  # seconds, of every wait in a sync
 
 
 @contextmanager
 def at_once() -> Iterator[None]:
     started = time.monotonic()
     yield
-    assert time.monotonic() - started < PATIENCE / 3
+    assert time.monotonic() - started < TIMEOUT / 3
 
 
 def sync_of(rank: int, engine: Any, **options: Any) -> WeightSync:
     bridge, model = light_model("qwen3", ParallelLayout(tp=2), rank, random_weights("qwen3", 1))
-    return WeightSync(bridge, model, engine, bucket_bytes=1 << 12, timeout=PATIENCE, **options)
+    return WeightSync(bridge, model, engine, bucket_bytes=1 << 12, timeout=TIMEOUT, **options)
 
 
 def worker_fails(rank: int, way: str) -> None:
@@ -189,7 +189,7 @@ def test_what_an_engine_failed_of_is_known_after_it_dropped_the_update(tmp_path:
 
 
 class Amid:
-    """Two trainer ranks and two engines, each a process of its own, that come to a halt amid a transfer by rings."""
+    """Runs two trainer ranks and two engines, each a process of its own, and stops one of them amid a transfer by rings."""
 
     def __init__(self, folder: Path, way: str) -> None:
         self.folder, self.way = folder, way
@@ -205,9 +205,9 @@ class Amid:
         chaos._wait_for((self.folder / f"amid {victim}").exists, f"{victim} amid the transfer", 60.0)
         os.kill(self.pids[victim], signal.SIGKILL)
 
-    def said(self, rank: int) -> str:
-        chaos._wait_for(lambda: chaos._has_ended(self.pids[f"rank {rank}"]), f"the verdict of rank {rank}", PATIENCE / 3)
-        return chaos._said(self.folder, rank)
+    def outcome(self, rank: int) -> str:
+        chaos._wait_for(lambda: chaos._has_ended(self.pids[f"rank {rank}"]), f"the verdict of rank {rank}", TIMEOUT / 3)
+        return chaos._outcome(self.folder, rank)
 
     def engine(self, number: int) -> RemoteEngine:
         return RemoteEngine(self.addresses[number])
@@ -246,16 +246,16 @@ class Amid:
             chaos_trainer.meet(self.folder, rank)
             engines = [self.engine(number) for number in range(2)] if rank == 0 else None
             sync_of(rank, engines, **WAYS[self.way]).sync(1)
-            said = "done"
+            outcome = "done"
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-        (self.folder / f"said-{rank}").write_text(said)
+            outcome = f"{type(error).__name__}: {error}"
+        (self.folder / f"outcome-{rank}").write_text(outcome)
 
     def _halt(self, who: str) -> None:
-        """The one that is to be killed stays here; the others go on."""
+        """Stops the process that is to be killed here; the others go on."""
         if (self.folder / f"victim {who}").exists():
             (self.folder / f"amid {who}").touch()
-            time.sleep(PATIENCE)
+            time.sleep(TIMEOUT)
 
 
 @contextmanager
@@ -272,9 +272,9 @@ def amid(folder: Path, way: str, victim: str) -> Iterator[Amid]:
 @pytest.mark.parametrize(("victim", "way"), [(0, "staged"), (1, "streaming")])
 def test_a_trainer_rank_that_is_killed_amid_a_stream_is_known_at_once(tmp_path: Path, victim: int, way: str) -> None:
     with amid(tmp_path, way, f"rank {victim}") as scene:
-        assert scene.said(1 - victim).startswith("RanksUnreachable")
+        assert scene.outcome(1 - victim).startswith("RanksUnreachable")
         for number in range(2):
-            chaos._wait_for(lambda number=number: gave_up(scene.engine(number)), "an engine's verdict", PATIENCE / 3)
+            chaos._wait_for(lambda number=number: gave_up(scene.engine(number)), "an engine's verdict", TIMEOUT / 3)
             assert f"trainer rank {victim} failed or died" in str(scene.engine(number).status())
             if way == "staged":
                 assert scene.engine(number).generate() == (0, served(random_weights("qwen3", 0)))
@@ -287,8 +287,8 @@ def gave_up(engine: RemoteEngine) -> bool:
 
 def test_an_engine_that_is_killed_amid_a_stream_is_known_at_once(tmp_path: Path) -> None:
     with amid(tmp_path, "streaming", "engine 1") as scene:
-        assert "EngineProcessError: " in scene.said(0)
-        assert "EngineProcessError: " in scene.said(1)
+        assert "EngineProcessError: " in scene.outcome(0)
+        assert "EngineProcessError: " in scene.outcome(1)
 
 
 def test_who_took_part_to_the_end_and_left_is_not_taken_for_dead() -> None:

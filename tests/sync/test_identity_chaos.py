@@ -35,8 +35,8 @@ def test_nothing_is_served_that_was_not_meant(seed: int, ground: Ground) -> None
 @pytest.mark.parametrize(("seeds", "load"), [(range(100, 400), 0), (range(1000, 1100), LOAD)], ids=["quiet", "loaded"])
 def test_nothing_is_served_that_was_not_meant_in_all_runs(seeds: range, load: int, ground: Ground) -> None:
     with busy(load):
-        found = [(seed, case, outcome) for seed, case, outcome in runs(ground, seeds) if kinds_of(outcome)]
-    assert not found
+        faulty = [(seed, case, outcome) for seed, case, outcome in runs(ground, seeds) if kinds_of(outcome)]
+    assert not faulty
 
 
 def test_verdicts_tell_faults_from_sound_engines() -> None:
@@ -49,7 +49,7 @@ def test_verdicts_tell_faults_from_sound_engines() -> None:
         Look((policy, policy_of(other)), version, answered=-1).fault(): "mixture",
         Look((policy, policy), other, answered=policy).fault(): "other version",
     }
-    assert all(found == expected for found, expected in verdicts.items())
+    assert all(verdict == expected for verdict, expected in verdicts.items())
     assert Look((policy, None), version).fault() == "mixture"
     assert Look((policy, policy), version, answered=policy_of(other)).fault() == "mixture"  # stale caches, for example
     assert Look((policy, policy), version, answered=policy, token_versions=frozenset({other})).fault() == "other version"

@@ -216,12 +216,12 @@ def test_coverage_equals_counting_every_element(case: tuple[tuple[int, ...], tup
     tensor = storage.as_strided(shape, strides)
     for view in views:
         view.of(tensor).add_(1)
-    found = times_covered(views, shape, strides)
-    assert found.exactly_once == bool((tensor == 1).all())
-    assert found.missing == int((tensor == 0).sum())
-    if found.missing:
+    coverage = times_covered(views, shape, strides)
+    assert coverage.exactly_once == bool((tensor == 1).all())
+    assert coverage.missing == int((tensor == 0).sum())
+    if coverage.missing:
         holes = (tensor == 0).nonzero()
-        assert found.gap == tuple(zip(holes.amin(0).tolist(), (holes.amax(0) + 1).tolist(), strict=True))
+        assert coverage.gap == tuple(zip(holes.amin(0).tolist(), (holes.amax(0) + 1).tolist(), strict=True))
 
 
 def test_digests_of_landings_add_up_to_the_tensors() -> None:

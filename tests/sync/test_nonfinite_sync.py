@@ -37,17 +37,17 @@ def poisoned(rank: int, url: str) -> None:
             sync.sync(1)
             before = [engine.generate() for engine in engines or ()]
             if engines is not None:
-                calls = [_told(engine) for engine in engines]
-            kept, bad = values[3].clone(), float("nan") if mode == "staged" else float("-inf")
+                calls = [_record_updates(engine) for engine in engines]
+            good, bad = values[3].clone(), float("nan") if mode == "staged" else float("-inf")
             placed.clear()
             if rank == 1:
                 values[3] = bad
             with pytest.raises(NonFiniteWeights, match="rank 1: 1 parameters hold NaN or infinity"):
                 sync.sync(2)
             assert not placed, (mode, transport, quantization)
-            values[3] = kept
+            values[3] = good
             if engines is not None:
-                assert calls == [[], []]  # no engine heard of it
+                assert calls == [[], []]  # no engine was sent an update
                 assert [engine.generate() for engine in engines] == before
                 for engine in engines:
                     del engine.begin
@@ -58,8 +58,8 @@ def poisoned(rank: int, url: str) -> None:
             engine.close()
 
 
-def _told(engine: StandInEngine) -> list[Any]:
-    """What it is told of updates from now on."""
+def _record_updates(engine: StandInEngine) -> list[Any]:
+    """Lets the engine record the updates that begin from now on; returns the list that they are appended to."""
     calls: list[Any] = []
     begin = engine.begin
     engine.begin = lambda update: (calls.append(update), begin(update))[1]  # type: ignore[method-assign]

@@ -21,17 +21,17 @@ def full_tensor(shape: tuple[int, ...], dtype: torch.dtype, parameter: str = "w"
 
 
 def test_each_parameter_is_proven_in_its_own_dtype() -> None:
-    """Of two that hold the same elements, as tied embeddings may, one keeps bf16."""
+    """Two parameters hold the same elements, as tied embeddings may, and one of them keeps bf16."""
     shape = (5, 7)
     pieces = full_tensor(shape, torch.float32), full_tensor(shape, torch.bfloat16, "v", offset=192)
     parts = Part(0, 0, 192 + prod(shape) * 2, pieces), Part(0, 320, 8, ())
-    told = WorkerRoute(0, ("w",), tuple(Bucket(part.start, part.nbytes, (part,)) for part in parts), 328)
-    packer = Packer(Route((told,)), 0, {"w": torch.randn(shape)}, {"w": torch.float32})
+    route = WorkerRoute(0, ("w",), tuple(Bucket(part.start, part.nbytes, (part,)) for part in parts), 328)
+    packer = Packer(Route((route,)), 0, {"w": torch.randn(shape)}, {"w": torch.float32})
     assert not packer.examine(with_digests=True, check_finite=True)
-    image = torch.zeros(told.nbytes, dtype=torch.uint8)
+    image = torch.zeros(route.nbytes, dtype=torch.uint8)
     for part in parts:
-        packer.pack(told, part, image[part.start : part.start + part.nbytes])
-    packing.require_expected(told, image)
+        packer.pack(route, part, image[part.start : part.start + part.nbytes])
+    packing.require_expected(route, image)
 
 
 def test_a_large_piece_moves_between_devices() -> None:

@@ -21,7 +21,7 @@ from mbridge_rl.sync.worker.update import Update
 
 TP2 = ParallelLayout(tp=2)
 TRAINERS = WORKERS = 2
-PATIENCE = 30.0
+TIMEOUT = 30.0  # seconds, of a sync and of every wait in these tests
 
 
 class _Counted:
@@ -39,9 +39,9 @@ class _Counted:
 
 
 def sent_by_members(rank: int, mode: str) -> Any:
-    """By the number of replicas: what each member of the group in this process sent, as `(to, bytes)` in order."""
+    """For each number of replicas, what each member of the group in this process sent, as `(to, bytes)` in order."""
     bridge, model = light_model("qwen3", TP2, rank, random_weights("qwen3", 1))
-    join, found = process_group.join, []
+    join, results = process_group.join, []
     for replicas in (1, 2, 3):
         engines = [StandInEngine() for _ in range(replicas)] if rank == 0 else None
         sent: dict[int, list[tuple[int, int]]] = {}
@@ -49,7 +49,7 @@ def sent_by_members(rank: int, mode: str) -> Any:
         def counting(wire: Any, member: int, seconds: float, sent: dict[int, Any] = sent) -> _Counted:
             return _Counted(join(wire, member, seconds), sent.setdefault(member, []))
 
-        sync = WeightSync(bridge, model, engines, mode=mode, transport="process_group", bucket_bytes=1 << 13, timeout=PATIENCE)
+        sync = WeightSync(bridge, model, engines, mode=mode, transport="process_group", bucket_bytes=1 << 13, timeout=TIMEOUT)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(process_group, "join", counting)
             sync.sync(1)
@@ -58,8 +58,8 @@ def sent_by_members(rank: int, mode: str) -> Any:
             engine.close()
         images = [worker.nbytes for worker in sync.route.workers]
         sync.close()
-        found.append((sent, images))
-    return found
+        results.append((sent, images))
+    return results
 
 
 @pytest.mark.parametrize("mode", ["staged", "streaming"])
@@ -94,13 +94,13 @@ class Pace:
             if self._sent == 3:
                 self._ahead.set()
             if self._sent == self._parts // 2:
-                self.met.append(self._written.wait(PATIENCE))
+                self.met.append(self._written.wait(TIMEOUT))
 
         return paced
 
     def writing(self, write: Any) -> Any:
         def paced(update: Update, *bucket: Any) -> None:
-            self.met.append(self._ahead.wait(PATIENCE))
+            self.met.append(self._ahead.wait(TIMEOUT))
             write(update, *bucket)
             self._written.set()
 
@@ -109,9 +109,9 @@ class Pace:
 
 def side_by_side(rank: int, url: str) -> Any:
     bridge, model = light_model("qwen3", TP2, rank, random_weights("qwen3", 1))
-    engine, found = StandInEngine() if rank == 0 else None, []
+    engine, results = StandInEngine() if rank == 0 else None, []
     for kind, transport in [(RingOutlet, "shared_memory"), (GroupOutlet, "process_group"), (FilesOutlet, "files")]:
-        options = {"mode": "streaming", "transport": transport, "url": url, "bucket_bytes": 1 << 12, "timeout": PATIENCE}
+        options = {"mode": "streaming", "transport": transport, "url": url, "bucket_bytes": 1 << 12, "timeout": TIMEOUT}
         sync = WeightSync(bridge, model, engine, **options)
         parts = len(list(sync.route.parts_of(0)))
         assert parts > 20
@@ -122,9 +122,9 @@ def side_by_side(rank: int, url: str) -> Any:
                 patch.setattr(Update, "_write", pace.writing(Update._write))
             report = sync.sync(1)
         assert all(pace.met), transport
-        found.append((transport, report.spans))
+        results.append((transport, report.spans))
         sync.close()
-    return found
+    return results
 
 
 def test_packing_moving_and_loading_overlap(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def dying_at(call: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_writer_killed_amid_a_copy_to_disk_leaves_the_old_version(tmp_path: Path) -> None:
-    """At every of its steps; and it never leaves a torn head."""
+    """The writer is killed at each of its steps in turn, and never leaves a torn head."""
     (tmp_path / "memory").mkdir()
     (tmp_path / "disk").mkdir()
     store, disk = WeightStore("policy", tmp_path / "memory"), WeightStore("policy", tmp_path / "disk", durable=True)
@@ -166,23 +166,23 @@ def test_a_writer_killed_amid_a_copy_to_disk_leaves_the_old_version(tmp_path: Pa
             dying_at(call, patch)
             store.copy_to(WeightStore("policy", tmp_path / "disk", durable=True))
 
-    found = []
+    versions = []
     for call in range(1, 100):
         ended = forked(lambda call=call: copy(call))
         assert ended in (0, -signal.SIGKILL)
         (head,) = (tmp_path / "disk").glob("*head.json")
         json.loads(head.read_text())
-        found.append(held(disk))
+        versions.append(held(disk))
         if ended == 0:
             break
-        if found[-1] == 2:  # the next one starts from the old version again
+        if versions[-1] == 2:  # the next one starts from the old version again
             disk = WeightStore("policy", tmp_path / "disk", durable=True)
             commit(disk, 1)
             disk.close()
-    assert found[-1] == 2
-    assert found.count(1) >= 2 * len(SIZES) + 2  # allocated, copied and synced each image, and wrote the head
-    assert found[: found.count(1)] == [1] * found.count(1)  # at one step it becomes the new version
-    assert len(images(tmp_path / "disk", disk)) <= 2  # what the dead began is gone
+    assert versions[-1] == 2
+    assert versions.count(1) >= 2 * len(SIZES) + 2  # allocated, copied and synced each image, and wrote the head
+    assert versions[: versions.count(1)] == [1] * versions.count(1)  # at one step it becomes the new version
+    assert len(images(tmp_path / "disk", disk)) <= 2  # what the killed writers began was removed
 
 
 def test_on_a_disk_bytes_come_before_the_head_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

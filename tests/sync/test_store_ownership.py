@@ -46,18 +46,18 @@ def nobody_stays() -> Iterator[None]:
 
 
 class Child:
-    """A forked process that acts, says so, and then waits to be told to go on."""
+    """A forked process that acts, reports that it has done so, and then waits until it may go on."""
 
     def __init__(self, act: Callable[[], object], then: Callable[[], object] = lambda: None) -> None:
         ready, self._go_on = os.pipe(), os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                kept = act()
+                result = act()
                 os.write(ready[1], b"x")
                 os.read(self._go_on[0], 1)
                 then()
-                del kept
+                del result
             finally:
                 os._exit(0)
         _children.add(self.pid)
@@ -86,13 +86,13 @@ def test_a_second_trainer_is_refused_and_told_who_the_first_is(tmp_path: Path) -
     second = WeightStore("policy", tmp_path)
     with pytest.raises(StoreError, match=f"'policy' in {tmp_path} is being written by process {first.pid} on host") as refused:
         second.hold(0.1)
-    for said in (os.uname().nodename, "which was started at 20", "give this one another store name"):
-        assert said in str(refused.value)
+    for detail in (os.uname().nodename, "which was started at 20", "give this one another store name"):
+        assert detail in str(refused.value)
     head = second.head()
     assert head is not None
-    assert head.version == 1  # it may read
+    assert head.version == 1  # reading is allowed
     first.end()
-    commit(second, 2)  # the lock of the dead is gone with him
+    commit(second, 2)  # the lock ended with its process
 
 
 def test_a_successor_waits_for_one_who_is_about_to_end(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_what_a_store_is_does_not_hang_on_its_name(tmp_path: Path) -> None:
     durable = WeightStore("kept", tmp_path, durable=True)
     commit(durable, 1)
     durable.close()
-    again = WeightStore("kept", tmp_path)  # by somebody who does not know that it is kept
+    again = WeightStore("kept", tmp_path)  # by a process that does not know that it is durable
     commit(again, 2)
     again.close()
     for path in tmp_path.iterdir():
@@ -249,8 +249,8 @@ def test_everything_is_made_for_its_user_alone(tmp_path: Path) -> None:
     arena.close()
 
 
-def strange(folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> int:
-    """The files that match are another user's; returns this one's number."""
+def give_to_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> int:
+    """Makes the files that match those of another user; returns the id of the user that this process seems to be."""
     if os.geteuid() == 0:
         for path in folder.glob(pattern):
             os.chown(path, NOBODY, NOBODY)
@@ -264,7 +264,7 @@ def test_what_another_user_wrote_is_refused_by_name(tmp_path: Path, monkeypatch:
     before = WeightStore("policy", tmp_path)
     commit(before, 1)
     before.close()
-    mine = strange(tmp_path, monkeypatch, f"*{part}")
+    mine = give_to_another_user(tmp_path, monkeypatch, f"*{part}")
     (path,) = tmp_path.glob(f"*{part}")
     owner = path.stat().st_uid
     store = WeightStore("policy", tmp_path)
@@ -283,7 +283,7 @@ def test_what_another_user_wrote_is_refused_by_name(tmp_path: Path, monkeypatch:
 def test_an_arena_of_another_user_is_refused_and_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mbridge_rl-1-00ff.arena"
     os.close(allocate(path, 4096))
-    strange(tmp_path, monkeypatch, "*.arena")
+    give_to_another_user(tmp_path, monkeypatch, "*.arena")
     with pytest.raises(ArenaError, match="belongs to user"):
         Arena.attach(path, 4096)
     assert remove_stale(tmp_path) == []

@@ -67,25 +67,25 @@ def three_syncs(rank: int, path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("tensorboard")
     pytest.importorskip("prometheus_client")
     path = tmp_path_factory.mktemp("syncs")
     return path, run_ranks(three_syncs, 2, path)
 
 
-def test_phases_add_up_to_the_wall_time(told: Any) -> None:
-    _, ranks = told
-    for rank, found in enumerate(ranks):
-        for report in found["reports"]:
+def test_phases_add_up_to_the_wall_time(recorded: Any) -> None:
+    _, ranks = recorded
+    for rank, results in enumerate(ranks):
+        for report in results["reports"]:
             assert report.rank == rank
             unexplained = report.seconds - sum(report.phases.values())
             assert 0 <= unexplained < max(UNEXPLAINED_SHARE * report.seconds, UNEXPLAINED_SECONDS)
             assert set(report.phases) == {"check", "begin", "transfer", "verify", "decide", "commit", "report"}
 
 
-def test_spans_nest_and_follow_one_another(told: Any) -> None:
-    _, (first, _) = told
+def test_spans_nest_and_follow_one_another(recorded: Any) -> None:
+    _, (first, _) = recorded
     report = first["reports"][0]
     lanes = {span.lane for span in report.spans}
     assert lanes == {
@@ -94,7 +94,7 @@ def test_spans_nest_and_follow_one_another(told: Any) -> None:
         *(f"engine {index} worker {worker}" for index in range(2) for worker in range(2)),
     }
     by_name = {(span.lane, span.phase): span for span in report.spans}
-    slack = 1e-3  # of clocks that are read in different processes
+    slack = 1e-3  # clocks of different processes may differ by this
     for span in report.spans:
         assert span.busy <= span.end - span.start + 1e-6
         if span.inside:
@@ -112,8 +112,8 @@ def test_spans_nest_and_follow_one_another(told: Any) -> None:
     assert "plan" not in first["reports"][1].slowest["rank"]
 
 
-def test_every_sink_hears_of_every_sync(told: Any) -> None:
-    path, (first, _) = told
+def test_every_sink_hears_of_every_sync(recorded: Any) -> None:
+    path, (first, _) = recorded
     good, retried, failed = read_syncs(path)
     assert [good, retried] == first["reports"]
     assert (good.retries, retried.retries) == (0, 1)
@@ -142,8 +142,8 @@ def test_every_sink_hears_of_every_sync(told: Any) -> None:
     assert len(board.Scalars("sync/slowest/worker/load")) == 2
 
 
-def test_a_record_that_is_being_written_is_left_out(told: Any, tmp_path: Path) -> None:
-    path, _ = told
+def test_a_record_that_is_being_written_is_left_out(recorded: Any, tmp_path: Path) -> None:
+    path, _ = recorded
     text = (path / "syncs.jsonl").read_text()
     (tmp_path / "syncs.jsonl").write_text(text[: len(text) // 2])
     assert 1 <= len(read_syncs(tmp_path / "syncs.jsonl")) < 3
@@ -151,8 +151,8 @@ def test_a_record_that_is_being_written_is_left_out(told: Any, tmp_path: Path) -
         read_syncs(tmp_path / "nothing")
 
 
-def test_the_page_has_a_timeline_of_every_notable_sync(told: Any, tmp_path: Path) -> None:
-    path, (first, _) = told
+def test_the_page_has_a_timeline_of_every_notable_sync(recorded: Any, tmp_path: Path) -> None:
+    path, (first, _) = recorded
     page = write_page(path, tmp_path / "page.html").read_text()
     assert_self_contained(page)
     titles = re.findall(r"<figcaption>Version (\d)", page)
@@ -167,9 +167,9 @@ def test_the_page_has_a_timeline_of_every_notable_sync(told: Any, tmp_path: Path
         write_page(path, tmp_path / "page.html", version=9)
 
 
-def test_the_picture_is_a_png(told: Any, tmp_path: Path) -> None:
+def test_the_picture_is_a_png(recorded: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path, _ = told
+    path, _ = recorded
     runner = CliRunner().invoke(app, ["sync-report", str(path), "--output", str(tmp_path / "page.html"), "--png"])
     assert runner.exit_code == 0, runner.output
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")

@@ -38,11 +38,11 @@ def every_way(rank: int, variant: str, layout: ParallelLayout, engine_layout: En
     states = [random_weights(variant, seed) for seed in range(len(WAYS) + 1)]
     bridge, model = light_model(variant, layout, rank, states[0])
     engines = [StandInEngine(variant, engine_layout) for _ in range(replicas)] if rank == 0 else None
-    found = []
+    results = []
     for version, (mode, transport) in enumerate(WAYS, start=1):
         set_weights(bridge, model, rank, states[version])
         sync = WeightSync(bridge, model, engines, mode=mode, transport=transport, url=url, bucket_bytes=1 << 13, timeout=20.0)
-        for again in (False, True):  # the second time everything is prepared
+        for again in (False, True):  # the second sync reuses everything that the first one prepared
             if again:
                 set_weights(bridge, model, rank, states[version - 1])
             with LargestAllocation() as largest:
@@ -51,15 +51,20 @@ def every_way(rank: int, variant: str, layout: ParallelLayout, engine_layout: En
             if engines is not None:
                 expected = 2 * version + again, served(states[version - again], variant, engine_layout)
                 assert [engine.generate() for engine in engines] == [expected] * replicas, (mode, transport)
-                assert {told["digest"] for told in report.engines} == {report.digest}
-                images = [worker.nbytes for worker in sync.route.workers]  # what they keep, aligned, and the digests
-                assert [told["bytes_per_worker"] for told in report.engines] == [images] * replicas, (mode, transport)
-        kept = [worker.payload_bytes for worker in sync.route.workers]
-        found.append((largest.nbytes, report.nbytes, kept))
+                assert {engine_report["digest"] for engine_report in report.engines} == {report.digest}
+                images = [
+                    worker.nbytes for worker in sync.route.workers
+                ]  # the bytes that each worker needs, aligned, and digests
+                assert [engine_report["bytes_per_worker"] for engine_report in report.engines] == [images] * replicas, (
+                    mode,
+                    transport,
+                )
+        bytes_of_workers = [worker.payload_bytes for worker in sync.route.workers]
+        results.append((largest.nbytes, report.nbytes, bytes_of_workers))
         sync.close()
     for engine in engines or ():
         engine.close()
-    return found
+    return results
 
 
 @pytest.mark.parametrize(
@@ -76,9 +81,9 @@ def test_every_mode_and_transport_is_exact(
     ranks = run_ranks(every_way, layout.world_size, variant, layout, engine_layout, replicas, str(tmp_path), timeout=240)
     sizes = [tensor.numel() * 4 for tensor in random_weights(variant, 0).values()]
     for rank in ranks[1:]:  # rank 0 has the engines in its process as well
-        for largest, nbytes, kept in rank:
-            assert sum(kept) == nbytes < 1.35 * sum(sizes)
-            assert largest <= 1 << 18  # digests' constants; no tensor of the model, and no more than a few buckets
+        for largest, nbytes, bytes_of_workers in rank:
+            assert sum(bytes_of_workers) == nbytes < 1.35 * sum(sizes)
+            assert largest <= 1 << 18  # the constants of digests, or a few buckets, but no tensor of the model
 
 
 def sync_of(rank: int, engine: StandInEngine | None, seed: int = 1, layout: ParallelLayout | None = None, **fields: Any) -> Any:
@@ -145,21 +150,21 @@ def test_the_proof_covers_the_packing() -> None:
 
 
 def refusals(rank: int) -> None:
-    """Each before any live weight changes."""
+    """Every bad input is refused before any live weight changes."""
     engine = StandInEngine() if rank == 0 else None
     before = engine and engine.generate()
     sync, bridge, model = sync_of(rank, engine)
     parameter = next(iter(model[0].parameters()))
-    kept = parameter.data.clone()
+    original = parameter.data.clone()
     if rank == 1:
         parameter.data.view(-1)[3] = float("nan")
     with pytest.raises(NonFiniteWeights, match="rank 1: 1 parameters hold NaN or infinity"):
         sync.sync(1)
     assert engine is None or engine.generate() == before
     passing = WeightSync(bridge, model, engine, nonfinite="pass", bucket_bytes=1 << 12)
-    passing.sync(2)  # and the engine proves that it holds the very NaN
+    passing.sync(2)  # the engine proves that it holds these very bits
     passing.close()
-    parameter.data.copy_(kept)
+    parameter.data.copy_(original)
 
     del model[0].decoder.layers[0].mlp.linear_fc1.weight
     with pytest.raises(Exception, match=r"it lacks \[decoder\.layers\.0\.mlp\.linear_fc1\.weight\]"):

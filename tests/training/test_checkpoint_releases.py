@@ -26,8 +26,8 @@ PROGRAM = Path(checkpoint_releases.__file__)
 
 
 def _run(python: str, path: str, *arguments: object) -> Any:
-    places = [path, str(PROGRAM.parent), str(Path(mbridge_rl.__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    python_path = [path, str(PROGRAM.parent), str(Path(mbridge_rl.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, python_path))}
     command = [python, "-W", "ignore", str(PROGRAM), *map(str, arguments)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-4000:]
@@ -38,7 +38,7 @@ def _run(python: str, path: str, *arguments: object) -> Any:
 @pytest.mark.parametrize("direction", ["written-here", "written-there"])
 @pytest.mark.parametrize(("variant", "case"), [("qwen3-tied", "sharded-bf16"), ("nemotron-h", "one-rank")])
 def test_the_other_release_goes_on(variant: str, case: str, direction: str, tmp_path: Path) -> None:
-    """Weights, masters, moments and random numbers are those that were saved, bit for bit; the next losses agree."""
+    """Weights, master weights, moments and random numbers are those that were saved, bit for bit, and the next losses agree."""
     if variant in FAMILIES:
         source = tmp_path / variant
         FAMILIES[variant].checkpoint(source)
@@ -48,8 +48,8 @@ def test_the_other_release_goes_on(variant: str, case: str, direction: str, tmp_
     first, second = (here, there) if direction == "written-here" else (there, here)
     saved = _run(*first, "save", case, source, tmp_path / "checkpoints", tmp_path / "saved.pt")
     resumed = _run(*second, "resume", case, source, tmp_path / "checkpoints", tmp_path / "resumed.pt")
-    for (state, draws, losses), (found, found_draws, found_losses) in zip(saved, resumed, strict=True):
-        assert found.keys() == state.keys()
-        assert [name for name, tensor in state.items() if not torch.equal(found[name], tensor)] == []
-        assert torch.equal(found_draws, draws)
-        assert_near(found_losses, losses, forward(layers=5, width=256), what="losses")
+    for (saved_state, saved_draws, saved_losses), (state, draws, losses) in zip(saved, resumed, strict=True):
+        assert state.keys() == saved_state.keys()
+        assert [name for name, tensor in saved_state.items() if not torch.equal(state[name], tensor)] == []
+        assert torch.equal(draws, saved_draws)
+        assert_near(losses, saved_losses, forward(layers=5, width=256), what="losses")

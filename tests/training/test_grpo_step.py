@@ -94,12 +94,12 @@ def _step(
 ) -> dict[str, Any]:
     trainer = _trainer(checkpoint, layout, build, config)
     bridge = AutoBridge.from_pretrained(checkpoint)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, settings in CONFIGS.items():
         seen = trainer.compute_gradients(_prepared(settings, log_probs), grpo_loss(settings))
         gradients = hf_gradients(trainer, bridge)
-        found[name] = (seen.loss, gradients if rank == 0 else {}, seen.statistics.log_probs)
-    return found
+        results[name] = (seen.loss, gradients if rank == 0 else {}, seen.statistics.log_probs)
+    return results
 
 
 def _reference(variant: str) -> tuple[Tensor, dict[str, tuple[float, dict[str, Tensor], Tensor]]]:
@@ -192,25 +192,25 @@ def test_loss_and_gradients_equal_the_papers_on_transformers(
     before, expected = _expected(variant)
     results = run_ranks(_step, layout.world_size, saved_model(variant, scratch), layout, build, config, before)
     batch = _rollouts()[0]
-    for name, (loss, gradients, log_probs) in expected.items():
+    for name, (loss, expected_gradients, log_probs) in expected.items():
         mask = _prepared(CONFIGS[name], before).mask
         assert mask.sum() < batch.mask.sum()
         for result in results:
             # The loss is a mean of ratios, which are exponentials of log-probabilities.
             assert_near(result[name][0], loss, forward(LAYERS, WIDTH), scale=log_probs[mask].abs().max().item(), what="loss")
             assert_near(result[name][2][mask], log_probs[mask], forward(LAYERS, WIDTH), what="log-probabilities")
-        found = results[0][name][1]
-        assert gradients.keys() <= found.keys()
-        for hf_name, gradient in gradients.items():
+        gradients = results[0][name][1]
+        assert expected_gradients.keys() <= gradients.keys()
+        for hf_name, gradient in expected_gradients.items():
             tolerance = ratio_gradients(log_probs[mask], LAYERS, WIDTH)
-            assert_near_in_norm(found[hf_name], gradient, tolerance, what=f"{name}: {hf_name}")
+            assert_near_in_norm(gradients[hf_name], gradient, tolerance, what=f"{name}: {hf_name}")
             assert gradient.any()
 
 
 def _exact(rank: int, checkpoint: Path, layout: Layout, config: dict[str, Any]) -> list[Any]:
     trainer = _trainer(checkpoint, layout, {}, config)
     trainer.snapshot_reference()
-    found = []
+    results = []
     for settings in CONFIGS.values():
         selection = select_rows(settings, *_rollouts())
         batch = selection.batch
@@ -220,8 +220,8 @@ def _exact(rank: int, checkpoint: Path, layout: Layout, config: dict[str, Any]) 
         prepared = prepare_batch(settings, batch, selection.rewards).batch
         report = trainer.compute_gradients(prepared, grpo_loss(settings))
         same = torch.equal(old[prepared.mask], report.statistics.log_probs[prepared.mask])
-        found.append((same, torch.equal(reference, old), policy_metrics(report.statistics.log_probs, prepared, settings)))
-    return found
+        results.append((same, torch.equal(reference, old), policy_metrics(report.statistics.log_probs, prepared, settings)))
+    return results
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def _exact(rank: int, checkpoint: Path, layout: Layout, config: dict[str, Any]) 
     ids=str,
 )
 def test_the_first_step_has_ratio_one_and_no_kl_exactly(layout: Layout, config: dict[str, Any], scratch: Path) -> None:
-    for found in run_ranks(_exact, layout.world_size, saved_model(DENSE, scratch), layout, config):
-        for same, reference_is_old, metrics in found:
+    for results in run_ranks(_exact, layout.world_size, saved_model(DENSE, scratch), layout, config):
+        for same, reference_is_old, metrics in results:
             assert same
             assert reference_is_old
             assert metrics.pop("ratio_mean") == 1.0

@@ -117,7 +117,7 @@ def test_batches_move_with_their_sequences() -> None:
 
 def test_rows_can_be_chosen_by_mask_or_index() -> None:
     batch = _batch([3, 1, 2])
-    kept = batch.rows(torch.tensor([True, False, True]))
-    assert kept.tokens[:, 0].tolist() == [100, 102]
-    assert torch.equal(kept.tokens, batch.rows(torch.tensor([0, 2])).tokens)
-    assert kept.tensors().keys() == batch.tensors().keys()
+    chosen = batch.rows(torch.tensor([True, False, True]))
+    assert chosen.tokens[:, 0].tolist() == [100, 102]
+    assert torch.equal(chosen.tokens, batch.rows(torch.tensor([0, 2])).tokens)
+    assert chosen.tensors().keys() == batch.tensors().keys()

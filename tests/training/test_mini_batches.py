@@ -45,21 +45,21 @@ OBJECTIVES: dict[str, Objective] = {**PAPERS, "dual clip": DUAL_CLIP}
 
 def test_every_epoch_deals_all_groups_evenly_and_by_seed_and_step_alone() -> None:
     def dealt(**changes: int) -> list[list[int]]:
-        asked = {"rows": 21, "group_size": 3, "mini_batches": 2, "epochs": 3, "seed": 5, "step": 9, **changes}
-        return [rows.tolist() for rows in mini_batch_rows(**asked)]
+        options = {"rows": 21, "group_size": 3, "mini_batches": 2, "epochs": 3, "seed": 5, "step": 9, **changes}
+        return [rows.tolist() for rows in mini_batch_rows(**options)]
 
-    found = dealt()
-    assert [len(rows) for rows in found] == [12, 9] * 3
-    for epoch in (found[:2], found[2:4], found[4:]):
+    mini_batches = dealt()
+    assert [len(rows) for rows in mini_batches] == [12, 9] * 3
+    for epoch in (mini_batches[:2], mini_batches[2:4], mini_batches[4:]):
         assert sorted(row for rows in epoch for row in rows) == list(range(21))
-    assert all(rows == sorted(rows) and rows[::3] == [row // 3 * 3 for row in rows[::3]] for rows in found)
-    assert found[0] != found[2] != found[4]
+    assert all(rows == sorted(rows) and rows[::3] == [row // 3 * 3 for row in rows[::3]] for rows in mini_batches)
+    assert mini_batches[0] != mini_batches[2] != mini_batches[4]
     torch.rand(3)
-    assert dealt() == found
-    assert dealt(seed=6) != found
-    assert dealt(step=8) != found
+    assert dealt() == mini_batches
+    assert dealt(seed=6) != mini_batches
+    assert dealt(step=8) != mini_batches
     assert dealt(mini_batches=1, epochs=2) == [list(range(21))] * 2  # in the batch's own order
-    assert sorted(map(len, dealt(mini_batches=9, epochs=1))) == [3] * 7  # groups that dynamic sampling took out
+    assert sorted(map(len, dealt(mini_batches=9, epochs=1))) == [3] * 7  # dynamic sampling may leave fewer groups than 9
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,9 @@ def _watch(grpo: GRPO, checkpoint: Path) -> list[Seen]:
     bridge, step = AutoBridge.from_pretrained(checkpoint), grpo.trainer.step
 
     def watched(batch: Batch, loss: TokenLoss) -> StepReport:
-        found = grpo.trainer.compute_gradients(batch, loss).loss
+        loss_value = grpo.trainer.compute_gradients(batch, loss).loss
         gradients = {name: gradient.clone() for name, gradient in hf_gradients(grpo.trainer, bridge).items()}
-        seen.append(Seen(_weights(grpo, checkpoint), found, gradients))
+        seen.append(Seen(_weights(grpo, checkpoint), loss_value, gradients))
         return step(batch, loss)
 
     grpo.trainer.step = watched  # type: ignore[method-assign]
@@ -133,12 +133,12 @@ def _watch(grpo: GRPO, checkpoint: Path) -> list[Seen]:
 
 
 def _two_epochs(rank: int, checkpoint: Path) -> dict[str, tuple[list[Seen], Metrics]]:
-    found, layout = {}, initialize_parallel(Layout())
+    results, layout = {}, initialize_parallel(Layout())
     for name, (config, _) in OBJECTIVES.items():
         grpo = _grpo(checkpoint, replace(config, epochs=2), layout)
         seen = _watch(grpo, checkpoint)
-        found[name] = seen, grpo.update(_rollouts(), 1)
-    return found
+        results[name] = seen, grpo.update(_rollouts(), 1)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def _log_prob_error(run: Run) -> float:
 def test_four_updates_a_batch_are_the_same_on_every_layout(
     variant: str, layout: Layout, build: dict[str, Any], config: dict[str, Any], lora: LoRAConfig | None, scratch: Path
 ) -> None:
-    """Mini-batches of two groups and of one, eight optimizer steps in all."""
+    """Mini-batches hold two groups or one, and there are eight optimizer steps in all."""
     alone, checkpoint = _alone(variant, lora, scratch), saved_model(variant, scratch)
     start, log_probs = _weights_of(checkpoint), torch.cat(alone.log_probs)
     gradients, worst = ratio_gradients(log_probs, LAYERS, WIDTH), _log_prob_error(alone)
@@ -314,14 +314,14 @@ def test_four_updates_a_batch_are_the_same_on_every_layout(
     config = SMOOTH[variant, lora is not None] | config
     ranks = run_ranks(_two_batches, layout.world_size, checkpoint, layout, build, config, lora)
     for run in ranks:
-        for found, expected in zip(run.log_ratios, alone.log_ratios, strict=True):
-            assert_near(found, expected, worst, scale=1.0, what="log-ratios")
-        for found, expected in zip(run.metrics, alone.metrics, strict=True):
-            assert _others(found) == _others(expected)
+        for actual, expected in zip(run.log_ratios, alone.log_ratios, strict=True):
+            assert_near(actual, expected, worst, scale=1.0, what="log-ratios")
+        for actual, expected in zip(run.metrics, alone.metrics, strict=True):
+            assert _others(actual) == _others(expected)
             for name, value in _numbers(expected).items():
-                error = worst if "max" in name else typical  # of a token, or of a mean over tokens
+                error = worst if "max" in name else typical  # the error of one token, or of a mean over tokens
                 tolerance = gradients * value if name == "grad_norm" else error * _steepness(name) * (1 + abs(value))
-                assert_near(found[name], value, tolerance, scale=1.0, what=name)
+                assert_near(actual[name], value, tolerance, scale=1.0, what=name)
     for name, weight in alone.weights.items():
         assert_trained_near(ranks[0].weights[name], weight, start[name], gradients, updates=len(alone.log_probs), what=name)
 

@@ -31,12 +31,12 @@ Estimate = Callable[[Tensor, Tensor], Tensor]
 
 
 def assert_same(ours: Tensor, paper: Tensor, inputs: Sequences) -> None:
-    """Value and gradient."""
-    assert_near(ours, paper, HANDED_ON, scale=1.0)  # a mean of what is of order 1 and cancels
-    found = torch.autograd.grad(ours, inputs, allow_unused=True, materialize_grads=True)
+    """Checks that values and gradients are those of the paper's formula."""
+    assert_near(ours, paper, HANDED_ON, scale=1.0)  # a mean of terms that are of order 1 and cancel
+    gradients = torch.autograd.grad(ours, inputs, allow_unused=True, materialize_grads=True)
     expected = torch.autograd.grad(paper, inputs, allow_unused=True, materialize_grads=True)
-    assert_near(torch.cat(found), torch.cat(expected), HANDED_ON, what="gradients")
-    assert torch.cat(found).abs().max() > 1e-3
+    assert_near(torch.cat(gradients), torch.cat(expected), HANDED_ON, what="gradients")
+    assert torch.cat(gradients).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -214,7 +214,7 @@ def test_mismatch_metrics_equal_their_definitions() -> None:
     ratio = (old - rollout).exp()
     totals = torch.stack([(a - b).sum() for a, b in zip(sample.old, sample.rollout, strict=True)])
     lengths = torch.tensor(LENGTHS, dtype=torch.float64)
-    found = mismatch_metrics(sample.batch.need("old_log_probs"), sample.batch.need("rollout_log_probs"), sample.batch.mask)
+    metrics = mismatch_metrics(sample.batch.need("old_log_probs"), sample.batch.need("rollout_log_probs"), sample.batch.mask)
     expected = {
         "mismatch_mean": (old - rollout).abs().mean(),
         "mismatch_max": (old - rollout).abs().max(),
@@ -227,10 +227,10 @@ def test_mismatch_metrics_equal_their_definitions() -> None:
         "chi2_sequence": ((2 * totals).exp() - 1).mean(),
         "ess": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
     }
-    assert found.keys() == expected.keys()
+    assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         # Exponentials multiply errors by their arguments, of which the largest is twice the total of a sequence.
-        assert_near(found[name], value, DOUBLE * 2 * totals.abs().max().item(), scale=max(1.0, value.item()), what=name)
+        assert_near(metrics[name], value, DOUBLE * 2 * totals.abs().max().item(), scale=max(1.0, value.item()), what=name)
     same = mismatch_metrics(sample.batch.need("old_log_probs"), sample.batch.need("old_log_probs"), sample.batch.mask)
     ones = {"token_mult_prob_error", "ppl_ratio", "ess"}
     for name, value in same.items():

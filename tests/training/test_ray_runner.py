@@ -65,12 +65,12 @@ def test_rewards_that_hang_or_die_cost_their_own_completion_alone(cluster: Any) 
     def ask(*completions: str) -> list[Verdict]:
         return judge.judge([(Problem("1+1=", "2"), completion) for completion in completions])
 
-    found = ask("2", "hang", "raise", "die", "3", "2")
-    assert [verdict.reward for verdict in found] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
-    assert found[1].error == "the reward took longer than 5 s; its actor was ended"
-    assert found[2].error == "reward treacherous raised KeyError: 'no such thing'"
-    assert str(found[3].error).startswith("the reward's actor was lost: ")
-    assert [verdict.error for verdict in found[::4] + found[5:]] == [None, None, None]
+    verdicts = ask("2", "hang", "raise", "die", "3", "2")
+    assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    assert verdicts[1].error == "the reward took longer than 5 s; its actor was ended"
+    assert verdicts[2].error == "reward treacherous raised KeyError: 'no such thing'"
+    assert str(verdicts[3].error).startswith("the reward's actor was lost: ")
+    assert [verdict.error for verdict in verdicts[::4] + verdicts[5:]] == [None, None, None]
     assert ask("2", "2", "3") == [Verdict(1.0), Verdict(1.0), Verdict(0.0)]  # both were replaced
     workers = list(judge._workers)
     judge.close()

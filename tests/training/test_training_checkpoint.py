@@ -131,13 +131,13 @@ def test_the_same_layout_goes_on_bit_for_bit(variant: str, case: Case, scratch: 
 def test_another_layout_goes_on(variant: str, before: Case, after: Case, scratch: Path, tmp_path: Path) -> None:
     source = saved_model(variant, scratch)
     curve, weights, _ = run_ranks(_save, before[0].world_size, source, before, tmp_path, None)[0]
-    found, found_weights, _ = run_ranks(_resume, after[0].world_size, source, after, tmp_path, None)[0]
-    assert [rate for _, rate in found] == [rate for _, rate in curve]
+    resumed, resumed_weights, _ = run_ranks(_resume, after[0].world_size, source, after, tmp_path, None)[0]
+    assert [rate for _, rate in resumed] == [rate for _, rate in curve]
     # Without Adam's moments the second loss is off by percents.
-    assert_near([loss for loss, _ in found], [loss for loss, _ in curve], FORWARD, what="losses")
+    assert_near([loss for loss, _ in resumed], [loss for loss, _ in curve], FORWARD, what="losses")
     start = hf_state(source)
     for name, weight in weights.items():
-        assert_trained_near(found_weights[name], weight, start[name], BACKWARD, updates=STEPS, what=name)
+        assert_trained_near(resumed_weights[name], weight, start[name], BACKWARD, updates=STEPS, what=name)
 
 
 def test_another_layout_draws_what_follows_from_seed_and_step(scratch: Path, tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ def test_defaults_fill_what_is_left_out_and_the_whole_comes_back() -> None:
 
 def test_a_recipe_reaches_every_option_of_a_sync() -> None:
     assert {field.name for field in fields(SyncOptions)} <= {field.name for field in fields(_parse().sync)}
-    said = {"mode": "streaming", "transport": "files", "url": "/mnt/x", "store": "s", "retries": 3, "requests": "abort"}
-    config = _parse(sync=said | {"quantization": {"block": None}, "nonfinite": "pass", "bucket_bytes": 4096})
-    assert as_mapping(config.sync).items() >= said.items()
+    options = {"mode": "streaming", "transport": "files", "url": "/mnt/x", "store": "s", "retries": 3, "requests": "abort"}
+    config = _parse(sync=options | {"quantization": {"block": None}, "nonfinite": "pass", "bucket_bytes": 4096})
+    assert as_mapping(config.sync).items() >= options.items()
     assert config.sync.quantization == Fp8(block=None)
     assert parse_config(RunConfig, as_mapping(config)) == config
 
@@ -164,9 +164,9 @@ def test_every_recipe_is_a_configuration(path: Path) -> None:
 @pytest.mark.parametrize(("recipe", "ranks"), [("qwen3-30b-a3b", (16, 8)), ("deepseek-v3", (1024, 256))])
 def test_recipes_of_paper_size_can_be_planned(recipe: str, ranks: tuple[int, int]) -> None:
     path = next(path for path in RECIPES if path.stem == recipe)
-    found = CliRunner().invoke(app, ["plan", str(path), "--json"])
-    assert found.exit_code == 0, found.output
-    facts = json.loads(found.stdout)
+    result = CliRunner().invoke(app, ["plan", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
     assert (facts["trainer_ranks"], facts["rollout_ranks"]) == ranks
     assert facts["estimate"]["received"]["minimum"] > 0
     assert facts["estimate"]["predicted_seconds"] > 0
@@ -174,9 +174,9 @@ def test_recipes_of_paper_size_can_be_planned(recipe: str, ranks: tuple[int, int
 
 def test_a_recipe_without_weights_is_not_started(tmp_path: Path) -> None:
     path = next(path for path in RECIPES if path.stem == "deepseek-v3")
-    found = CliRunner().invoke(app, ["train", str(path), f"run_dir={tmp_path / 'run'}"])
-    assert found.exit_code == 1
-    assert "bundled config without weights" in found.output
+    result = CliRunner().invoke(app, ["train", str(path), f"run_dir={tmp_path / 'run'}"])
+    assert result.exit_code == 1
+    assert "bundled config without weights" in result.output
     assert not (tmp_path / "run").exists()
 
 

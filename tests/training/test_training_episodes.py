@@ -53,52 +53,52 @@ def test_stop_tokens_stop_texts_and_length_end_an_episode() -> None:
 @pytest.mark.parametrize("segment", [1, 2, 3, 100])
 def test_segments_change_nothing_but_who_wrote_what(segment: int) -> None:
     engine = WritingEngine(hashed(12, EOS, 9))
-    whole = _episode(WritingEngine(hashed(12, EOS, 9)), max_tokens=30, stop=("+7",))
+    uncut = _episode(WritingEngine(hashed(12, EOS, 9)), max_tokens=30, stop=("+7",))
 
     def next_version() -> None:
         engine.version += 1
 
     engine.before_call = next_version
     cut = _episode(engine, segment, max_tokens=30, stop=("+7",))
-    assert cut.tokens == whole.tokens
-    assert cut.log_probs == whole.log_probs
+    assert cut.tokens == uncut.tokens
+    assert cut.log_probs == uncut.log_probs
     assert cut.versions == [2 + position // segment for position in range(len(cut.tokens))]
 
 
 class Adder:
-    """Says the sum of the digits so far after every turn, until the policy has said three things."""
+    """Answers every turn with `+`, the turn's length and `=`, until the policy has had three turns."""
 
     def __init__(self, problem: Problem) -> None:
-        self.said: list[str] = []
+        self.turns: list[str] = []
 
     def respond(self, turn: str) -> str | None:
-        self.said.append(turn)
+        self.turns.append(turn)
         if "8" in turn:
             raise RuntimeError("no eights")
-        return None if len(self.said) == 3 else f"+{len(turn)}="
+        return None if len(self.turns) == 3 else f"+{len(turn)}="
 
     def reward(self) -> float:
-        return float(len(self.said))
+        return float(len(self.turns))
 
 
 def test_environments_write_tokens_that_are_not_trained_on() -> None:
-    turns = scripted("12<eos>+2=3<eos>+1=456<eos>", TOKENIZER, 4)  # what the environment will have said is skipped over
+    turns = scripted("12<eos>+2=3<eos>+1=456<eos>", TOKENIZER, 4)  # the writer skips the tokens that the environment wrote
     engine = WritingEngine(turns)
     episode = _episode(engine, environment=Adder, max_tokens=20, max_turns=5)
     assert _text(episode.tokens) == "12<eos>+2=3<eos>+1=456<eos>"
     assert (episode.finish, episode.turns, episode.verdict) == ("stop", 3, Verdict(3.0))
     assert episode.environment is not None
-    assert episode.environment.said == ["12", "3", "456"]  # type: ignore[attr-defined]
+    assert episode.environment.turns == ["12", "3", "456"]  # type: ignore[attr-defined]
     sampled = [version != NOT_SAMPLED for version in episode.versions]
     assert sampled == [True] * 3 + [False] * 3 + [True] * 2 + [False] * 3 + [True] * 4
-    # Tokens go back to the engine as they came.
+    # The next call gets the tokens as the engine returned them, without another tokenization.
     assert [len(context) for (context,) in engine.calls] == [4, 10, 15]
     assert all(context == [*episode.prompt, *episode.tokens][: len(context)] for (context,) in engine.calls)
 
-    found = assemble([episode], [Verdict(1.0)], pad_token_id=0)
-    assert found.batch.mask[0, 3:].tolist() == [*sampled, False]
-    assert found.batch.need("rollout_log_probs")[0, 3:-1].tolist() == episode.log_probs
-    assert found.batch.num_tokens == 9
+    assembled = assemble([episode], [Verdict(1.0)], pad_token_id=0)
+    assert assembled.batch.mask[0, 3:].tolist() == [*sampled, False]
+    assert assembled.batch.need("rollout_log_probs")[0, 3:-1].tolist() == episode.log_probs
+    assert assembled.batch.num_tokens == 9
 
 
 def test_episodes_end_with_their_turns_their_room_or_their_environment() -> None:
@@ -119,9 +119,9 @@ GUESSES = toy.tokenizer(DIGITS + "?<>")
 
 
 def _halving(context: list[int], seed: int) -> int:
-    """Guesses the middle of what the answers so far leave."""
-    said, first, last = GUESSES.decode(context)[1:], 0, 9
-    for guess, answer in zip(said[::2], said[1::2], strict=False):
+    """Guesses the middle of the digits that are still possible after the answers so far."""
+    turns, first, last = GUESSES.decode(context)[1:], 0, 9
+    for guess, answer in zip(turns[::2], turns[1::2], strict=False):
         first, last = (int(guess) + 1, last) if answer == ">" else (first, int(guess) - 1)
     return GUESSES.encode(str((first + last) // 2))[0]
 
@@ -143,10 +143,10 @@ def _games(writer: Any) -> list[Episode]:
 
 
 def test_only_who_reads_the_answers_finds_every_hidden_digit() -> None:
-    found = _games(_halving)
-    assert [episode.verdict for episode in found] == [Verdict(1.0)] * 10
-    assert [episode.turns for episode in found] == [3, 2, 3, 4, 1, 3, 4, 2, 3, 4]
-    assert found[3].versions == [1, NOT_SAMPLED, 1, NOT_SAMPLED, 1, NOT_SAMPLED, 1]
+    episodes = _games(_halving)
+    assert [episode.verdict for episode in episodes] == [Verdict(1.0)] * 10
+    assert [episode.turns for episode in episodes] == [3, 2, 3, 4, 1, 3, 4, 2, 3, 4]
+    assert episodes[3].versions == [1, NOT_SAMPLED, 1, NOT_SAMPLED, 1, NOT_SAMPLED, 1]
     blind = _games(_counting)
     assert [episode.verdict for episode in blind] == [Verdict(1.0)] * 4 + [Verdict(0.0)] * 6
     assert {episode.finish for episode in blind[4:]} == {"turns"}

@@ -94,10 +94,10 @@ def _fleet(started: list[NamedEngine], count: int, restarts: int, adapter: str |
 @pytest.mark.parametrize("prompts", [1, 2, 5, 6])
 def test_prompts_are_dealt_with_their_seeds_and_come_back_in_order(started: list[NamedEngine], prompts: int) -> None:
     fleet = _fleet(started, 3, 0)
-    found = fleet.generate([[0] * (index + 1) for index in range(prompts)], seed=list(range(prompts)), temperature=1.0)
-    assert [completion.prompt_index for completion in found] == list(range(prompts))
-    assert [completion.tokens[1:] for completion in found] == [[index + 1, index] for index in range(prompts)]
-    assert len({completion.tokens[0] for completion in found}) == min(prompts, 3)
+    completions = fleet.generate([[0] * (index + 1) for index in range(prompts)], seed=list(range(prompts)), temperature=1.0)
+    assert [completion.prompt_index for completion in completions] == list(range(prompts))
+    assert [completion.tokens[1:] for completion in completions] == [[index + 1, index] for index in range(prompts)]
+    assert len({completion.tokens[0] for completion in completions}) == min(prompts, 3)
     fleet.close()
     assert all(engine.closed for engine in started)
 
@@ -155,9 +155,9 @@ def test_an_engine_that_failed_to_commit_rests_until_it_does(started: list[Named
     fleet = _fleet(started, 3, restarts=1)
     started[1].refuses = True
     assert fleet.sync(1).failed == {1: "no"}
-    found = fleet.generate([[0]] * 4, seed=[1, 2, 3, 4], temperature=1.0)
-    assert [completion.tokens[0] for completion in found] == [0, 0, 2, 2]
-    assert [completion.prompt_index for completion in found] == [0, 1, 2, 3]
+    completions = fleet.generate([[0]] * 4, seed=[1, 2, 3, 4], temperature=1.0)
+    assert [completion.tokens[0] for completion in completions] == [0, 0, 2, 2]
+    assert [completion.prompt_index for completion in completions] == [0, 1, 2, 3]
     assert fleet.lost == 0
     started[1].refuses = False
     fleet.sync(2)

@@ -92,10 +92,10 @@ def test_mismatch_estimates_the_kl_from_the_trainer_to_the_engine() -> None:
     train = torch.tensor([0.25, 0.25, 0.25, 0.25]).log()
     drawn = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3])
     mask = torch.tensor([True] * 8 + [False])
-    found = mismatch_metrics(train[drawn][None], engine[drawn][None], mask[None])
-    assert_near(found["kl_train_rollout"], (train.exp() * (train - engine)).sum().item(), ROUNDING, scale=math.log(8))
-    assert_near(found["mismatch_max"], math.log(2), ROUNDING, scale=math.log(8))
-    assert_near(found["mismatch_mean"], math.log(2) * 6 / 8, ROUNDING, scale=math.log(8))
+    metrics = mismatch_metrics(train[drawn][None], engine[drawn][None], mask[None])
+    assert_near(metrics["kl_train_rollout"], (train.exp() * (train - engine)).sum().item(), ROUNDING, scale=math.log(8))
+    assert_near(metrics["mismatch_max"], math.log(2), ROUNDING, scale=math.log(8))
+    assert_near(metrics["mismatch_mean"], math.log(2) * 6 / 8, ROUNDING, scale=math.log(8))
 
 
 def _batch() -> Batch:

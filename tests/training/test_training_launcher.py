@@ -22,9 +22,9 @@ def test_the_result_of_rank_0_comes_back() -> None:
         dist.all_reduce(total)
         return total, [dist.get_rank(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])]
 
-    total, told = launch(work, 3, 10)
+    total, environment = launch(work, 3, 10)
     assert torch.equal(total, torch.full((100_000,), 33))  # although the process that made it is gone
-    assert told == [0, 0, 3]
+    assert environment == [0, 0, 3]
     assert "RANK" not in os.environ
     assert not dist.is_initialized()
 
@@ -90,10 +90,10 @@ def test_under_torchrun_the_ranks_are_there_already(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(script)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
-    found = torchrun(2)
-    assert found.returncode == 0, found.stderr
+    completed = torchrun(2)
+    assert completed.returncode == 0, completed.stderr
     # Ranks share a pipe, and print writes text and line end apart: lines may run into each other.
-    assert sorted(re.findall(r"rank \d of \d", found.stdout)) == ["rank 0 of 2", "rank 1 of 2"]
+    assert sorted(re.findall(r"rank \d of \d", completed.stdout)) == ["rank 0 of 2", "rank 1 of 2"]
     wrong = torchrun(1)
     assert wrong.returncode != 0
     assert "torchrun started 1 ranks, this layout needs 2" in wrong.stderr

@@ -92,8 +92,8 @@ def test_the_toy_task_is_learnt(
     command = [sys.executable, *WAYS[way], "-m", "mbridge_rl.cli", "train", str(recipe), "logging.tensorboard=true"]
     with reward_service() as service:
         command.append(f"reward.function={url_of(service)}")
-        found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
 
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert (tmp_path / "run" / "final-adapter" / "adapter_model.safetensors").exists() == (weights != "full")
@@ -125,12 +125,12 @@ def test_objectives_meet_every_mode_way_and_kind_of_weights() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_guessing_game_is_learnt(seed: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    """Episodes of several turns, of which the policy's are trained on."""
+    """Episodes have several turns, and only the policy's own are trained on."""
     steps = 30 if NIGHTLY else 6
     changes = [f"steps={steps}", f"seed={seed}", f"run_dir={tmp_path}", "checkpoint.every=0", "logging.samples=640"]
     command = [sys.executable, "-m", "mbridge_rl.cli", "train", str(RECIPES / "guessing.yaml"), *changes]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
     history = read_lines(tmp_path / METRICS_FILE)
     rewards = [line["reward"] for line in history]
     record_property("reward", rewards)
@@ -139,10 +139,10 @@ def test_the_guessing_game_is_learnt(seed: int, tmp_path: Path, record_property:
     assert not NIGHTLY or max(rewards) > 0.6
     samples = read_lines(tmp_path / SAMPLES_FILE)
     for line in history:
-        said = [sample["completion"] for sample in samples if sample["step"] == line["step"]]
-        assert any(re.fullmatch(r"(\d[<>]){3}\d", text) for text in said)  # seven tokens, four of them the policy's
+        completions = [sample["completion"] for sample in samples if sample["step"] == line["step"]]
+        assert any(re.fullmatch(r"(\d[<>]){3}\d", text) for text in completions)  # seven tokens, four of them the policy's
         assert line["length_max"] == 4
-        assert line["turns"] > 1.5 * len(said)
+        assert line["turns"] > 1.5 * len(completions)
 
 
 def _rewards_on_the_board(directory: Path) -> list[float]:

@@ -42,9 +42,9 @@ def _dense(logits: Tensor, tokens: Tensor, vocab: int, temperature: float, grads
 def _parallel(rank: int, vocab: int, padded: int, temperature: float, dtype: torch.dtype, **options: Any) -> list[Tensor]:
     logits, tokens, *grads = _inputs(vocab, padded, dtype)
     mine = logits.chunk(dist.get_world_size(), dim=-1)[rank].clone().requires_grad_()
-    found = token_statistics(mine, tokens, vocab, group=dist.group.WORLD, temperature=temperature, **options)
-    (found.log_probs * grads[0] + found.entropy * grads[1]).sum().backward()
-    return [*(value.detach() for value in found), mine.grad]
+    statistics = token_statistics(mine, tokens, vocab, group=dist.group.WORLD, temperature=temperature, **options)
+    (statistics.log_probs * grads[0] + statistics.entropy * grads[1]).sum().backward()
+    return [*(value.detach() for value in statistics), mine.grad]
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_bf16_logits_are_reduced_in_fp32() -> None:
 
 def test_chunks_change_no_bit() -> None:
     logits, tokens, *grads = _inputs(13, 13)
-    found = []
+    results = []
     for max_elements in (1, 40, 1 << 20):
         mine = logits.clone().requires_grad_()
         statistics = token_statistics(mine, tokens, 13, max_elements=max_elements)
         (statistics.log_probs * grads[0] + statistics.entropy * grads[1]).sum().backward()
-        found.append((*statistics, mine.grad))
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        results.append((*statistics, mine.grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 class _LargestFloat(TorchDispatchMode):
@@ -106,16 +106,16 @@ def test_no_more_fp32_logits_than_stated_exist() -> None:
     logits = torch.randn(64, 1001, dtype=torch.bfloat16).requires_grad_()
     tokens = torch.randint(0, 1001, (64,))
     with _LargestFloat() as seen:
-        found = token_statistics(logits, tokens, 1001, max_elements=5000)
-        (found.log_probs + found.entropy).sum().backward()
+        statistics = token_statistics(logits, tokens, 1001, max_elements=5000)
+        (statistics.log_probs + statistics.entropy).sum().backward()
     assert 0 < seen.elements <= 5000
 
 
 def test_only_what_is_used_gets_a_gradient() -> None:
     logits = torch.randn(5, 11, requires_grad=True)
-    found = token_statistics(logits, torch.arange(5), 11)
-    assert not found.greedy.requires_grad
-    found.entropy.sum().backward()
+    statistics = token_statistics(logits, torch.arange(5), 11)
+    assert not statistics.greedy.requires_grad
+    statistics.entropy.sum().backward()
     # d H / d x sums up to zero over the vocabulary
     assert_near(logits.grad.sum(-1), torch.zeros(5), ROUNDING, scale=logits.grad.abs().sum(-1).max().item())
 
@@ -146,10 +146,10 @@ def _cap(logits: Tensor) -> Tensor:
 def _projected(rank: int, vocab: int, padded: int, change: Any, options: dict[str, Any]) -> list[Tensor]:
     hidden, weight, tokens, grads = _hidden_inputs(vocab, padded)
     hidden, mine = hidden.requires_grad_(), weight.chunk(dist.get_world_size())[rank].clone().requires_grad_()
-    found = projected_token_statistics(hidden, mine, tokens, vocab, change=change, group=dist.group.WORLD, **options)
-    (found.log_probs * grads[0] + found.entropy * grads[1]).sum().backward()
+    statistics = projected_token_statistics(hidden, mine, tokens, vocab, change=change, group=dist.group.WORLD, **options)
+    (statistics.log_probs * grads[0] + statistics.entropy * grads[1]).sum().backward()
     dist.all_reduce(hidden.grad)  # each rank has its columns' part
-    return [*(value.detach() for value in found), hidden.grad, mine.grad]
+    return [*(value.detach() for value in statistics), hidden.grad, mine.grad]
 
 
 @pytest.mark.parametrize("change", [None, _cap], ids=["plain", "soft cap"])
@@ -163,33 +163,33 @@ def test_the_projection_in_chunks_equals_the_dense_one(change: Any, world_size: 
     (log_probs * grads[0] + entropy * grads[1]).sum().backward()
     options = {"temperature": 0.7, "max_elements": 30}
     results, size = run_ranks(_projected, world_size, vocab, padded, change, options), log_probs.abs().max().item()
-    for found in results:
-        assert_near(found[0], log_probs, ROUNDING, what="log-probabilities")
-        assert_near(found[1], entropy, ROUNDING, scale=size, what="entropies")
-        assert torch.equal(found[2], log_p.argmax(-1) == tokens)
-        assert_near(found[3], hidden.grad, ROUNDING, scale=size * hidden.grad.abs().max().item(), what="gradients")
-    found = torch.cat([found[4] for found in results])
-    assert_near(found, weight.grad, ROUNDING, scale=size * weight.grad.abs().max().item(), what="the weight's gradient")
+    for result in results:
+        assert_near(result[0], log_probs, ROUNDING, what="log-probabilities")
+        assert_near(result[1], entropy, ROUNDING, scale=size, what="entropies")
+        assert torch.equal(result[2], log_p.argmax(-1) == tokens)
+        assert_near(result[3], hidden.grad, ROUNDING, scale=size * hidden.grad.abs().max().item(), what="gradients")
+    weight_grad = torch.cat([result[4] for result in results])
+    assert_near(weight_grad, weight.grad, ROUNDING, scale=size * weight.grad.abs().max().item(), what="the weight's gradient")
 
 
 def test_the_weights_gradient_is_summed_in_fp32() -> None:
-    """In bf16, chunk by chunk, the sum would lose what is smaller than a 256th of it."""
+    """A sum in bf16, chunk by chunk, would lose every term that is smaller than a 256th of it."""
     hidden, weight, tokens, grads = _hidden_inputs(13, 13, torch.bfloat16)
     hidden, tokens, grads = hidden.repeat(30, 1, 1), tokens.repeat(30, 1), grads.repeat(1, 30, 1)
     expected = None
     for max_elements in (1 << 20, 13):  # all at once, and one token at a time
         mine = weight.clone().requires_grad_()
-        found = projected_token_statistics(hidden, mine, tokens, 13, max_elements=max_elements)
-        (found.log_probs * grads[0]).sum().backward()
+        statistics = projected_token_statistics(hidden, mine, tokens, 13, max_elements=max_elements)
+        (statistics.log_probs * grads[0]).sum().backward()
         assert mine.grad.dtype == torch.bfloat16
         expected = mine.grad if expected is None else expected
-        assert_near(mine.grad, expected, rounding(1, dtype=torch.bfloat16))  # of the sum, once
+        assert_near(mine.grad, expected, rounding(1, dtype=torch.bfloat16))  # only the sum is rounded, once
 
 
 def test_frozen_weights_get_no_gradient() -> None:
     hidden, weight, tokens, _ = _hidden_inputs(13, 13)
-    found = projected_token_statistics(hidden.requires_grad_(), weight, tokens, 13)
-    found.log_probs.sum().backward()
+    statistics = projected_token_statistics(hidden.requires_grad_(), weight, tokens, 13)
+    statistics.log_probs.sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
 
@@ -227,7 +227,7 @@ def test_no_more_logits_than_stated_exist(entropy: bool, change: Any, stated: in
     weight = torch.randn(1001, 16, dtype=torch.bfloat16).requires_grad_()
     with _Largest(1001) as seen:
         tokens = torch.randint(0, 1001, (64,))
-        found = projected_token_statistics(hidden, weight, tokens, 1001, change=change, max_elements=5000)
-        (found.log_probs + found.entropy if entropy else found.log_probs).sum().backward()
+        statistics = projected_token_statistics(hidden, weight, tokens, 1001, change=change, max_elements=5000)
+        (statistics.log_probs + statistics.entropy if entropy else statistics.log_probs).sum().backward()
     assert 0 < seen.elements <= 5000
     assert stated // 2 <= seen.most <= stated

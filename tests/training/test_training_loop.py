@@ -25,17 +25,18 @@ from mbridge_rl.training.rollout.collect import Rollout, RolloutBatch
 from mbridge_rl.training.rollout.rewards import Problem, exact_match
 from mbridge_rl.training.trainer.megatron_trainer import MegatronTrainer, TrainerConfig
 
-SAID = math.log(1 / 4)
+LOG_PROB_OF_EACH = math.log(1 / 4)
 PROBLEMS = [Problem("3+4=", "7"), Problem("6+6=", "12"), Problem("9+9=", "18")]
 
 
 class FourAnswers:
-    """Says 7, 8, 12 and 3 in turn, each with the same probability."""
+    """An engine that answers 7, 8, 12 and 3 in turn, each with the same probability."""
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
         answers = [toy.tokenizer().encode(f"{answer}<eos>") for answer in (7, 8, 12, 3)]
         return [
-            Completion(index, answers[index % 4], [SAID] * len(answers[index % 4]), "stop", 3) for index in range(len(prompts))
+            Completion(index, answers[index % 4], [LOG_PROB_OF_EACH] * len(answers[index % 4]), "stop", 3)
+            for index in range(len(prompts))
         ]
 
 

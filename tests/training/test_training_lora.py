@@ -167,17 +167,17 @@ def test_adapters_train_as_in_one_process(
     variant: str, layout: Layout, build: dict[str, Any], config: LoRAConfig, scratch: Path
 ) -> None:
     alone = _alone(variant, scratch, config)
-    for found in run_ranks(_train, layout.world_size, _checkpoint(variant, scratch), layout, build, config):
-        assert found["starts_as_base"]
-        assert found["base_stays"]  # bit for bit, also after merging and unmerging
-        assert found["merges"]
-        assert found["reference_is_base"]
+    for result in run_ranks(_train, layout.world_size, _checkpoint(variant, scratch), layout, build, config):
+        assert result["starts_as_base"]
+        assert result["base_stays"]  # bit for bit, also after merging and unmerging
+        assert result["merges"]
+        assert result["reference_is_base"]
         # The gradient norm counts every adapter exactly once. Each step sees the errors of those before it.
-        assert_near(found["loss"], alone["loss"], STEPS * FORWARD, what="losses")
-        assert_near(found["grad_norm"], alone["grad_norm"], STEPS * BACKWARD, what="norms")
-        assert (found["adapted"] - found["base"]).abs().max() > 0.1
+        assert_near(result["loss"], alone["loss"], STEPS * FORWARD, what="losses")
+        assert_near(result["grad_norm"], alone["grad_norm"], STEPS * BACKWARD, what="norms")
+        assert (result["adapted"] - result["base"]).abs().max() > 0.1
         # W x + B A x against (W + B A) x
-        assert_near(found["merged"], found["adapted"], FORWARD, what="log-probabilities")
+        assert_near(result["merged"], result["adapted"], FORWARD, what="log-probabilities")
 
 
 PACK = {"packing": True, "micro_batch_tokens": 20}
@@ -226,13 +226,13 @@ def test_packed_sequences_train_adapters_as_padded_rows_in_one_process(
     variant: str, layout: Layout, build: dict[str, Any], config: LoRAConfig, scratch: Path
 ) -> None:
     loss, norm, adapted, adapters = _padded_alone(variant, scratch, config)
-    for found in run_ranks(_train_ragged, layout.world_size, _checkpoint(variant, scratch), layout, build, config, PACK):
-        assert_near(found[0], loss, STEPS * FORWARD, what="losses")
-        assert_near(found[1], norm, STEPS * BACKWARD, what="norms")
-        assert_near(found[2], adapted, STEPS * FORWARD, what="log-probabilities")
+    for result in run_ranks(_train_ragged, layout.world_size, _checkpoint(variant, scratch), layout, build, config, PACK):
+        assert_near(result[0], loss, STEPS * FORWARD, what="losses")
+        assert_near(result[1], norm, STEPS * BACKWARD, what="norms")
+        assert_near(result[2], adapted, STEPS * FORWARD, what="log-probabilities")
         for name, adapter in adapters.items():
-            assert_near_in_norm(found[3][name], adapter, STEPS * BACKWARD + rounding(STEPS), what=name)
-    assert loss[0] - loss[-1] > 0.01  # which took adapters
+            assert_near_in_norm(result[3][name], adapter, STEPS * BACKWARD + rounding(STEPS), what=name)
+    assert loss[0] - loss[-1] > 0.01  # the adapters were trained
 
 
 def _initial(rank: int, checkpoint: Path, layout: Layout) -> dict[str, torch.Tensor]:
@@ -254,11 +254,11 @@ def test_adapters_start_equal_on_every_layout(scratch: Path) -> None:
     assert len(alone) == 4 * 4
     assert len({tensor.flatten()[0].item() for tensor in alone.values()}) == len(alone)  # each its own draw
     first, second = run_ranks(_initial, 2, checkpoint, Layout(tp=2))
-    for name, whole in alone.items():
+    for name, full_tensor in alone.items():
         row_parallel = name.endswith(("linear_proj", "linear_fc2"))
-        assert torch.equal(torch.cat([first[name], second[name]], 1) if row_parallel else first[name], whole)
+        assert torch.equal(torch.cat([first[name], second[name]], 1) if row_parallel else first[name], full_tensor)
     stages = run_ranks(_initial, 2, checkpoint, Layout(pp=2))
-    assert all(torch.equal((stages[0] | stages[1])[name], whole) for name, whole in alone.items())
+    assert all(torch.equal((stages[0] | stages[1])[name], full_tensor) for name, full_tensor in alone.items())
 
 
 def _merge_twice(rank: int, checkpoint: Path) -> None:
@@ -303,15 +303,15 @@ def test_starts_leave_the_output_and_are_equal_on_every_layout(start: Any, scrat
     config, checkpoint = LoRAConfig(rank=4, alpha=6.0, canonical=True, start=start), _checkpoint(DENSE, scratch)
     [(alone, difference, scale)] = run_ranks(_start, 1, checkpoint, Layout(), config)
     ranks = run_ranks(_start, 2, checkpoint, Layout(tp=2), config)
-    assert_near([difference, *(found for _, found, _ in ranks)], [0.0] * 3, FORWARD, scale=scale, what="log-probabilities")
+    assert_near([difference, *(other for _, other, _ in ranks)], [0.0] * 3, FORWARD, scale=scale, what="log-probabilities")
     prefix = "base_model.model.model.layers.2.self_attn.v_proj"
-    for (found, *_), name in itertools.product(ranks, (name for name in alone if name.endswith("lora_A.weight"))):
+    for (adapters, *_), name in itertools.product(ranks, (name for name in alone if name.endswith("lora_A.weight"))):
         if start in ("gaussian", "orthogonal"):
-            assert torch.equal(found[name], alone[name])
-            assert torch.equal(found[name.replace("A", "B")], alone[name.replace("A", "B")])
-        else:  # signs of components depend on the order of rows; the product does not. fp32 decompositions
+            assert torch.equal(adapters[name], alone[name])
+            assert torch.equal(adapters[name.replace("A", "B")], alone[name.replace("A", "B")])
+        else:  # signs of components depend on the order of rows, their product does not; decompositions are in fp32
             b_name = name.replace("lora_A", "lora_B")
-            product, expected = (side[b_name][:, :4] @ side[name][:4] for side in (found, alone))
+            product, expected = (side[b_name][:, :4] @ side[name][:4] for side in (adapters, alone))
             assert_near(product, expected, DECOMPOSED, what=name)
     factor_a, factor_b = (alone[f"{prefix}.lora_{which}.weight"] for which in "AB")
     match start:
@@ -320,7 +320,7 @@ def test_starts_leave_the_output_and_are_equal_on_every_layout(start: Any, scrat
             assert not factor_b.any()
         case "orthogonal":
             assert factor_b.any()
-            # Rows that are orthogonal to each other: their products are sums of what cancels.
+            # The rows are orthogonal to each other, so their products are sums of terms that cancel.
             size = (factor_b.norm() * factor_a.norm()).item()
             assert_near(factor_b @ factor_a, torch.zeros(len(factor_b), factor_a.shape[1]), rounding(HIDDEN), scale=size)
         case _:

@@ -45,8 +45,8 @@ def _batch(seed: int) -> Batch:
 
 def _held(trainer: MegatronTrainer) -> list[Tensor]:
     states = parameter_states(trainer.optimizer).values()
-    kept = [tensor for state in states for tensor in (state.master, *state.moments.values())]
-    return [tensor.detach().clone() for tensor in (*trainer.model[0].parameters(), *kept)]
+    optimizer_tensors = [tensor for state in states for tensor in (state.master, *state.moments.values())]
+    return [tensor.detach().clone() for tensor in (*trainer.model[0].parameters(), *optimizer_tensors)]
 
 
 def _run(rank: int, source: Path, layout: Layout, dtype: torch.dtype, sharded: bool, directory: Path | None) -> Any:
@@ -94,8 +94,8 @@ def test_nothing_changes_by_having_been_away(
     source: Path, layout: Layout, dtype: torch.dtype, sharded: bool, tmp_path: Path
 ) -> None:
     expected = run_ranks(_run, layout.world_size, source, layout, dtype, sharded, None)
-    found = run_ranks(_run, layout.world_size, source, layout, dtype, sharded, tmp_path)
-    for (curve, held), (curve_again, held_again) in zip(expected, found, strict=True):
+    offloaded = run_ranks(_run, layout.world_size, source, layout, dtype, sharded, tmp_path)
+    for (curve, held), (curve_again, held_again) in zip(expected, offloaded, strict=True):
         assert curve_again == curve
         assert all(torch.equal(a, b) for a, b in zip(held, held_again, strict=True))
 

@@ -100,12 +100,13 @@ def test_a_trainer_out_of_the_way_learns_the_same(offload: str, fails: bool, tmp
     checkpoint = toy.make_checkpoint(tmp_path / "qwen3")
     torch.set_num_threads(1)
     expected = run_ranks(_run, 2, checkpoint, "none", False)
-    found = run_ranks(_run, 2, checkpoint, offload.format(folder=tmp_path / "away"), fails)
-    assert [history for history, _, _ in found] == [history for history, _, _ in expected]
+    offloaded = run_ranks(_run, 2, checkpoint, offload.format(folder=tmp_path / "away"), fails)
+    assert [history for history, _, _ in offloaded] == [history for history, _, _ in expected]
     assert len(expected[0][0]) == STEPS
     assert min(expected[0][1]) > 100_000
-    assert (found[0][2] > 3) == fails
-    # In host memory weights are already, but for gradients, which are as large here. Sampling may begin a moment before that.
+    assert (offloaded[0][2] > 3) == fails
+    # With "host" the weights stay in host memory and only the gradients, which are as large here, are freed. Sampling may begin
+    # a moment before that.
     left = expected[0][1][0] // 2 if offload == "host" else 0
-    assert found[0][1].count(left) >= len(found[0][1]) // 2
+    assert offloaded[0][1].count(left) >= len(offloaded[0][1]) // 2
     assert not list((tmp_path / "away").rglob("*.bin"))

@@ -30,11 +30,11 @@ WEIGHTS = "model.safetensors"
 
 
 def in_fp8(state: dict[str, Tensor], bridge: AutoBridge) -> dict[str, Tensor]:
-    """What one process makes of whole tensors."""
-    found = dict(state)
+    """The checkpoint in fp8 as one process quantizes it, which has every tensor in full."""
+    quantized = dict(state)
     for name, scale in scale_names(quantized_spec(bridge.spec, SCHEME), SCHEME).items():
-        found[name], found[scale] = quantize(state[name], SCHEME)
-    return found
+        quantized[name], quantized[scale] = quantize(state[name], SCHEME)
+    return quantized
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,6 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     for step in (1, 2):
         log.step(_metrics(step), [])
     log.close()
-    found = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, round(event.value, 3)) for event in found.Scalars("reward")] == [(1, 0.1), (2, 0.2)]
-    assert "digest" not in found.Tags()["scalars"]
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, round(event.value, 3)) for event in events.Scalars("reward")] == [(1, 0.1), (2, 0.2)]
+    assert "digest" not in events.Tags()["scalars"]

@@ -62,9 +62,9 @@ def test_a_pool_survives_rewards_that_hang_or_die() -> None:
     judge = PoolJudge(partial(make_treacherous), workers=2, timeout=2)
     try:
         assert _ask(judge, "2", "3") == [Verdict(1.0), Verdict(0.0)]  # both workers are up
-        found = _ask(judge, "2", "hang", "raise", "die", "nan", "3", "2")
-        assert [verdict.reward for verdict in found] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
-        errors = [verdict.error for verdict in found]
+        verdicts = _ask(judge, "2", "hang", "raise", "die", "nan", "3", "2")
+        assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+        errors = [verdict.error for verdict in verdicts]
         assert errors[0] is errors[5] is errors[6] is None
         assert errors[1] == "the reward took longer than 2 s; its worker was ended"
         assert "KeyError" in str(errors[2])
@@ -144,11 +144,11 @@ def test_numbers_of_every_type_are_rewards() -> None:
 
 def test_a_function_that_hangs_costs_its_completions_and_no_more() -> None:
     judge = InProcessJudge(nonsense, timeout=0.2)
-    found = _ask(judge, "2", "hang", "2", *["hang"] * 5, "2")
+    verdicts = _ask(judge, "2", "hang", "2", *["hang"] * 5, "2")
     judge.close()
-    assert [verdict.error is None for verdict in found] == [True, False, True, *[False] * 6]
-    assert "took longer than 0.2 s; set reward.workers" in str(found[1].error)
-    assert "4 calls of the reward still hang, no more are made" in str(found[-1].error)
+    assert [verdict.error is None for verdict in verdicts] == [True, False, True, *[False] * 6]
+    assert "took longer than 0.2 s; set reward.workers" in str(verdicts[1].error)
+    assert "4 calls of the reward still hang, no more are made" in str(verdicts[-1].error)
 
 
 def test_a_problem_that_cannot_be_sent_costs_its_own_completion() -> None:
@@ -221,20 +221,20 @@ MISBEHAVIOUR: dict[str, tuple[tuple[bytes, ...], str]] = {
 def test_a_service_that_misbehaves_costs_the_batch_its_rewards(name: str) -> None:
     sent, message = MISBEHAVIOUR[name]
     with service(*sent) as url:
-        found = _ask(HTTPJudge(url, timeout=60.0), "2", "3")
-    assert [verdict.reward for verdict in found] == [0.0, 0.0]
-    assert all(message in (verdict.error or "") for verdict in found), found
+        verdicts = _ask(HTTPJudge(url, timeout=60.0), "2", "3")
+    assert [verdict.reward for verdict in verdicts] == [0.0, 0.0]
+    assert all(message in (verdict.error or "") for verdict in verdicts), verdicts
 
 
 @pytest.mark.parametrize("sent", [(OK, *[b" "] * 600), (*[b"x"] * 600,), (*[b"HTTP/1.1 100 Continue\r\n\r\n"] * 600,)])
 def test_a_service_that_drips_is_not_waited_for(sent: tuple[bytes, ...]) -> None:
-    """Every read has its byte in time; the whole would take a minute."""
+    """Every single read gets its byte in time, but the complete answer would take a minute."""
     threads = threading.active_count()
     with service(*sent, pause=0.1) as url:
-        found = _ask(HTTPJudge(url, timeout=0.5), "2", "3")
-        assert all("no complete answer within 0.5 s" in (verdict.error or "") for verdict in found)
+        verdicts = _ask(HTTPJudge(url, timeout=0.5), "2", "3")
+        assert all("no complete answer within 0.5 s" in (verdict.error or "") for verdict in verdicts)
         deadline = time.monotonic() + 60
-        while threading.active_count() > threads + 1 and time.monotonic() < deadline:  # the service's own is one
+        while threading.active_count() > threads + 1 and time.monotonic() < deadline:  # one of them is the service's own
             time.sleep(0.05)
         assert threading.active_count() <= threads + 1, "the request's thread outlived it"
 
@@ -307,8 +307,8 @@ def test_tasks_from_files_and_functions(tmp_path: Any) -> None:
 def test_prompts_that_do_not_fit_are_left_out_and_counted_or_refused() -> None:
     tokenizer = toy.tokenizer()
     problems = [Problem("1+1="), Problem(""), Problem("1+1+1+1="), Problem("2+2=")]
-    kept, left_out = usable_problems(problems, tokenizer, 4, refuse=False)
-    assert kept == [problems[0], problems[3]]
+    usable, left_out = usable_problems(problems, tokenizer, 4, refuse=False)
+    assert usable == [problems[0], problems[3]]
     assert left_out == {"empty": 1, "longer than 4 tokens": 1}
     with pytest.raises(ConfigError, match=r"the prompt '' has 0 tokens, 1 to 4 are allowed"):
         usable_problems(problems, tokenizer, 4, refuse=True)

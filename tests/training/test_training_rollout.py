@@ -23,10 +23,10 @@ class ScriptedEngine:
 
     def __init__(self, answers: list[str]) -> None:
         self._answers = answers
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int = 1, **options: Any) -> list[Completion]:
-        self.asked.append({"prompts": [list(prompt) for prompt in prompts], "n": n, **options})
+        self.requests.append({"prompts": [list(prompt) for prompt in prompts], "n": n, **options})
         tokenizer, completions = toy.tokenizer(), []
         for index in range(len(prompts)):
             for sample in range(n):
@@ -43,10 +43,10 @@ def _collect(rank: int) -> RolloutBatch:
     first = rollout.collect(problems, group_size=2)
     if engine is not None:
         rollout.collect(problems, group_size=2)
-        assert len(set(engine.asked[0]["seed"] + engine.asked[1]["seed"])) == 8  # every episode has its own stream
-        assert engine.asked[0]["stop_token_ids"] == [2]
+        assert len(set(engine.requests[0]["seed"] + engine.requests[1]["seed"])) == 8  # every episode has its own stream
+        assert engine.requests[0]["stop_token_ids"] == [2]
         prompts = [toy.tokenizer().encode("3+4="), toy.tokenizer().encode("6+6=")]
-        assert engine.asked[0]["prompts"] == [prompts[0], prompts[0], prompts[1], prompts[1]]
+        assert engine.requests[0]["prompts"] == [prompts[0], prompts[0], prompts[1], prompts[1]]
     else:
         rollout.collect(problems, group_size=2)
     return first
@@ -54,13 +54,13 @@ def _collect(rank: int) -> RolloutBatch:
 
 def test_every_rank_gets_the_rewarded_batch() -> None:
     ranks = run_ranks(_collect, 2)
-    for found in ranks:
-        assert found.rewards.tolist() == [1.0, 0.0, 1.0, 0.0]
-        assert found.versions.tolist() == [7] * 4
-        assert found.batch.tokens.shape == (4, 8)
-        assert found.batch.mask.sum(1).tolist() == [2, 2, 3, 3]
-        assert toy.tokenizer().decode(found.batch.tokens[3, :7]) == "6+6=123"
-        assert found.batch.need("rollout_log_probs")[found.batch.mask].tolist() == [-0.5, -1.0] * 2 + [-0.5, -1.0, -1.5] * 2
+    for rollout in ranks:
+        assert rollout.rewards.tolist() == [1.0, 0.0, 1.0, 0.0]
+        assert rollout.versions.tolist() == [7] * 4
+        assert rollout.batch.tokens.shape == (4, 8)
+        assert rollout.batch.mask.sum(1).tolist() == [2, 2, 3, 3]
+        assert toy.tokenizer().decode(rollout.batch.tokens[3, :7]) == "6+6=123"
+        assert rollout.batch.need("rollout_log_probs")[rollout.batch.mask].tolist() == [-0.5, -1.0] * 2 + [-0.5, -1.0, -1.5] * 2
     assert ranks[0].samples == [("3+4=", "7"), ("3+4=", "8"), ("6+6=", "12"), ("6+6=", "123")]
     assert ranks[1].samples == ranks[0].samples
 

@@ -154,12 +154,12 @@ def test_adapters_alone_travel_and_learn_what_merged_ones_do(sabotage: Path, kil
     assert summary["engines_lost"] == int(killed)
     assert not killed or "2: restarted after: rank 1 of 2 failed" in events(config.run_dir)
     lines = [read_lines(run.run_dir / METRICS_FILE) for run in (merged, config)]
-    for expected, found in zip(*lines, strict=True):
-        assert [found[name] for name in EXACT] == [expected[name] for name in EXACT]
+    for expected, separate in zip(*lines, strict=True):
+        assert [separate[name] for name in EXACT] == [expected[name] for name in EXACT]
         for name in CLOSE:  # each update sees the errors of those before it; losses are differences of what is of order 1
-            tolerance = 2 * found["step"] * backward(LAYERS, WIDTH)
-            assert_near(found[name], expected[name], tolerance, scale=max(1.0, expected[name]), what=name)
-        assert (found["staleness_max"], found["verified"]) == (0, True)
+            tolerance = 2 * separate["step"] * backward(LAYERS, WIDTH)
+            assert_near(separate[name], expected[name], tolerance, scale=max(1.0, expected[name]), what=name)
+        assert (separate["staleness_max"], separate["verified"]) == (0, True)
     assert_near(max(line["mismatch_max"] for line in lines[1]), 0.0, forward(LAYERS, WIDTH), scale=LOGITS, what="mismatch")
     assert len({line["digest"] for line in lines[1]}) == config.steps
     # Two layers of q, k, v, o, gate, up and down: rank 4, fp32, a row of A and a column of B each.
@@ -250,11 +250,11 @@ def test_another_layout_goes_on_from_the_same_checkpoint(undisturbed: Path, tmp_
     run_training(config_of(run_dir, "layout.tp=1", "layout.pp=2", "steps=6"), resume=True)
     before, after = (read_lines(folder / METRICS_FILE) for folder in (undisturbed, run_dir))
     assert [line["step"] for line in after] == [1, 2, 3, 4, 5, 6]
-    # Step 5 is made anew from the checkpoint of step 4: of the same prompts, which the data loader remembers, with the same
-    # random streams, up to the order of sums.
-    expected, found = before[4], after[4]
-    assert found["step_seconds"] != expected["step_seconds"]
-    assert found["reward"] == expected["reward"]
-    assert_near(found["loss"], expected["loss"], 2 * backward(LAYERS, WIDTH), scale=1.0, what="loss")
+    # Step 5 is repeated from the checkpoint of step 4: it has the same prompts, which the data loader remembers, and the same
+    # random streams, so that it is equal up to the order of sums.
+    expected, repeated = before[4], after[4]
+    assert repeated["step_seconds"] != expected["step_seconds"]
+    assert repeated["reward"] == expected["reward"]
+    assert_near(repeated["loss"], expected["loss"], 2 * backward(LAYERS, WIDTH), scale=1.0, what="loss")
     samples = [[line for line in read_lines(folder / SAMPLES_FILE) if line["step"] == 5] for folder in (undisturbed, run_dir)]
     assert samples[0] == samples[1]

@@ -99,14 +99,14 @@ def test_training_equals_one_process(
 ) -> None:
     """The loss is normalised by the global token count, so no split of the batch or the model changes it."""
     alone = _alone(variant, scratch)
-    for found in run_ranks(_supervised, layout.world_size, saved_model(variant, scratch), layout, build, config):
-        assert found["same_in_step"]  # to the bit: forward only, and training
-        assert_near(found["loss"], alone["loss"], FORWARD, what="losses")
-        assert_near(found["grad_norm"], alone["grad_norm"], STEPS * BACKWARD, what="norms")  # each sees the errors before it
-        assert_near(found["before"], alone["before"], FORWARD, what="log-probabilities")
-        # p log p of every token of the vocabulary: as good as the log-probabilities
-        assert_near(found["entropy"], alone["entropy"], FORWARD, scale=alone["before"].abs().max().item(), what="entropies")
-        assert torch.equal(found["greedy"], alone["greedy"])
+    for result in run_ranks(_supervised, layout.world_size, saved_model(variant, scratch), layout, build, config):
+        assert result["same_in_step"]  # to the bit: forward only, and training
+        assert_near(result["loss"], alone["loss"], FORWARD, what="losses")
+        assert_near(result["grad_norm"], alone["grad_norm"], STEPS * BACKWARD, what="norms")  # each sees the errors before it
+        assert_near(result["before"], alone["before"], FORWARD, what="log-probabilities")
+        # Entropies are sums of p log p over the vocabulary, so they are as exact as the log-probabilities.
+        assert_near(result["entropy"], alone["entropy"], FORWARD, scale=alone["before"].abs().max().item(), what="entropies")
+        assert torch.equal(result["greedy"], alone["greedy"])
 
 
 @pytest.mark.parametrize("variant", [DENSE, MOE, "llama"])
@@ -117,10 +117,10 @@ def test_loss_gradient_and_log_probs_equal_transformers(variant: str, scratch: P
     loss = -log_probs[batch.mask].mean()
     loss.backward()
     grad_norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
-    found = _alone(variant, scratch)
-    assert_near(found["loss"][0], loss.item(), FORWARD, what="loss")
-    assert_near(found["grad_norm"][0], grad_norm.item(), BACKWARD, what="norm")
-    assert_near(found["before"][batch.mask], log_probs[batch.mask], FORWARD, what="log-probabilities")
+    result = _alone(variant, scratch)
+    assert_near(result["loss"][0], loss.item(), FORWARD, what="loss")
+    assert_near(result["grad_norm"][0], grad_norm.item(), BACKWARD, what="norm")
+    assert_near(result["before"][batch.mask], log_probs[batch.mask], FORWARD, what="log-probabilities")
 
 
 def _first_grpo_step(rank: int, checkpoint: Path, layout: Layout, config: dict[str, Any]) -> list[Any]:
@@ -209,13 +209,13 @@ def _clipped_by_torch() -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
 def test_gradients_are_clipped_by_the_norm_of_the_whole_model(
     layout: Layout, build: dict[str, Any], config: dict[str, Any], scratch: Path
 ) -> None:
-    """Experts and dense parameters together, although Megatron gives each an optimizer of its own."""
+    """One norm counts experts and dense parameters, although Megatron gives each an optimizer of its own."""
     norm, before, moved = _clipped_by_torch()
     assert norm > 10 * CLIPPING["clip_grad"]
-    for found, weights in run_ranks(_clipped_step, layout.world_size, saved_model(MOE, scratch), layout, build, config):
-        assert_near(found, norm, BACKWARD, what="norm")
+    for clipped_norm, weights in run_ranks(_clipped_step, layout.world_size, saved_model(MOE, scratch), layout, build, config):
+        assert_near(clipped_norm, norm, BACKWARD, what="norm")
         for name, expected in moved.items():
-            # Clipped by a factor that has the norm's error.
+            # The clipping factor has the error of the norm.
             assert_trained_near(weights[name], before[name] + expected, before[name], 2 * BACKWARD, updates=1, what=name)
 
 

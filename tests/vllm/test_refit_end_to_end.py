@@ -38,17 +38,17 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, fresh: 
         engine.wait_ready()
     sync = WeightSync(bridge, model, engine, bucket_bytes=1 << 18)
     reports = [sync.sync(version) for version in (1, 2)]
-    found: dict[str, Any] = {"reports": reports}
+    results: dict[str, Any] = {"reports": reports}
     if engine is not None:
-        found |= {"refitted": greedy(engine), "version": engine.weight_version}
+        results |= {"refitted": greedy(engine), "version": engine.weight_version}
         engine.close()
     bridge.save_pretrained(model, trained / "saved")
     if rank == 0 and fresh:
         with EngineProcess(trained / "saved", **ENGINE).start() as engine:
             engine.wait_ready()
-            found["fresh"] = greedy(engine)
+            results["fresh"] = greedy(engine)
     sync.close()
-    return found
+    return results
 
 
 @pytest.mark.parametrize(
@@ -68,20 +68,20 @@ def test_refitted_engine_equals_a_fresh_one_and_transformers(
     start, _ = tiny_checkpoint(tmp_path / "start", variant, seed=0, **SIZES)
     trained, reference = tiny_checkpoint(tmp_path / "trained", variant, seed=1, **SIZES)
     ranks = run_ranks(refit, layout.world_size, start, trained, layout, fresh, timeout=180)
-    found = ranks[0]
-    for report in found["reports"]:
+    results = ranks[0]
+    for report in results["reports"]:
         assert isinstance(report, SyncReport)
         assert report.verified
         assert report.engine["digest"] == report.digest
         assert report.engine["proven_live"] == report.tensors
         assert report.nbytes <= report.engine["bytes"] <= 1.05 * report.nbytes  # alignment and digests are counted as well
         assert report.buckets > 4
-    assert {rank["reports"][1].digest for rank in ranks} == {found["reports"][0].digest}
-    assert found["version"] == 2
+    assert {rank["reports"][1].digest for rank in ranks} == {results["reports"][0].digest}
+    assert results["version"] == 2
     if fresh:
-        assert found["refitted"] == found["fresh"]  # the same bits: tokens and log-probabilities
+        assert results["refitted"] == results["fresh"]  # the same bits: tokens and log-probabilities
     for (tokens, logprobs), (wanted, wanted_logprobs) in zip(
-        found["refitted"], greedy_of_transformers(reference, 8), strict=True
+        results["refitted"], greedy_of_transformers(reference, 8), strict=True
     ):
         assert tokens == wanted
         scale = logit_scale(SIZES["hidden_size"], tied=variant.endswith("tied"))

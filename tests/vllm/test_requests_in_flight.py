@@ -34,51 +34,51 @@ def interpreter() -> Iterator[Interpreter]:
 
 
 def test_requests_in_flight_at_a_commit(interpreter: Interpreter, tmp_path: Path) -> None:
-    found = interpreter.call(scenarios.commits_amid_requests, tmp_path)
+    results = interpreter.call(scenarios.commits_amid_requests, tmp_path)
     for mode in ("staged", "streaming"):
-        before, after, kept, _ = found["keep", mode]
-        assert kept.finish_reason == "length"
-        assert set(kept.token_versions) == {before, after}
-        assert list(kept.token_versions) == sorted(kept.token_versions)  # old ones, then new ones
-        assert found["keep", mode, "as if prompted"]  # no key or value of the old weights was used again
-        before, _, waited, _ = found["wait", mode]
+        before, after, continued, _ = results["keep", mode]
+        assert continued.finish_reason == "length"
+        assert set(continued.token_versions) == {before, after}
+        assert list(continued.token_versions) == sorted(continued.token_versions)  # old ones, then new ones
+        assert results["keep", mode, "as if prompted"]  # no key or value of the old weights was used again
+        before, _, waited, _ = results["wait", mode]
         assert len(waited.tokens) == scenarios.LENGTH
         assert set(waited.token_versions) == {before}
-        before, _, aborted, pause = found["abort", mode]
+        before, _, aborted, pause = results["abort", mode]
         assert aborted.finish_reason == "abort"
         assert 0 < len(aborted.tokens) < scenarios.LENGTH
         assert set(aborted.token_versions) == {before}
         assert pause > 0
-    assert "requests did not finish within 0.3 s" in found["late"]
-    assert found["serves on"]
+    assert "requests did not finish within 0.3 s" in results["late"]
+    assert results["serves on"]
 
 
 @pytest.mark.nightly
 @pytest.mark.alone
 def test_a_pipeline_of_two_stages(tmp_path: Path) -> None:
-    """Each stage is sent its own layers, and the batches that a pipeline has under way are done before the weights change."""
+    """Each stage is sent its own layers, and batches that are in the pipeline are finished before the weights change."""
     interpreter = Interpreter()
     try:
-        found = interpreter.call(scenarios.a_pipeline_of_two, tmp_path, timeout=400)
+        results = interpreter.call(scenarios.a_pipeline_of_two, tmp_path, timeout=400)
     finally:
         interpreter.close()
-    first, second = found["kept"]
+    first, second = results["tensor_names"]
     assert not first & second
     assert {name.split(".")[2] for name in first if ".layers." in name} == {"0"}
     assert {name.split(".")[2] for name in second if ".layers." in name} == {"1"}
-    report = found["report"]
+    report = results["report"]
     assert report.engine["digest"] == report.digest
-    for received, kept in zip(report.engine["bytes_per_worker"], found["kept_bytes"], strict=True):
-        assert kept <= received <= 1.05 * kept
+    for received, needed in zip(report.engine["bytes_per_worker"], results["kept_bytes"], strict=True):
+        assert needed <= received <= 1.05 * needed
     before, after, fresh = (
-        [(answer.tokens, answer.logprobs) for answer in found[name]] for name in ("before", "after", "fresh")
+        [(answer.tokens, answer.logprobs) for answer in results[name]] for name in ("before", "after", "fresh")
     )
     assert before != after == fresh  # the same bits as an engine of one worker
-    amid = found["amid"]
+    amid = results["amid"]
     assert set(amid.token_versions) == {1, 2}
     assert list(amid.token_versions) == sorted(amid.token_versions)
-    assert found["old tokens"]  # those that are said to be version 1's are
-    assert found["as if prompted"]  # and so are version 2's
+    assert results["old tokens"]  # the tokens that are reported as version 1's are
+    assert results["as if prompted"]  # and so are version 2's
 
 
 def _turns(episode: Episode) -> list[tuple[bool, list[int]]]:
@@ -90,29 +90,31 @@ def _turns(episode: Episode) -> list[tuple[bool, list[int]]]:
 def test_turns_are_sampled_given_everything_before_and_only_they_are_trained_on(
     interpreter: Interpreter, tmp_path: Path
 ) -> None:
-    found = interpreter.call(episodes.examined, tmp_path)
-    assert {episode.finish for episode in found} == {"stop", "turns", "length"}
-    batch = assemble(found, [episode.verdict for episode in found], pad_token_id=TOKENIZER.pad_token_id).batch
+    episodes_of_engine = interpreter.call(episodes.examined, tmp_path)
+    assert {episode.finish for episode in episodes_of_engine} == {"stop", "turns", "length"}
+    batch = assemble(
+        episodes_of_engine, [episode.verdict for episode in episodes_of_engine], pad_token_id=TOKENIZER.pad_token_id
+    ).batch
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         logits = model(batch.tokens).logits
     expected = logits[:, :-1].log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
     counted, log_probs = batch.mask[:, :-1], batch.need("rollout_log_probs")[:, :-1]
-    # Without what the environment said they would be off by whole nats.
+    # Log-probabilities that are computed without the environment's tokens would differ by several nats.
     rounding = forward(model.config.num_hidden_layers, model.config.intermediate_size)
     assert_near(log_probs[counted], expected[counted], rounding, scale=logits.abs().max().item(), what="log-probabilities")
     assert not log_probs[~counted].any()
 
-    for row, episode in zip(counted, found, strict=True):
+    for row, episode in zip(counted, episodes_of_engine, strict=True):
         turns = _turns(episode)
         written = [tokens for sampled, tokens in turns if sampled]
-        said = [TOKENIZER.decode(tokens).removesuffix("<eos>") for tokens in written]
-        assert said == episode.environment.turns
+        texts = [TOKENIZER.decode(tokens).removesuffix("<eos>") for tokens in written]
+        assert texts == episode.environment.turns
         answers = [tokens for sampled, tokens in turns if not sampled]
-        assert answers == [TOKENIZER.encode(episodes.answer_to(turn)) for turn in said[:-1]]
+        assert answers == [TOKENIZER.encode(episodes.answer_to(turn)) for turn in texts[:-1]]
         assert int(row.sum()) == sum(map(len, written)) <= episodes.SAMPLING.max_tokens
         assert len(episode.prompt) + len(episode.tokens) <= episodes.SAMPLING.max_context
-        assert episode.verdict.reward == len(said)
+        assert episode.verdict.reward == len(texts)
         for text in map(TOKENIZER.decode, written[: episode.turns]):
             assert text.endswith(("+", "<eos>"))
             assert not {"+", "<eos>"} & set(TOKENIZER.tokenize(text)[:-1])

@@ -35,14 +35,14 @@ ENGINE = {"max_model_len": 64, "max_num_seqs": 8}
 
 
 class Trainers:
-    """Two ranks at a time, as processes that drive the engine of this one."""
+    """Forks two trainer ranks at a time, which drive the engine of this process."""
 
     def __init__(self, folder: Path, engine: EngineProcess, store: str) -> None:
         self.folder, self.engine, self.store = folder, engine, store
         self._round = 0
 
     def sync(self, version: int, tag: str, mode: str, victim: int | None = None, then: Any = None) -> list[str]:
-        """What the ranks said. `victim`, or `then`'s, is killed amid the transfer."""
+        """Runs one sync on two ranks and returns both outcomes. Amid the transfer, `victim` is killed and `then` is called."""
         self._round += 1
         folder = self.folder / str(self._round)
         folder.mkdir()
@@ -60,8 +60,9 @@ class Trainers:
         finally:
             for pid in ranks:
                 chaos._end(pid)
-        self.engine._calls = 1_000_000 * self._round  # late answers to calls of those processes are none to this one's
-        return [chaos._said(folder, rank) for rank in range(2)]
+        # Late answers to calls of those processes must not be taken for answers to calls of this one.
+        self.engine._calls = 1_000_000 * self._round
+        return [chaos._outcome(folder, rank) for rank in range(2)]
 
     def _rank(self, rank: int, folder: Path, version: int, tag: str, mode: str, victim: int | None, then: Any) -> None:
         self.engine._calls = 1_000_000 * self._round + 500_000
@@ -84,10 +85,10 @@ class Trainers:
                               bucket_bytes=1 << 16, retries=0)  # fmt: skip
             sync.sync(version)
             sync.close()
-            said = "done"
+            outcome = "done"
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-        (folder / f"said-{rank}").write_text(said)
+            outcome = f"{type(error).__name__}: {error}"
+        (folder / f"outcome-{rank}").write_text(outcome)
 
 
 @pytest.fixture
@@ -167,16 +168,16 @@ def test_a_killed_engine_of_two_workers_leaves_nothing(tmp_path: Path) -> None:
 
 
 def _members(group: int) -> set[int]:
-    """Processes of a group that are not dead."""
-    found = set()
+    """The ids of the living processes of a process group."""
+    members = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
         if int(process_group) == group and state != "Z":
-            found.add(int(path.parent.name))
-    return found
+            members.add(int(path.parent.name))
+    return members
 
 
 def _mapped(pid: int) -> set[str]:

@@ -106,7 +106,7 @@ class Scene:
     def catch_up_while_stopped_at(self, call_name: str) -> dict[str, Any]:
         """The second worker is stopped when the engine calls `call_name` in its workers, and goes on when the trainer has made
         two more versions, so that the slot of the first one might have its token again."""
-        replica, said = Replica(self._described), []
+        replica, outcomes = Replica(self._described), []
         sync = WeightSync(self._bridge, self._model, replica, store=self._name)
         self._synced(sync, 1)
 
@@ -117,16 +117,16 @@ class Scene:
 
         def late() -> None:
             try:
-                said.append(f"version {self.engine.catch_up(self._name).version}")
+                outcomes.append(f"version {self.engine.catch_up(self._name).version}")
             except Exception as error:
-                said.append(f"{type(error).__name__}: {error}")
+                outcomes.append(f"{type(error).__name__}: {error}")
 
         self._calls.in_workers = stopping  # type: ignore[assignment]
         thread = threading.Thread(target=late)
         thread.start()
         while not is_stopped(self._second):
             time.sleep(0.01)
-        time.sleep(1.0)  # the first worker does what it was told
+        time.sleep(1.0)  # the first worker runs the call meanwhile
         self._synced(sync, 2)
         self._synced(sync, 3)
         os.kill(self._second, signal.SIGCONT)
@@ -141,7 +141,7 @@ class Scene:
         except EngineUnusable as error:
             refusal = str(error)
         served = {"which": which, "version": self.engine.weight_version, "refusal": refusal}
-        return {"said": said, "served": served, "tokens": replica.tokens}
+        return {"outcomes": outcomes, "served": served, "tokens": replica.tokens}
 
     def close(self) -> None:
         self._calls.in_workers = self._in_workers
@@ -171,8 +171,12 @@ def test_a_worker_that_is_stopped_amid_a_catch_up_serves_what_the_others_do(tmp_
         before_it_opens, before_it_loads = other.call(stopped_workers, tmp_path, timeout=900.0)
     finally:
         other.close()
-    assert "has moved on to version 3" in before_it_opens["said"][0]
-    assert before_it_opens["served"] == {"which": [[4], [4]], "version": 4, "refusal": None}  # the old one serves on, in both
-    assert before_it_loads["said"] == ["version 1"]
+    assert "has moved on to version 3" in before_it_opens["outcomes"][0]
+    assert before_it_opens["served"] == {
+        "which": [[4], [4]],
+        "version": 4,
+        "refusal": None,
+    }  # both workers go on serving the version before
+    assert before_it_loads["outcomes"] == ["version 1"]
     assert before_it_loads["served"] == {"which": [[1], [1]], "version": 1, "refusal": None}
     assert len(set(before_it_loads["tokens"])) == 3  # the trainer went into a third slot meanwhile

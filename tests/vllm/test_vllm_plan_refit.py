@@ -36,7 +36,7 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
     initialize_parallel(layout)
     bridge = AutoBridge.from_pretrained(start)
     model = bridge.build_model(layout, dtype=getattr(torch, engine_args.get("dtype", "float32")))
-    half = engine_args.get("dtype") == "bfloat16"  # is for deltas; the ways, and what is generated, are compared in fp32
+    half = engine_args.get("dtype") == "bfloat16"  # bf16 tests deltas; ways and answers are compared in fp32
     # vLLM's expert kernel for CPUs crashes on experts of other workers.
     answers = not half and "enable_expert_parallel" not in engine_args
     probe = start.parent / "probe"
@@ -46,23 +46,25 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
     if engine is not None:
         probe.mkdir()
         engine.wait_ready()
-        with pytest.raises(SyncError, match="has to come before commit"):  # in both workers, and neither is left with an answer
+        with pytest.raises(
+            SyncError, match="has to come before commit"
+        ):  # raised in both workers, and no answer is left unread
             engine.commit(9)
-    found: dict[str, Any] = {"answers": [], "largest": 0, "reports": [], "in_workers": []}
+    results: dict[str, Any] = {"answers": [], "largest": 0, "reports": [], "in_workers": []}
     for version, (mode, transport) in enumerate(WAYS[:1] if half else WAYS, start=1):
         bridge.load_weights(model, trained if version % 2 else start)
         sync = WeightSync(bridge, model, engine, mode=mode, transport=transport, bucket_bytes=BUCKET, verify=version > 1)
         with LargestAllocation() as largest:
             report = sync.sync(version)
-        if version == 1:  # with digests, their constants would be the largest
-            found["largest"] = largest.nbytes
+        if version == 1:  # a sync with digests would measure their constants
+            results["largest"] = largest.nbytes
             workers = Introduction.from_json(sync.store.description(sync.route.fingerprint)).workers if rank == 0 else ()
-            found["kept"] = [kept_bytes(worker) for worker in workers]
-        found["reports"].append(report)
+            results["bytes_needed"] = [kept_bytes(worker) for worker in workers]
+        results["reports"].append(report)
         if engine is not None:
-            found["in_workers"].append(sorted(worker_probe.largest(probe).values()))
+            results["in_workers"].append(sorted(worker_probe.largest(probe).values()))
         if engine is not None and answers:
-            found["answers"].append(greedy(engine))
+            results["answers"].append(greedy(engine))
         if version == 3:
             bridge.load_weights(model, start)
             sync.pull()
@@ -71,14 +73,14 @@ def refit(rank: int, start: Path, trained: Path, layout: ParallelLayout, engine_
             assert all(torch.equal(saved[name], tensor) for name, tensor in bridge.export_weights(model))
         sync.close()
     if half:
-        found["deltas"] = step_by_delta(bridge, model, engine)
+        results["deltas"] = step_by_delta(bridge, model, engine)
     if engine is not None:
         engine.close()
     if engine is not None and answers:
         with EngineProcess(trained, **ENGINE, tensor_parallel_size=2, **engine_args).start() as fresh:
             fresh.wait_ready()
-            found["fresh"] = greedy(fresh)
-    return found
+            results["fresh"] = greedy(fresh)
+    return results
 
 
 def step_by_delta(bridge: AutoBridge, model: Any, engine: EngineProcess | None) -> list[SyncReport]:
@@ -140,26 +142,26 @@ def test_two_workers_equal_a_fresh_engine(
         tiny_checkpoint(start, variant, seed=0, **sizes)
         tiny_checkpoint(trained, variant, seed=1, **sizes)
     ranks = run_ranks(refit, layout.world_size, start, trained, layout, engine_args, timeout=500)
-    found = ranks[0]
-    if found["answers"]:
-        assert found["answers"][0] == found["answers"][2] == found["fresh"]  # the same bits: tokens and log-probabilities
-        assert found["answers"][1] != found["fresh"]
-    for report in found["reports"]:
-        for received, kept in zip(report.engine["bytes_per_worker"], found["kept"], strict=True):
-            assert kept <= received <= 1.05 * kept  # what it keeps, aligned, and the digests
+    results = ranks[0]
+    if results["answers"]:
+        assert results["answers"][0] == results["answers"][2] == results["fresh"]  # the same bits: tokens and log-probabilities
+        assert results["answers"][1] != results["fresh"]
+    for report in results["reports"]:
+        for received, needed in zip(report.engine["bytes_per_worker"], results["bytes_needed"], strict=True):
+            assert needed <= received <= 1.05 * needed  # aligned, and with digests
         assert report.engine["digest"] == report.digest
-    if "deltas" not in found:
-        assert found["reports"][2].engine["proven_live"] == report.tensors
+    if "deltas" not in results:
+        assert results["reports"][2].engine["proven_live"] == report.tensors
     else:
-        full, delta = found["deltas"]
+        full, delta = results["deltas"]
         assert (full.base, delta.base) == (None, 4)
         assert delta.share < 0.05
         assert delta.engine["digest"] == delta.digest != full.digest
-    # No rank and no worker makes a tensor of the size of a full one, nor of a shard of it (an embedding's: 288 x 256 numbers):
-    # they make buckets, and what digests need.
-    size = 2 if "deltas" in found else 4
+    # No rank and no worker allocates a tensor as large as a full one, or as a shard of it (an embedding's has 288 x 256
+    # numbers): they allocate buckets, and what digests need.
+    size = 2 if "deltas" in results else 4
     bound = max(4 * BUCKET, 1 << 17)
     assert bound < 288 * 256 * size
     assert all(rank["largest"] <= bound for rank in ranks)
-    assert [len(workers) for workers in found["in_workers"]] == [2] * len(found["reports"])
-    assert all(nbytes <= bound for workers in found["in_workers"] for nbytes in workers), found["in_workers"]
+    assert [len(workers) for workers in results["in_workers"]] == [2] * len(results["reports"])
+    assert all(nbytes <= bound for workers in results["in_workers"] for nbytes in workers), results["in_workers"]

@@ -174,23 +174,24 @@ def test_seeds_and_lengths_of_prompts_go_with_them(engines: Interpreter, checkpo
 
 
 def test_stop_tokens_end_a_completion(engines: Interpreter, checkpoints: Path) -> None:
-    whole, stopped = engines.call(scenarios.stops, checkpoints)
-    assert whole.finish_reason == "length"
+    unstopped, stopped = engines.call(scenarios.stops, checkpoints)
+    assert unstopped.finish_reason == "length"
     assert stopped.finish_reason == "stop"
-    assert stopped.tokens == whole.tokens[: whole.tokens.index(whole.tokens[2]) + 1]
+    assert stopped.tokens == unstopped.tokens[: unstopped.tokens.index(unstopped.tokens[2]) + 1]
 
 
 @pytest.mark.slow
 def test_a_slow_answer_is_an_error_and_does_not_confuse_the_next(process: EngineProcess) -> None:
     expected = refit_engines.greedy(process)
-    process._call_timeout, kept = 1e-6, process._call_timeout
+    process._call_timeout, call_timeout = 1e-6, process._call_timeout
     try:
         with pytest.raises(EngineProcessError, match="did not answer generate within 1e-06 s"):
             process.generate([[1, 2, 3]], temperature=0.0, max_tokens=30)
     finally:
-        process._call_timeout = kept
-    found = refit_engines.greedy(process)  # beside the request that nobody waits for: sums of another batch may round otherwise
-    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+        process._call_timeout = call_timeout
+    # The request that nobody waits for may be in the same batch, whose sums round otherwise: only tokens are compared.
+    answers = refit_engines.greedy(process)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
 
 
 @pytest.mark.slow

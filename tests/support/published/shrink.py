@@ -152,18 +152,18 @@ def _kind_by_index(given: Mapping[str, Any], layer: int) -> tuple[bool, ...]:
     )
 
 
-def _per_layer(given: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:
+def _per_layer(given: Mapping[str, Any], layers: list[int]) -> dict[str, Any]:
     count = len(given.get("hybrid_override_pattern") or range(given["num_hidden_layers"]))
-    small: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    small: dict[str, Any] = {"num_hidden_layers": len(layers)}
     for name, value in given.items():
         if isinstance(value, list) and len(value) == count > 1:
-            small[name] = [value[layer] for layer in kept]
+            small[name] = [value[layer] for layer in layers]
     if pattern := given.get("hybrid_override_pattern"):
-        small["hybrid_override_pattern"] = "".join(pattern[layer] for layer in kept)
+        small["hybrid_override_pattern"] = "".join(pattern[layer] for layer in layers)
     if windowed := given.get("max_window_layers"):
-        small["max_window_layers"] = -(-windowed * len(kept) // count)
+        small["max_window_layers"] = -(-windowed * len(layers) // count)
     if given.get("moe_layer_end_index") not in (None, -1):
-        small["moe_layer_end_index"] = min(given["moe_layer_end_index"], len(kept) - 1)
+        small["moe_layer_end_index"] = min(given["moe_layer_end_index"], len(layers) - 1)
     return small
 
 
