@@ -21,7 +21,7 @@ from mbridge_rl.hf.writer import DEFAULT_SHARD_BYTES, StagingDirectory, plan_fil
 
 
 class LiveQuantizedBridge:
-    """One live model in fp8, as it is now. All ranks make and use it together.
+    """A live model whose weights are quantized to fp8 when they are read. All ranks make and use it together.
 
     Args:
         base: the spec of the model.

@@ -31,7 +31,7 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Say what is installed, what this machine offers, and what to do where something is missing (docs/troubleshooting.md).
+    """Say what is installed, what this machine offers, and what to do where something is missing (docs/installing.md).
 
     The exit code is 1 only if a checkpoint cannot be converted on the CPU or the demo cannot run.
     """

@@ -49,21 +49,21 @@ def _shared_memory(machine: Machine, model_bytes: int | None) -> Finding:
     if memory is None:
         advice = "there is no /dev/shm: ranks and engines cannot share memory. Run on Linux, with /dev/shm mounted"
         return Finding(topic, Status.FAILURE, "missing", advice=advice)
-    found = f"{readable_size(memory.free)} free of {readable_size(memory.total)}"
+    state = f"{readable_size(memory.free)} free of {readable_size(memory.total)}"
     if memory.free < DEMO_SHARED_MEMORY:
         advice = f"the demo needs {readable_size(DEMO_SHARED_MEMORY)}: {_enlarge(DEMO_SHARED_MEMORY)}"
-        return Finding(topic, Status.FAILURE, found, advice=advice)
+        return Finding(topic, Status.FAILURE, state, advice=advice)
     if model_bytes is None:
         largest = readable_size(memory.free / VERSIONS_PER_HOST)
-        return Finding(topic, Status.OK, found, advice=f"staged syncs of models of up to {largest} fit")
+        return Finding(topic, Status.OK, state, advice=f"staged syncs of models of up to {largest} fit")
     needed = VERSIONS_PER_HOST * model_bytes
     if needed > memory.free:
         advice = (
             f"staged syncs keep two versions of the weights, {readable_size(needed)}: {_enlarge(needed)}, or sync with "
             "mode='streaming'"
         )
-        return Finding(topic, Status.WARNING, found, advice=advice)
-    return Finding(topic, Status.OK, found, advice=f"staged syncs of this model need {readable_size(needed)}")
+        return Finding(topic, Status.WARNING, state, advice=advice)
+    return Finding(topic, Status.OK, state, advice=f"staged syncs of this model need {readable_size(needed)}")
 
 
 def _enlarge(needed: int) -> str:
@@ -81,29 +81,29 @@ def _open_files(machine: Machine) -> Finding:
 
 def _locked_memory(machine: Machine) -> Finding:
     limit = machine.locked_memory
-    found = "unlimited" if limit is None else readable_size(limit)
+    state = "unlimited" if limit is None else readable_size(limit)
     if machine.has_gpu and limit is not None:
         advice = "NCCL over InfiniBand needs more: ulimit -l unlimited, or docker run --ulimit memlock=-1"
-        return Finding("locked memory", Status.WARNING, found, advice=advice)
-    return Finding("locked memory", Status.OK, found)
+        return Finding("locked memory", Status.WARNING, state, advice=advice)
+    return Finding("locked memory", Status.OK, state)
 
 
 def _interfaces(machine: Machine) -> Finding:
     topic = "gloo interfaces"
-    found = ", ".join(f"{interface.name} {interface.address}" for interface in machine.interfaces) or "none"
+    state = ", ".join(f"{interface.name} {interface.address}" for interface in machine.interfaces) or "none"
     names = [interface.name for interface in machine.interfaces]
     wanted = machine.gloo_interface.partition(",")[0]
     if wanted and wanted not in names:
         advice = f"GLOO_SOCKET_IFNAME={wanted} names no interface with an address: unset it, or name one of these"
-        return Finding(topic, Status.FAILURE, found, advice=advice)
+        return Finding(topic, Status.FAILURE, state, advice=advice)
     if not any(interface.is_loopback for interface in machine.interfaces):
-        return Finding(topic, Status.FAILURE, found, advice="ranks of one host meet at 127.0.0.1: ip link set lo up")
+        return Finding(topic, Status.FAILURE, state, advice="ranks of one host meet at 127.0.0.1: ip link set lo up")
     if not wanted and machine.host_address is None:
         advice = "this host's name has no address: with several hosts, set GLOO_SOCKET_IFNAME to the interface between them"
-        return Finding(topic, Status.WARNING, found, advice=advice)
+        return Finding(topic, Status.WARNING, state, advice=advice)
     if not wanted and machine.host_address is not None and machine.host_address.startswith("127.") and len(names) > 1:
         advice = (
             "this host's name leads to the loopback: with several hosts, set GLOO_SOCKET_IFNAME to the interface between them"
         )
-        return Finding(topic, Status.WARNING, found, advice=advice)
-    return Finding(topic, Status.OK, found)
+        return Finding(topic, Status.WARNING, state, advice=advice)
+    return Finding(topic, Status.OK, state)

@@ -57,14 +57,14 @@ def probe(*, imports: bool = False) -> Machine:
 
 def _packages() -> dict[str, str]:
     """The version of every installed distribution, and of a Megatron-core that is on the path without being installed."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
         if name:  # a damaged distribution has none
-            found.setdefault(str(canonicalize_name(name)), distribution.version)
-    if "megatron-core" not in found and (version := _megatron_on_the_path()) is not None:
-        found["megatron-core"] = version
-    return found
+            versions.setdefault(str(canonicalize_name(name)), distribution.version)
+    if "megatron-core" not in versions and (version := _megatron_on_the_path()) is not None:
+        versions["megatron-core"] = version
+    return versions
 
 
 def _megatron_on_the_path() -> str | None:
@@ -133,15 +133,15 @@ def _limit(which: int) -> int | None:
 
 
 def _interfaces() -> tuple[Interface, ...]:
-    found = []
+    interfaces = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:
                 continue  # it has no IPv4 address
-            found.append(Interface(name, socket.inet_ntoa(answer[20:24])))
-    return tuple(found)
+            interfaces.append(Interface(name, socket.inet_ntoa(answer[20:24])))
+    return tuple(interfaces)
 
 
 def _host_address() -> str | None:

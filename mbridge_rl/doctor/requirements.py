@@ -87,13 +87,13 @@ def supported() -> Supported:
         if canonicalize_name(project["name"]) == DISTRIBUTION:
             return from_project(project)
     try:
-        found = metadata.metadata(DISTRIBUTION)
+        own_metadata = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError as error:
         raise ImportError(
             f"{Path(__file__).parents[1]} is neither in a checkout of mbridge_rl nor an installed package, so nothing says "
             "which versions it needs: install it with pip"
         ) from error
-    return from_metadata(found["Requires-Python"] or "", metadata.requires(DISTRIBUTION) or [])
+    return from_metadata(own_metadata["Requires-Python"] or "", metadata.requires(DISTRIBUTION) or [])
 
 
 def from_project(project: Mapping[str, Any]) -> Supported:

@@ -75,7 +75,7 @@ class WeightSync:
     Args:
         bridge: the bridge of the model.
         model: this rank's model chunks (`AutoBridge.build_model`); adapters are merged into what is sent.
-        client: the engine, or replicas of equal layout, on rank 0; `None` on the other ranks.
+        client: the client of the engine, or of several engines of equal layout, on rank 0; `None` on the other ranks.
         dtype: the dtype of the policy in the engines; `None` means the model's dtype.
         sinks: get the report of every sync from rank 0, of failed ones too (`sync.record.sinks`); the log has them anyway.
         options: the options; alternatively fields of `SyncOptions` by keyword.
@@ -301,7 +301,7 @@ class WeightSync:
         return None
 
     def _begin(self, version: int, wire: Wire, delta: Delta | None) -> None:
-        """Opens the update in all engines. On rank 0 alone."""
+        """Opens the update in all engines. It is called on rank 0 only."""
         request = UpdateRequest(
             version=version,
             fill=wire.fill if isinstance(wire, StoreWire) else new_fill(),

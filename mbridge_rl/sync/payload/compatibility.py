@@ -26,9 +26,9 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "norm_topk_prob": ("norm_topk_prob",),
 }
 _ABOUT_TYING = (
-    ". tie_word_embeddings says what each side has built: vLLM builds an output layer of its own if its checkpoint holds an "
-    "lm_head.weight that differs from the embedding, or that pipeline parallelism keeps it from comparing; save the trainer's "
-    "model with save_pretrained, and start the engine from that checkpoint"
+    ". tie_word_embeddings says whether a side has an output layer of its own. vLLM makes one if the checkpoint has an "
+    "lm_head.weight that differs from the embedding, and also if it cannot compare the two because they are on different "
+    "pipeline stages. Save the trainer's model with save_pretrained, and start the engine from that checkpoint"
 )
 _ROPE_FIELDS = ("rope_type", "rope_theta", "factor")
 

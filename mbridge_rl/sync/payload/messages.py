@@ -40,7 +40,7 @@ from mbridge_rl.sync.record.timeline import Span
 
 @dataclass(frozen=True)
 class Announcement(Message):
-    """The tensors that every sync brings.
+    """The first message of a trainer: the HF tensors that every sync will bring, before anything is planned.
 
     Attributes:
         tensors: name, dtype and shape of every HF tensor.
@@ -108,7 +108,8 @@ class WorkerDescription(Message):
 
 @dataclass(frozen=True)
 class Introduction(Message):
-    """What every later sync of this trainer brings. A weight store keeps it beside its images, for later readers.
+    """The second message of a trainer, made from the descriptions of all workers: the routes that every sync will follow. A
+    weight store keeps it beside its images, for later readers.
 
     Attributes:
         routes: the routes of all workers.

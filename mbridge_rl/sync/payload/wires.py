@@ -23,7 +23,7 @@ class Wire(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreWire(Wire):
-    """Leads to a fill of a weight store on this host.
+    """The wire of the transport through a weight store on the trainer's host.
 
     Attributes:
         name: the name of the store.
@@ -42,7 +42,7 @@ class StoreWire(Wire):
 
 @dataclass(frozen=True, kw_only=True)
 class RingWire(Wire):
-    """Leads to rings of buckets in shared memory.
+    """The wire of the transport through rings of buckets in shared memory.
 
     Attributes:
         paths: the files of the rings, by worker.
@@ -61,7 +61,7 @@ class RingWire(Wire):
 
 @dataclass(frozen=True, kw_only=True)
 class IpcWire(RingWire):
-    """Leads to buckets in the trainer ranks' GPU memory, with counters in shared memory.
+    """The wire of the transport through the trainer ranks' GPU memory, with counters in shared memory.
 
     Attributes:
         handles: by worker and trainer rank, the handle of the rank's buckets (`cuda_ipc.handle_of`).
@@ -72,7 +72,7 @@ class IpcWire(RingWire):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupWire(Wire):
-    """Leads to a process group of trainer ranks and workers.
+    """The wire of the transport over a process group of trainer ranks and workers.
 
     Attributes:
         address: where the members of the group meet.
@@ -89,7 +89,7 @@ class GroupWire(Wire):
 
 @dataclass(frozen=True, kw_only=True)
 class FilesWire(Wire):
-    """Leads to a folder of parts.
+    """The wire of the transport through a folder of files.
 
     Attributes:
         url: the folder, as fsspec takes it.

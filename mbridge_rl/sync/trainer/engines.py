@@ -37,7 +37,7 @@ _MOST_AT_ONCE = 256  # engines that are called at the same time
 
 
 class Engine(Protocol):
-    """The seven methods that a sync calls on an engine; every engine class in `sync.vllm` has them. A dead engine raises
+    """The seven methods that a trainer calls on an engine; every engine class in `sync.vllm` has them. A dead engine raises
     `EngineProcessError`.
 
     Arguments and results are messages (`payload.messages`) and plain JSON types. A client whose engine is in another process

@@ -62,7 +62,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Adopted:
-    """The trainer that a worker has adopted.
+    """What a worker keeps of the trainer that introduced itself.
 
     Attributes:
         introduction: the trainer's introduction.

@@ -38,7 +38,7 @@ _NEEDED = {
     "/inference/v1/generate": "--enable-scale-out",
     "/v1/load_lora_adapter": "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
 }
-_MOST_BYTES = 1 << 30  # of an answer, in which workers may describe all their tensors
+_MOST_BYTES = 1 << 30  # the largest answer that is read; workers may describe all their tensors in one
 
 
 class _Paused(SyncError):

@@ -95,7 +95,7 @@ class _LayerwiseLoader:
         self._model_config = vllm_config.model_config
 
     def begin(self) -> dict[str, Tensor]:
-        """Begins a layerwise reload. vLLM puts its own tensors back into every layer into which nothing is loaded."""
+        """Begins a layerwise reload. After a reload vLLM restores the tensors of every layer for which no weight was loaded."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         live = {name: tensor.data for name, tensor in parameters_and_buffers(self._model).items()}
