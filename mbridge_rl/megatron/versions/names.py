@@ -1,7 +1,7 @@
 """Parameters and modules that Megatron renamed since release 0.16, whose names this library uses everywhere.
 
-The table serves both directions: `canonical_name` translates names of a live model to those of 0.16 when its parameters are listed,
-and `native_name` translates back.
+The table serves both directions: `canonical_name` translates names of a live model to those of 0.16 when its parameters are
+listed, and `native_name` translates back.
 """
 
 from __future__ import annotations
