@@ -133,30 +133,35 @@ def _alone(variant: str, scratch: Path, config: LoRAConfig) -> dict[str, Any]:
     return run_ranks(_train, 1, _checkpoint(variant, scratch), Layout(), {}, config)[0]
 
 
-CASES: list[tuple[str, Layout, dict[str, Any], LoRAConfig]] = [
+def _nightly(*case: Any) -> Any:
+    """A case whose parts other cases have as well."""
+    return pytest.param(*case, marks=pytest.mark.nightly)
+
+
+CASES: list[Any] = [
     (DENSE, Layout(), RECOMPUTE, ADAPTERS),
-    (DENSE, Layout(tp=2), {}, ADAPTERS),
-    (DENSE, Layout(tp=2), SP, ADAPTERS),
+    _nightly(DENSE, Layout(tp=2), {}, ADAPTERS),
+    _nightly(DENSE, Layout(tp=2), SP, ADAPTERS),
     (DENSE, Layout(tp=2), SP | RECOMPUTE, ADAPTERS),
-    (DENSE, Layout(pp=2), {}, ADAPTERS),
+    _nightly(DENSE, Layout(pp=2), {}, ADAPTERS),
     (DENSE, Layout(cp=2), {}, ADAPTERS),
     (DENSE, Layout(tp=2, dp=2), SP, ADAPTERS),
-    (DENSE, Layout(tp=2), SP, CANONICAL),
+    _nightly(DENSE, Layout(tp=2), SP, CANONICAL),
     (DENSE, Layout(tp=2), {}, SOME_PARTS),
     (DENSE, Layout(pp=2, vpp=2), {}, CANONICAL),
     (FEW_KV_HEADS, Layout(tp=2), SP, CANONICAL),
     (MOE, Layout(tp=2, ep=2, etp=1), SP, ADAPTERS),
-    (MOE, Layout(tp=2), SP, CANONICAL),
+    _nightly(MOE, Layout(tp=2), SP, CANONICAL),
     (MOE, Layout(ep=2, dp=2), {"grouped_experts": False}, ADAPTERS),
-    (MLA, Layout(tp=2), SP, MLA_CANONICAL),
+    _nightly(MLA, Layout(tp=2), SP, MLA_CANONICAL),
     (MLA, Layout(tp=2, ep=2, etp=1), SP, MLA_FUSED),
-    (DENSE, Layout(tp=2), SP | RECOMPUTE, DORA),
+    _nightly(DENSE, Layout(tp=2), SP | RECOMPUTE, DORA),
     (DENSE, Layout(pp=2, tp=2), {}, DORA_PARTS),
     (DENSE, Layout(tp=2), {}, DROPPING),
     (MOE, Layout(tp=2), SP, DORA),
     (DENSE, Layout(tp=2), SP, PISSA),
     (DENSE, Layout(pp=2, tp=2), SP, RANKS),
-    (DENSE, Layout(tp=2), SP, OUTPUT),
+    _nightly(DENSE, Layout(tp=2), SP, OUTPUT),
     (DENSE, Layout(tp=2, pp=2), {}, OUTPUT),
 ]
 
