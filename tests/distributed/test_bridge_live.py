@@ -40,8 +40,8 @@ EXPERT_LAYOUTS = {
 
 
 def cases() -> Iterator[Any]:
-    """Every variant on every layout. In an ordinary run `qwen3-moe` has all layouts, and each other variant has every third one,
-    so that all variants together have all of them; the other pairs are for `make nightly`."""
+    """Every variant on every layout. In an ordinary run `qwen3-moe` has all layouts, and each other variant has every third
+    one, so that all variants together have all of them; the other pairs are for `make nightly`."""
     for number, variant in enumerate(VARIANTS):
         layouts = DENSE_LAYOUTS | (EXPERT_LAYOUTS if "moe" in variant else {})
         for position, (name, layout) in enumerate(layouts.items()):
