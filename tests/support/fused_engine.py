@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.payload.messages import WorkerDescription
-from mbridge_rl.sync.vllm.worker.tracer import trace_load_weights
+from mbridge_rl.sync.worker.tracer import trace_load_weights
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"experts\.(\d+)\.(gate|up|down)_proj\.weight$")

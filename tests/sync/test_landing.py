@@ -14,7 +14,7 @@ from mbridge_rl.core.digest import add, digest, digest_strided
 from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.payload.landing import ShapedView, times_covered
-from mbridge_rl.sync.vllm.worker.tracer import Trace, trace_load_weights
+from mbridge_rl.sync.worker.tracer import Trace, trace_load_weights
 
 CPU = torch.device("cpu")
 Loader = Callable[[dict[str, Tensor], str, Tensor], None]

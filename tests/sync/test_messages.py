@@ -4,6 +4,7 @@ before anything changes."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -20,8 +21,10 @@ from mbridge_rl.core.layout import ParallelLayout
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.distributed.rendezvous import GroupAddress
 from mbridge_rl.sync.payload import adapter_messages, message_codec, messages, wires
+from mbridge_rl.sync.payload.landing import Landing, ShapedView
 from mbridge_rl.sync.payload.message_codec import Message, decode, encode
 from mbridge_rl.sync.payload.messages import Answer, Introduction, UpdateRequest, WorkerCall, WorkerStatus
+from mbridge_rl.sync.payload.route import Bucket, Part, Piece, WorkerRoute
 from mbridge_rl.sync.payload.wires import FilesWire, GroupWire, IpcWire, RingWire, StoreWire
 from mbridge_rl.sync.record.timeline import Span
 from mbridge_rl.sync.vllm.engines.attached import AttachedEngine
@@ -243,3 +246,19 @@ def test_a_server_of_another_schema_is_refused_by_name_when_a_trainer_connects()
     assert OtherServer(message_codec.SCHEMA).weight_version == 0
     with pytest.raises(MessageError, match="the message 'Answer' has schema 7, this mbridge_rl has schema 1"):
         OtherServer(7)
+
+
+def described(cls: type[Any]) -> list[Any]:
+    """The fields of a message and of everything inside of it, with their types."""
+    return [(field.name, str(field.type)) for field in dataclasses.fields(cls)]
+
+
+def test_the_schema_grows_with_every_change_of_a_field() -> None:
+    """If this fails, a message has changed: raise `SCHEMA`, and write down the new hash here."""
+    known = {1: "dd03296040710c07"}
+    classes = [type(sample) for sample in SAMPLES] + [Introduction, messages.Announcement, messages.WorkerDescription]
+    classes += [messages.HostStore, messages.DeltaBase, Failure, Span, GroupAddress, HFTensor, Landing, ShapedView]
+    classes += [WorkerRoute, Bucket, Part, Piece]
+    fields = {cls.__name__: described(cls) for cls in classes}
+    text = json.dumps(fields, sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == known[message_codec.SCHEMA], text

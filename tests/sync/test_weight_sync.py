@@ -296,7 +296,7 @@ def one_commit_fails(rank: int) -> None:
 
 
 def _out_of_memory(*_: object) -> None:
-    raise SyncError("out of memory")
+    raise RuntimeError("out of memory")  # as torch does: no error of this library
 
 
 def test_an_engine_that_fails_to_commit_is_named_refuses_and_comes_back() -> None:

@@ -133,8 +133,8 @@ class Engines:
                 engine.status()
             except EngineProcessError as error:
                 return error
-            except BridgeError:
-                pass  # the engine is alive and failed for another reason
+            except Exception as error:  # whatever it is, the engine answered, so it is alive
+                _log.warning("an engine does not say its status: %s: %s", type(error).__name__, error)
             return None
 
         deaths = self.each(death_of)
@@ -247,20 +247,23 @@ class Engines:
             The outcomes of all engines, and the reports of the engines that committed.
 
         Raises:
-            BridgeError: no engine committed.
+            SyncError: no engine committed; it is the error of the first engine, if that is one of this library.
         """
 
         def call(index: int, engine: Engine) -> tuple[EngineOutcome, Report | None]:
             try:
                 return EngineOutcome(index, version), action(index, engine)
-            except BridgeError as error:
+            except (
+                Exception
+            ) as error:  # any error, since other engines may have committed: running out of memory is none of ours
                 failures.append(error)
                 return EngineOutcome(index, None, f"{type(error).__name__}: {error}"), None
 
-        failures: list[BridgeError] = []
+        failures: list[Exception] = []
         results = self.each(call)
         if len(failures) == len(self.all):
-            raise failures[0]
+            first = failures[0]
+            raise first if isinstance(first, BridgeError) else SyncError(f"{type(first).__name__}: {first}") from first
         return [outcome for outcome, _ in results], [report for _, report in results if report is not None]
 
     def abort(self, reason: str) -> None:

@@ -14,7 +14,7 @@ from mbridge_rl.core.errors import EngineMismatch, listed
 from mbridge_rl.core.model import HFTensor
 from mbridge_rl.sync.payload.landing import times_covered
 from mbridge_rl.sync.payload.messages import WorkerDescription
-from mbridge_rl.sync.vllm.worker.tracer import Trace, is_narrower, parameters_and_buffers, trace_load_weights
+from mbridge_rl.sync.worker.tracer import Trace, is_narrower, parameters_and_buffers, trace_load_weights
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mbridge_rl.core.errors import EngineMismatch
 from mbridge_rl.sync.vllm.worker import cpu_weights
-from mbridge_rl.sync.vllm.worker.tracer import parameters_and_buffers
+from mbridge_rl.sync.worker.tracer import parameters_and_buffers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -21,9 +21,9 @@ from mbridge_rl.sync.vllm.worker.engine_config import config_as_given, is_tied
 from mbridge_rl.sync.vllm.worker.guard import ModelGuard
 from mbridge_rl.sync.vllm.worker.landing_map import LandingMap
 from mbridge_rl.sync.vllm.worker.loading import loader_for
-from mbridge_rl.sync.vllm.worker.tracer import parameters_and_buffers
 from mbridge_rl.sync.worker.payload_receiver import PayloadReceiver
 from mbridge_rl.sync.worker.serving_state import Serving
+from mbridge_rl.sync.worker.tracer import parameters_and_buffers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
