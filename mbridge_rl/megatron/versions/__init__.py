@@ -10,6 +10,7 @@ translates the others, in both directions, so that nothing that is stored or com
     layer_specs.py    the layer specs of attention and MLPs
     hybrid.py         models of Mamba and attention layers
     batches.py        packed sequences and context parallelism
+    groups.py         the process groups that a model was built with
     checkpoints.py    Megatron's distributed checkpoints
     config.py         fields of Megatron's configs that not every release has, and those that this library refuses
     cpu.py            what Megatron needs on a machine without CUDA
