@@ -65,18 +65,27 @@ def updated(recorded: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def read_report(report: Path, environment: Environment) -> dict[str, Any]:
-    """Of each group, how many tests passed and which did not, and the minutes of all tests together."""
+    """Of each group, how many tests passed and which failed, why tests were skipped, and the seconds of all tests together."""
     passed = dict.fromkeys(environment.groups(), 0)
-    others: dict[str, list[str]] = {group: [] for group in passed}
+    failed: dict[str, list[str]] = {group: [] for group in passed}
+    skipped: dict[str, dict[str, str]] = {group: {} for group in passed}
     seconds = 0.0
     for case in ElementTree.parse(report).iter("testcase"):
         group = group_of(case.get("classname", ""), case.get("name", ""))
         seconds += float(case.get("time", 0))
-        if any(case.find(outcome) is not None for outcome in ("failure", "error", "skipped")):
-            others[group].append(str(case.get("name")))
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed[group].append(str(case.get("name")))
+        elif skip is not None:
+            skipped[group][str(case.get("name"))] = str(skip.get("message", ""))
         else:
             passed[group] += 1
-    return {"passed": passed, "others": {group: names for group, names in others.items() if names}, "seconds": round(seconds)}
+    return {
+        "passed": passed,
+        "failed": {group: names for group, names in failed.items() if names},
+        "skipped": {group: reasons for group, reasons in skipped.items() if reasons},
+        "seconds": round(seconds),
+    }
 
 
 def group_of(classname: str, name: str) -> str:
@@ -93,8 +102,8 @@ def group_of(classname: str, name: str) -> str:
 
 
 def is_green(result: dict[str, Any]) -> bool:
-    """Whether every group has tests that passed, and none that did not."""
-    return not result["others"] and all(result["passed"].values())
+    """Whether every group has tests that passed, and none that failed."""
+    return not result["failed"] and all(result["passed"].values())
 
 
 def green_versions(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -106,7 +115,7 @@ def page(results: dict[str, Any]) -> str:
     """The text of docs/compatibility.md."""
     names = ["environment", "Python", *COLUMNS, *GROUPS, "minutes"]
     lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-    failures = []
+    failures, skips = [], []
     for environment in ENVIRONMENTS:
         result = results.get(environment.name)
         if result is None:
@@ -116,17 +125,25 @@ def page(results: dict[str, Any]) -> str:
         cells = [cell(result, group) for group in GROUPS]
         minutes = f"{result['seconds'] / 60:.0f}"
         lines.append(f"| {' | '.join([environment.name, result['python'], *versions, *cells, minutes])} |")
-        failures += [f"* {environment.name}, {group}: {listed(names)}" for group, names in result["others"].items()]
+        failures += [f"* {environment.name}, {group}: {listed(names)}" for group, names in result["failed"].items()]
+        for group, reasons in result["skipped"].items():
+            skips += [f"* {environment.name}, {group}: `{name}`: {reason}" for name, reason in reasons.items()]
     text = _HEAD + "\n".join(lines) + "\n"
-    return text + ("\nTests that did not pass:\n\n" + "\n".join(failures) + "\n" if failures else "") + _FOOT
+    return text + section("Tests that failed", failures) + section("Tests that were skipped, and why", skips) + _FOOT
+
+
+def section(title: str, lines: list[str]) -> str:
+    """A list with a title, or nothing where the list is empty."""
+    return f"\n{title}:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def cell(result: dict[str, Any], group: str) -> str:
     """What came out of one group in one environment."""
     if group not in result["passed"]:
         return "-"
-    wrong = len(result["others"].get(group, ()))
-    return f"{result['passed'][group]}, **{wrong} not**" if wrong else str(result["passed"][group])
+    failed, skipped = (len(result[outcome].get(group, ())) for outcome in ("failed", "skipped"))
+    text = str(result["passed"][group])
+    return text + (f", **{failed} failed**" if failed else "") + (f", {skipped} skipped" if skipped else "")
 
 
 def listed(names: list[str]) -> str:
