@@ -4,19 +4,22 @@ brought it.
 Nothing else in this library asks for vLLM's version or tries whether vLLM has something. A difference is recognized by what
 vLLM has, not by its number, so that builds between two releases work as well. vLLM is imported inside the functions.
 
-* 0.30 routes experts on a CPU by `CPURouter`; before, the function in `cpu_moe` does it.
+* 0.30 routes experts on a CPU by `CPURouter`; before, the kernel of the experts does it, with what it reads from their layer.
+* 0.31 lets the client of an in-process engine shut it down when it is garbage-collected.
 * 0.33 rewrote `WeightSource`: `metadata` became a property, `ParamMeta` got `owners`, and `iter_full` yields what a rank owns.
 * 0.33 refuses new requests while generation is paused with mode `abort` or `wait`; before, they waited.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from mbridge_rl.core.errors import missing_vllm
 from mbridge_rl.core.releases import Releases
@@ -24,6 +27,8 @@ from mbridge_rl.core.releases import Releases
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import ParamMeta
 
+
+T = TypeVar("T")
 
 VLLM = Releases(
     "vllm",
@@ -80,6 +85,38 @@ def cpu_router() -> Any:
     except ModuleNotFoundError:
         return None
     return CPURouter
+
+
+ATTRIBUTES_OF_EXPERT_LAYERS = (
+    "moe_config",
+    "activation",
+    "use_grouped_topk",
+    "renormalize",
+    "scoring_func",
+    "custom_routing_function",
+)
+"""What a kernel of experts on a CPU reads from their layer; the last four before 0.30."""
+
+
+def with_weights(apply: Callable[..., T], weights: Callable[[], tuple[Tensor, Tensor]]) -> Callable[..., T]:
+    """The method `apply` of a kernel of experts with the present `weights` in place of its arguments `w1` and `w2`, which have
+    another position before 0.30."""
+    signature = inspect.signature(apply)
+
+    def apply_with_weights(*args: Any, **kwargs: Any) -> T:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["w1"], bound.arguments["w2"] = weights()
+        return apply(*bound.args, **bound.kwargs)
+
+    return apply_with_weights
+
+
+def keep_when_collected(client: Any) -> None:
+    """Makes sure that an in-process engine is not shut down when its client is garbage-collected. The shutdown destroys every
+    process group of the process: the trainer's, and those of other engines."""
+    finalizer = getattr(client, "_finalizer", None)
+    if finalizer is not None:
+        finalizer.detach()
 
 
 def refused_while_paused() -> tuple[type[Exception], ...]:

@@ -19,7 +19,7 @@ from mbridge_rl.sync.vllm.engines.completions import Completion, completion_of, 
 from mbridge_rl.sync.vllm.engines.requests import RequestRunner
 from mbridge_rl.sync.vllm.engines.transactions import TransactionalEngine
 from mbridge_rl.sync.vllm.plugin import register
-from mbridge_rl.sync.vllm.versions import require_vllm
+from mbridge_rl.sync.vllm.versions import keep_when_collected, require_vllm
 from mbridge_rl.sync.vllm.worker import calls as worker_calls
 from mbridge_rl.sync.worker.update_watch import UpdateWatch
 
@@ -104,9 +104,7 @@ class InProcessEngine(TransactionalEngine):
                 **arguments | engine_args,
             )
         client = self.llm.llm_engine.engine_core
-        # vLLM's own shutdown, which also runs when the engine is garbage-collected, destroys every process group of this
-        # process: the trainer's, and those of other engines. `close` does what else it does.
-        client._finalizer.detach()
+        keep_when_collected(client)  # `close` does what is left of vLLM's own shutdown
         self._core = client.engine_core
         self._requests = RequestRunner(self.llm.llm_engine)
         self._watch: UpdateWatch | None = None

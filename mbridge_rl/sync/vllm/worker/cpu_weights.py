@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mbridge_rl.sync.vllm.versions import ATTRIBUTES_OF_EXPERT_LAYERS, with_weights
+
 BACKEND = "mbridge"
 _PLAIN_CONVOLUTION = "_mbridge_plain_weight"
 _PACKED_EXPERTS = "_mbridge_packed"
@@ -78,7 +80,7 @@ def _pack_experts_aside(experts: Any, layer: nn.Module, pack_experts: Any) -> No
     for name in ("w13_weight", "w2_weight"):
         copy = getattr(layer, name).data.clone()
         stand_in.register_parameter(name, nn.Parameter(copy, requires_grad=False))
-    for name in ("moe_config", "activation"):  # the attributes by which vLLM chooses a kernel
+    for name in ATTRIBUTES_OF_EXPERT_LAYERS:
         if hasattr(layer, name):
             setattr(stand_in, name, getattr(layer, name))
     pack_experts(experts, stand_in)
@@ -90,13 +92,7 @@ def _pack_experts_aside(experts: Any, layer: nn.Module, pack_experts: Any) -> No
     first_time = not hasattr(experts, _PACKED_EXPERTS)
     setattr(experts, _PACKED_EXPERTS, (stand_in.w13_weight.data, stand_in.w2_weight.data))
     if first_time:
-        apply = experts.apply
-
-        def apply_packed(output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, *args: Any, **kwargs: Any) -> None:
-            packed = getattr(experts, _PACKED_EXPERTS)
-            apply(output, hidden_states, *packed, *args, **kwargs)
-
-        experts.apply = apply_packed
+        experts.apply = with_weights(experts.apply, lambda: getattr(experts, _PACKED_EXPERTS))
 
 
 def restore_plain(model: nn.Module) -> None:
