@@ -61,7 +61,7 @@ ENVIRONMENTS = (
     Environment("py312-megatron018", "3.12", ("megatron-core==0.18.*",)),
     Environment("py312-megatron019", "3.12", ("megatron-core==0.19.2",)),
     Environment("py313-megatron019", "3.13", ("megatron-core==0.19.2",)),
-    Environment("oldest", "3.11", lower_bounds(), has_engine=False),
+    Environment("oldest", "3.12", lower_bounds(), has_engine=False),
     Environment("newest", "3.13", (), has_engine=False),
 )
 
