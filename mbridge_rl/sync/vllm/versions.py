@@ -6,6 +6,7 @@ vLLM has, not by its number, so that builds between two releases work as well. v
 
 * 0.30 routes experts on a CPU by `CPURouter`; before, the kernel of the experts does it, with what it reads from their layer.
 * 0.31 lets the client of an in-process engine shut it down when it is garbage-collected.
+* 0.32 labels tokens with the weights that sampled them.
 * 0.33 rewrote `WeightSource`: `metadata` became a property, `ParamMeta` got `owners`, and `iter_full` yields what a rank owns.
 * 0.33 refuses new requests while generation is paused with mode `abort` or `wait`; before, they waited.
 """
@@ -13,6 +14,7 @@ vLLM has, not by its number, so that builds between two releases work as well. v
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
@@ -53,6 +55,16 @@ def require_vllm(purpose: str) -> None:
 
     if vllm.__version__[:1].isdigit():  # a checkout that was never installed calls itself "dev"
         VLLM.check(vllm.__version__)
+    from vllm import outputs
+
+    if not hasattr(outputs, "WeightVersionSpan"):
+        warnings.warn(
+            f"vLLM {vllm.__version__} does not label tokens with the weights that sampled them, as 0.32 does: if a commit keeps "
+            "requests in flight (requests='keep'), all of their tokens count as sampled by the newer weights. Use 'wait' or "
+            "'abort' where that matters",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 class Metadata(list):  # type: ignore[type-arg]
@@ -117,6 +129,12 @@ def keep_when_collected(client: Any) -> None:
     finalizer = getattr(client, "_finalizer", None)
     if finalizer is not None:
         finalizer.detach()
+
+
+def weight_version_spans(sample: Any) -> Sequence[Any]:
+    """The tokens of a completion by the label of the weights that sampled them (vLLM's `WeightVersionSpan`). It is empty before
+    0.32; `require_vllm` warns of that."""
+    return getattr(sample, "weight_versions", None) or ()
 
 
 def refused_while_paused() -> tuple[type[Exception], ...]:

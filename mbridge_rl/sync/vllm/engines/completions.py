@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mbridge_rl.sync.vllm.versions import weight_version_spans
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -61,7 +63,7 @@ def sampling(
 def completion_of(prompt_index: int, sample: Any, version: int) -> Completion:
     """Makes a completion from vLLM's `CompletionOutput`."""
     logprobs = [entry[token].logprob for token, entry in zip(sample.token_ids, sample.logprobs or [], strict=False)]
-    spans = [(span.version, span.start, span.end) for span in sample.weight_versions or []]
+    spans = [(span.version, span.start, span.end) for span in weight_version_spans(sample)]
     return completion(prompt_index, list(sample.token_ids), logprobs, str(sample.finish_reason), spans, version)
 
 
