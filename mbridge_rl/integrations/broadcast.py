@@ -20,6 +20,7 @@ from torch import Tensor
 from mbridge_rl.core.buckets import aligned
 from mbridge_rl.core.digest import digest
 from mbridge_rl.core.errors import DigestMismatch, IncompleteSync, SyncError, listed
+from mbridge_rl.distributed.rendezvous import GroupAddress
 from mbridge_rl.sync.transports.process_group import device_of, explained, join, leave
 
 _ROW_BYTES = 8192  # bytes of a row of the payload in the digest
@@ -74,8 +75,7 @@ class Broadcast:
     wait for it longer than the time-out; the next group needs another id.
 
     Args:
-        group: plain JSON: `group` (an id), `secret`, `host` and `port` of a store (`distributed.rendezvous`), `backend` (gloo
-            or nccl), `size`.
+        address: where the members of the group meet.
         rank: this member's rank in the group.
         bucket_bytes: bytes of one bucket; two are staged at once.
         verify: whether buckets carry digests; the sender's choice applies.
@@ -85,13 +85,13 @@ class Broadcast:
         TransferTimeout: not all members joined.
     """
 
-    def __init__(self, group: Mapping[str, Any], rank: int, *, bucket_bytes: int, verify: bool, timeout: float) -> None:
+    def __init__(self, address: GroupAddress, rank: int, *, bucket_bytes: int, verify: bool, timeout: float) -> None:
         if bucket_bytes < 1:
             raise SyncError(f"bucket_bytes must be positive, found {bucket_bytes}")
-        self._description, self._rank = group, rank
+        self._address, self._rank = address, rank
         self._capacity = -(-bucket_bytes // _ROW_BYTES) * _ROW_BYTES
-        self._verify, self._device = verify, device_of(group)
-        self._group = join(group, rank, timeout)
+        self._verify, self._device = verify, device_of(address)
+        self._group = join(address, rank, timeout)
 
     async def send(self, tensors: Iterable[tuple[str, Tensor]], version: int | None = None) -> Sent:
         """Sends all `tensors`, which may be an asynchronous iterable, too.
@@ -121,7 +121,7 @@ class Broadcast:
             with contextlib.suppress(SyncError):  # a receiver that cannot be reached notices it by the time-out
                 await under_way
                 await self._start(self._empty(), version, sent, error=f"the sender failed: {type(error).__name__}: {error}")
-            leave(self._description, self._rank)
+            leave(self._address, self._rank)
             raise
         return sent
 
@@ -152,7 +152,7 @@ class Broadcast:
                         raise IncompleteSync(f"the stream ended within {partial.name}")
                     return
         except BaseException:
-            leave(self._description, self._rank)
+            leave(self._address, self._rank)
             raise
 
     def _empty(self) -> _Bucket:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mbridge_rl.core.errors import SyncError
-from mbridge_rl.distributed.rendezvous import new_secret, own_address, serve_store
+from mbridge_rl.distributed.rendezvous import GroupAddress, new_secret, own_address, serve_store
 from mbridge_rl.integrations.broadcast import Broadcast
 from mbridge_rl.integrations.common import HFStream
 from mbridge_rl.sync.transports.process_group import leave
@@ -59,7 +59,7 @@ class MBridgeCheckpointEngine(CheckpointEngine):
         self._member, self._secret = secrets.token_hex(8), new_secret()
         self._server = serve_store(own_address()) if is_master else None
         self._channel: Broadcast | None = None
-        self._group: dict[str, Any] | None = None
+        self._group: GroupAddress | None = None
         self._rank: int | None = None
 
     def prepare(self) -> dict[str, Any]:
@@ -87,19 +87,19 @@ class MBridgeCheckpointEngine(CheckpointEngine):
         on_gpus = all(member["cuda"] for member in members)
         # The same members use their existing group again; with other members it is another group.
         name = hashlib.blake2b("".join(member["member"] for member in members).encode(), digest_size=8).hexdigest()
-        group = {
-            "group": name,
-            "secret": master["secret"],
-            "host": master["host"],
-            "port": master["port"],
-            "backend": master["backend"] or ("nccl" if on_gpus else "gloo"),
-            "size": 1 + rollout_world_size,
-        }
+        group = GroupAddress(
+            host=master["host"],
+            port=master["port"],
+            group=name,
+            secret=master["secret"],
+            backend=master["backend"] or ("nccl" if on_gpus else "gloo"),
+            size=1 + rollout_world_size,
+        )
         actors = {"rank": [0] + [-1] * (actor_wg_world_size - 1), "group": [group] * actor_wg_world_size}
         rollout = {"rank": list(range(1, 1 + rollout_world_size)), "group": [group] * rollout_world_size}
         return actors, rollout
 
-    def init_process_group(self, rank: int, group: dict[str, Any]) -> None:
+    def init_process_group(self, rank: int, group: GroupAddress) -> None:
         """Joins the group; all members call it together. A group that exists already is kept.
 
         Raises:

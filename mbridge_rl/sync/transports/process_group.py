@@ -30,29 +30,29 @@ _MOST_JOINED = 16
 _joined: dict[tuple[str, int], dist.ProcessGroup] = {}  # this process's process groups, by id and rank; they outlive a version
 
 
-def join(wire: GroupWire, rank: int, seconds: float) -> dist.ProcessGroup:
-    """Joins the process group of `wire`.
+def join(address: GroupAddress, rank: int, seconds: float) -> dist.ProcessGroup:
+    """Joins the process group of `address`.
 
     Raises:
         TransferTimeout: not all members came within `seconds`.
     """
-    if (member := (wire.address.group, rank)) in _joined:
+    if (member := (address.group, rank)) in _joined:
         return _joined[member]
     with explained("cannot meet the trainer and the other workers"):
-        group = make_group(wire.address, rank, timedelta(seconds=seconds))
+        group = make_group(address, rank, timedelta(seconds=seconds))
     while len(_joined) >= _MOST_JOINED:
         _joined.pop(next(iter(_joined)))  # its trainer is gone, or has made another group since
     _joined[member] = group
     return group
 
 
-def leave(wire: GroupWire, rank: int) -> None:
+def leave(address: GroupAddress, rank: int) -> None:
     """Forgets the process group of `wire`, because it failed or is not needed any more."""
-    _joined.pop((wire.address.group, rank), None)
+    _joined.pop((address.group, rank), None)
 
 
-def device_of(wire: GroupWire) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if wire.address.backend == "nccl" else torch.device("cpu")
+def device_of(address: GroupAddress) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if address.backend == "nccl" else torch.device("cpu")
 
 
 class GroupOutlet:
@@ -60,7 +60,7 @@ class GroupOutlet:
 
     def __init__(self, wire: GroupWire, rank: int, largest: int, timeout: Timeout) -> None:
         self._wire, self._rank, self._timeout = wire, rank, timeout
-        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
+        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device_of(wire.address)) for _ in range(_DEPTH)]
         self._works: deque[dist.Work] = deque()
         self._sent = 0
 
@@ -70,7 +70,7 @@ class GroupOutlet:
         return self._buffers[self._sent % _DEPTH][: part.nbytes]
 
     def send(self, worker: int, index: int, part: Part) -> None:
-        group = join(self._wire, self._rank, self._timeout.seconds)
+        group = join(self._wire.address, self._rank, self._timeout.seconds)
         message = self._buffers[self._sent % _DEPTH][: part.nbytes]
         with explained(f"cannot send to worker {worker}"):
             self._works.append(group.send([message], self._wire.trainers + worker, index))
@@ -98,14 +98,14 @@ class GroupInlet:
         self._rank = first + route.rank
         self._group: dist.ProcessGroup | None = None
         size = aligned(route.bucket_bytes)
-        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device_of(wire)) for _ in range(_DEPTH)]
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device_of(wire.address)) for _ in range(_DEPTH)]
         self._posted: deque[list[dist.Work]] = deque()
         self._forwarded: dict[int, list[dist.Work]] = {}
         self._next = 0
 
     def take(self, index: int) -> Sequence[Tensor]:
         if self._group is None:  # the trainer ranks join when they send
-            self._group = join(self._wire, self._rank, self._timeout.seconds)
+            self._group = join(self._wire.address, self._rank, self._timeout.seconds)
         while self._next < min(index + _DEPTH, len(self._route.buckets)):
             self._posted.append([self._receive(self._next, part, data) for part, data in self._parts(self._next)])
             self._next += 1
@@ -184,7 +184,7 @@ class GroupTransport:
 
     def abort(self) -> None:
         if self._wire is not None:
-            leave(self._wire, self._context.group.rank)
+            leave(self._wire.address, self._context.group.rank)
         self._wire = None
 
     def close(self) -> None:

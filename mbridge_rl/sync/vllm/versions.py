@@ -59,9 +59,9 @@ def require_vllm(purpose: str) -> None:
 
     if not hasattr(outputs, "WeightVersionSpan"):
         warnings.warn(
-            f"vLLM {vllm.__version__} does not label tokens with the weights that sampled them, as 0.32 does: if a commit keeps "
-            "requests in flight (requests='keep'), all of their tokens count as sampled by the newer weights. Use 'wait' or "
-            "'abort' where that matters",
+            f"vLLM {vllm.__version__} does not label tokens with the weights that sampled them, as 0.32 does: if a commit "
+            "keeps requests in flight (requests='keep'), all of their tokens count as sampled by the newer weights. Use "
+            "'wait' or 'abort' where that matters",
             UserWarning,
             stacklevel=2,
         )
