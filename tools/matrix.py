@@ -76,7 +76,7 @@ GROUPS = {
     "live ranks": tuple(
         f"{_LIVE}[{case}]"
         for case in (
-            *("llama-dp2", "qwen2-tied-pp2", "qwen3-tp2+sp", "qwen3-cp2", "qwen3-tied-pp2xvpp2xtp2"),
+            *("llama3-tied-dp2", "qwen3-pp2", "qwen2-tp2+sp", "qwen3-tied-cp2", "qwen2-tied-pp2xvpp2xtp2"),
             *("qwen3-moe-ep2", "qwen3-moe-etp2", "qwen3-moe-tp2xep2xetp1"),
         )
     ),
