@@ -70,6 +70,7 @@ CASES = [*DEFAULT_CASES, *_objective_cases()] if NIGHTLY else [("async", "adapte
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # in every run the demo learns, and so does examples/toy_rlhf.py
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("mode", "weights", "way", "objective"), CASES)
 def test_the_toy_task_is_learnt(
