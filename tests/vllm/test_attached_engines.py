@@ -22,7 +22,8 @@ import ray_scenarios
 pytest.importorskip("vllm")
 
 import attached_scenarios as scenarios
-from adapter_scenarios import ENGINE, adapt_in_turn
+from adapter_scenarios import ENGINE
+from adapters_in_turn import adapt_in_turn
 from interpreter import Interpreter
 from ranks import run_ranks
 from tiny import tiny_checkpoint

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_scenarios import ENGINE, LOGITS, ROUNDING, SIZES, adapt_in_turn
+from adapter_scenarios import ENGINE, LOGITS, ROUNDING, SIZES
+from adapters_in_turn import adapt_in_turn
 from interpreter import Interpreter
 from tiny import tiny_checkpoint
 from tolerance import assert_near

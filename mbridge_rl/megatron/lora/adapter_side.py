@@ -59,7 +59,7 @@ def lora_config_of(model: Sequence[nn.Module]) -> LoRAConfig:
     """
     config = getattr(unwrap(model)[0], "lora_config", None)
     if config is None:
-        raise StateMismatchError("this model has no adapters: attach them with mbridge_rl.training.add_lora before")
+        raise StateMismatchError("this model has no adapters: attach them with add_lora before")
     return config
 
 
